@@ -1,0 +1,125 @@
+"""The command line, and the only place that turns an error into an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from job.errors import BUG, JobError, SpecError
+from job.preemption import Preemption, grace_seconds
+
+TERMINATION_LOG = Path("/dev/termination-log")
+
+log = logging.getLogger("job")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="vision-lora-job")
+def main() -> None:
+    """Fine-tune a vision-language model with LoRA, measured before and after, resumable at any moment."""
+
+
+@main.command()
+@click.argument("spec", required=False)
+def run(spec: str | None) -> None:
+    """Run the job of SPEC (default: the variable JOB_SPEC; text, path, file:// or s3:// URL)."""
+
+    def work(preemption: Preemption) -> None:
+        from job.run import run as run_job
+        from job.specfile import load_spec
+
+        run_job(load_spec(os.environ, spec), os.environ, preemption)
+
+    finish(work)
+
+
+@main.command()
+@click.argument("spec", required=False)
+def check(spec: str | None) -> None:
+    """Print the plan that `run` would execute, with all that can be known here. Changes nothing."""
+
+    def work(preemption: Preemption) -> None:
+        with preemption.leave_at_once():
+            from job.plan import describe, make_plan
+            from job.publish import check_owner
+            from job.run import open_output
+            from job.scratch import prepare_scratch
+            from job.specfile import load_spec
+            from job.survey import survey
+
+            loaded = load_spec(os.environ, spec)
+            store = open_output(loaded)
+            check_owner(store, loaded)
+            found = survey(loaded, store, prepare_scratch(os.environ), fetch=False)
+            click.echo(describe(loaded, make_plan(loaded, found.facts), found.facts))
+
+    finish(work)
+
+
+@main.command()
+@click.argument("output")
+def status(output: str) -> None:
+    """Show how the job at OUTPUT stands, from anywhere that can read it."""
+
+    def work(_preemption: Preemption) -> None:
+        from job.status import describe_status
+        from job.store import open_store
+
+        click.echo(describe_status(open_store(output)))
+
+    finish(work)
+
+
+@main.command()
+def schema() -> None:
+    """Print the spec's JSON schema, for editors."""
+    from job.spec import JobSpec
+
+    click.echo(json.dumps(JobSpec.model_json_schema(), indent=2))
+
+
+def finish(work: Callable[[Preemption], None]) -> NoReturn:
+    """Do the work under our signal handlers and end the process with the code for how it went."""
+    from job.record import one_line, start_logging
+
+    start_logging()
+    try:
+        preemption = Preemption(grace_seconds(os.environ))
+    except ValueError as error:
+        _end(SpecError.exit_code, f"JOB_GRACE_SECONDS is {error}; give a number of seconds above 0")
+    with preemption.listening():
+        try:
+            work(preemption)
+        except JobError as error:
+            if len(str(error).splitlines()) > 1:
+                log.error("%s", error)
+            _end(error.exit_code, one_line(error))
+        except BrokenPipeError:
+            sys.stderr.close()
+            sys.exit(0)
+        except Exception as error:
+            traceback.print_exc()
+            _end(BUG, f"a bug: {type(error).__name__}: {one_line(error)}")
+    _end(0, None)
+
+
+def _end(code: int, reason: str | None) -> NoReturn:
+    """The reason as the last line on stderr and for the kubelet."""
+    if reason is not None:
+        line = f"exit {code}: {reason}"
+        with contextlib.suppress(OSError):
+            if TERMINATION_LOG.exists():
+                TERMINATION_LOG.write_text(line[:4000])
+        sys.stderr.write(f"{line}\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)

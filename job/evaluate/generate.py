@@ -1,0 +1,120 @@
+"""What the model says to held-out rows: greedy, batched, and how surprised it is by the true answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from job.errors import OutOfMemory
+from job.model import Loaded
+from job.model.collator import IGNORE, Collator, encode, render
+from job.spec import JobSpec
+
+Generation = dict[str, Any]
+
+
+def generations(
+    loaded: Loaded,
+    rows: Any,
+    spec: JobSpec,
+    *,
+    tuned: bool,
+    known: Sequence[Generation] = (),
+    each: Callable[[list[Generation]], None] = lambda batch: None,
+) -> list[Generation]:
+    """One record a row, in the order of `rows`: `id, reference, generated, labels, groups, unit,
+    tokens, loss, answer_tokens`.
+
+    `tuned` False silences the adapters, which gives the base model. `known` are records of an earlier attempt, which
+    are not made again; `each` is called with every finished batch. `loss` is the mean over the answer's tokens, nats.
+    """
+    finished = {record["id"]: record for record in known}
+    with base_or_tuned(loaded, tuned), torch.inference_mode():
+        for batch in _batches(rows, spec.evaluation.batch_size, finished):
+            made = _generate(loaded, batch, spec)
+            finished |= {record["id"]: record for record in made}
+            each(made)
+    return [finished[identity] for identity in rows_ids(rows)]
+
+
+def rows_ids(rows: Any) -> list[str]:
+    """Ids of rows in order, without opening an image."""
+    numbers = rows.with_format(None)["_row"]
+    return [f"row-{number}" for number in numbers]
+
+
+def base_or_tuned(loaded: Loaded, tuned: bool) -> AbstractContextManager[Any]:
+    return nullcontext() if tuned else loaded.model.disable_adapter()
+
+
+def _batches(rows: Any, size: int, finished: dict[str, Generation]) -> Iterator[list[dict[str, Any]]]:
+    missing = [index for index, identity in enumerate(rows_ids(rows)) if identity not in finished]
+    for start in range(0, len(missing), size):
+        yield [rows[index] for index in missing[start : start + size]]
+
+
+def _generate(loaded: Loaded, batch: list[dict[str, Any]], spec: JobSpec) -> list[Generation]:
+    try:
+        texts = answer(loaded, batch, spec.evaluation.max_new_tokens)
+        losses = answer_losses(loaded, batch, spec.training.max_length)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"generation of {len(batch)} rows at once does not fit the GPU; lower evaluation.batch_size"
+        ) from error
+    return [
+        {
+            "id": row["id"],
+            "reference": row["reference"],
+            "generated": text,
+            "labels": row["labels"],
+            "groups": row["groups"],
+            "unit": row["unit"],
+            "tokens": count,
+            "loss": loss,
+            "answer_tokens": answer_tokens,
+        }
+        for row, (text, count), (loss, answer_tokens) in zip(batch, texts, losses, strict=True)
+    ]
+
+
+def answer(loaded: Loaded, batch: list[dict[str, Any]], max_new_tokens: int) -> list[tuple[str, int]]:
+    """Greedy answers and their lengths in tokens."""
+    processor = loaded.processor
+    prompts = [render(processor, _prompt(row["messages"]), prompt=True) for row in batch]
+    inputs = to_device(encode(processor, prompts, [row["images"] for row in batch], side="left"), loaded)
+    tokenizer = processor.tokenizer
+    produced = loaded.model.generate(
+        **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=tokenizer.pad_token_id
+    )
+    answers = produced[:, inputs["input_ids"].shape[1] :]
+    lengths = [int((row != tokenizer.pad_token_id).sum()) for row in answers]
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [(text.strip(), length) for text, length in zip(texts, lengths, strict=True)]
+
+
+def _prompt(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation up to its last answer."""
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
+def answer_losses(loaded: Loaded, batch: list[dict[str, Any]], max_length: int) -> list[tuple[float, int]]:
+    """Mean cross-entropy (nats) of each row's true answer, and how many tokens it has."""
+    inputs = Collator(loaded.processor, max_length)(batch)
+    labels = inputs.pop("labels")[:, 1:].to(loaded.device)
+    logits = loaded.model(**to_device(inputs, loaded)).logits[:, :-1].float()
+    losses = cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+    counts = (labels != IGNORE).sum(dim=1)
+    means = losses.sum(dim=1) / counts.clamp(min=1)
+    return [(round(float(mean), 6), int(count)) for mean, count in zip(means, counts, strict=True)]
+
+
+def to_device(batch: dict[str, torch.Tensor], loaded: Loaded) -> dict[str, torch.Tensor]:
+    """Tensors on the model's device, pictures in the model's dtype."""
+    dtype = torch.float32 if loaded.precision == "32bit" else torch.bfloat16
+    return {
+        name: tensor.to(loaded.device, dtype if tensor.is_floating_point() else None) for name, tensor in batch.items()
+    }

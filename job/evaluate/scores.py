@@ -1,0 +1,233 @@
+"""What is measured on each row, as sums that add up, so that any resample of rows is scored without scoring text again.
+
+Every metric here is a function of per-row sums: a mean is (sum, count), BLEU is 10 n-gram counts, chrF is 18, macro-F1
+is three counts a class. One matrix product then scores a thousand resamples (`statistics`), and corpus-level BLEU and
+chrF stay what sacrebleu says they are, which a mean of sentence scores is not.
+
+ROUGE is the F-measure in 0..1 without a stemmer (the default of rouge-score; a stemmer knows English only) and averaged
+over rows. Words are runs of letters and digits of any script, lower-cased, and single characters in Chinese, Japanese
+and Korean: on ASCII text that is rouge-score's own tokeniser, which drops every other letter. BLEU and chrF are 0..100.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
+
+from job.evaluate import labels as label_fields
+from job.evaluate.labels import LabelSpec
+
+Floats = NDArray[np.float64]
+Row = Mapping[str, Any]
+
+UNSPACED = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
+WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
+ARTICLE = re.compile(r"\b(a|an|the)\b")
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+LONGEST_LOOP = 20
+BLEU_ORDER, CHRF_ORDER, CHRF_BETA = 4, 6, 2
+
+
+@dataclass(frozen=True)
+class Sums:
+    """One metric of one set of rows: `rows` (n, k) adds up over rows, `finish` turns (…, k) sums into (…) values.
+
+    `counted` (n,) says which rows have this metric at all; the others are zero in `rows`. `proportion` means that a
+    row is either right (1) or wrong (0), which has better intervals than the bootstrap's.
+    """
+
+    rows: Floats
+    counted: NDArray[np.bool_]
+    finish: Callable[[Floats], Floats]
+    proportion: bool = False
+
+    def subset(self, rows: NDArray[np.bool_]) -> Sums:
+        return replace(self, rows=self.rows[rows], counted=self.counted[rows])
+
+    def masked(self, counted: NDArray[np.bool_]) -> Sums:
+        return replace(self, rows=self.rows * counted[:, None], counted=counted)
+
+
+def sample_scores(rows: Sequence[Row], labels: Mapping[str, LabelSpec]) -> dict[str, Sums]:
+    """Every metric of `rows` by name, in the order of a report. `rows` are those of `before.jsonl` or `after.jsonl`."""
+    references, generated = [str(row["reference"]) for row in rows], [str(row["generated"]) for row in rows]
+    scores: dict[str, Sums] = {}
+    for name, spec in labels.items():
+        scores |= _label_scores(rows, name, spec)
+    scores |= rouge(references, generated)
+    scores["bleu"] = _corpus(BLEU(force=True), references, generated, bleu_from_sums, 2 + 2 * BLEU_ORDER)
+    scores["chrf"] = _corpus(CHRF(), references, generated, chrf_from_sums, 3 * CHRF_ORDER)
+    pairs = [(_squad_words(one), _squad_words(other)) for one, other in zip(references, generated, strict=True)]
+    scores["exact_match"] = _mean([one == other for one, other in pairs], proportion=True)
+    scores["token_f1"] = _mean([bag_f1(one, other) for one, other in pairs])
+    lengths = [[len(words(text)), len(words(reference))] for text, reference in zip(generated, references, strict=True)]
+    scores["length_ratio"] = Sums(_array(lengths, 2), np.ones(len(rows), bool), ratio)
+    scores["empty"] = _mean([not words(text) for text in generated], proportion=True)
+    scores["repeated"] = _mean([is_repeated(text) for text in generated], proportion=True)
+    return scores | _losses(rows)
+
+
+def words(text: str) -> list[str]:
+    """Lower-cased words of `text` in any script (see the module's docstring)."""
+    return WORD.findall(text.lower())
+
+
+def is_repeated(text: str) -> bool:
+    """Whether `text` is stuck: a phrase of up to 20 words, three times or more in a row, over six words or more."""
+    tokens = words(text)
+    for period in range(1, min(LONGEST_LOOP, len(tokens) // 3) + 1):
+        needed, run = max(2 * period, 6 - period), 0
+        for here, there in zip(tokens, tokens[period:], strict=False):
+            run = run + 1 if here == there else 0
+            if run >= needed:
+                return True
+    return False
+
+
+def bag_f1(reference: Sequence[str], generated: Sequence[str]) -> float:
+    """Harmonic mean of precision and recall of words as bags (Rajpurkar et al. 2016, SQuAD); 1 when both are empty."""
+    if not reference or not generated:
+        return float(reference == generated)
+    common = (Counter(reference) & Counter(generated)).total()
+    return 2 * common / (len(reference) + len(generated))
+
+
+def ratio(sums: Floats) -> Floats:
+    """First column over second; NaN where the second is zero. A mean is this over (sum, count)."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.where(sums[..., 1] > 0, sums[..., 0] / sums[..., 1], np.nan))
+
+
+def bleu_from_sums(sums: Floats) -> Floats:
+    """Corpus BLEU, 0..100, from (…, 10) sums of sacrebleu's statistics: lengths, 4 n-gram matches, 4 n-gram totals.
+
+    Papineni et al. 2002 with the "exp" smoothing of mteval-v13a, as `sacrebleu.BLEU.compute_bleu` does by default: an
+    order without a match counts as 1 / (2^k × its n-grams), k being the number of such orders so far.
+    """
+    hypothesis, reference = sums[..., 0], sums[..., 1]
+    matches, totals = sums[..., 2 : 2 + BLEU_ORDER], sums[..., 2 + BLEU_ORDER :]
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        smoothed = 0.5 ** np.cumsum((matches == 0) & (totals > 0), axis=-1)
+        precisions = np.where(matches > 0, matches, smoothed) / totals
+        brevity = np.where(hypothesis < reference, np.exp(1 - reference / hypothesis), 1.0)
+        score = 100 * brevity * np.exp(np.log(precisions).mean(axis=-1))
+    scored = (matches.sum(axis=-1) > 0) & (totals > 0).all(axis=-1)
+    return np.where(scored, score, 0.0)
+
+
+def chrf_from_sums(sums: Floats) -> Floats:
+    """Corpus chrF2, 0..100, from (…, 18) sums of sacrebleu's statistics: (hypothesis, reference, match) of 6 orders.
+
+    Popović 2015: F-beta (beta 2) of precision and recall averaged over the character n-gram orders that both sides
+    have, as `sacrebleu.CHRF` does by default.
+    """
+    hypothesis, reference, match = sums[..., 0::3], sums[..., 1::3], sums[..., 2::3]
+    both = (hypothesis > 0) & (reference > 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        orders = both.sum(axis=-1)
+        precision = np.where(both, match / hypothesis, 0.0).sum(axis=-1) / orders
+        recall = np.where(both, match / reference, 0.0).sum(axis=-1) / orders
+        score = (1 + CHRF_BETA**2) * precision * recall / (CHRF_BETA**2 * precision + recall)
+    return np.asarray(np.nan_to_num(100 * score, nan=0.0))
+
+
+def macro_f1_from_sums(sums: Floats) -> Floats:
+    """Mean over classes of 2tp / (2tp + fp + fn), from (…, 3 × classes) sums of (tp, fp, fn).
+
+    A class that is neither a reference nor an answer in these rows is left out, as in scikit-learn's `f1_score(…,
+    average="macro", zero_division=nan)`.
+    """
+    true, false, missed = sums[..., 0::3], sums[..., 1::3], sums[..., 2::3]
+    size = 2 * true + false + missed
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scores = np.where(size > 0, 2 * true / size, 0.0)
+        return np.asarray(scores.sum(axis=-1) / np.where((size > 0).any(axis=-1), (size > 0).sum(axis=-1), np.nan))
+
+
+def signatures() -> dict[str, str]:
+    """How ROUGE, BLEU and chrF were computed, in the form that sacrebleu asks people to report."""
+    bleu, chrf = BLEU(force=True), CHRF()
+    bleu.corpus_score([""], [[""]])
+    chrf.corpus_score([""], [[""]])
+    rouge = f"rouge-score {version('rouge-score')}, F-measure, no stemmer, words of any script, mean over rows"
+    return {"rouge": rouge, "bleu": str(bleu.get_signature()), "chrf": str(chrf.get_signature())}
+
+
+class _Words:
+    """The tokeniser that rouge-score asks for."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return words(text)
+
+
+def rouge(references: Sequence[str], generated: Sequence[str]) -> dict[str, Sums]:
+    """ROUGE-L, -1 and -2 (Lin 2004) of each row, as rouge-score computes them."""
+    names = ["rougeL", "rouge1", "rouge2"]
+    scorer = RougeScorer(names, tokenizer=_Words())
+    scored = [scorer.score(one, other) for one, other in zip(references, generated, strict=True)]
+    return {name: _mean([row[name].fmeasure for row in scored]) for name in names}
+
+
+def _corpus(
+    metric: Any, references: Sequence[str], generated: Sequence[str], finish: Callable[[Floats], Floats], width: int
+) -> Sums:
+    # sacrebleu's own per-sentence statistics; its public API gives only their total.
+    statistics = metric._extract_corpus_statistics(list(generated), [list(references)]) if references else []
+    return Sums(_array(statistics, width), np.ones(len(references), bool), finish)
+
+
+def _label_scores(rows: Sequence[Row], name: str, spec: LabelSpec) -> dict[str, Sums]:
+    classes, pairs = label_fields.stated_and_right(rows, name, spec)
+    column = {value: 3 * index for index, value in enumerate(classes)}
+    counts = np.zeros((len(rows), 3 * len(classes)))
+    for row, pair in enumerate(pairs):
+        if pair is None:
+            continue
+        reference, stated = pair
+        if reference == stated:
+            counts[row, column[reference]] = 1
+        else:
+            counts[row, column[reference] + 2] = 1
+            if stated in column:
+                counts[row, column[stated] + 1] = 1
+    counted = np.array([pair is not None for pair in pairs], bool)
+    right = [pair is not None and pair[0] == pair[1] for pair in pairs]
+    return {
+        f"{name}_accuracy": _mean(right, counted, proportion=True),
+        f"{name}_macro_f1": Sums(counts, counted, macro_f1_from_sums),
+    }
+
+
+def _losses(rows: Sequence[Row]) -> dict[str, Sums]:
+    """Mean answer-token loss in nats, weighted by answer tokens, and its exponential, the perplexity."""
+    counted = np.array([row.get("loss") is not None and row.get("answer_tokens", 0) > 0 for row in rows], bool)
+    tokens = np.array([row.get("answer_tokens") or 0 for row in rows], float) * counted
+    loss = np.array([row.get("loss") or 0.0 for row in rows], float)
+    sums = np.stack([loss * tokens, tokens], axis=-1)
+    return {"loss": Sums(sums, counted, ratio), "perplexity": Sums(sums, counted, lambda sums: np.exp(ratio(sums)))}
+
+
+def _mean(values: Sequence[float], counted: NDArray[np.bool_] | None = None, *, proportion: bool = False) -> Sums:
+    present = np.ones(len(values), bool) if counted is None else counted
+    sums = np.stack([np.array(values, float) * present, present.astype(float)], axis=-1)
+    return Sums(sums, present, ratio, proportion)
+
+
+def _array(rows: Sequence[Sequence[float]], width: int) -> Floats:
+    return np.array(rows, float).reshape(len(rows), width)
+
+
+def _squad_words(text: str) -> list[str]:
+    """Words as SQuAD's scorer compares them: lower case, no punctuation, no articles."""
+    return ARTICLE.sub(" ", text.lower().translate(PUNCTUATION)).split()

@@ -1,0 +1,163 @@
+"""How a measured number is said: its title, its unit, whether more is better, and the one-sentence verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Entry = Mapping[str, Any]
+MOST_ITEMS = 40
+JOINED = "\u00a0"  # keeps a number and its unit on one line
+
+
+@dataclass(frozen=True)
+class About:
+    """`better` is 1 where more is better, -1 where less is, 0 where neither. `top` is the end of the metric's scale."""
+
+    title: str
+    kind: Literal["share", "fraction", "points", "number"]
+    better: Literal[1, 0, -1]
+    meaning: str
+    top: float | None = None
+
+
+ABOUT = {
+    "rougeL": About("ROUGE-L", "fraction", 1, "longest common word sequence with the reference, F-measure", 1),
+    "rouge1": About("ROUGE-1", "fraction", 1, "common words with the reference, F-measure", 1),
+    "rouge2": About("ROUGE-2", "fraction", 1, "common word pairs with the reference, F-measure", 1),
+    "bleu": About("BLEU", "points", 1, "n-gram precision over the whole set, 0 to 100", 100),
+    "chrf": About("chrF", "points", 1, "character n-gram F-score over the whole set, 0 to 100", 100),
+    "exact_match": About("Exact match", "share", 1, "same words but for case, punctuation and articles", 1),
+    "token_f1": About("Token F1", "fraction", 1, "common words in any order, without articles", 1),
+    "length_ratio": About("Length ratio", "number", 0, "generated words per reference word; 1 is as long"),
+    "empty": About("Empty outputs", "share", -1, "answers without a word", 1),
+    "repeated": About("Repeating outputs", "share", -1, "a phrase three times or more in a row", 1),
+    "loss": About("Loss", "number", -1, "mean over held-out answer tokens, in nats"),
+    "perplexity": About("Perplexity", "number", -1, "exponential of the loss"),
+}
+UNSEEN = (
+    "ROUGE, BLEU, chrF and token F1 compare words with one reference text. They do not see whether a statement is "
+    "true: “no pneumothorax” and “pneumothorax” share nearly all their words, a finding on the wrong side costs one "
+    "word, and a right description in other words scores low. Read the samples, and have a qualified reader check "
+    "findings."
+)
+
+
+def about(metric: str) -> About:
+    """What is known of `metric`; of a label's metrics by their ending."""
+    if metric in ABOUT:
+        return ABOUT[metric]
+    if metric.endswith("_accuracy"):
+        label = readable(metric.removesuffix("_accuracy"))
+        return About(f"{label} correct", "share", 1, "the text states exactly the reference label", 1)
+    if metric.endswith("_macro_f1"):
+        label = readable(metric.removesuffix("_macro_f1"))
+        return About(f"{label} macro-F1", "fraction", 1, "F1 of each class, averaged with equal weight", 1)
+    return About(readable(metric), "number", 0, "")
+
+
+def readable(name: str) -> str:
+    """`age_band` → `Age band`."""
+    text = name.replace("_", " ").strip()
+    return text[:1].upper() + text[1:]
+
+
+def number(value: float | None, kind: str, *, signed: bool = False) -> str:
+    """`value` in the unit of its `kind`; a signed share is a change, in percentage points."""
+    if value is None:
+        return "–"
+    digits = {"share": 1, "fraction": 3, "points": 1, "number": 3}[kind]
+    shown = 100 * value if kind == "share" else value
+    if abs(shown) >= 10_000:
+        digits = 0
+    text = f"{shown:+,.{digits}f}" if signed else f"{shown:,.{digits}f}"
+    if not any(digit in text for digit in "123456789"):
+        text = text.lstrip("+-")
+    return text.replace("-", "−") + ((f"{JOINED}pp" if signed else f"{JOINED}%") if kind == "share" else "")
+
+
+def span(entry: Entry, kind: str, *, signed: bool = False) -> str:
+    """The interval of an entry, `0.302 to 0.341`, `+3.1 to +7.0 pp`."""
+    if entry.get("low") is None:
+        return "–"
+    low, high = (number(entry[bound], kind, signed=signed) for bound in ("low", "high"))
+    return f"{low.split(JOINED)[0]} to {high}"
+
+
+def p_text(p: float | None) -> str:
+    """`p < 0.001`, `p = 0.012`; empty without a p."""
+    if p is None:
+        return ""
+    return f"p{JOINED}<{JOINED}0.001" if p < 0.001 else f"p{JOINED}={JOINED}{p:.3f}"
+
+
+def verdict(metric: str, change: Entry) -> Literal["better", "worse", "changed", "no clear change"]:
+    """Which way the whole interval of a change lies."""
+    low, high, better = change.get("low"), change.get("high"), about(metric).better
+    if low is None or high is None or low <= 0 <= high:
+        return "no clear change"
+    if not better:
+        return "changed"
+    return "better" if (low > 0) == (better > 0) else "worse"
+
+
+def primary(measured: Mapping[str, Any]) -> list[str]:
+    """The metrics of a headline: is each label right, then how alike the wording is."""
+    return [name for name in measured if name.endswith("_accuracy")] + [
+        name for name in ("rougeL",) if name in measured
+    ]
+
+
+def headline(measured: Mapping[str, Any], metric: str) -> str:
+    """One sentence: from what to what, by how much, how surely, on how many rows."""
+    known, change = about(metric), measured["change"][metric]
+    before, after = measured["before"][metric]["value"], measured["after"][metric]["value"]
+    text = (
+        f"{known.title}: {number(before, known.kind)} before, {number(after, known.kind)} after on the same "
+        f"{change['n']:,} held-out samples, a change of {number(change['value'], known.kind, signed=True)} "
+        f"({confidence(measured)} interval {span(change, known.kind, signed=True)}; {p_text(change.get('p'))})."
+    )
+    return f"{text} {chance(measured, metric)}".strip()
+
+
+def chance(measured: Mapping[str, Any], metric: str) -> str:
+    """What the accuracy of a label is to be compared with; empty for other metrics."""
+    label = (measured.get("labels") or {}).get(metric.removesuffix("_accuracy"), {})
+    if not metric.endswith("_accuracy") or label.get("commonest_share") is None:
+        return ""
+    return f"Always answering the commonest label would be right in {number(label['commonest_share'], 'share')}."
+
+
+def confidence(measured: Mapping[str, Any]) -> str:
+    return f"{100 * (measured.get('settings') or {}).get('confidence', 0.95):g}{JOINED}%"
+
+
+def flat(facts: Mapping[str, Any] | Sequence[Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested facts as (name, text) lines; empty ones left out, and of a long list only the first `MOST_ITEMS`."""
+    lines: list[tuple[str, str]] = []
+    items = list(facts.items() if isinstance(facts, Mapping) else enumerate(facts, 1))
+    for key, value in items[:MOST_ITEMS]:
+        name = f"{prefix}{readable(str(key))}"
+        if isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(one, Mapping) for one in value)):
+            lines += flat(value, f"{name} · ")
+        elif isinstance(value, list | tuple):
+            text = ", ".join(plain(one) for one in value[:MOST_ITEMS])
+            more = f" and {len(value) - MOST_ITEMS:,} more" if len(value) > MOST_ITEMS else ""
+            lines += [(name, text + more)] if value else []
+        elif value is not None and value != "":
+            lines.append((name, plain(value)))
+    if len(items) > MOST_ITEMS:
+        lines.append((f"{prefix}and more", f"{len(items) - MOST_ITEMS:,}"))
+    return lines
+
+
+def plain(value: object) -> str:
+    """One value as a reader would write it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return str(value)

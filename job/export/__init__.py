@@ -1,0 +1,45 @@
+"""Adapter, merged weights and the gate between them."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from job.data import Data
+from job.model import Loaded
+from job.record import Record, bytes_text
+from job.spec import JobSpec
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Folders ready to publish; `merged` is None when the spec does not ask for it. `gate` holds what was measured."""
+
+    adapter: Path
+    merged: Path | None
+    gate: dict[str, Any]
+
+
+def export(spec: JobSpec, scratch: Path, record: Record, loaded: Loaded, data: Data) -> Exported:
+    """Write both folders to scratch and measure merged against adapter. What is refused is decided by the caller."""
+    from job.export.gate import compare
+    from job.export.merge import merge
+
+    folder = scratch / "export"
+    shutil.rmtree(folder, ignore_errors=True)
+    adapter, merged = folder / "adapter", folder / "merged"
+    with record.stage("export") as facts, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded.model.save_pretrained(adapter)
+        loaded.processor.save_pretrained(adapter)
+        if not spec.export.merged:
+            return Exported(adapter, None, {})
+        size = merge(spec, loaded.folder, adapter, merged)
+        facts.append(f"merged {bytes_text(size)}")
+        rows = data.evaluation if len(data.evaluation) else data.train
+        verdict = compare(spec, loaded, merged, rows)
+        facts.append(f"token agreement {verdict.token_agreement:.4f}")
+    return Exported(adapter, merged, verdict.facts())

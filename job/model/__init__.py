@@ -1,0 +1,50 @@
+"""The boundary to the model libraries: one `Loaded`, whichever backend made it."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from job.errors import SpecError
+from job.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+SUPPORTED = {
+    "mllama": "Llama 3.2 Vision",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen2_vl": "Qwen2-VL",
+    "qwen3_vl": "Qwen3-VL",
+    "gemma3": "Gemma 3",
+    "llava": "LLaVA",
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A base model with fresh adapters, ready to train or to generate.
+
+    `groups` counts trainable parameters by group (see `job.model.lora.GROUPS`); `precision` is what `auto` became.
+    """
+
+    model: Any
+    processor: Any
+    folder: Path
+    backend: str
+    precision: str
+    device: torch.device
+    groups: dict[str, int]
+
+
+def choose_backend(spec: ModelSpec, cuda: bool) -> str:
+    """`unsloth` or `transformers`. Raises SpecError when the one asked for cannot work here."""
+    present = importlib.util.find_spec("unsloth") is not None
+    if spec.backend == "unsloth" and not (cuda and present):
+        what = "is not installed; install the gpu extra" if cuda else "needs an NVIDIA GPU, and there is none here"
+        raise SpecError(f"model.backend: unsloth {what}, or choose transformers")
+    if spec.backend == "auto":
+        return "unsloth" if cuda and present else "transformers"
+    return spec.backend

@@ -1,0 +1,122 @@
+"""Conversations → tensors, with a label mask that is right for every family. One collator serves both backends.
+
+TRL's own collator leaves mllama's image token (outside the vocabulary) in the labels; Unsloth's trains on the prompt
+unless told the template's markers. Here the answer's place is found from the template itself: the tokens that the
+rendered conversation has beyond the rendered prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from job.errors import DataError
+
+IGNORE = -100
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Call with rows `{"id", "messages", "images"}`.
+
+    Returns the processor's tensors, padded on the right, of shape (rows, tokens), and `labels` of the same shape:
+    token ids where the loss is taken, -100 elsewhere. Raises DataError for a row of more than `max_length` tokens.
+    """
+
+    processor: Any
+    max_length: int
+    responses_only: bool = True
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        texts = [render(self.processor, row["messages"]) for row in rows]
+        batch = encode(self.processor, texts, [row["images"] for row in rows], side="right")
+        labels = torch.full_like(batch["input_ids"], IGNORE)
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        for index, (row, text) in enumerate(zip(rows, texts, strict=True)):
+            if lengths[index] > self.max_length:
+                raise DataError(
+                    f"{row['id']}: {lengths[index]} tokens, over training.max_length {self.max_length}; raise it, or "
+                    "shrink images with dataset.image_max_side"
+                )
+            for start, end in self._spans(row["messages"], text, lengths[index]):
+                labels[index, start:end] = batch["input_ids"][index, start:end]
+        labels[torch.isin(labels, torch.tensor(never_learned(self.processor)))] = IGNORE
+        batch["labels"] = labels
+        return batch
+
+    def _spans(self, messages: Messages, text: str, length: int) -> list[tuple[int, int]]:
+        """Half-open token ranges that the loss is taken over."""
+        if not self.responses_only:
+            return [(0, length)]
+        return [answer_span(self.processor, messages, turn, text, length) for turn in _answers(messages)]
+
+
+def _answers(messages: Messages) -> list[int]:
+    return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def answer_span(processor: Any, messages: Messages, turn: int, text: str, length: int) -> tuple[int, int]:
+    """Where the answer of `turn` and its end-of-turn token lie among the `length` tokens of the conversation.
+
+    Counted from the end, because the images, which the processor expands to many tokens, come before the answer.
+    Raises DataError for a template that rewrites earlier turns, and for images behind an answer.
+    """
+    if any(part["type"] == "image" for message in messages[turn:] for part in message["content"]):
+        raise DataError("a conversation has an image behind an answer; put images into the first user turn")
+    whole = tokens(processor, text)
+    before = tokens(processor, render(processor, messages[:turn], prompt=True))
+    after = tokens(processor, render(processor, messages[: turn + 1]).rstrip())
+    start, end = _common(whole, before), _common(whole, after)
+    if start < len(before) - 1 or end <= start:
+        raise DataError(
+            "the model's chat template rewrites earlier turns, so the answer cannot be told from the prompt"
+        )
+    return length - len(whole) + start, length - len(whole) + end
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """Length of the common beginning."""
+    return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def render(processor: Any, messages: Messages, *, prompt: bool = False) -> str:
+    """The chat template's text; with `prompt`, up to where the model answers."""
+    text: str = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    return text
+
+
+def tokens(processor: Any, text: str) -> list[int]:
+    """Ids of a text, images not expanded."""
+    ids: list[int] = processor.tokenizer(text, add_special_tokens=adds_bos(processor, text))["input_ids"]
+    return ids
+
+
+def adds_bos(processor: Any, text: str) -> bool:
+    """Whether the tokenizer shall add its own special tokens: not when the template wrote the first already."""
+    bos = processor.tokenizer.bos_token
+    return bos is None or not text.startswith(bos)
+
+
+def encode(processor: Any, texts: list[str], images: list[list[Any]], *, side: str) -> dict[str, torch.Tensor]:
+    """Batched tensors of texts with their images, padded on `side`."""
+    batch = processor(
+        text=texts,
+        images=images,
+        padding=True,
+        padding_side=side,
+        add_special_tokens=adds_bos(processor, texts[0]),
+        return_tensors="pt",
+    )
+    return dict(batch)
+
+
+def never_learned(processor: Any) -> list[int]:
+    """Ids of image placeholders, which no model shall learn to write. mllama's lies outside the vocabulary."""
+    tokenizer = processor.tokenizer
+    names = [getattr(processor, name, None) for name in ("image_token", "boi_token", "eoi_token")]
+    ids = [getattr(processor, "image_token_id", None)]
+    ids += [tokenizer.convert_tokens_to_ids(name) for name in names if isinstance(name, str)]
+    return sorted({int(number) for number in ids if number is not None})

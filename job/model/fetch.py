@@ -1,0 +1,117 @@
+"""The base model's files: where they are, and what their headers tell without torch."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from job.errors import NotAllowed, SpecError, Unavailable
+from job.model.lora import Linear
+from job.spec import ModelSpec
+from job.store import download_folder, open_store
+
+
+def fetch_base(spec: ModelSpec, scratch: Path) -> Path:
+    """A local folder with the base model: as named, or downloaded to scratch from `s3://` or the hub."""
+    name = spec.name_or_path
+    if name.startswith(("s3://", "file://")):
+        folder = scratch / "base" / name.partition("://")[2].replace("/", "-")
+        if not download_folder(open_store(name), "", folder):
+            raise SpecError(f"model.name_or_path: there is nothing under {name}")
+    elif Path(name).is_dir():
+        folder = Path(name)
+    elif Path(name).exists() or name.startswith((".", "/")) or name.count("/") != 1:
+        raise SpecError(f"model.name_or_path: {name} is no folder; give a model folder, an s3:// prefix or a hub id")
+    else:
+        folder = _from_hub(spec)
+    if not (folder / "config.json").is_file():
+        raise SpecError(f"model.name_or_path: {name} holds no config.json, so it is not a model")
+    return folder
+
+
+def _from_hub(spec: ModelSpec) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    name = spec.name_or_path
+    try:
+        found = snapshot_download(
+            name, revision=spec.revision, ignore_patterns=["original/*", "*.pth", "*.bin", "*.gguf"]
+        )
+    except GatedRepoError as error:
+        page = f"https://huggingface.co/{name}"
+        raise NotAllowed(f"model.name_or_path: {name} is gated; accept its terms at {page} and set HF_TOKEN") from error
+    except RepositoryNotFoundError as error:
+        raise SpecError(f"model.name_or_path: the hub has no {name} that this token may see") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise Unavailable(f"model.name_or_path: {name} is no folder, and the hub did not answer") from error
+    return Path(found)
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What the files of a base model say: `parameters` counts all weights, `linears` the layers by name."""
+
+    model_type: str
+    architecture: str
+    parameters: int
+    bytes: int
+    linears: dict[str, Linear]
+
+
+def base_facts(folder: Path) -> BaseFacts:
+    """Read `config.json` and the headers of the weight files; not one weight is loaded.
+
+    Raises SpecError naming the file that is missing or broken.
+    """
+    config = _json(folder / "config.json")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise SpecError(f"model.name_or_path: {folder} holds no .safetensors weights")
+    count, linears = 0, dict[str, Linear]()
+    for file in files:
+        for name, tensor in _header(file).items():
+            shape = tensor["shape"]
+            size = 1
+            for length in shape:
+                size *= length
+            count += size
+            if name.endswith(".weight") and len(shape) == 2:
+                linears[name.removesuffix(".weight")] = Linear(*shape)
+    architectures = config.get("architectures") or ["unknown"]
+    return BaseFacts(
+        model_type=str(config.get("model_type", "unknown")),
+        architecture=str(architectures[0]),
+        parameters=count,
+        bytes=sum(file.stat().st_size for file in files),
+        linears=linears,
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text())
+    except OSError as error:
+        raise SpecError(f"model.name_or_path: {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise SpecError(f"model.name_or_path: {path} is not JSON") from error
+    if not isinstance(tree, dict):
+        raise SpecError(f"model.name_or_path: {path} is not a JSON object")
+    return tree
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """The header of a safetensors file: 8 bytes of length, then JSON (the format's own specification)."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > 100_000_000:
+                raise ValueError
+            header: dict[str, Any] = json.loads(stream.read(length))
+    except (ValueError, struct.error, OSError) as error:
+        raise SpecError(f"model.name_or_path: {file} is not a safetensors file") from error
+    header.pop("__metadata__", None)
+    return header

@@ -1,0 +1,157 @@
+"""What the run says: lines for the person on call, `status.json` with a heartbeat, numbers as JSONL."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from job.errors import BUG, JobError, Preempted
+from job.store import Store
+
+log = logging.getLogger("job")
+
+HEARTBEAT_SECONDS = 15.0
+STATUS_KEY = "status.json"
+METRICS_KEY = "logs/metrics.jsonl"
+
+
+def start_logging(level: int = logging.INFO) -> None:
+    """One line an event on stderr, times in UTC."""
+    handler = logging.StreamHandler(sys.stderr)
+    formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+    formatter.converter = time.gmtime
+    handler.setFormatter(formatter)
+    log.handlers[:] = [handler]
+    log.setLevel(level)
+    log.propagate = False
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def watched() -> bool:
+    """True when a terminal looks at stderr, so that progress bars make sense."""
+    return sys.stderr.isatty()
+
+
+def bytes_text(size: float) -> str:
+    """`1536` → `1.5 kB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def one_line(error: BaseException) -> str:
+    """A reason on one line, for termination logs and status."""
+    return " ".join(str(error).split())
+
+
+class Record:
+    """The run's state, kept in memory, written to the store by a heartbeat and at every change of stage.
+
+    A store that does not take the status is reported once and never stops the run.
+    """
+
+    def __init__(self, store: Store, scratch: Path, **fields: Any) -> None:
+        self._store = store
+        self._metrics = scratch / "metrics.jsonl"
+        self._status: dict[str, Any] = {
+            "state": "running",
+            "stage": "plan",
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": now(),
+            **fields,
+        }
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._failing = False
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def kept(self) -> Iterator[Record]:
+        """Write the status every `HEARTBEAT_SECONDS` from a thread of its own, and how the block ended at the end."""
+        thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        thread.start()
+        ending: dict[str, Any] = {"state": "published", "exit_code": 0, "reason": "published"}
+        try:
+            yield self
+        except JobError as error:
+            state = "preempted" if isinstance(error, Preempted) else "failed"
+            ending = {"state": state, "exit_code": error.exit_code, "reason": one_line(error)}
+            raise
+        except BaseException as error:
+            ending = {"state": "failed", "exit_code": BUG, "reason": f"a bug: {type(error).__name__}"}
+            raise
+        finally:
+            self._ended.set()
+            thread.join()
+            self.write(ended=now(), **ending)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            self.write()
+
+    def update(self, **fields: Any) -> None:
+        """Change fields; they reach the store with the next beat."""
+        with self._lock:
+            self._status.update(fields)
+
+    def write(self, **fields: Any) -> None:
+        """Change fields and write the status now."""
+        with self._lock:
+            self._status.update(fields, updated=now())
+            body = json.dumps(self._status, indent=1).encode()
+            try:
+                self._store.write(STATUS_KEY, body)
+                self._failing = False
+            except JobError as error:
+                if not self._failing:
+                    log.warning("status is not written: %s", error)
+                self._failing = True
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[list[str]]:
+        """One stage. Facts appended to the list it yields end up on its log line, behind the seconds it took."""
+        started, facts = time.monotonic(), list[str]()
+        self.write(stage=name)
+        yield facts
+        self.seconds[name] = round(time.monotonic() - started, 2)
+        log.info("%s: %.1f s%s", name, self.seconds[name], "; " + ", ".join(facts) if facts else "")
+
+    def numbers(self, **values: Any) -> None:
+        """Append one line to `logs/metrics.jsonl` (local until `publish_numbers`)."""
+        with self._metrics.open("a") as file:
+            file.write(json.dumps({"time": now(), **values}) + "\n")
+
+    def resume_numbers(self, step: int) -> None:
+        """Take up the numbers of earlier attempts, less those of steps that will be made again."""
+        self._metrics.unlink(missing_ok=True)
+        try:
+            lines = self._store.read(METRICS_KEY).decode().splitlines()
+        except JobError:
+            return
+        kept = [line for line in lines if json.loads(line).get("step", 0) <= step]
+        self._metrics.write_text("".join(f"{line}\n" for line in kept))
+
+    def publish_numbers(self) -> None:
+        if self._metrics.exists():
+            self._store.write(METRICS_KEY, self._metrics.read_bytes())
+
+    def read_numbers(self) -> list[dict[str, Any]]:
+        if not self._metrics.exists():
+            return []
+        return [json.loads(line) for line in self._metrics.read_text().splitlines()]

@@ -1,0 +1,69 @@
+"""The story of one job, top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import MutableMapping
+from contextlib import ExitStack
+
+from job import publish
+from job.evaluate import measure
+from job.export import export
+from job.plan import describe, make_plan
+from job.preemption import Preemption
+from job.record import Record
+from job.scratch import prepare_scratch
+from job.spec import JobSpec
+from job.store import Store, check_writable, open_store
+from job.store.lease import acquire
+from job.survey import survey, torch_device
+
+log = logging.getLogger("job")
+
+LEASE_SECONDS = 60.0
+
+
+def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemption) -> None:
+    """From spec to `RESULT.json`. Returns when it is there; raises a JobError for every other foreseen ending.
+
+    Run again after any ending, it does what is missing and nothing else.
+    """
+    scratch = prepare_scratch(environment) / spec.digest[:16]
+    scratch.mkdir(exist_ok=True)
+    with ExitStack() as stack:
+        with preemption.leave_at_once():
+            store = open_output(spec)
+            if publish.is_published(store, spec):
+                log.info("published already: %s", spec.output.url)
+                return
+            check_writable(store)
+            lease = stack.enter_context(acquire(store, f"{socket.gethostname()}:{os.getpid()}", LEASE_SECONDS))
+        attempt = publish.begin(store, spec)
+        record = stack.enter_context(Record(store, scratch, name=spec.name, attempt=attempt).kept())
+        with preemption.leave_at_once():
+            with record.stage("stage in"):
+                found = survey(spec, store, scratch, fetch=True)
+            plan = make_plan(spec, found.facts)
+            log.info("%s", describe(spec, plan, found.facts))
+            data, base = found.data, found.base
+            assert data is not None
+            assert base is not None
+            with record.stage("load"):
+                # Imported here: a published job, and `check` on a laptop, need no torch.
+                from job.model.transformers_backend import load
+                from job.train.fit import fit
+
+                loaded = load(spec, base, torch_device())
+        before = measure(spec, store, record, preemption, loaded, data, "before")
+        fit(spec, plan, loaded, data, scratch, store, lease, record, preemption, attempt)
+        after = measure(spec, store, record, preemption, loaded, data, "after")
+        exported = export(spec, scratch, record, loaded, data)
+        facts = publish.report_facts(spec, found, plan, record, before, after, exported, attempt)
+        publish.publish(spec, store, lease, record, data, exported, facts)
+        log.info("published: %s", spec.output.url)
+
+
+def open_output(spec: JobSpec) -> Store:
+    return open_store(spec.output.url, sse=spec.output.sse, sse_kms_key_id=spec.output.sse_kms_key_id)

@@ -1,0 +1,64 @@
+"""The one writable place on the node. Every cache of every library below us goes there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+
+from job.errors import NotAllowed, Unavailable
+
+CACHES = {
+    "HF_HOME": "huggingface",
+    "HF_DATASETS_CACHE": "datasets",
+    "TORCH_HOME": "torch",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TRITON_CACHE_DIR": "triton",
+    "UNSLOTH_COMPILE_LOCATION": "unsloth",
+    "XDG_CACHE_HOME": "xdg",
+    "MPLCONFIGDIR": "matplotlib",
+    "NLTK_DATA": "nltk",
+}
+QUIET = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "UNSLOTH_DISABLE_STATISTICS": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+}
+
+
+def scratch_folder(environment: Mapping[str, str]) -> Path:
+    """`JOB_SCRATCH`, else a folder of this user under the system's temporary one."""
+    given = environment.get("JOB_SCRATCH", "").strip()
+    return Path(given) if given else Path(tempfile.gettempdir()) / f"vision-lora-job-{os.getuid()}"
+
+
+def prepare_scratch(environment: MutableMapping[str, str]) -> Path:
+    """Makes the scratch folder and points every cache below it, before any of those libraries is imported.
+
+    Raises NotAllowed when it cannot be written, Unavailable when the disk is full.
+    """
+    scratch = scratch_folder(environment)
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        probe = scratch / f".probe-{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        kind = Unavailable if error.errno == 28 else NotAllowed
+        raise kind(f"scratch folder {scratch}: {error.strerror}; set JOB_SCRATCH to a folder with room") from error
+    for variable, folder in CACHES.items():
+        environment.setdefault(variable, str(scratch / "cache" / folder))
+    for variable, value in QUIET.items():
+        environment.setdefault(variable, value)
+    return scratch
+
+
+def free_bytes(scratch: Path) -> int:
+    """Room left on scratch, in bytes; of its nearest parent that exists when it does not yet."""
+    while not scratch.exists():
+        scratch = scratch.parent
+    return shutil.disk_usage(scratch).free

@@ -1,0 +1,339 @@
+"""The job spec: one frozen tree that says everything about a run. Each field's sentence is also in `job schema`.
+
+Names are upstream's: `learning_rate` and `num_train_epochs` from transformers, `lora_alpha` and `use_rslora` from
+PEFT, `finetune_vision_layers` and `train_on_responses_only` from Unsloth, `max_length` from TRL.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+RADIOGRAPHER = "You are an expert radiographer. Describe accurately what you see in this image."
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True, protected_namespaces=()
+    )
+
+
+class ModelSpec(Section):
+    """The base model."""
+
+    name_or_path: str
+    """A hub id (`unsloth/Llama-3.2-11B-Vision-Instruct`), a local folder, or an `s3://` prefix."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model. Pin a commit to make the run repeatable."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Needs `revision` to be a full commit."""
+    backend: Literal["auto", "unsloth", "transformers"] = "auto"
+    """`auto` takes Unsloth on an NVIDIA GPU where it is installed, and plain transformers + PEFT elsewhere."""
+    precision: Literal["auto", "4bit", "16bit", "32bit"] = "auto"
+    """How the frozen base is held: `auto` is 16bit on a GPU that has room for it, else 4bit; 32bit on a CPU."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """The attention kernel."""
+
+
+class LoraSpec(Section):
+    """Which layers receive adapters, and of what shape."""
+
+    r: PositiveInt = 16
+    """Rank."""
+    lora_alpha: float = Field(16, gt=0)
+    """Scale: the update is multiplied by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapters' input while training. 0 keeps Unsloth's fast kernels."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases are trained too."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling (Kalajdzievski, 2023)."""
+    finetune_vision_layers: bool = True
+    """Adapt the vision tower."""
+    finetune_language_layers: bool = True
+    """Adapt the language model."""
+    finetune_attention_modules: bool = True
+    """Adapt attention projections."""
+    finetune_mlp_modules: bool = True
+    """Adapt feed-forward projections."""
+    target_modules: str | list[str] | None = None
+    """PEFT's own choice of modules (a regular expression or names). Replaces the four `finetune_` choices."""
+    init_adapter: str | None = None
+    """Start from an earlier adapter: a folder or `s3://` prefix in PEFT's format."""
+
+
+class DatasetSpec(Section):
+    """Rows of image and text, and how they are split."""
+
+    path: str
+    """A hub id, a local folder or file, or an `s3://` prefix."""
+    name: str | None = None
+    """Configuration name of a hub dataset."""
+    split: str = "train"
+    """Which split to train on."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+    format: Literal["auto", "imagefolder", "json", "parquet", "hub"] = "auto"
+    """How `path` is read. `auto` looks and says what it took."""
+    image_column: str = "image"
+    """Column with the image: embedded, or a path relative to the file that names it."""
+    answer_column: str = "caption"
+    """Column with the text to learn."""
+    instruction: str = RADIOGRAPHER
+    """What the user turn says beside the image."""
+    instruction_column: str | None = None
+    """Column with an instruction per row. Replaces `instruction`."""
+    system_prompt: str | None = None
+    """Text of a system turn, where the model has one."""
+    eval_path: str | None = None
+    """Held-out rows of your own, in the same format. Without it, rows are held out of `path`."""
+    eval_split: str | None = None
+    """Held-out split of the same hub dataset."""
+    eval_fraction: float = Field(0.1, ge=0, lt=1)
+    """Share of rows (or groups) held out when there is no `eval_path` or `eval_split`. 0 switches measuring off."""
+    group_column: str | None = None
+    """Rows with the same value here (a patient) are never on both sides of the split."""
+    max_rows: PositiveInt | None = None
+    """Use only the first so many rows. For trials."""
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    """Bad rows are set aside up to this share; above it the job stops with 65."""
+    max_image_pixels: PositiveInt = 50_000_000
+    """Larger images are bad rows (a decompression bomb is refused before it is decoded)."""
+    image_max_side: PositiveInt | None = None
+    """Shrink images so that the longer side is at most this many pixels, before the model's own processor."""
+
+
+class TrainingSpec(Section):
+    """The optimisation."""
+
+    num_train_epochs: PositiveInt = 3
+    """Passes over the training rows."""
+    max_steps: PositiveInt | None = None
+    """Stop after so many optimizer steps, whatever the epochs say."""
+    learning_rate: float = Field(2e-4, gt=0, lt=1)
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """Its course."""
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    """Share of all steps over which it rises."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's decay."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradient clipping. 0 is none."""
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit"] = "adamw_torch"
+    """Optimizer, by transformers' name."""
+    effective_batch_size: PositiveInt = 8
+    """Samples per optimizer step, over all devices and accumulation."""
+    per_device_train_batch_size: PositiveInt | Literal["auto"] = "auto"
+    """Samples per forward pass on one device. `auto` fits it to the card; accumulation is derived."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations to save memory. `auto` does so on a GPU."""
+    max_length: PositiveInt = 2048
+    """Tokens per sample, image tokens included. A longer sample is a bad row."""
+    train_on_responses_only: bool = True
+    """Loss on the answer only, not on the prompt."""
+    seed: int = Field(3407, ge=0, lt=2**32)
+    """Seed of adapters, order and dropout."""
+    dataloader_num_workers: int = Field(0, ge=0, le=64)
+    """Processes that prepare batches ahead."""
+    logging_steps: PositiveInt = 5
+    """Steps between lines of loss."""
+
+
+class CheckpointSpec(Section):
+    """How often the run is made safe."""
+
+    save_steps: PositiveInt = 50
+    """Optimizer steps between checkpoints. Preemption saves at once, whatever this says."""
+    keep: PositiveInt = 2
+    """Newest checkpoints to keep."""
+    keep_every: PositiveInt | None = None
+    """Also keep each checkpoint whose step is a multiple of this."""
+
+
+class LabelSpec(Section):
+    """A fact that a caption states, and how to read it from the text."""
+
+    column: str
+    """Column with the true value."""
+    values: list[str] | None = None
+    """Words to look for; right when exactly the true one is found. Default: all values of the column."""
+    pattern: str | None = None
+    """A regular expression instead, whose first group is the value."""
+
+
+class EvaluationSpec(Section):
+    """The measurement before and after."""
+
+    max_rows: PositiveInt = 200
+    """Held-out rows to generate for, spread evenly over all of them."""
+    max_new_tokens: PositiveInt = 128
+    """Longest answer."""
+    batch_size: PositiveInt = 8
+    """Rows generated at once."""
+    labels: dict[str, LabelSpec] = Field(default_factory=dict)
+    """Facts to score: `finding: {column: finding}` gives `finding_accuracy` and `finding_macro_f1`."""
+    groups: list[str] = Field(default_factory=list)
+    """Columns to report on separately (modality, sex, site)."""
+    bootstrap_samples: int = Field(1000, ge=100, le=100_000)
+    """Resamples for the intervals."""
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    """Level of the intervals."""
+
+
+class GateSpec(Section):
+    """How far merged weights may be from base + adapter."""
+
+    rows: PositiveInt = 16
+    """Held-out rows to compare on."""
+    max_mean_logit_difference: float = Field(0.05, gt=0)
+    """Mean absolute difference of logits over answer tokens, as a share of the logits' standard deviation."""
+    min_token_agreement: float = Field(0.97, gt=0, le=1)
+    """Share of answer tokens at which both put the same token first."""
+
+
+class ExportSpec(Section):
+    """What is published. The adapter always is."""
+
+    merged: bool = True
+    """Also publish 16-bit weights with the adapter folded in."""
+    max_shard_size: str = "5GB"
+    """Largest weight file."""
+    gate: GateSpec = GateSpec()
+    """When merged weights are refused."""
+
+
+class OutputSpec(Section):
+    """Where everything goes."""
+
+    url: str
+    """`s3://bucket/prefix`, `file:///folder` or a folder. One run owns it."""
+    on_conflict: Literal["refuse", "restart"] = "refuse"
+    """When `url` holds a run of a different spec: stop, or begin again from nothing."""
+    sse: Literal["AES256", "aws:kms"] | None = None
+    """Server-side encryption to demand of an `s3://` store."""
+    sse_kms_key_id: str | None = None
+    """Key for `aws:kms`."""
+
+
+class PrivacySpec(Section):
+    """What may be shown."""
+
+    report_images: bool = True
+    """Put held-out images and captions into the report. False leaves both out."""
+
+
+class JobSpec(Section):
+    """One fine-tuning job."""
+
+    name: str = "vision-lora"
+    """A label for logs, cards and reports."""
+    model: ModelSpec
+    lora: LoraSpec = LoraSpec()
+    dataset: DatasetSpec
+    training: TrainingSpec = TrainingSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    export: ExportSpec = ExportSpec()
+    output: OutputSpec
+    privacy: PrivacySpec = PrivacySpec()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what decides the result. Fields in `HARMLESS` may change between attempts."""
+        tree = {path: value for path, value in flatten(self.model_dump(mode="json")).items() if path not in HARMLESS}
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+HARMLESS = frozenset(
+    {
+        "name",
+        "training.logging_steps",
+        "training.dataloader_num_workers",
+        "checkpoint.save_steps",
+        "checkpoint.keep",
+        "checkpoint.keep_every",
+        "output.url",
+        "output.on_conflict",
+        "privacy.report_images",
+    }
+)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves by dotted path; lists and empty dicts are leaves."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            leaves |= flatten(value, f"{path}.")
+        else:
+            leaves[path] = value
+    return leaves
+
+
+def differences(old: JobSpec, new: JobSpec) -> list[str]:
+    """Fields that decide the result and differ, as `path: old → new`."""
+    before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
+    paths = sorted((before.keys() | after.keys()) - HARMLESS)
+    return [f"{p}: {before.get(p)!r} → {after.get(p)!r}" for p in paths if before.get(p) != after.get(p)]
+
+
+def contradictions(spec: JobSpec) -> list[str]:
+    """Fields that are each valid and cannot hold together, one sentence each."""
+    found: list[str] = []
+    lora, data, training = spec.lora, spec.dataset, spec.training
+    if lora.target_modules is None:
+        if not (lora.finetune_vision_layers or lora.finetune_language_layers):
+            found.append(
+                "lora: finetune_vision_layers and finetune_language_layers are both false, so nothing would be "
+                "trained; set at least one to true"
+            )
+        if not (lora.finetune_attention_modules or lora.finetune_mlp_modules):
+            found.append(
+                "lora: finetune_attention_modules and finetune_mlp_modules are both false, so nothing would be "
+                "trained; set at least one to true"
+            )
+    if isinstance(lora.target_modules, str):
+        try:
+            re.compile(lora.target_modules)
+        except re.error as error:
+            found.append(f"lora.target_modules: not a regular expression ({error})")
+    if spec.model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", spec.model.revision or ""):
+        found.append(
+            "model: trust_remote_code runs code from the hub, so model.revision must be a full commit (40 hex)"
+        )
+    if spec.model.backend == "unsloth" and spec.model.precision == "32bit":
+        found.append("model: backend unsloth trains on a 4bit or 16bit base; precision is 32bit")
+    if data.eval_path is not None and data.eval_split is not None:
+        found.append("dataset: eval_path and eval_split both name held-out rows; keep one")
+    if (data.eval_path or data.eval_split) and "eval_fraction" in data.model_fields_set:
+        found.append("dataset: eval_fraction holds rows out of path, but held-out rows are named already; remove one")
+    micro = training.per_device_train_batch_size
+    if micro != "auto" and training.effective_batch_size % micro:
+        found.append(
+            f"training: effective_batch_size {training.effective_batch_size} is not a multiple of "
+            f"per_device_train_batch_size {micro}"
+        )
+    for name, label in spec.evaluation.labels.items():
+        if label.values is not None and label.pattern is not None:
+            found.append(f"evaluation.labels.{name}: give values or pattern, not both")
+        if label.pattern is not None:
+            found += _pattern_problem(f"evaluation.labels.{name}.pattern", label.pattern)
+    if spec.output.sse_kms_key_id and spec.output.sse != "aws:kms":
+        found.append("output: sse_kms_key_id needs sse: aws:kms")
+    if spec.output.sse and not spec.output.url.startswith("s3://"):
+        found.append("output: sse is for s3:// stores")
+    return found
+
+
+def _pattern_problem(where: str, pattern: str) -> list[str]:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        return [f"{where}: not a regular expression ({error})"]
+    return [] if groups else [f"{where}: has no group; put the value in parentheses"]

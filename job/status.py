@@ -1,0 +1,50 @@
+"""How a job stands, read from its output alone."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from job.checkpoint import steps
+from job.errors import DataError
+from job.publish import RESULT_KEY, read_json
+from job.record import HEARTBEAT_SECONDS, STATUS_KEY
+from job.store import Store
+
+SILENT_AFTER = 4 * HEARTBEAT_SECONDS
+
+
+def describe_status(store: Store) -> str:
+    """A few lines for people. Raises DataError when no job was ever there."""
+    status, result = read_json(store, STATUS_KEY), read_json(store, RESULT_KEY)
+    if status is None and result is None:
+        raise DataError(f"{store.url} holds no job: there is no {STATUS_KEY}")
+    status = status or {}
+    lines = [f"{status.get('name', 'job')}: {_state(status, published=result is not None)}"]
+    if "step" in status:
+        lines.append(f"step {status['step']} of {status.get('steps', '?')}, loss {status.get('loss', '?')}")
+    if status.get("state") == "running" and "seconds_left" in status:
+        lines.append(f"training ends in about {status['seconds_left']} s")
+    saved = steps(store)
+    if saved:
+        lines.append(f"checkpoints: {', '.join(map(str, sorted(saved)))}")
+    if "attempt" in status:
+        lines.append(f"attempt {status['attempt']} on {status.get('host', '?')}, since {status.get('started', '?')}")
+    metrics = (result or {}).get("metrics") or {}
+    for name, change in sorted(metrics.get("change", {}).items()):
+        before, after = metrics["before"][name]["value"], metrics["after"][name]["value"]
+        lines.append(
+            f"  {name:<24} {before:>9.4f} → {after:>9.4f}  (change {change['low']:+.4f} to {change['high']:+.4f})"
+        )
+    return "\n".join(lines)
+
+
+def _state(status: dict[str, object], *, published: bool) -> str:
+    if published:
+        return "published"
+    if status.get("state") != "running":
+        return f"{status.get('state')}, exit {status.get('exit_code')}: {status.get('reason')}"
+    updated = datetime.fromisoformat(str(status.get("updated", "1970-01-01T00:00:00Z")))
+    silent = (datetime.now(UTC) - updated).total_seconds()
+    if silent > SILENT_AFTER:
+        return f"silent for {silent:.0f} s in stage {status.get('stage')}; killed, or cut off from its store"
+    return f"running, stage {status.get('stage')}"

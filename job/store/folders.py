@@ -1,0 +1,68 @@
+"""Whole folders up and down, several files at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import TypeVar
+
+from job.errors import DataError
+from job.store.local import disk
+from job.store.protocol import Digest, Store, checked_key
+
+FILES = 4  # at a time; the parts of all of them share the store's workers and buffers
+T = TypeVar("T")
+
+
+def files_of(folder: Path) -> list[str]:
+    """The names of the files below a folder, relative, with slashes, sorted."""
+    with disk(folder):
+        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def upload_folder(store: Store, folder: Path, prefix: str) -> dict[str, Digest]:
+    """Send every file below `folder` to `prefix/its/name`. Returns the digests by relative name."""
+    return upload_files(store, folder, {name: f"{prefix}/{name}" for name in files_of(folder)})
+
+
+def upload_files(store: Store, folder: Path, keys: dict[str, str]) -> dict[str, Digest]:
+    """Send the files named (relative to `folder`) to their keys, the largest first."""
+    for key in keys.values():
+        checked_key(key)
+    names = sorted(keys, key=lambda name: -(folder / name).stat().st_size)
+    return together({name: lambda name=name: store.upload(folder / name, keys[name]) for name in names})  # type: ignore[misc]
+
+
+def download_folder(store: Store, prefix: str, folder: Path) -> dict[str, Digest]:
+    """Fetch everything under `prefix/` into `folder`. A file that is there already is fetched again."""
+    beginning = prefix.rstrip("/") + "/" if prefix else ""
+    names = [entry.key.removeprefix(beginning) for entry in store.list(beginning)]
+    for name in names:
+        if not inside(folder, name):
+            raise DataError(f"The key {beginning + name!r} in {store.url} would be written outside {folder}.")
+    return together({name: lambda name=name: store.download(beginning + name, folder / name) for name in names})  # type: ignore[misc]
+
+
+def inside(folder: Path, name: str) -> bool:
+    """Whether a name from elsewhere stays in the folder: no `..`, no absolute path, no symbolic link on the way out."""
+    try:
+        checked_key(name)
+    except DataError:
+        return False
+    with contextlib.suppress(OSError, RuntimeError):
+        return (folder / name).resolve().is_relative_to(folder.resolve())
+    return False
+
+
+def together(work: dict[str, Callable[[], T]]) -> dict[str, T]:
+    """Run the pieces a few at a time; the first failure stops what has not begun and is raised."""
+    with ThreadPoolExecutor(FILES, thread_name_prefix="files") as pool:
+        futures: dict[str, Future[T]] = {name: pool.submit(piece) for name, piece in work.items()}
+        wait(futures.values(), return_when=FIRST_EXCEPTION)
+        for future in futures.values():
+            if future.done() and not future.cancelled() and future.exception() is not None:
+                pool.shutdown(wait=True, cancel_futures=True)
+                future.result()
+        return {name: future.result() for name, future in futures.items()}

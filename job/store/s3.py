@@ -1,0 +1,281 @@
+"""The door to S3 and everything that speaks it: AWS, Ceph, MinIO, R2 and the rest.
+
+Credentials, endpoint, region and authorities come from the platform's own variables, files and roles, as boto3 finds
+them: AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_CA_BUNDLE, AWS_ROLE_ARN with AWS_WEB_IDENTITY_TOKEN_FILE, AWS_CONFIG_FILE
+(where `s3 = addressing_style = virtual` chooses virtual-host addresses for a custom endpoint).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from urllib3.exceptions import HTTPError
+
+from job.errors import JobError, SpecError, Unavailable
+from job.store import transfer
+from job.store.faults import DAMAGED, code_of, explain
+from job.store.protocol import Capabilities, Conflict, Digest, Entry, Missing, checked_key
+
+BROKEN = (BotoCoreError, ClientError, HTTPError, HTTPClientError, OSError)
+
+
+def connect() -> Any:
+    """A client that retries what time can cure. Checksums are ours to send, once, where the store checks them."""
+    return boto3.session.Session().client(
+        "s3",
+        config=Config(
+            retries={"mode": "adaptive", "total_max_attempts": transfer.ATTEMPTS},
+            connect_timeout=10,
+            read_timeout=60,
+            tcp_keepalive=True,
+            max_pool_connections=4 * transfer.WORKERS,
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            s3={"payload_signing_enabled": False},
+        ),
+    )
+
+
+class S3Store:
+    """Objects under `s3://bucket/prefix`. `sse` is "AES256", "aws:kms" or None for what the bucket does by itself."""
+
+    def __init__(
+        self, url: str, bucket: str, prefix: str, *, sse: str | None = None, sse_kms_key_id: str | None = None
+    ) -> None:
+        self.url = url
+        self.bucket = bucket
+        self.prefix = prefix
+        self.sse = sse
+        self.sse_kms_key_id = sse_kms_key_id
+        self.client = connect()
+        self.endpoint = str(self.client.meta.endpoint_url)
+        self.part_size = transfer.PART
+        self.pool = ThreadPoolExecutor(transfer.WORKERS, thread_name_prefix="store")
+        self.buffers = transfer.Buffers(transfer.WORKERS + 2)
+        self._probed: Capabilities | None = None
+        self._probing = threading.Lock()
+
+    # Objects, small and whole
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
+        with self.explained("s3:ListBucket", prefix):
+            for page in pages:
+                for item in page.get("Contents", ()):
+                    key = item["Key"][len(self.prefix) :]
+                    if key and not key.endswith("/"):  # the zero-byte "folders" that consoles make
+                        yield Entry(key, item["Size"], item["LastModified"].timestamp())
+
+    def read(self, key: str) -> bytes:
+        """The bytes must match the ETag where that is an MD5; where it is something else, two reads must agree."""
+        before = None
+        for _ in range(transfer.ATTEMPTS):
+            with contextlib.suppress(HTTPError, HTTPClientError, OSError):
+                answer = self.call("get_object", "s3:GetObject", key)
+                data: bytes = answer["Body"].read()
+                etag = answer["ETag"].strip('"')
+                if data == before or hashlib.md5(data, usedforsecurity=False).hexdigest() == etag:
+                    return data
+                before = data
+        raise Unavailable(f"Reading {self.place(key)} broke off again and again.")
+
+    def version(self, key: str) -> str:
+        return str(self.call("head_object", "s3:GetObject", key)["ETag"])
+
+    def age(self, key: str) -> float:
+        answer = self.call("head_object", "s3:GetObject", key)
+        sent = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+        now = parsedate_to_datetime(sent).timestamp() if sent else time.time()
+        return now - float(answer["LastModified"].timestamp())
+
+    def write(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
+        condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": if_match} if if_match is not None else {}
+        if condition and not self.capabilities.conditional:
+            self._look_first(key, if_match)
+            condition = {}
+        try:
+            return self.put(key, data, condition)
+        except (Conflict, Missing):
+            # Our own first try may have arrived while its answer was lost; then what is there is what we wrote.
+            with contextlib.suppress(Missing):
+                if self.read(key) == data:
+                    return self.version(key)
+            raise Conflict(f"Another writer changed {self.place(key)}.") from None
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """One by one: the bulk call wants a checksum that older stores do not know, and ours are few."""
+        for done in [self.pool.submit(self.call, "delete_object", "s3:DeleteObject", checked_key(key)) for key in keys]:
+            done.result()
+
+    # Files of any size
+
+    def upload(self, path: Path, key: str) -> Digest:
+        return transfer.upload(self, path, checked_key(key))
+
+    def download(self, key: str, path: Path, *, sha256: str | None = None) -> Digest:
+        return transfer.download(self, key, path, sha256)
+
+    def abort_stale(self, prefix: str, older_than: float) -> int:
+        pages = self.client.get_paginator("list_multipart_uploads")
+        count = 0
+        with self.explained("s3:ListBucketMultipartUploads", prefix):
+            for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix):
+                now = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
+                for item in page.get("Uploads", ()):
+                    if (now - item["Initiated"]).total_seconds() >= older_than:
+                        key = item["Key"][len(self.prefix) :]
+                        with contextlib.suppress(Missing):
+                            self.call(
+                                "abort_multipart_upload", "s3:AbortMultipartUpload", key, UploadId=item["UploadId"]
+                            )
+                        count += 1
+        return count
+
+    # What this store really does
+
+    @property
+    def capabilities(self) -> Capabilities:
+        with self._probing:
+            if self._probed is None:
+                self._probed = self.probe()
+            return self._probed
+
+    def probe(self) -> Capabilities:
+        """Learn on a small object of our own: conditions, checksums, encryption."""
+        key = f"probe-{secrets.token_hex(6)}"
+        weaker = []
+        try:
+            checksums = self._checks_checksums(key)
+            if not checksums:
+                weaker.append(
+                    f"{self.endpoint} checks no checksums, so an MD5 of each part is compared with its answer."
+                )
+            self.put(key, b"a", {}, checksums=checksums)
+            conditional = self._refuses(key, {"IfNoneMatch": "*"}) and self._refuses(key, {"IfMatch": '"0"'})
+            if not conditional:
+                weaker.append(f"{self.endpoint} has no conditional writes, so two writers may not see each other.")
+        finally:
+            with contextlib.suppress(Missing):
+                self.call("delete_object", "s3:DeleteObject", key)
+        self._probed = Capabilities(conditional, checksums, tuple(weaker))
+        return self._probed
+
+    def _checks_checksums(self, key: str) -> bool:
+        """True if a wrong checksum is refused and a right one is not."""
+        for data, refused in ((b"right", False), (b"wrong", True)):
+            try:
+                self.client.put_object(
+                    Bucket=self.bucket,
+                    Key=self.prefix + key,
+                    Body=data,
+                    **transfer.sha256(b"right"),
+                    **self.encryption(),
+                )
+            except ClientError as error:
+                if code_of(error)[1] not in (400, 501):
+                    raise explain(error, "s3:PutObject", self.place(key), self.endpoint) from error
+                if not refused:
+                    return False
+            except BROKEN as error:
+                raise explain(error, "s3:PutObject", self.place(key), self.endpoint) from error
+            else:
+                if refused:
+                    return False
+        return True
+
+    def _refuses(self, key: str, condition: dict[str, str]) -> bool:
+        try:
+            self.client.put_object(
+                Bucket=self.bucket, Key=self.prefix + key, Body=b"b", **condition, **self.encryption()
+            )
+        except ClientError as error:
+            return code_of(error)[1] == 412
+        except BROKEN as error:
+            raise explain(error, "s3:PutObject", self.place(key), self.endpoint) from error
+        return False
+
+    def _look_first(self, key: str, if_match: str | None) -> None:
+        """The weaker guarantee: look, then write. Two writers in the same moment may both pass."""
+        try:
+            there: str | None = self.version(key)
+        except Missing:
+            there = None
+        if there != if_match:
+            raise Conflict(f"Another writer changed {self.place(key)}.")
+
+    # The one way to call
+
+    def put(self, key: str, data: bytes, condition: dict[str, Any], *, checksums: bool | None = None) -> str:
+        """One object in one request; the answer must show the encryption asked for. Returns the version."""
+        checked = self.capabilities.checksums if checksums is None else checksums
+        check = transfer.sha256(data) if checked else transfer.md5(data)
+        answer = self.call("put_object", "s3:PutObject", key, Body=data, **check, **condition, **self.encryption())
+        try:
+            self.check_encryption(answer, key)
+        except SpecError:
+            self.call("delete_object", "s3:DeleteObject", key)
+            raise
+        if not checked:
+            self.check_etag(answer, data, key)
+        return str(answer["ETag"])
+
+    def call(self, method: str, action: str, key: str, **arguments: Any) -> Any:
+        """One request about one key, retried, with its errors as sentences."""
+        with self.explained(action, key):
+            for attempt in itertools.count(1):
+                try:
+                    return getattr(self.client, method)(Bucket=self.bucket, Key=self.prefix + key, **arguments)
+                except ClientError as error:
+                    code, status = code_of(error)
+                    if attempt == transfer.ATTEMPTS or not (code in DAMAGED or status == 409):
+                        raise
+                    time.sleep(min(0.1 * 2**attempt, 5))
+        raise AssertionError("unreachable")
+
+    @contextlib.contextmanager
+    def explained(self, action: str, key: str) -> Iterator[None]:
+        try:
+            yield
+        except JobError:
+            raise
+        except BROKEN as error:
+            raise explain(error, action, self.place(key), self.endpoint) from error
+
+    def place(self, key: str) -> str:
+        return f"s3://{self.bucket}/{self.prefix}{key}"
+
+    def encryption(self) -> dict[str, str]:
+        asked = {"ServerSideEncryption": self.sse, "SSEKMSKeyId": self.sse_kms_key_id}
+        return {name: value for name, value in asked.items() if value is not None}
+
+    def check_encryption(self, answer: dict[str, Any], key: str) -> None:
+        """Refuse a store that took the bytes without the encryption that was asked for."""
+        used = answer.get("ServerSideEncryption")
+        key_used = str(answer.get("SSEKMSKeyId", ""))
+        right_key = self.sse_kms_key_id is None or key_used.endswith(self.sse_kms_key_id.rpartition("/")[2])
+        if self.sse is None or (used == self.sse and right_key):
+            return
+        raise SpecError(
+            f"{self.endpoint} stored {self.place(key)} with encryption {used} {key_used}, not with {self.sse} "
+            f"{self.sse_kms_key_id or ''} as the spec asks.".replace("  ", " ")
+        )
+
+    def check_etag(self, answer: dict[str, Any], data: bytes | bytearray | memoryview, key: str) -> None:
+        """For a store that checks no checksum itself: its MD5 against ours, where its ETag is one."""
+        etag = str(answer["ETag"]).strip('"')
+        is_md5 = len(etag) == 32 and not answer.get("ServerSideEncryption")
+        if is_md5 and etag != hashlib.md5(data, usedforsecurity=False).hexdigest():
+            raise Unavailable(f"{self.place(key)} arrived damaged at {self.endpoint}.")

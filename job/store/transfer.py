@@ -1,0 +1,246 @@
+"""Large files to and from S3: parts in parallel, one SHA-256 pass beside the wire, memory bounded by the buffers."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import os
+import queue
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
+from io import FileIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from botocore.exceptions import BotoCoreError
+from urllib3.exceptions import HTTPError
+
+from job.errors import DataError, JobError, Unavailable
+from job.store.local import disk
+from job.store.protocol import Corrupt, Digest, Missing
+
+if TYPE_CHECKING:
+    from job.store.s3 import S3Store
+
+PART = 16 * 2**20
+MAX_PARTS = 9_000  # S3 takes 10,000
+WORKERS = 4
+WINDOW = WORKERS + 1
+ATTEMPTS = 8
+
+
+class Buffers:
+    """A few reusable buffers. Whoever wants one waits until one is free: that is the bound on memory."""
+
+    def __init__(self, count: int) -> None:
+        self._free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
+        for _ in range(count):
+            self._free.put(bytearray())
+
+    def take(self, size: int) -> bytearray:
+        """Only for a caller that holds none, or gives back what it holds without asking for more."""
+        buffer = self._free.get()
+        return buffer if len(buffer) == size else bytearray(size)
+
+    def take_if_free(self, size: int) -> bytearray | None:
+        try:
+            buffer = self._free.get_nowait()
+        except queue.Empty:
+            return None
+        return buffer if len(buffer) == size else bytearray(size)
+
+    def give(self, buffer: bytearray) -> None:
+        self._free.put(buffer)
+
+
+def upload(store: S3Store, path: Path, key: str) -> Digest:
+    """Send a file in one request, or in parts when it is larger than one. The digest is of the bytes that were sent."""
+    with disk(path), path.open("rb", buffering=0) as source:
+        size = os.fstat(source.fileno()).st_size
+        if size <= store.part_size:
+            data = source.read(size + 1)
+            whole = hashlib.sha256(data)
+            _unchanged(len(data), size, path)
+            store.put(key, data, {})
+            return Digest(size, whole.hexdigest())
+        name = os.urandom(8).hex()
+        algorithm = {"ChecksumAlgorithm": "SHA256"} if store.capabilities.checksums else {}
+        begun = store.call(
+            "create_multipart_upload", "s3:PutObject", key, Metadata={"upload": name}, **algorithm, **store.encryption()
+        )
+        try:
+            store.check_encryption(begun, key)
+            digest = hashlib.sha256()
+            parts = _send(store, source, size, key, begun["UploadId"], digest)
+            _unchanged((source.read(1) and size + 1) or size, size, path)
+            _complete(store, key, begun["UploadId"], parts, name)
+        except BaseException:
+            with contextlib.suppress(JobError):
+                store.call("abort_multipart_upload", "s3:AbortMultipartUpload", key, UploadId=begun["UploadId"])
+            raise
+        return Digest(size, digest.hexdigest())
+
+
+def sha256(data: bytes | bytearray) -> dict[str, str]:
+    """What the store checks a body against as it arrives. Cheap where the processor has it built in, on both sides."""
+    return {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": base64.b64encode(hashlib.sha256(data).digest()).decode()}
+
+
+def md5(data: bytes | bytearray) -> dict[str, str]:
+    """The same for a store that knows only the old way, at twice the cost."""
+    return {"ContentMD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
+
+
+def _unchanged(found: int, size: int, path: Path) -> None:
+    if found != size:
+        raise DataError(f"{path} changed its size while it was being uploaded.")
+
+
+def _send(
+    store: S3Store, source: FileIO, size: int, key: str, upload_id: str, digest: hashlib._Hash
+) -> list[dict[str, Any]]:
+    """Read part by part; each is sent by a worker while this thread hashes it."""
+    part_size = max(store.part_size, -(-size // MAX_PARTS))
+    sent: list[Future[dict[str, Any]]] = []
+    try:
+        for number, start in enumerate(range(0, size, part_size), 1):
+            for earlier in sent:
+                if earlier.done():
+                    earlier.result()  # raises early, when a part has failed for good
+            buffer = store.buffers.take(part_size)
+            view = memoryview(buffer)[: min(part_size, size - start)]
+            try:
+                _fill(source, view)
+                body = buffer if len(view) == len(buffer) else bytes(view)
+                future = store.pool.submit(_send_part, store, key, upload_id, number, body)
+            except BaseException:
+                store.buffers.give(buffer)
+                raise
+            sent.append(future)
+            digest.update(view)
+            future.add_done_callback(lambda _, buffer=buffer: store.buffers.give(buffer))  # type: ignore[misc]
+        return [future.result() for future in sent]
+    finally:
+        for future in sent:
+            future.cancel()
+        wait(sent)
+
+
+def _fill(source: FileIO, view: memoryview) -> None:
+    got = 0
+    while got < len(view):
+        count = source.readinto(view[got:])
+        if not count:
+            raise DataError(f"{source.name} became shorter while it was being uploaded.")
+        got += count
+
+
+def _send_part(store: S3Store, key: str, upload_id: str, number: int, body: bytes | bytearray) -> dict[str, Any]:
+    checked = store.capabilities.checksums
+    check = sha256(body) if checked else md5(body)
+    answer = store.call("upload_part", "s3:PutObject", key, UploadId=upload_id, PartNumber=number, Body=body, **check)
+    if checked:
+        return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumSHA256": check["ChecksumSHA256"]}
+    store.check_etag(answer, body, key)
+    return {"PartNumber": number, "ETag": answer["ETag"]}
+
+
+def _complete(store: S3Store, key: str, upload_id: str, parts: list[dict[str, Any]], name: str) -> None:
+    try:
+        store.call(
+            "complete_multipart_upload", "s3:PutObject", key, UploadId=upload_id, MultipartUpload={"Parts": parts}
+        )
+    except Missing:
+        # The first try may have succeeded while its answer was lost: the object then carries the name of this upload.
+        there = store.call("head_object", "s3:GetObject", key)
+        if there.get("Metadata", {}).get("upload") != name:
+            raise
+
+
+def download(store: S3Store, key: str, path: Path, promised: str | None) -> Digest:
+    """Fetch ranges in parallel, hash and write them in order, so that the part file is always a true beginning."""
+    there = store.call("head_object", "s3:GetObject", key)
+    size, etag = int(there["ContentLength"]), str(there["ETag"])
+    mark = hashlib.sha256(etag.encode()).hexdigest()[:12]
+    partial = path.parent / f".{path.name[:200]}.{mark}.part"
+    with disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for fresh in (False, True):
+            digest = _fetch_all(store, key, etag, size, partial, fresh)
+            if promised is None or digest.sha256 == promised:
+                partial.replace(path)
+                return digest
+        partial.unlink()
+    raise Corrupt(f"{store.place(key)} has SHA-256 {digest.sha256}, not {promised} as promised.")
+
+
+def _fetch_all(store: S3Store, key: str, etag: str, size: int, partial: Path, fresh: bool) -> Digest:
+    digest = hashlib.sha256()
+    with partial.open("wb" if fresh else "ab+", buffering=0) as target:
+        target.seek(0)
+        while chunk := b"" if fresh else target.read(2**20):
+            digest.update(chunk)
+        done = target.tell()
+        if done > size:
+            target.truncate(0)
+            return _fetch_all(store, key, etag, size, partial, fresh=True)
+        free = shutil.disk_usage(partial.parent).free
+        if free < size - done:
+            raise Unavailable(
+                f"The disk that holds {partial.parent} has {free / 1e9:.1f} GB free, and {store.place(key)} needs "
+                f"{(size - done) / 1e9:.1f} GB."
+            )
+        for view in _ranges(store, key, etag, done, size):
+            target.write(view)
+            digest.update(view)
+    return Digest(size, digest.hexdigest())
+
+
+def _ranges(store: S3Store, key: str, etag: str, start: int, size: int) -> Iterator[memoryview]:
+    """The object from `start` on, in order, several ranges in flight. A view lives until the next is asked for."""
+    window: deque[tuple[Future[None], bytearray, memoryview]] = deque()
+    ahead = start
+    try:
+        while True:
+            while len(window) < WINDOW and ahead < size:
+                # Waiting for a buffer while holding some would starve the other files of the folder, and they us.
+                take = store.buffers.take_if_free if window else store.buffers.take
+                if (buffer := take(store.part_size)) is None:
+                    break
+                view = memoryview(buffer)[: min(store.part_size, size - ahead)]
+                window.append((store.pool.submit(_fetch, store, key, etag, ahead, view), buffer, view))
+                ahead += len(view)
+            if not window:
+                return
+            future, buffer, view = window[0]
+            future.result()
+            yield view
+            window.popleft()
+            store.buffers.give(buffer)
+    finally:
+        for future, buffer, _ in window:
+            if not future.cancel():
+                wait([future])
+            store.buffers.give(buffer)
+
+
+def _fetch(store: S3Store, key: str, etag: str, start: int, view: memoryview) -> None:
+    """Fill `view` from the object, going on where a broken answer stopped."""
+    got = failures = 0
+    while got < len(view):
+        before = got
+        try:
+            wanted = f"bytes={start + got}-{start + len(view) - 1}"
+            body = store.call("get_object", "s3:GetObject", key, Range=wanted, IfMatch=etag)["Body"]
+            with contextlib.closing(body):
+                while got < len(view) and (count := body.readinto(view[got:])):
+                    got += count
+        except (HTTPError, BotoCoreError, OSError) as error:
+            failures = 0 if got > before else failures + 1
+            if failures == ATTEMPTS:
+                raise Unavailable(f"Reading {store.place(key)} broke off again and again: {error}.") from error
+            time.sleep(min(0.1 * 2**failures, 5))

@@ -1,0 +1,143 @@
+"""The facts that a plan is made from: one listing of the output, one look at the data, the headers of the weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from job.checkpoint import steps
+from job.data import Data, prepare
+from job.model import choose_backend
+from job.model.fetch import base_facts, fetch_base
+from job.plan import Device, Facts
+from job.record import watched
+from job.scratch import free_bytes
+from job.spec import JobSpec
+from job.store import Store
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Facts for the plan, and what was opened to learn them. None where `facts.notes` says why."""
+
+    facts: Facts
+    data: Data | None
+    base: Path | None
+
+
+def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool) -> Survey:
+    """Look at everything. With `fetch`, remote models and data are brought to scratch; without, they stay unknown.
+
+    Raises SpecError and DataError for what is wrong with model and data.
+    """
+    notes = list[str]()
+    has_torch = importlib.util.find_spec("torch") is not None
+    device = find_device(has_torch)
+    if fetch or device.kind == "cuda" or spec.model.backend != "unsloth":
+        choose_backend(spec.model, device.kind == "cuda")
+    base = data = example = None
+    if fetch or is_local(spec.model.name_or_path):
+        base = fetch_base(spec.model, scratch)
+    else:
+        notes.append(f"{spec.model.name_or_path} is not here yet: sizes are known after stage in")
+    if importlib.util.find_spec("datasets") is None:
+        notes.append("the data was not looked at: install the train extra to do so")
+    elif fetch or is_local(spec.dataset.path):
+        data = prepare(spec, scratch, _progress("look at data"))
+    else:
+        notes.append(f"{spec.dataset.path} is not here yet: rows are counted after stage in")
+    if data is not None and base is not None and has_torch:
+        example = rendered(spec, base, data)
+    facts = Facts(
+        keys=frozenset(entry.key for entry in store.list() if not entry.key.startswith("checkpoints/")),
+        checkpoints=tuple(steps(store)),
+        data=data.facts if data else None,
+        base=base_facts(base) if base else None,
+        device=device,
+        scratch_free=free_bytes(scratch),
+        example=example,
+        notes=tuple(notes),
+    )
+    return Survey(facts, data, base)
+
+
+def is_local(path: str) -> bool:
+    return path.startswith("file://") or (not path.startswith("s3://") and (Path(path).exists() or path[:1] in "./~"))
+
+
+def find_device(has_torch: bool) -> Device:
+    """The GPU that will be used, else the CPU. Without torch, nvidia-smi is asked."""
+    if has_torch:
+        import torch
+
+        if torch.cuda.is_available():
+            facts = torch.cuda.get_device_properties(0)
+            return Device("cuda", str(facts.name), int(facts.total_memory))
+    elif shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+        answer = subprocess.run(query, capture_output=True, text=True, check=False)
+        if answer.returncode == 0 and answer.stdout.strip():
+            name, _, mebibytes = answer.stdout.strip().splitlines()[0].rpartition(",")
+            return Device("cuda", name, int(mebibytes) * 1024**2)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Device("cpu", f"CPU, {os.cpu_count()} cores", memory)
+
+
+def torch_device() -> torch.device:
+    import torch
+
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def rendered(spec: JobSpec, base: Path, data: Data) -> str:
+    """The first training row as the model sees it, what is learned between ⟦ and ⟧; without its text when privacy says so."""
+    from job.model.collator import IGNORE, Collator
+    from job.model.transformers_backend import load_processor
+
+    processor = load_processor(spec.model, base)
+    batch = Collator(processor, spec.training.max_length, spec.training.train_on_responses_only)([data.train[0]])
+    ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+    learned = [label != IGNORE for label in labels]
+    if not spec.privacy.report_images:
+        return f"{len(ids)} tokens, {sum(learned)} of them learned (text not shown: privacy.report_images is false)"
+    pieces, start = list[str](), 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or learned[end] != learned[start] or _repeats(ids, end) != _repeats(ids, start):
+            run = ids[start:end]
+            text = processor.tokenizer.decode(run if not _repeats(ids, start) else run[:1])
+            text += f"×{len(run)}" if _repeats(ids, start) else ""
+            pieces.append(f"⟦{text}⟧" if learned[start] else text)
+            start = end
+    return f"{''.join(pieces)}\n{len(ids)} tokens, {sum(learned)} of them learned"
+
+
+def _repeats(ids: list[int], place: int) -> bool:
+    """Whether the token here is one of a run: an expanded image."""
+    return ids[place] in (ids[place - 1] if place else None, ids[place + 1] if place + 1 < len(ids) else None)
+
+
+def _progress(title: str) -> Any:
+    """A bar where a terminal watches; silence otherwise."""
+    if not watched():
+        return lambda done, total: None
+    from tqdm import tqdm
+
+    bar: Any = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        bar = bar or tqdm(total=total, desc=title, unit="row")
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+            bar = None
+
+    return show

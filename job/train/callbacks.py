@@ -1,0 +1,148 @@
+"""What happens between steps: numbers, checkpoints, and leaving on notice."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from job.errors import JobError
+from job.preemption import Preemption
+from job.record import Record, watched
+
+log = logging.getLogger("job")
+
+
+class Numbers(TrainerCallback):
+    """Loss, learning rate and speed: a line for people, JSONL for machines, a bar where a terminal watches."""
+
+    def __init__(self, record: Record, effective_batch_size: int) -> None:
+        self.record, self.samples = record, effective_batch_size
+        self.bar: tqdm[Any] | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.time, self.step = time.monotonic(), state.global_step
+        self.record.update(step=state.global_step, steps=state.max_steps)
+        if watched():
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.record.update(step=state.global_step, epoch=round(state.epoch or 0, 4))
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        elapsed, steps = time.monotonic() - self.time, state.global_step - self.step
+        self.time, self.step = time.monotonic(), state.global_step
+        seconds = elapsed / max(steps, 1)
+        self.record.numbers(
+            step=state.global_step,
+            epoch=round(state.epoch or 0, 4),
+            loss=logs["loss"],
+            learning_rate=logs["learning_rate"],
+            grad_norm=logs.get("grad_norm"),
+            step_seconds=round(seconds, 4),
+            samples_per_second=round(self.samples / seconds, 3) if seconds else None,
+        )
+        left = seconds * (state.max_steps - state.global_step)
+        self.record.update(loss=logs["loss"], seconds_left=round(left))
+        if self.bar is not None:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+        else:
+            log.info(
+                "train: step %d/%d, loss %.4f, %.2f s a step, %.0f s left",
+                state.global_step,
+                state.max_steps,
+                logs["loss"],
+                seconds,
+                left,
+            )
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Safety(TrainerCallback):
+    """Commits what the trainer saved, and leaves at the end of the current micro-batch when asked to stop.
+
+    `keep(step, folder, epoch)` makes a saved folder durable. A half-made step is dropped: weights and optimizer are those
+    of the last finished step until the next one is complete, and the random states of that moment are put back
+    before saving, so that the step is made again exactly.
+    """
+
+    def __init__(self, preemption: Preemption, keep: Callable[[int, Path, float], None]) -> None:
+        self.preemption, self.keep = preemption, keep
+        self.trainer: Any = None
+        self.last_saved = -1
+        self.random_states: dict[str, Any] = {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.last_saved = state.global_step if state.global_step else -1
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.preemption.requested:
+            if self.random_states:
+                restore_random_states(self.random_states)
+            self._leave(args, state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.random_states = random_states()
+        if self.preemption.requested and state.global_step < state.max_steps:
+            self._leave(args, state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._commit(args, state)
+
+    def _commit(self, args: TrainingArguments, state: TrainerState) -> None:
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        self.keep(state.global_step, folder, state.epoch or 0.0)
+        self.last_saved = state.global_step
+
+    def _leave(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Save the last finished step unless it is saved already, then raise Preempted."""
+        if state.global_step > 0 and state.global_step != self.last_saved:
+            try:
+                self.trainer.save_state_now()
+                self._commit(args, state)
+            except JobError as error:
+                log.warning("preempted, and the last step could not be saved: %s", error)
+        noticed = self.preemption.noticed
+        if noticed is not None:
+            log.info("notice → commit: %.1f s, at step %d", time.monotonic() - noticed, state.global_step)
+        self.preemption.check()
+
+
+def random_states() -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's generators (CPU and each GPU)."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["cpu"])
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from job.evaluate import labels
+
+
+def spec(values: list[str] | None = None, pattern: str | None = None) -> SimpleNamespace:
+    return SimpleNamespace(values=values, pattern=pattern)
+
+
+def read(text: str, values: list[str] | None = None, pattern: str | None = None) -> str:
+    return labels.reader(spec(values, pattern), ["nodule"]).read(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "stated"),
+    [
+        ("A NODULE is seen", "nodule"),
+        ("nodules, noduleless", labels.NONE),
+        ("nodule; the nodule again", "nodule"),
+        ("nodule and effusion", labels.SEVERAL),
+        ("a pleural\n effusion", "pleural effusion"),
+        ("a pleural effusion and an effusion", labels.SEVERAL),
+        ("an effusion.", "effusion"),
+        ("", labels.NONE),
+    ],
+)
+def test_the_values_found_as_whole_words_decide(text: str, stated: str) -> None:
+    assert read(text, ["nodule", "effusion", "pleural effusion"]) == stated
+
+
+def test_values_with_signs_of_regular_expressions_mean_themselves() -> None:
+    assert read("grade 1 (a+b) seen", ["1 (a+b)", "."]) == "1 (a+b)"
+
+
+def test_without_values_the_reference_labels_are_looked_for() -> None:
+    assert read("a nodule") == "nodule"
+
+
+def test_the_first_group_of_the_first_match_of_a_pattern_decides() -> None:
+    assert read("Finding: Nodule. Finding: effusion.", ["effusion"], r"finding: (\w+)") == "nodule"
+
+
+def test_what_a_pattern_finds_besides_the_classes_is_not_repeated() -> None:
+    assert read("Finding: Mrs Smith", None, r"finding: (.+)") == labels.OTHER
+
+
+def test_a_pattern_without_a_group_is_refused() -> None:
+    with pytest.raises(ValueError, match="has no group"):
+        read("x", None, "nodule")
+
+
+def test_a_row_without_a_reference_label_does_not_count() -> None:
+    rows = [
+        {"labels": {"finding": "Nodule"}, "generated": "nodule"},
+        {"labels": {"finding": None}, "generated": "nodule"},
+        {"labels": {}, "generated": "nodule"},
+    ]
+    classes, pairs = labels.stated_and_right(rows, "finding", spec(["nodule", "effusion"]))
+    assert classes == ("effusion", "nodule")
+    assert pairs == [("nodule", "nodule"), None, None]
+
+
+def test_confusion_counts_every_labelled_row_once() -> None:
+    pairs = [("a", "a"), ("a", "b"), ("a", "b"), None, ("b", labels.NONE)]
+    assert labels.confusion(pairs) == {"a": {"a": 1, "b": 2}, "b": {labels.NONE: 1}}
+    assert labels.commonest_share(pairs) == 0.75

@@ -1,0 +1,112 @@
+"""Before against after on the same rows: coverage, p, and reproducibility."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from job.evaluate import paired, scores
+from job.evaluate.paired import Pair, Settings
+
+ALL = np.ones
+
+
+def means(before: Any, after: Any) -> Pair:
+    """The pair of a mean over rows."""
+    both = []
+    for values in (before, after):
+        rows = np.stack([np.asarray(values, float), np.ones(len(values))], axis=-1)
+        both.append(scores.Sums(rows, np.ones(len(values), bool), scores.ratio))
+    return paired.pair(*both)
+
+
+def measured(before: Any, after: Any, samples: int = 300, seed: int = 0, units: Any = None) -> dict[str, Any]:
+    units = np.arange(len(before)) if units is None else units
+    result = paired.measure({"mean": means(before, after)}, units, Settings(samples, 0.95, seed))
+    return {when: result[when]["mean"] for when in result}
+
+
+def test_intervals_of_a_skewed_mean_and_its_change_cover_at_the_stated_rate() -> None:
+    draw, runs, hits = np.random.default_rng(1), 500, {"before": 0, "after": 0, "change": 0}
+    truth = {"before": 1 / 4, "after": 1 / 2, "change": 1 / 4}
+    for seed in range(runs):
+        shared = draw.beta(1, 3, 30)
+        result = measured(shared, 0.5 * shared + 0.5 * draw.beta(3, 1, 30), 400, seed)
+        for when in hits:
+            hits[when] += result[when]["low"] <= truth[when] <= result[when]["high"]
+    for count in hits.values():
+        assert count / runs == pytest.approx(0.95, abs=0.025)
+
+
+def test_intervals_of_bleu_cover_the_value_of_the_whole_population(make_rows: Callable[..., Any]) -> None:
+    size, runs = 3000, 250
+    before, after = make_rows(0.2, size, wordy=False), make_rows(0.7, size)
+    sums = [scores.sample_scores(rows, {})["bleu"] for rows in (before, after)]
+    whole = paired.pair(*sums)
+    truth = [float(one.finish(one.rows.sum(axis=0))) for one in sums]
+    draw, hits = np.random.default_rng(2), np.zeros(2)
+    for seed in range(runs):
+        chosen = np.zeros(size, bool)
+        chosen[draw.choice(size, 40, replace=False)] = True
+        result = paired.measure({"bleu": whole.subset(chosen)}, np.arange(40), Settings(400, 0.95, seed))
+        for place, (when, true) in enumerate((("after", truth[1]), ("change", truth[1] - truth[0]))):
+            hits[place] += result[when]["bleu"]["low"] <= true <= result[when]["bleu"]["high"]
+    assert hits / runs == pytest.approx(0.95, abs=0.035)
+
+
+def test_p_is_uniform_when_nothing_changed() -> None:
+    draw = np.random.default_rng(3)
+    found = np.sort([measured(draw.random(25), draw.random(25), 199, seed)["change"]["p"] for seed in range(500)])
+    # Kolmogorov-Smirnov: 1.63 / sqrt(500) is its 1 % point
+    assert np.abs(found - np.arange(1, 501) / 500).max() < 1.63 / 500**0.5 + 1 / 200
+
+
+def test_p_is_the_share_of_all_swaps_that_are_as_extreme() -> None:
+    change = np.array([0.3, 0.1, 0.4, -0.05])
+    extreme = np.mean([abs(np.dot(signs, change)) >= abs(change.sum()) - 1e-12 for signs in itertools.product((1, -1), repeat=4)])
+    p = measured(np.zeros(4), change, 4000)["change"]["p"]
+    assert p == pytest.approx(extreme, abs=0.02)
+
+
+def test_p_is_never_zero() -> None:
+    assert measured(np.zeros(100), np.ones(100), 200)["change"]["p"] == pytest.approx(1 / 201, abs=1e-6)
+
+
+def test_pairing_makes_the_interval_of_a_change_narrow() -> None:
+    rows = np.random.default_rng(4).random(50)
+    result = measured(rows, rows + 0.01 * np.random.default_rng(5).random(50))
+    width = {when: result[when]["high"] - result[when]["low"] for when in result}
+    assert width["change"] < width["after"] / 20
+
+
+def test_rows_of_one_patient_are_drawn_together() -> None:
+    values = np.random.default_rng(6).random(20).repeat(5)
+    together = measured(0 * values, values, units=np.arange(20).repeat(5))["after"]
+    alone = measured(0 * values, values)["after"]
+    assert together["high"] - together["low"] > 1.7 * (alone["high"] - alone["low"])
+    assert together["n"] == 100
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_does_not() -> None:
+    rows = np.random.default_rng(7).random((2, 30))
+    assert measured(*rows, seed=1) == measured(*rows, seed=1) != measured(*rows, seed=2)
+
+
+def test_memory_is_bounded_by_drawing_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.random.default_rng(8).random((2, 30))
+    whole = measured(*rows)
+    monkeypatch.setattr(paired, "CELLS_AT_ONCE", 100)
+    assert measured(*rows) == whole
+
+
+def test_a_row_without_the_metric_on_one_side_is_left_out_of_both() -> None:
+    pair = paired.pair(
+        scores.Sums(np.array([[1.0, 1], [0, 0], [3, 1]]), np.array([True, False, True]), scores.ratio),
+        scores.Sums(np.array([[2.0, 1], [9, 1], [0, 0]]), np.array([True, True, False]), scores.ratio),
+    )
+    result = paired.measure({"mean": pair}, np.arange(3), Settings(100, 0.95, 0))
+    assert (result["before"]["mean"]["value"], result["after"]["mean"]["value"], result["change"]["mean"]["n"]) == (1, 2, 1)

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from job.errors import DataError
+from job.evaluate import statistics
+
+FINDING = {"finding": SimpleNamespace(values=None, pattern=None)}
+
+
+def compare(before: Any, after: Any, groups: Any = (), samples: int = 200) -> dict[str, Any]:
+    return statistics.compare(before, after, FINDING, groups, bootstrap_samples=samples, confidence=0.95, seed=3)
+
+
+def test_the_result_is_plain_json_with_the_agreed_keys(make_rows: Callable[..., Any]) -> None:
+    result = compare(make_rows(0.2), make_rows(0.9), ["sex"])
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    entry = result["change"]["finding_accuracy"]
+    assert entry["value"] == pytest.approx(
+        result["after"]["finding_accuracy"]["value"] - result["before"]["finding_accuracy"]["value"], abs=2e-6
+    )
+    assert set(entry) == {"value", "low", "high", "n", "p"}
+    assert set(result["after"]["rougeL"]) == {"value", "low", "high", "n"}
+    assert result["settings"] | {"scorers": 0} == {
+        "bootstrap_samples": 200,
+        "confidence": 0.95,
+        "seed": 3,
+        "rows": 48,
+        "units": 24,
+        "scorers": 0,
+    }
+
+
+def test_every_value_lies_in_its_interval(make_rows: Callable[..., Any]) -> None:
+    result = compare(make_rows(0.2), make_rows(0.9))
+    for when in ("before", "after", "change"):
+        for name, entry in result[when].items():
+            assert entry["low"] <= entry["value"] <= entry["high"], (when, name)
+
+
+def test_an_accuracy_of_one_is_not_said_to_be_certain(make_rows: Callable[..., Any]) -> None:
+    entry = compare(make_rows(1.0), make_rows(1.0))["after"]["finding_accuracy"]
+    assert entry["value"] == entry["high"] == 1
+    assert 0.8 < entry["low"] < 0.95
+
+
+def test_nothing_changed_is_no_clear_change(make_rows: Callable[..., Any]) -> None:
+    rows = make_rows(0.5)
+    for name, entry in compare(rows, rows)["change"].items():
+        assert entry["value"] == 0, name
+        assert entry["low"] <= 0 <= entry["high"], name
+        assert entry["p"] == 1, name
+
+
+def test_other_rows_after_than_before_are_refused(make_rows: Callable[..., Any]) -> None:
+    rows = make_rows(0.5)
+    for after in (rows[:-1], rows[::-1], []):
+        with pytest.raises(DataError, match="the same held-out rows"):
+            compare(rows, after)
+
+
+def test_no_rows_are_refused() -> None:
+    with pytest.raises(DataError):
+        compare([], [])
+
+
+def test_a_metric_that_no_row_has_is_left_out(make_rows: Callable[..., Any]) -> None:
+    rows = [{**row, "loss": None, "labels": {}} for row in make_rows(0.5)]
+    assert not {"loss", "perplexity", "finding_accuracy"} & set(compare(rows, rows)["change"])
+
+
+def test_a_group_is_measured_as_if_it_were_alone(make_rows: Callable[..., Any]) -> None:
+    before, after = make_rows(0.2), make_rows(0.9)
+    group = compare(before, after, ["sex"])["groups"]["sex"]["F"]
+    chosen = [index for index, row in enumerate(before) if row["groups"]["sex"] == "F"]
+    alone = compare([before[index] for index in chosen], [after[index] for index in chosen])
+    assert group["rows"] == len(chosen)
+    assert {when: group[when] for when in ("before", "after", "change")} == {
+        when: alone[when] for when in ("before", "after", "change")
+    }
+
+
+def test_a_group_of_few_rows_is_said_to_be_so_and_makes_no_gap(make_rows: Callable[..., Any]) -> None:
+    rows = make_rows(0.9)
+    for row in rows[:9]:
+        row["groups"] = {"site": "Tiny"}
+        row["generated"] = "nothing"
+    result = compare(rows, rows, ["site"])
+    assert [name for name, group in result["groups"]["site"].items() if group["too_few"]] == ["Tiny"]
+    assert "Tiny" not in {result["gaps"]["site"]["rougeL"][end] for end in ("highest", "lowest")}
+
+
+def test_a_group_that_the_model_fails_is_flagged(make_rows: Callable[..., Any]) -> None:
+    rows = make_rows(1.0)
+    for row in rows:
+        if row["groups"]["site"] == "South":
+            row["generated"] = "a nodule"
+    gap = compare(rows, rows, ["site"])["gaps"]["site"]["rougeL"]
+    assert gap["lowest"] == "South"
+    assert gap["flagged"]
+    assert gap["p"] < 0.01
+
+
+def test_groups_that_mean_nothing_are_flagged_at_the_stated_rate(make_rows: Callable[..., Any]) -> None:
+    flagged = 0
+    for start in range(60):
+        rows = make_rows(0.5, 40 * (start + 1))[-40:]
+        rows = [{**row, "unit": index, "groups": {"dice": "abcd"[index % 4]}} for index, row in enumerate(rows)]
+        flagged += compare(rows, rows, ["dice"], 100)["gaps"]["dice"]["finding_accuracy"]["flagged"]
+    assert flagged <= 8  # 60 × 0.05 = 3, and 8 is three standard deviations above
+
+
+def test_of_many_groups_the_rare_ones_are_taken_together(make_rows: Callable[..., Any]) -> None:
+    rows = make_rows(0.5, 100)
+    for index, row in enumerate(rows):
+        row["groups"] = {"city": f"city {min(index % 30, 19)}" if index % 5 else None}
+    names = statistics.group_names(rows, "city")
+    assert len(set(names)) == statistics.MOST_GROUPS
+    assert {statistics.OTHER, statistics.MISSING} <= set(names)
+
+
+def test_always_answering_the_commonest_label_is_the_measure_of_accuracy(make_rows: Callable[..., Any]) -> None:
+    rows = make_rows(0.5)
+    label = compare(rows, rows)["labels"]["finding"]
+    counts = [sum(row.values()) for row in label["confusion"]["after"].values()]
+    assert sum(counts) == len(rows)
+    assert label["commonest_share"] == max(counts) / len(rows)
+
+
+def test_two_hundred_rows_and_a_thousand_resamples_take_seconds(make_rows: Callable[..., Any]) -> None:
+    before, after = make_rows(0.2, 200), make_rows(0.9, 200)
+    start = time.perf_counter()
+    compare(before, after, ["sex", "site"], 1000)
+    assert time.perf_counter() - start < 5
+
+
+def test_measuring_and_reporting_need_no_torch() -> None:
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'peft', 'datasets', 'PIL']))"
+    rooms = "import job.evaluate.statistics, job.evaluate.report, job.export.card"
+    subprocess.run([sys.executable, "-W", "error", "-c", f"{blocked}; {rooms}"], check=True)
