@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
+from job.attempt import Attempt
 from job.data import Data, quarantine_jsonl
 from job.errors import JobError, Preempted, SpecError
 from job.evaluate import Rows, metrics, pictures
 from job.export import Exported
 from job.plan import Plan
-from job.record import STATUS_KEY, Record, now
+from job.record import STATUS_KEY, now, versions
 from job.spec import JobSpec, differences
 from job.specfile import parse, validate
 from job.store import Digest, Store, upload_folder
-from job.store.lease import Lease
 from job.survey import Survey
 
 RESULT_KEY, SPEC_KEY, REPORT_KEY = "RESULT.json", "spec.yaml", "report.html"
 OURS = ("checkpoints/", "evaluation/", "adapter/", "merged/", "data/", "logs/")
 OUR_FILES = (RESULT_KEY, REPORT_KEY, STATUS_KEY, SPEC_KEY)
-PACKAGES = (
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "accelerate",
-    "datasets",
-    "unsloth",
-    "bitsandbytes",
-    "vision-lora-job",
-)
 
 
 def read_json(store: Store, key: str) -> dict[str, Any] | None:
@@ -116,19 +103,9 @@ def _conflict(store: Store, spec: JobSpec) -> str:
     )
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of what decides a result."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def lineage(spec: JobSpec, survey: Survey, record: Record, attempt: int) -> dict[str, Any]:
+def lineage(attempt: Attempt, survey: Survey) -> dict[str, Any]:
     """Where a result comes from."""
+    spec = attempt.spec
     device = survey.facts.device
     return {
         "spec_digest": spec.digest,
@@ -138,23 +115,17 @@ def lineage(spec: JobSpec, survey: Survey, record: Record, attempt: int) -> dict
         "dataset_revision": spec.dataset.revision,
         "device": device.name if device else None,
         "image": os.environ.get("JOB_IMAGE_DIGEST"),
-        "attempts": attempt,
-        "seconds": dict(record.seconds),
+        "attempts": attempt.number,
+        "seconds": dict(attempt.record.seconds),
         "packages": versions(),
     }
 
 
 def report_facts(
-    spec: JobSpec,
-    survey: Survey,
-    plan: Plan,
-    record: Record,
-    before: Rows,
-    after: Rows,
-    exported: Exported,
-    attempt: int,
+    attempt: Attempt, survey: Survey, plan: Plan, before: Rows, after: Rows, exported: Exported
 ) -> dict[str, Any]:
     """All that report and cards are made of."""
+    spec = attempt.spec
     data = survey.data
     assert data is not None
     return {
@@ -162,7 +133,7 @@ def report_facts(
         "metrics": metrics(spec, data, before, after) if after else None,
         "before": before,
         "after": after,
-        "log": record.read_numbers(),
+        "log": attempt.record.read_numbers(),
         "plan": {
             "steps": plan.total_steps,
             "effective_batch_size": spec.training.effective_batch_size,
@@ -173,7 +144,7 @@ def report_facts(
             "lora_r": spec.lora.r,
             "lora_alpha": spec.lora.lora_alpha,
         },
-        "lineage": lineage(spec, survey, record, attempt),
+        "lineage": lineage(attempt, survey),
         "gate": exported.gate,
         "data": data.facts,
         "privacy": {"report_images": spec.privacy.report_images},
@@ -185,9 +156,7 @@ def report_facts(
     }
 
 
-def publish(
-    spec: JobSpec, store: Store, lease: Lease, record: Record, data: Data, exported: Exported, facts: Mapping[str, Any]
-) -> None:
+def publish(attempt: Attempt, data: Data, exported: Exported, facts: Mapping[str, Any]) -> None:
     """Adapter, measurements and report; then, if the gate lets them, merged weights; `RESULT.json` last.
 
     Raises GateRefused, with everything but `merged/` and `RESULT.json` in its place.
@@ -195,6 +164,7 @@ def publish(
     from job.evaluate.report import gallery_ids, render
     from job.export import card
 
+    spec, store, record = attempt.spec, attempt.store, attempt.record
     with record.stage("publish") as said:
         store.write("data/quarantine.jsonl", quarantine_jsonl(data))
         if facts["metrics"]:
@@ -208,7 +178,7 @@ def publish(
             _judge(spec, exported)
             (exported.merged / "README.md").write_text(card.render(facts, "merged"))
             files |= _upload(store, exported.merged, "merged")
-        lease.confirm()
+        attempt.lease.confirm()
         result = {
             "name": spec.name,
             "spec_digest": spec.digest,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
 import os
+import platform
 import socket
 import sys
 import threading
@@ -23,6 +25,17 @@ log = logging.getLogger("job")
 HEARTBEAT_SECONDS = 15.0
 STATUS_KEY = "status.json"
 METRICS_KEY = "logs/metrics.jsonl"
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "unsloth",
+    "bitsandbytes",
+    "vision-lora-job",
+)
 
 
 def start_logging(level: int = logging.INFO) -> None:
@@ -43,6 +56,17 @@ def now() -> str:
 def watched() -> bool:
     """True when a terminal looks at stderr, so that progress bars make sense."""
     return sys.stderr.isatty()
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what decides a result."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def bytes_text(size: float) -> str:

@@ -9,6 +9,7 @@ from collections.abc import MutableMapping
 from contextlib import ExitStack
 
 from job import publish
+from job.attempt import Attempt
 from job.evaluate import measure
 from job.export import export
 from job.plan import describe, make_plan
@@ -40,8 +41,9 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
                 return
             check_writable(store)
             lease = stack.enter_context(acquire(store, f"{socket.gethostname()}:{os.getpid()}", LEASE_SECONDS))
-        attempt = publish.begin(store, spec)
-        record = stack.enter_context(Record(store, scratch, name=spec.name, attempt=attempt).kept())
+        number = publish.begin(store, spec)
+        record = stack.enter_context(Record(store, scratch, name=spec.name, attempt=number).kept())
+        attempt = Attempt(spec, store, lease, scratch, record, preemption, number)
         with preemption.leave_at_once():
             with record.stage("stage in"):
                 found = survey(spec, store, scratch, fetch=True)
@@ -56,12 +58,12 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
                 from job.train.fit import fit
 
                 loaded = load(spec, base, torch_device())
-        before = measure(spec, store, record, preemption, loaded, data, "before")
-        fit(spec, plan, loaded, data, scratch, store, lease, record, preemption, attempt)
-        after = measure(spec, store, record, preemption, loaded, data, "after")
-        exported = export(spec, scratch, record, loaded, data)
-        facts = publish.report_facts(spec, found, plan, record, before, after, exported, attempt)
-        publish.publish(spec, store, lease, record, data, exported, facts)
+        before = measure(attempt, loaded, data, "before")
+        fit(attempt, plan, loaded, data)
+        after = measure(attempt, loaded, data, "after")
+        exported = export(attempt, loaded, data)
+        facts = publish.report_facts(attempt, found, plan, before, after, exported)
+        publish.publish(attempt, data, exported, facts)
         log.info("published: %s", spec.output.url)
 
 

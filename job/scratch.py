@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
@@ -27,6 +28,7 @@ QUIET = {
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRL_EXPERIMENTAL_SILENCE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
 }
 
 
@@ -52,7 +54,10 @@ def prepare_scratch(environment: MutableMapping[str, str]) -> Path:
         raise kind(f"scratch folder {scratch}: {error.strerror}; set JOB_SCRATCH to a folder with room") from error
     for variable, folder in CACHES.items():
         environment.setdefault(variable, str(scratch / "cache" / folder))
-    for variable, value in QUIET.items():
+    bars = (
+        {} if sys.stderr.isatty() else {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    )
+    for variable, value in (QUIET | bars).items():
         environment.setdefault(variable, value)
     return scratch
 

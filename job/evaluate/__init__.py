@@ -8,11 +8,11 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
+from job.attempt import Attempt
 from job.data import Data
 from job.errors import JobError, Preempted
 from job.model import Loaded
-from job.preemption import Preemption
-from job.record import Record, watched
+from job.record import watched
 from job.spec import JobSpec
 from job.store import Store
 
@@ -21,9 +21,7 @@ log = logging.getLogger("job")
 Rows = list[dict[str, Any]]
 
 
-def measure(
-    spec: JobSpec, store: Store, record: Record, preemption: Preemption, loaded: Loaded, data: Data, when: str
-) -> Rows:
+def measure(attempt: Attempt, loaded: Loaded, data: Data, when: str) -> Rows:
     """Generations `before` or `after`, from the output if they are there, else made now and kept there.
 
     Asked to stop, what is finished is kept as `evaluation/<when>.partial.jsonl` and the next attempt goes on from it.
@@ -32,6 +30,7 @@ def measure(
 
     if not len(data.evaluation):
         return []
+    spec, store, record, preemption = attempt.spec, attempt.store, attempt.record, attempt.preemption
     key, partial = f"evaluation/{when}.jsonl", f"evaluation/{when}.partial.jsonl"
     finished = stored_rows(store, key)
     if finished:

@@ -7,7 +7,7 @@ within a row; rows of one unit (a patient with several images) go together. Sinc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,9 +94,10 @@ def by_unit(rows: Floats, units: NDArray[np.intp]) -> Floats:
     return total
 
 
-def numbered(keys: Sequence[object] | NDArray[np.intp]) -> NDArray[np.intp]:
-    """0, 1, 2 … in place of arbitrary keys."""
-    return np.unique([str(key) for key in keys], return_inverse=True)[1]
+def numbered(keys: Iterable[object]) -> NDArray[np.intp]:
+    """0, 1, 2 … in place of arbitrary keys, in the order in which they first come."""
+    seen: dict[object, int] = {}
+    return np.array([seen.setdefault(key, len(seen)) for key in keys], np.intp)
 
 
 def chunks(units: int, samples: int) -> Iterator[int]:

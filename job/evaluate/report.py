@@ -41,7 +41,7 @@ def render(facts: Mapping[str, Any], images: Mapping[str, bytes] | None = None) 
 
     `facts`: `name`; `metrics` (metrics.json); `before`, `after` (rows of the evaluations); `log` (lines of
     logs/metrics.jsonl); `plan`, `lineage`, `gate`, `data` (any nesting of names and values); `privacy`
-    ({"report_images": bool}). What is missing is left out. With `report_images` false no image, no text and no id of a
+    ({"report_images": bool}). A `refused` in the gate is a reason, and is said first. What is missing is left out. With `report_images` false no image, no text and no id of a
     row is in the page. All text is escaped, and the page's own policy forbids scripts and every request.
     """
     environment = Environment(
@@ -71,7 +71,7 @@ def render(facts: Mapping[str, Any], images: Mapping[str, bytes] | None = None) 
             for key, title in (("gate", "Merged weights"), ("data", "Data"), ("plan", "Plan"), ("lineage", "Lineage"))
             if facts.get(key)
         },
-        gate=facts.get("gate") or {},
+        gate={"refused": "", **(facts.get("gate") or {})},
     )
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from job.attempt import Attempt
 from job.data import Data
 from job.model import Loaded
-from job.record import Record, bytes_text
-from job.spec import JobSpec
+from job.record import bytes_text
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,13 @@ class Exported:
     gate: dict[str, Any]
 
 
-def export(spec: JobSpec, scratch: Path, record: Record, loaded: Loaded, data: Data) -> Exported:
+def export(attempt: Attempt, loaded: Loaded, data: Data) -> Exported:
     """Write both folders to scratch and measure merged against adapter. What is refused is decided by the caller."""
     from job.export.gate import compare
     from job.export.merge import merge
 
-    folder = scratch / "export"
+    spec, record = attempt.spec, attempt.record
+    folder = attempt.scratch / "export"
     shutil.rmtree(folder, ignore_errors=True)
     adapter, merged = folder / "adapter", folder / "merged"
     with record.stage("export") as facts, warnings.catch_warnings():

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
-from transformers import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
+from job.attempt import Attempt
 from job.errors import DataError, JobError, OutOfMemory
 from job.model import Loaded
 from job.model.collator import Collator
-from job.preemption import Preemption
-from job.record import Record
+from job.plan import Plan
 from job.spec import JobSpec
 from job.train.callbacks import Numbers, Safety
 from job.train.order import EpochOrder
@@ -54,7 +52,7 @@ class _Epochs(TrainerCallback):
 
     trainer: LoraTrainer
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_epoch_begin(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
         self.trainer.order.set_epoch(state.global_step // steps_per_epoch(len(self.trainer.order), args))
 
 
@@ -64,31 +62,20 @@ def steps_per_epoch(rows: int, args: Any) -> int:
     return int(-(-micro // args.gradient_accumulation_steps))
 
 
-def train(
-    spec: JobSpec,
-    loaded: Loaded,
-    rows: Any,
-    micro_batch: int,
-    scratch: Path,
-    record: Record,
-    preemption: Preemption,
-    keep: Callable[[int, Path, float], None],
-    resume_from: Path | None,
-) -> int:
+def train(attempt: Attempt, plan: Plan, loaded: Loaded, rows: Any, safety: Safety, resume_from: Path | None) -> int:
     """Train to the end and return the last step. `loaded.model` then holds the tuned adapters.
 
     Raises Preempted once the last finished step is safe, OutOfMemory when a micro-batch does not fit, DataError for
     a row that cannot be used.
     """
-    numbers = Numbers(record, spec.training.effective_batch_size)
-    safety = Safety(preemption, keep)
+    spec = attempt.spec
+    numbers = Numbers(attempt.record, spec.training.effective_batch_size)
     epochs = _Epochs()
-    transformers_logging.set_verbosity_error()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = LoraTrainer(
             model=loaded.model,
-            args=arguments(spec, loaded, micro_batch, scratch),
+            args=arguments(spec, loaded, plan, attempt.scratch),
             train_dataset=rows,
             data_collator=Collator(loaded.processor, spec.training.max_length, spec.training.train_on_responses_only),
             processing_class=loaded.processor,
@@ -102,7 +89,7 @@ def train(
         result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(
-            f"a micro-batch of {micro_batch} does not fit the GPU; lower training.per_device_train_batch_size, "
+            f"a micro-batch of {plan.micro_batch} does not fit the GPU; lower training.per_device_train_batch_size, "
             "set model.precision to 4bit, or shrink images with dataset.image_max_side"
         ) from error
     except JobError:
@@ -114,7 +101,7 @@ def train(
     return int(trainer.state.global_step)
 
 
-def arguments(spec: JobSpec, loaded: Loaded, micro_batch: int, scratch: Path) -> SFTConfig:
+def arguments(spec: JobSpec, loaded: Loaded, plan: Plan, scratch: Path) -> SFTConfig:
     """Our spec in TRL's words."""
     training, on_gpu = spec.training, loaded.device.type == "cuda"
     checkpointing = on_gpu if training.gradient_checkpointing == "auto" else training.gradient_checkpointing
@@ -128,8 +115,8 @@ def arguments(spec: JobSpec, loaded: Loaded, micro_batch: int, scratch: Path) ->
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         optim=training.optim,
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=training.effective_batch_size // micro_batch,
+        per_device_train_batch_size=plan.micro_batch,
+        gradient_accumulation_steps=plan.accumulation,
         gradient_checkpointing=checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         bf16=loaded.precision != "32bit",

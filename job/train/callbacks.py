@@ -20,6 +20,9 @@ from job.record import Record, watched
 
 log = logging.getLogger("job")
 
+LINE_SECONDS = 10.0
+"""Between lines of progress in the log; every `logging_steps` goes to metrics.jsonl."""
+
 
 class Numbers(TrainerCallback):
     """Loss, learning rate and speed: a line for people, JSONL for machines, a bar where a terminal watches."""
@@ -29,7 +32,7 @@ class Numbers(TrainerCallback):
         self.bar: tqdm[Any] | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.time, self.step = time.monotonic(), state.global_step
+        self.time, self.step, self.told = time.monotonic(), state.global_step, 0.0
         self.record.update(step=state.global_step, steps=state.max_steps)
         if watched():
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step")
@@ -65,7 +68,8 @@ class Numbers(TrainerCallback):
         self.record.update(loss=logs["loss"], seconds_left=round(left))
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
-        else:
+        elif time.monotonic() - self.told > LINE_SECONDS:
+            self.told = time.monotonic()
             log.info(
                 "train: step %d/%d, loss %.4f, %.2f s a step, %.0f s left",
                 state.global_step,
@@ -83,13 +87,15 @@ class Numbers(TrainerCallback):
 class Safety(TrainerCallback):
     """Commits what the trainer saved, and leaves at the end of the current micro-batch when asked to stop.
 
-    `keep(step, folder, epoch)` makes a saved folder durable. A half-made step is dropped: weights and optimizer are those
-    of the last finished step until the next one is complete, and the random states of that moment are put back
-    before saving, so that the step is made again exactly.
+    `keep(step, folder, epoch)` takes a saved folder to make it durable, `settle()` waits until that is done. A
+    half-made step is dropped: weights and optimizer are those of the last finished step until the next one is
+    complete, and the random states of that moment are put back before saving, so that the step is made again exactly.
     """
 
-    def __init__(self, preemption: Preemption, keep: Callable[[int, Path, float], None]) -> None:
-        self.preemption, self.keep = preemption, keep
+    def __init__(
+        self, preemption: Preemption, keep: Callable[[int, Path, float], None], settle: Callable[[], None]
+    ) -> None:
+        self.preemption, self.keep, self.settle = preemption, keep, settle
         self.trainer: Any = None
         self.last_saved = -1
         self.random_states: dict[str, Any] = {}
@@ -119,11 +125,12 @@ class Safety(TrainerCallback):
     def _leave(self, args: TrainingArguments, state: TrainerState) -> None:
         """Save the last finished step unless it is saved already, then raise Preempted."""
         if state.global_step > 0 and state.global_step != self.last_saved:
-            try:
-                self.trainer.save_state_now()
-                self._commit(args, state)
-            except JobError as error:
-                log.warning("preempted, and the last step could not be saved: %s", error)
+            self.trainer.save_state_now()
+            self._commit(args, state)
+        try:
+            self.settle()
+        except JobError as error:
+            log.warning("preempted, and the last step could not be saved: %s", error)
         noticed = self.preemption.noticed
         if noticed is not None:
             log.info("notice → commit: %.1f s, at step %d", time.monotonic() - noticed, state.global_step)

@@ -4,42 +4,33 @@ from __future__ import annotations
 
 import logging
 import shutil
-from pathlib import Path
 
 from job import checkpoint
+from job.attempt import Attempt
 from job.data import Data
+from job.errors import Preempted
 from job.model import Loaded
 from job.model.transformers_backend import load_adapter
 from job.plan import Plan
 from job.preemption import Preemption
-from job.record import Record
-from job.spec import JobSpec
-from job.store import Store
-from job.store.lease import Lease
+from job.record import versions
 from job.train import train
+from job.train.callbacks import Safety
 
 log = logging.getLogger("job")
 
+MOST_FAILURES = 5
+LEAVE_SECONDS = 2.0
+"""Left of the grace when we stop waiting for an upload: to write the status and go."""
 
-def fit(
-    spec: JobSpec,
-    plan: Plan,
-    loaded: Loaded,
-    data: Data,
-    scratch: Path,
-    store: Store,
-    lease: Lease,
-    record: Record,
-    preemption: Preemption,
-    attempt: int,
-) -> None:
+
+def fit(attempt: Attempt, plan: Plan, loaded: Loaded, data: Data) -> None:
     """Bring `loaded.model` to the last step of the plan, from wherever the output's newest checkpoint left it."""
-    folder = scratch / "trainer"
+    record, preemption = attempt.record, attempt.preemption
+    folder = attempt.scratch / "trainer"
     shutil.rmtree(folder, ignore_errors=True)
     with preemption.leave_at_once():
-        restored = checkpoint.restore(
-            store, folder, on_skip=lambda step, why: log.warning("checkpoint of step %d is passed over: %s", step, why)
-        )
+        restored = checkpoint.restore(attempt.store, folder, on_skip=passed_over)
     step = restored.manifest.step if restored else 0
     record.resume_numbers(step)
     with record.stage("train") as facts:
@@ -49,25 +40,44 @@ def fit(
             return
         if restored is not None:
             log.info("resuming from step %d of attempt %d", step, restored.manifest.attempt)
-
-        def keep(saved: int, made: Path, epoch: float) -> None:
-            checkpoint.commit(
-                store, made, step=saved, epoch=epoch, spec_digest=spec.digest, attempt=attempt, extra={}, lease=lease
+        with uploader(attempt) as uploads:
+            safety = Safety(
+                preemption,
+                keep=lambda saved, made, epoch: uploads.submit(made, saved, epoch=epoch),
+                settle=lambda: settle(uploads, preemption),
             )
-            checkpoint.prune(store, keep=spec.checkpoint.keep, keep_every=spec.checkpoint.keep_every)
-            shutil.rmtree(made, ignore_errors=True)
-            record.publish_numbers()
-            record.update(last_checkpoint=saved)
-
-        last = train(
-            spec,
-            loaded,
-            data.train,
-            plan.micro_batch,
-            scratch,
-            record,
-            preemption,
-            keep,
-            restored.folder if restored else None,
-        )
+            last = train(attempt, plan, loaded, data.train, safety, restored.folder if restored else None)
+            settle(uploads, preemption)
         facts.append(f"{last} steps" + (f", the first {step} from an earlier attempt" if step else ""))
+
+
+def passed_over(step: int, why: str) -> None:
+    log.warning("checkpoint of step %d is passed over: %s", step, why)
+
+
+def uploader(attempt: Attempt) -> checkpoint.Uploader:
+    """The thread that makes saved folders durable; a failed upload is reported and never stops training."""
+    spec, record = attempt.spec, attempt.record
+    return checkpoint.Uploader(
+        attempt.store,
+        spec_digest=spec.digest,
+        attempt=attempt.number,
+        lease=attempt.lease,
+        keep=spec.checkpoint.keep,
+        keep_every=spec.checkpoint.keep_every,
+        versions=versions(),
+        on_commit=lambda manifest: record.update(last_checkpoint=manifest.step, checkpoint_failures=0),
+        on_failure=lambda step, error, failures: record.update(checkpoint_failures=failures),
+    )
+
+
+def settle(uploads: checkpoint.Uploader, preemption: Preemption) -> None:
+    """Wait until all that was saved is committed: after a notice for as long as the grace allows, else until the store
+    has failed `MOST_FAILURES` times. Raises what the store raised, or Preempted."""
+    while not uploads.wait(0.2):
+        lost = isinstance(uploads.error, Preempted)
+        if uploads.error is not None and (lost or uploads.failures >= MOST_FAILURES):
+            raise uploads.error
+        if preemption.remaining < LEAVE_SECONDS:
+            log.warning("the last checkpoint is not committed; the next attempt goes on from an older one")
+            preemption.check()

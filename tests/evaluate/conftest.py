@@ -98,7 +98,9 @@ class Browser:
 
     def ask(self, verb: str, body: dict[str, Any] | None = None, method: str = "POST") -> Any:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.session}/{verb}", data, {"Content-Type": "application/json"}, method=method)
+        request = urllib.request.Request(
+            f"{self.session}/{verb}", data, {"Content-Type": "application/json"}, method=method
+        )
         with urllib.request.urlopen(request, timeout=60) as response:
             return json.load(response)["value"]
 
@@ -149,7 +151,10 @@ def _session(address: str, chromium: str) -> Browser:
     }
     wanted = {
         "capabilities": {
-            "alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"performance": "ALL", "browser": "ALL"}}
+            "alwaysMatch": {
+                "goog:chromeOptions": options,
+                "goog:loggingPrefs": {"performance": "ALL", "browser": "ALL"},
+            }
         }
     }
     started = Browser(address).ask("session", wanted)

@@ -67,7 +67,9 @@ def test_p_is_uniform_when_nothing_changed() -> None:
 
 def test_p_is_the_share_of_all_swaps_that_are_as_extreme() -> None:
     change = np.array([0.3, 0.1, 0.4, -0.05])
-    extreme = np.mean([abs(np.dot(signs, change)) >= abs(change.sum()) - 1e-12 for signs in itertools.product((1, -1), repeat=4)])
+    extreme = np.mean(
+        [abs(np.dot(signs, change)) >= abs(change.sum()) - 1e-12 for signs in itertools.product((1, -1), repeat=4)]
+    )
     p = measured(np.zeros(4), change, 4000)["change"]["p"]
     assert p == pytest.approx(extreme, abs=0.02)
 
@@ -109,4 +111,8 @@ def test_a_row_without_the_metric_on_one_side_is_left_out_of_both() -> None:
         scores.Sums(np.array([[2.0, 1], [9, 1], [0, 0]]), np.array([True, True, False]), scores.ratio),
     )
     result = paired.measure({"mean": pair}, np.arange(3), Settings(100, 0.95, 0))
-    assert (result["before"]["mean"]["value"], result["after"]["mean"]["value"], result["change"]["mean"]["n"]) == (1, 2, 1)
+    assert (result["before"]["mean"]["value"], result["after"]["mean"]["value"], result["change"]["mean"]["n"]) == (
+        1,
+        2,
+        1,
+    )

@@ -52,7 +52,10 @@ def test_rouge_is_that_of_rouge_score_on_ascii_text(pairs: list[tuple[str, str]]
 
 @pytest.mark.parametrize(
     ("reference", "generated", "share"),
-    [("Rundherd im linken Oberlappen, größer", "Rundherd im rechten Oberlappen, größer", 0.8), ("右上肺结节", "左上肺结节", 0.8)],
+    [
+        ("Rundherd im linken Oberlappen, größer", "Rundherd im rechten Oberlappen, größer", 0.8),
+        ("右上肺结节", "左上肺结节", 0.8),
+    ],
 )
 def test_rouge_counts_words_of_any_script(reference: str, generated: str, share: float) -> None:
     assert value([row(reference, generated)], "rougeL") == pytest.approx(share)
@@ -96,7 +99,11 @@ def test_length_ratio_is_of_all_words() -> None:
 
 
 def test_loss_is_weighted_by_answer_tokens() -> None:
-    rows = [row("a", "a", loss=1.0, answer_tokens=30), row("a", "a", loss=2.0, answer_tokens=10), row("a", "a", loss=None)]
+    rows = [
+        row("a", "a", loss=1.0, answer_tokens=30),
+        row("a", "a", loss=2.0, answer_tokens=10),
+        row("a", "a", loss=None),
+    ]
     assert value(rows, "loss") == pytest.approx(1.25)
     assert value(rows, "perplexity") == pytest.approx(math.exp(1.25))
 

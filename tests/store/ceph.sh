@@ -20,7 +20,7 @@ pids=
 # shellcheck disable=SC2317,SC2329  # called by the trap
 stop() {
     # shellcheck disable=SC2086  # a list
-    [ -z "$pids" ] || kill $pids 2>/dev/null || true
+    [ -z "$pids" ] || kill -9 $pids 2>/dev/null || true
     wait || true
     rm -rf "$d"
 }

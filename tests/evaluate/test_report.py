@@ -1,0 +1,162 @@
+"""The page and its Markdown, as text; `test_report_in_browser.py` looks at the page as a reader does."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from job.evaluate import report
+
+ATTACK = "<script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>\"'--></style>{{ 7 * 7 }}|*_`"
+
+
+class Tags(HTMLParser):
+    """Every start tag of a page with its attributes, and all text outside `style`."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def attacked(value: Any) -> Any:
+    """`value` with ATTACK in every text and every name that comes from data."""
+    if isinstance(value, dict):
+        return {key: attacked(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [attacked(entry) for entry in value]
+    return value + ATTACK if isinstance(value, str) else value
+
+
+def test_every_part_is_there(facts: dict[str, Any]) -> None:
+    page = report.render(facts)
+    for heading in ("Results", "Labels", "Groups", "Samples", "Training", "Merged weights", "Data", "Plan", "Lineage"):
+        assert f">{heading}</h2>" in page
+    text = " ".join(Tags(page).text.split())
+    assert "Finding correct" in text
+    assert "Learning rate over 99 steps" in text or "Learning rate" in text
+    assert "They do not see whether a statement is true" in text
+    assert facts["lineage"]["spec_digest"] in text
+    assert "Not a medical device" in text
+
+
+@pytest.mark.parametrize(
+    "missing", ["name", "metrics", "before", "after", "log", "plan", "lineage", "gate", "data", "privacy", "base"]
+)
+def test_what_is_missing_is_left_out(facts: dict[str, Any], missing: str) -> None:
+    without = {key: value for key, value in facts.items() if key != missing}
+    assert report.render(without).endswith("</html>")
+    assert report.render({**facts, missing: None}).endswith("</html>")
+
+
+def test_nothing_at_all_is_still_a_page() -> None:
+    assert "Nothing was measured" in report.render({})
+    assert report.markdown({}) == ""
+
+
+def test_text_from_data_is_inert(facts: dict[str, Any]) -> None:
+    rows = {key: attacked(facts[key]) for key in ("before", "after", "lineage", "data", "plan", "gate")}
+    stored = json.loads(
+        json.dumps(facts["metrics"]).replace('"North"', json.dumps(ATTACK)).replace('"nodule"', json.dumps(ATTACK))
+    )
+    page = report.render({**facts, **rows, "name": ATTACK, "metrics": stored})
+    plain = Tags(report.render(facts))
+    tags = Tags(page)
+    assert {tag for tag, _ in tags.found} <= {tag for tag, _ in plain.found} | {"em"}
+    assert not [attributes for _, attributes in tags.found if any(name.startswith("on") for name in attributes)]
+    assert "alert(1)" in tags.text
+    assert "{{ 7 * 7 }}" in tags.text
+
+
+def test_the_page_asks_nothing_of_the_network(facts: dict[str, Any]) -> None:
+    stream = io.BytesIO()
+    Image.new("L", (8, 8)).save(stream, "PNG")
+    tags = Tags(report.render(facts, dict.fromkeys(report.gallery_ids(facts), stream.getvalue())))
+    links = [
+        attributes[name] or ""
+        for _, attributes in tags.found
+        for name in ("src", "href", "srcset")
+        if name in attributes
+    ]
+    assert links
+    assert all(link.startswith(("#", "data:image/")) for link in links)
+    policy = next(entry["content"] for _, entry in tags.found if entry.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert "default-src 'none'" in policy
+
+
+def test_privacy_leaves_out_images_texts_and_ids(facts: dict[str, Any]) -> None:
+    private = {**facts, "privacy": {"report_images": False}}
+    assert report.gallery_ids(private) == []
+    page = report.render(private, {row["id"]: b"\x89PNG\r\n\x1a\n" for row in facts["after"]})
+    assert "<img" not in page
+    assert "patient-" not in page
+    assert "heart" not in page
+    assert "privacy.report_images" in page
+    assert "Finding correct" in page
+
+
+def test_a_default_gallery_of_large_images_stays_under_five_megabytes(facts: dict[str, Any]) -> None:
+    stream = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (1500, 1500), np.uint8)
+    Image.fromarray(noise).save(stream, "PNG")
+    ids = report.gallery_ids(facts)
+    assert len(ids) == 16
+    assert len(report.render(facts, dict.fromkeys(ids, stream.getvalue())).encode()) < 5_000_000
+
+
+def test_links_within_the_page_lead_somewhere(facts: dict[str, Any]) -> None:
+    tags = Tags(report.render(facts))
+    ids = [entry["id"] for _, entry in tags.found if "id" in entry]
+    targets = {str(entry["href"])[1:] for tag, entry in tags.found if tag == "a"}
+    assert len(ids) == len(set(ids))
+    assert targets <= set(ids)
+
+
+def test_the_same_facts_give_the_same_page(facts: dict[str, Any]) -> None:
+    assert report.render(facts) == report.render(json.loads(json.dumps(facts)))
+
+
+def test_a_refused_merge_is_said_first(facts: dict[str, Any]) -> None:
+    page = report.render({**facts, "gate": {"refused": "token agreement 0.50 is under 0.97"}})
+    assert page.index("Refused.") < page.index(">Results</h2>")
+    assert "Refused." not in report.render(facts)
+
+
+def test_a_worse_model_is_called_worse(facts: dict[str, Any]) -> None:
+    change = facts["metrics"]["change"]["rougeL"]
+    change |= {"value": -0.2, "low": -0.3, "high": -0.1}
+    facts["metrics"]["change"]["loss"] |= {"value": 0.2, "low": 0.1, "high": 0.3}
+    assert len(re.findall(r'class="tag worse"', report.render(facts))) >= 3
+
+
+def test_markdown_tables_keep_their_columns_whatever_the_names(facts: dict[str, Any]) -> None:
+    stored = json.loads(json.dumps(facts["metrics"]).replace('"North"', json.dumps("a|b\n<script>")))
+    text = report.markdown({**facts, "metrics": stored})
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert len(tables) == 3
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+    assert "<script>" not in text
+
+
+def test_markdown_says_what_the_page_says(facts: dict[str, Any]) -> None:
+    text, change = report.markdown(facts), facts["metrics"]["change"]["rougeL"]
+    assert f"{change['low']:+.3f} to {change['high']:+.3f}" in text
+    assert "too few rows" not in text
+    assert "patient-" not in text
