@@ -1,19 +1,18 @@
-"""Makes the demo's base model: a very small Qwen2.5-VL, trained from nothing to describe the drawn radiographs.
+"""Makes the demo's base model: the tiny model, trained from nothing to describe the drawn radiographs.
 
 It learns to say what it sees in the house style only. Of the radiologist style it learns the words, from text without
 images, as any real base model would have met them: fine-tuning then has to link them to what is seen. The result is an
 ordinary checkpoint folder, read by `AutoModelForImageTextToText` and `AutoProcessor` with no network.
 
-Two things make this quick enough for two CPU cores. The vision half learns first, alone, by naming the facts through a
+Two things make this quick enough for two CPU cores. The vision half learns first, alone, by telling the facts to a
 throw-away linear head; a language half that has to read an untrained eye learns its words long before it looks. Then
-the eye is frozen, its output is kept, and the language half learns to put it into words.
+the eye is frozen, what it sees is kept, and the language half learns to put that into words.
 """
 
-import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,156 +24,35 @@ from radiographs import (
     MODALITIES,
     PLACES,
     SIDES,
-    SIZE,
-    TERMS,
     Case,
     draw_cases,
     draw_images,
     house_caption,
     radiologist_caption,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tiny_model import (
+    END_OF_TURN,
+    GRID,
+    IMAGE_TOKENS,
+    INSTRUCTION,
+    MERGE,
+    PATCH,
+    build_model,
+    build_processor,
+    report_request,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import (
-    GenerationConfig,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
-    Qwen2Tokenizer,
-    Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
-)
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
     apply_rotary_pos_emb_vision,
 )
 
-INSTRUCTION = "You are an expert radiographer. Describe accurately what you see in this image."
-PATCH, MERGE = 14, 2
-GRID = SIZE // PATCH  # patches a side
-IMAGE_TOKENS = (GRID // MERGE) ** 2
-FACTS = {"finding": FINDINGS, "side": SIDES, "place": PLACES, "modality": MODALITIES}
-
 BATCH = 32
 PEAK_LEARNING_RATE = 4e-3
-
-END_OF_TEXT, END_OF_TURN = "<|endoftext|>", "<|im_end|>"
-SPECIAL_TOKENS = (
-    END_OF_TEXT,
-    "<|im_start|>",
-    END_OF_TURN,
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-    {{- '<|im_start|>' + message.role + '\\n' -}}
-    {%- if message.content is string -%}
-        {{- message.content -}}
-    {%- else -%}
-        {%- for part in message.content -%}
-            {%- if part.type in ('image', 'image_url') -%}
-                {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
-            {%- elif part.type == 'video' -%}
-                {{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
-            {%- else -%}
-                {{- part.text -}}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-    {{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
-
-def build_processor() -> Qwen2_5_VLProcessor:
-    """A byte-level tokenizer that has both styles' words whole and can spell anything else, with the image half."""
-    rng = np.random.default_rng(0)
-    cases = draw_cases(500, rng)
-    texts = [caption(case) for case in cases for caption in (house_caption, radiologist_caption, report_request)]
-    texts += [f"system\nuser\nassistant\n{INSTRUCTION}"] * 100
-
-    letters = Tokenizer(models.BPE())
-    letters.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=640, initial_alphabet=alphabet, show_progress=False)
-    letters.train_from_iterator(texts, trainer)
-    learnt = json.loads(letters.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(
-        vocab=learnt["vocab"],
-        merges=[tuple(pair) for pair in learnt["merges"]],
-        eos_token=END_OF_TURN,
-        pad_token=END_OF_TEXT,
-        unk_token=None,
-        model_max_length=1024,
-        extra_special_tokens=list(SPECIAL_TOKENS),
-    )
-    pixels = {"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE}
-    shape = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2, "size": pixels}
-    shape |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # the three channels stay equal; see() counts on it
-    return Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**shape),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(**shape),
-        chat_template=CHAT_TEMPLATE,
-    )
-
-
-def report_request(case: Case) -> str:
-    return f"Write a report: {case.modality}, {TERMS[case.finding]}, {case.side} {case.place} zone."
-
-
-def build_model(processor: Qwen2_5_VLProcessor, seed: int) -> Qwen2_5_VLForConditionalGeneration:
-    """An untrained model of under a million parameters."""
-    torch.manual_seed(seed)
-    tokens = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    width, heads = 128, 4
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": len(processor.tokenizer),
-            "hidden_size": width,
-            "intermediate_size": 256,
-            "num_hidden_layers": 3,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
-            "max_position_embeddings": 1024,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [4, 6, 6]},
-            "bos_token_id": None,
-            "eos_token_id": tokens[END_OF_TURN],
-            "pad_token_id": tokens[END_OF_TEXT],
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 96,
-            "intermediate_size": 192,
-            "num_heads": 4,
-            "out_hidden_size": width,
-            "patch_size": PATCH,
-            "spatial_merge_size": MERGE,
-            "window_size": SIZE,
-            "fullatt_block_indexes": [0, 1],
-            "rope_parameters": {"rope_type": "axial", "rope_theta": 100.0},
-        },
-        image_token_id=tokens["<|image_pad|>"],
-        video_token_id=tokens["<|video_pad|>"],
-        vision_start_token_id=tokens["<|vision_start|>"],
-        vision_end_token_id=tokens["<|vision_end|>"],
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokens[END_OF_TURN],
-        pad_token_id=tokens[END_OF_TEXT],
-    )
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(
-        eos_token_id=[tokens[END_OF_TURN], tokens[END_OF_TEXT]], pad_token_id=tokens[END_OF_TEXT], max_new_tokens=64
-    )
-    return model
+FACTS = {"finding": FINDINGS, "side": SIDES, "place": PLACES, "modality": MODALITIES}
 
 
 @dataclass(frozen=True)
@@ -254,16 +132,15 @@ def paced(steps: int, title: str, losses: list[float]) -> Iterator[int]:
             print(f"{title}: step {step + 1} of {steps}, loss {losses[-1]:.3f}, {now - began:.0f} s", flush=True)
 
 
-def optimise(parameters: list[nn.Parameter], steps: int, title: str) -> Iterator[list[Tensor]]:
-    """Yields an empty list for each step; the caller puts the loss into it, and it is minimised."""
+def minimise(loss_at: Callable[[int], Tensor], parameters: list[nn.Parameter], steps: int, title: str) -> None:
+    """AdamW on the loss of each step, with a short warm-up and a cosine down to a fiftieth of the peak."""
     adam = torch.optim.AdamW(parameters, lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     shape = torch.optim.lr_scheduler.LambdaLR(
         adam, lambda step: min(1, (step + 1) / 20) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
     )
     losses: list[float] = []
-    for _ in paced(steps, title, losses):
-        yield (given := [])
-        (loss,) = given
+    for step in paced(steps, title, losses):
+        loss = loss_at(step)
         losses.append(loss.item())
         adam.zero_grad()
         loss.backward()
@@ -272,17 +149,18 @@ def optimise(parameters: list[nn.Parameter], steps: int, title: str) -> Iterator
         shape.step()
 
 
-def learn_to_see(
-    model: Qwen2_5_VLForConditionalGeneration, pool: Pool, steps: int, rng: np.random.Generator
-) -> None:
+def learn_to_see(model: Qwen2_5_VLForConditionalGeneration, pool: Pool, steps: int, rng: np.random.Generator) -> None:
     """Trains the vision half to tell the facts of an image to a linear head, which is then forgotten."""
     eye, sizes = model.model.visual, [len(values) for values in FACTS.values()]
     head = nn.Linear(IMAGE_TOKENS * model.config.text_config.hidden_size, sum(sizes))
     truth = torch.tensor([[values.index(getattr(case, fact)) for fact, values in FACTS.items()] for case in pool.cases])
-    for loss in optimise([*eye.parameters(), *head.parameters()], steps, "learning to see"):
+
+    def loss_at(_: int) -> Tensor:
         some = torch.from_numpy(rng.integers(len(pool.cases), size=BATCH))
         guesses = head(see(eye, pool.patches[some]).flatten(1)).split(sizes, dim=1)
-        loss.append(sum(functional.cross_entropy(guess, truth[some, at]) for at, guess in enumerate(guesses)))
+        return torch.stack([functional.cross_entropy(*pair) for pair in zip(guesses, truth[some].T, strict=True)]).sum()
+
+    minimise(loss_at, [*eye.parameters(), *head.parameters()], steps, "learning to see")
 
 
 def learn_to_say(
@@ -298,31 +176,30 @@ def learn_to_say(
     for prompt in (chat(processor, image, text), chat(processor, text, image)):  # people write it either way
         ids, labels = encode(processor, [(prompt, house_caption(case)) for case in pool.cases])
         kinds = (ids[:1] == model.config.image_token_id).int()
-        positions, _ = model.model.get_rope_index(
-            ids[:1], mm_token_type_ids=kinds, image_grid_thw=torch.tensor([[1, GRID, GRID]])
-        )
+        grid = torch.tensor([[1, GRID, GRID]])
+        positions, _ = model.model.get_rope_index(ids[:1], mm_token_type_ids=kinds, image_grid_thw=grid)
         shown.append((ids, labels, positions))
-    reports = [
-        (chat(processor, {"type": "text", "text": report_request(case)}), radiologist_caption(case))
-        for case in pool.cases
-    ]
-    ids, labels = encode(processor, reports)
+    requests = [chat(processor, {"type": "text", "text": report_request(case)}) for case in pool.cases]
+    ids, labels = encode(processor, list(zip(requests, map(radiologist_caption, pool.cases), strict=True)))
     told = (ids, labels, torch.arange(ids.shape[1]).expand(3, 1, -1))
-
     with torch.no_grad():
         seen = torch.cat([see(model.model.visual, patches) for patches in pool.patches.split(256)])
-    trained = [weight for name, weight in model.named_parameters() if ".visual." not in name]
-    for step, loss in enumerate(optimise(trained, steps, "learning to say")):
+
+    def loss_at(step: int) -> Tensor:
         some = torch.from_numpy(rng.integers(len(pool.cases), size=BATCH))
         ids, labels, positions = told if step % 4 == 3 else shown[step % 2]
+        blanks = (ids[some] == model.config.image_token_id)[..., None]
         embedded = model.get_input_embeddings()(ids[some])
-        if ids is not told[0]:
-            embedded = embedded.masked_scatter((ids[some] == model.config.image_token_id)[..., None], seen[some])
+        if blanks.any():
+            embedded = embedded.masked_scatter(blanks, seen[some])
         hidden = model.model.language_model(
             inputs_embeds=embedded, position_ids=positions.expand(3, BATCH, -1), use_cache=False
         ).last_hidden_state
         wanted = labels[some, 1:]
-        loss.append(functional.cross_entropy(model.lm_head(hidden[:, :-1][wanted >= 0]), wanted[wanted >= 0]))
+        return functional.cross_entropy(model.lm_head(hidden[:, :-1][wanted >= 0]), wanted[wanted >= 0])
+
+    language = [weight for name, weight in model.named_parameters() if ".visual." not in name]
+    minimise(loss_at, language, steps, "learning to say")
 
 
 def captions(

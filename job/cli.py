@@ -49,9 +49,8 @@ def check(spec: str | None) -> None:
 
     def work(preemption: Preemption) -> None:
         with preemption.leave_at_once():
+            from job.output import check_owner, open_output
             from job.plan import describe, make_plan
-            from job.publish import check_owner
-            from job.run import open_output
             from job.scratch import prepare_scratch
             from job.specfile import load_spec
             from job.survey import survey

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import socket
 import sys
 import threading
@@ -161,19 +162,24 @@ class Record:
         with self._metrics.open("a") as file:
             file.write(json.dumps({"time": now(), **values}) + "\n")
 
-    def resume_numbers(self, step: int) -> None:
-        """Take up the numbers of earlier attempts, less those of steps that will be made again."""
+    def copy_numbers(self, folder: Path) -> None:
+        """Put the numbers so far into a checkpoint's folder, so that no kill loses those of steps that it holds."""
+        if self._metrics.exists():
+            shutil.copyfile(self._metrics, folder / self._metrics.name)
+
+    def resume_numbers(self, folder: Path | None) -> None:
+        """Take up the numbers that a checkpoint's folder holds; none when the run begins anew."""
         self._metrics.unlink(missing_ok=True)
-        try:
-            lines = self._store.read(METRICS_KEY).decode().splitlines()
-        except JobError:
-            return
-        kept = [line for line in lines if json.loads(line).get("step", 0) <= step]
-        self._metrics.write_text("".join(f"{line}\n" for line in kept))
+        if folder is not None and (folder / self._metrics.name).exists():
+            shutil.copyfile(folder / self._metrics.name, self._metrics)
 
     def publish_numbers(self) -> None:
+        """Send the numbers so far to `logs/`. A store that does not take them is reported and stops nothing."""
         if self._metrics.exists():
-            self._store.write(METRICS_KEY, self._metrics.read_bytes())
+            try:
+                self._store.write(METRICS_KEY, self._metrics.read_bytes())
+            except JobError as error:
+                log.warning("numbers are not published: %s", error)
 
     def read_numbers(self) -> list[dict[str, Any]]:
         if not self._metrics.exists():

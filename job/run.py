@@ -8,22 +8,24 @@ import socket
 from collections.abc import MutableMapping
 from contextlib import ExitStack
 
-from job import publish
+from job import output
 from job.attempt import Attempt
 from job.evaluate import measure
 from job.export import export
 from job.plan import describe, make_plan
 from job.preemption import Preemption
+from job.publish import publish, report_facts
 from job.record import Record
 from job.scratch import prepare_scratch
 from job.spec import JobSpec
-from job.store import Store, check_writable, open_store
+from job.store import check_writable
 from job.store.lease import acquire
 from job.survey import survey, torch_device
 
 log = logging.getLogger("job")
 
 LEASE_SECONDS = 60.0
+"""How long a killed job keeps its successor waiting; `JOB_LEASE_SECONDS` overrides it."""
 
 
 def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemption) -> None:
@@ -35,13 +37,15 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
     scratch.mkdir(exist_ok=True)
     with ExitStack() as stack:
         with preemption.leave_at_once():
-            store = open_output(spec)
-            if publish.is_published(store, spec):
+            store = output.open_output(spec)
+            if output.is_published(store, spec):
                 log.info("published already: %s", spec.output.url)
                 return
             check_writable(store)
-            lease = stack.enter_context(acquire(store, f"{socket.gethostname()}:{os.getpid()}", LEASE_SECONDS))
-        number = publish.begin(store, spec)
+            ttl = float(environment.get("JOB_LEASE_SECONDS") or LEASE_SECONDS)
+            holder = f"{socket.gethostname()}:{os.getpid()}"
+            lease = stack.enter_context(acquire(store, holder, ttl, wait=ttl + 5))
+        number = output.begin(store, spec)
         record = stack.enter_context(Record(store, scratch, name=spec.name, attempt=number).kept())
         attempt = Attempt(spec, store, lease, scratch, record, preemption, number)
         with preemption.leave_at_once():
@@ -61,11 +65,8 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
         before = measure(attempt, loaded, data, "before")
         fit(attempt, plan, loaded, data)
         after = measure(attempt, loaded, data, "after")
-        exported = export(attempt, loaded, data)
-        facts = publish.report_facts(attempt, found, plan, before, after, exported)
-        publish.publish(attempt, data, exported, facts)
+        with preemption.leave_at_once():
+            exported = export(attempt, loaded, data)
+            facts = report_facts(attempt, found, plan, before, after, exported)
+            publish(attempt, data, exported, facts)
         log.info("published: %s", spec.output.url)
-
-
-def open_output(spec: JobSpec) -> Store:
-    return open_store(spec.output.url, sse=spec.output.sse, sse_kms_key_id=spec.output.sse_kms_key_id)

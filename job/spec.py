@@ -140,8 +140,8 @@ class TrainingSpec(Section):
     """Seed of adapters, order and dropout."""
     dataloader_num_workers: int = Field(0, ge=0, le=64)
     """Processes that prepare batches ahead."""
-    logging_steps: PositiveInt = 5
-    """Steps between lines of loss."""
+    logging_steps: PositiveInt = 1
+    """Steps between lines of `logs/metrics.jsonl`; each holds the mean loss since the line before."""
 
 
 class CheckpointSpec(Section):

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from job.checkpoint import steps
 from job.errors import DataError
-from job.publish import RESULT_KEY, read_json
+from job.output import REPORT_KEY, RESULT_KEY, read_json
 from job.record import HEARTBEAT_SECONDS, STATUS_KEY
 from job.store import Store
 
@@ -35,6 +35,8 @@ def describe_status(store: Store) -> str:
         lines.append(
             f"  {name:<24} {before:>9.4f} → {after:>9.4f}  (change {change['low']:+.4f} to {change['high']:+.4f})"
         )
+    if result is not None:
+        lines.append(f"report: {store.url.rstrip('/')}/{REPORT_KEY}")
     return "\n".join(lines)
 
 

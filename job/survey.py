@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.checkpoint import steps
-from job.data import Data, prepare
 from job.model import choose_backend
 from job.model.fetch import base_facts, fetch_base
 from job.plan import Device, Facts
@@ -22,6 +21,8 @@ from job.store import Store
 
 if TYPE_CHECKING:
     import torch
+
+    from job.data import Data
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool) -> Survey
     if importlib.util.find_spec("datasets") is None:
         notes.append("the data was not looked at: install the train extra to do so")
     elif fetch or is_local(spec.dataset.path):
+        from job.data import prepare
+
         data = prepare(spec, scratch, _progress("look at data"))
     else:
         notes.append(f"{spec.dataset.path} is not here yet: rows are counted after stage in")

@@ -51,8 +51,8 @@ def decode(data: bytes, *, max_pixels: int, max_side: int | None) -> Image.Image
                 image.load()
                 upright = ImageOps.exif_transpose(image)
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        kind = "too large" if isinstance(error, Image.DecompressionBombError) else "of no known format"
-        raise BadRow(f"image {kind}") from error
+        bomb = isinstance(error, Image.DecompressionBombError)
+        raise BadRow(f"image too large: over {max_pixels} pixels" if bomb else "image of no known format") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise BadRow(f"image is broken: {type(error).__name__}") from error
     rgb = upright.convert("RGB")

@@ -85,12 +85,13 @@ def _files(folder: Path, split: str) -> list[Path]:
 
 def _load(builder: str, files: list[Path], cache: str, field: str) -> Dataset:
     from datasets import Dataset, load_dataset
-    from datasets.exceptions import DatasetGenerationError
 
+    if not any(file.stat().st_size for file in files):
+        raise DataError(f"{field}: {files[0]} is empty")
     try:
         rows = load_dataset(builder, data_files=[str(file) for file in files], split="train", cache_dir=cache)
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        cause = str(error.__cause__ or error).splitlines()[0][:200]
+    except Exception as error:  # what a parser raises for a broken file is its own affair
+        cause = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0][:200]
         raise DataError(f"{field}: {files[0]} cannot be read as {builder}: {cause}") from error
     if not isinstance(rows, Dataset) or not len(rows):
         raise DataError(f"{field}: {files[0]} has no rows")

@@ -35,6 +35,7 @@ def measure(attempt: Attempt, loaded: Loaded, data: Data, when: str) -> Rows:
     finished = stored_rows(store, key)
     if finished:
         return finished
+    preemption.check()
     with record.stage(f"evaluate {when}") as facts:
         made = stored_rows(store, partial)
         show = _progress(f"evaluate {when}", len(data.evaluation), len(made))

@@ -16,6 +16,16 @@ from job.spec import JobSpec
 
 Generation = dict[str, Any]
 
+# All said outright, since a model's own generation config may sample, or punish repeats (and with them the padding).
+GREEDY = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+}
+
 
 def generations(
     loaded: Loaded,
@@ -88,7 +98,7 @@ def answer(loaded: Loaded, batch: list[dict[str, Any]], max_new_tokens: int) -> 
     inputs = to_device(encode(processor, prompts, [row["images"] for row in batch], side="left"), loaded)
     tokenizer = processor.tokenizer
     produced = loaded.model.generate(
-        **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=tokenizer.pad_token_id
+        **inputs, **GREEDY, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
     )
     answers = produced[:, inputs["input_ids"].shape[1] :]
     lengths = [int((row != tokenizer.pad_token_id).sum()) for row in answers]

@@ -41,8 +41,9 @@ def render(facts: Mapping[str, Any], images: Mapping[str, bytes] | None = None) 
 
     `facts`: `name`; `metrics` (metrics.json); `before`, `after` (rows of the evaluations); `log` (lines of
     logs/metrics.jsonl); `plan`, `lineage`, `gate`, `data` (any nesting of names and values); `privacy`
-    ({"report_images": bool}). A `refused` in the gate is a reason, and is said first. What is missing is left out. With `report_images` false no image, no text and no id of a
-    row is in the page. All text is escaped, and the page's own policy forbids scripts and every request.
+    ({"report_images": bool}). A `refused` in the gate is a reason, and is said first. What is missing is left out. With
+    `report_images` false no image, no text and no id of a row is in the page. All text is escaped, and the page's own
+    policy forbids scripts and every request.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

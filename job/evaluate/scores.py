@@ -146,7 +146,9 @@ def macro_f1_from_sums(sums: Floats) -> Floats:
     """Mean over classes of 2tp / (2tp + fp + fn), from (…, 3 × classes) sums of (tp, fp, fn).
 
     A class that is neither a reference nor an answer in these rows is left out, as in scikit-learn's `f1_score(…,
-    average="macro", zero_division=nan)`.
+    average="macro", zero_division=nan)`. Its interval is too narrow where a class has only a few rows, since a class that
+    is not drawn cannot count: simulated with a rare class, 95 % intervals held the true value in 94 % of sets of 50 rows,
+    87 % of 20 and 70 % of 10.
     """
     true, false, missed = sums[..., 0::3], sums[..., 1::3], sums[..., 2::3]
     size = 2 * true + false + missed

@@ -49,7 +49,7 @@ def compare(
             "the same order; delete the evaluation folder of the output to measure both again"
         )
     settings = Settings(bootstrap_samples, confidence, seed)
-    units = paired.numbered([row.get("unit", row["id"]) for row in before_rows])
+    units = paired.numbered(_unit(row) for row in before_rows)
     before, after = scores.sample_scores(before_rows, labels), scores.sample_scores(after_rows, labels)
     pairs = {name: paired.pair(before[name], after[name]) for name in before}
     pairs = {name: pair for name, pair in pairs.items() if pair.counted.any()}
@@ -84,6 +84,10 @@ def group_names(rows: Sequence[Row], column: str) -> NDArray[np.str_]:
         return names
     common = found[np.argsort(-counts, kind="stable")[: MOST_GROUPS - 1]]
     return np.where(np.isin(names, common), names, OTHER)
+
+
+def _unit(row: Row) -> tuple[str, object]:
+    return ("row", row["id"]) if row.get("unit") is None else ("unit", row["unit"])
 
 
 def _by_group(

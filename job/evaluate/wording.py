@@ -36,6 +36,10 @@ ABOUT = {
     "loss": About("Loss", "number", -1, "mean over held-out answer tokens, in nats"),
     "perplexity": About("Perplexity", "number", -1, "exponential of the loss"),
 }
+ABBREVIATIONS = {
+    **{word: word.upper() for word in ("gpu", "cpu", "mlp", "id", "url", "bleu", "rouge", "trl", "gb")},
+    **{"lora": "LoRA", "chrf": "chrF", "peft": "PEFT"},
+}
 UNSEEN = (
     "ROUGE, BLEU, chrF and token F1 compare words with one reference text. They do not see whether a statement is "
     "true: “no pneumothorax” and “pneumothorax” share nearly all their words, a finding on the wrong side costs one "
@@ -58,9 +62,9 @@ def about(metric: str) -> About:
 
 
 def readable(name: str) -> str:
-    """`age_band` → `Age band`."""
-    text = name.replace("_", " ").strip()
-    return text[:1].upper() + text[1:]
+    """`age_band` → `Age band`, `gpu_memory` → `GPU memory`."""
+    text = " ".join(ABBREVIATIONS.get(word, word) for word in name.replace("_", " ").split())
+    return text if text.split(" ")[0] in ABBREVIATIONS.values() else text[:1].upper() + text[1:]
 
 
 def number(value: float | None, kind: str, *, signed: bool = False) -> str:

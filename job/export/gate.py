@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,23 @@ from job.errors import GateRefused
 from job.evaluate.generate import base_or_tuned, to_device
 from job.model import Loaded
 from job.model.collator import IGNORE, Collator
+from job.model.lora import group_of
 from job.model.transformers_backend import load_processor, load_weights
 from job.spec import GateSpec, JobSpec
 
 ROUNDING = 0.01
-"""An adapter that moves logits by less (a trial of few steps) cannot be told from bfloat16's rounding of the weights."""
+"""Adapters that move logits by less (a trial of few steps) cannot be told from bfloat16's rounding of the weights. Nor can
+those that move them by little beside the difference itself, which is larger where both are held in 4 bits."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Differences of logits are means of |a − b|, as a share of the standard deviation of base + adapter's logits."""
+    """Differences of logits are means of |a − b|, as a share of the standard deviation of base + adapter's logits.
+
+    `token_agreement` is the share of tokens at which merged puts first what base + adapter does, or holds within
+    `max_mean_logit_difference` of it. `groups` says of each group of layers how far base + adapter moves without its
+    adapters (`effect`), and how far merged is from that (`difference_without`).
+    """
 
     rows: int
     tokens: int
@@ -30,6 +39,7 @@ class Verdict:
     token_agreement: float
     mean_difference_from_base: float
     mean_effect_of_adapter: float
+    groups: dict[str, dict[str, float]]
 
     def facts(self) -> dict[str, Any]:
         return asdict(self)
@@ -41,49 +51,83 @@ def compare(spec: JobSpec, loaded: Loaded, merged: Path, rows: Any) -> Verdict:
     chosen = [rows[index * len(rows) // count] for index in range(count)]
     size = spec.evaluation.batch_size
     batches = [chosen[start : start + size] for start in range(0, count, size)]
-    tuned = [answer_logits(loaded, batch, spec, tuned=True) for batch in batches]
-    base = [answer_logits(loaded, batch, spec, tuned=False) for batch in batches]
+
+    def logits(model: Loaded, tuned: bool = True) -> torch.Tensor:
+        return torch.cat([answer_logits(model, batch, spec, tuned=tuned) for batch in batches])
+
     again = replace(
         loaded,
         model=load_weights(spec.model, merged, loaded.device, loaded.precision),
         processor=load_processor(spec.model, merged),
     )
-    folded = [answer_logits(again, batch, spec, tuned=True) for batch in batches]
-    return verdict(torch.cat(tuned), torch.cat(folded), torch.cat(base), count)
-
-
-def verdict(tuned: torch.Tensor, merged: torch.Tensor, base: torch.Tensor, rows: int) -> Verdict:
-    """Measure three sets of logits of shape (answer tokens, vocabulary)."""
+    tuned, base, folded = logits(loaded), logits(loaded, tuned=False), logits(again)
     scale = float(tuned.std())
-    difference = (tuned - merged).abs()
+
+    def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+        return float((one - other).abs().mean()) / scale
+
+    groups = {}
+    for group in loaded.groups:
+        with silenced(loaded.model, group):
+            without = logits(loaded)
+        groups[group] = {"effect": apart(tuned, without), "difference_without": apart(folded, without)}
+    lost = tuned.amax(-1) - tuned.gather(-1, folded.argmax(-1, keepdim=True)).squeeze(-1)
     return Verdict(
-        rows=rows,
+        rows=count,
         tokens=tuned.shape[0],
-        mean_logit_difference=float(difference.mean()) / scale,
-        max_logit_difference=float(difference.max()) / scale,
-        token_agreement=float((tuned.argmax(-1) == merged.argmax(-1)).float().mean()),
-        mean_difference_from_base=float((base - merged).abs().mean()) / scale,
-        mean_effect_of_adapter=float((base - tuned).abs().mean()) / scale,
+        mean_logit_difference=apart(tuned, folded),
+        max_logit_difference=float((tuned - folded).abs().max()) / scale,
+        token_agreement=float((lost <= spec.export.gate.max_mean_logit_difference * scale).float().mean()),
+        mean_difference_from_base=apart(base, folded),
+        mean_effect_of_adapter=apart(base, tuned),
+        groups=groups,
     )
 
 
+@contextmanager
+def silenced(model: Any, group: str) -> Iterator[None]:
+    """Base + adapter without the adapters of one group."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and (group_of(name) or "other") == group
+    ]
+    kept = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            layer.scaling.update(dict.fromkeys(layer.scaling, 0.0))
+        yield
+    finally:
+        for layer, scaling in zip(layers, kept, strict=True):
+            layer.scaling.update(scaling)
+
+
 def refuse(result: Verdict, spec: GateSpec) -> None:
-    """Raises GateRefused, saying which bound was crossed."""
+    """Raises GateRefused, saying which bound was crossed, or which adapters merged does without."""
+    visible = max(ROUNDING, result.mean_logit_difference / 3)
+    reasons = []
     if not result.mean_logit_difference <= spec.max_mean_logit_difference:
-        raise GateRefused(
-            f"merged weights differ from base + adapter: mean logit difference {result.mean_logit_difference:.4f} is over "
-            f"export.gate.max_mean_logit_difference {spec.max_mean_logit_difference:g}; the adapter is published, merged is not"
+        reasons.append(
+            f"mean logit difference {result.mean_logit_difference:.4f} is over "
+            f"export.gate.max_mean_logit_difference {spec.max_mean_logit_difference:g}"
         )
     if not result.token_agreement >= spec.min_token_agreement:
-        raise GateRefused(
-            f"merged weights differ from base + adapter: token agreement {result.token_agreement:.4f} is under "
-            f"export.gate.min_token_agreement {spec.min_token_agreement:g}; the adapter is published, merged is not"
+        reasons.append(
+            f"token agreement {result.token_agreement:.4f} is under export.gate.min_token_agreement "
+            f"{spec.min_token_agreement:g}"
         )
-    told_apart = result.mean_effect_of_adapter > ROUNDING
-    if told_apart and result.mean_difference_from_base < result.mean_logit_difference:
+    reasons += [
+        f"the {group} adapters are not in them (they are nearer to base + adapter without those)"
+        for group, found in result.groups.items()
+        if found["effect"] > visible and found["difference_without"] < result.mean_logit_difference
+    ]
+    if result.mean_effect_of_adapter > visible and result.mean_difference_from_base < result.mean_logit_difference:
+        reasons.append("they are nearer to the base than to base + adapter")
+    if reasons:
         raise GateRefused(
-            "merged weights are nearer to the base than to base + adapter: the adapter is not in them; the adapter is "
-            "published, merged is not"
+            f"merged weights differ from base + adapter: {'; '.join(reasons)}; the adapter is published, merged is not"
         )
 
 

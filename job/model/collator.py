@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from job.errors import DataError
 
 IGNORE = -100
+DATE = "26 Jul 2024"
+"""Llama 3.2's own default. Its template writes today's into a system turn, and a run resumed tomorrow would differ."""
 Messages = list[dict[str, Any]]
 
 
@@ -31,7 +34,7 @@ class Collator:
     responses_only: bool = True
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        texts = [render(self.processor, row["messages"]) for row in rows]
+        texts = [finished(self.processor, row["messages"]) for row in rows]
         batch = encode(self.processor, texts, [row["images"] for row in rows], side="right")
         labels = torch.full_like(batch["input_ids"], IGNORE)
         lengths = batch["attention_mask"].sum(dim=1).tolist()
@@ -68,7 +71,7 @@ def answer_span(processor: Any, messages: Messages, turn: int, text: str, length
         raise DataError("a conversation has an image behind an answer; put images into the first user turn")
     whole = tokens(processor, text)
     before = tokens(processor, render(processor, messages[:turn], prompt=True))
-    after = tokens(processor, render(processor, messages[: turn + 1]).rstrip())
+    after = tokens(processor, finished(processor, messages[: turn + 1]).rstrip())
     start, end = _common(whole, before), _common(whole, after)
     if start < len(before) - 1 or end <= start:
         raise DataError(
@@ -83,9 +86,31 @@ def _common(a: list[int], b: list[int]) -> int:
 
 
 def render(processor: Any, messages: Messages, *, prompt: bool = False) -> str:
-    """The chat template's text; with `prompt`, up to where the model answers."""
-    text: str = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    """The chat template's text; with `prompt`, up to where the model answers. Raises DataError when it refuses."""
+    system = messages[0] if messages[0]["role"] == "system" else None
+    text = _apply(processor, messages, prompt)
+    if system is not None and str(system["content"]) in text:
+        # Llama 3.2's template takes the system turn as one string, and prints a list of parts as Python would.
+        plain = "".join(part["text"] for part in system["content"])
+        text = _apply(processor, [{"role": "system", "content": plain}, *messages[1:]], prompt)
     return text
+
+
+def _apply(processor: Any, messages: Messages, prompt: bool) -> str:
+    dated = {"date_string": DATE} if "date_string" in str(processor.chat_template) else {}
+    try:
+        text: str = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **dated)
+    except TemplateError as error:
+        raise DataError(f"the model's chat template refuses the conversation: {error}") from error
+    return text
+
+
+def finished(processor: Any, messages: Messages) -> str:
+    """The text of whole turns. Where the template ends no turn (LLaVA 1.5's), the end of text is put behind the last:
+    a model that is never shown where an answer ends does not stop."""
+    text = render(processor, messages)
+    special = tuple(token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special)
+    return text if text.rstrip().endswith(special) else text.rstrip() + str(processor.tokenizer.eos_token)
 
 
 def tokens(processor: Any, text: str) -> list[int]:
@@ -114,9 +139,9 @@ def encode(processor: Any, texts: list[str], images: list[list[Any]], *, side: s
 
 
 def never_learned(processor: Any) -> list[int]:
-    """Ids of image placeholders, which no model shall learn to write. mllama's lies outside the vocabulary."""
-    tokenizer = processor.tokenizer
-    names = [getattr(processor, name, None) for name in ("image_token", "boi_token", "eoi_token")]
-    ids = [getattr(processor, "image_token_id", None)]
-    ids += [tokenizer.convert_tokens_to_ids(name) for name in names if isinstance(name, str)]
-    return sorted({int(number) for number in ids if number is not None})
+    """Ids of image placeholders and their fences, which no model shall learn to write. mllama's lies outside the vocabulary,
+    and Gemma 3's processor calls by its name the fence only, so the tokenizer is asked too."""
+    names = ("image_token", "video_token", "boi_token", "eoi_token")
+    found = {getattr(owner, name, None) for owner in (processor, processor.tokenizer) for name in names}
+    known = processor.tokenizer.get_vocab()
+    return sorted(known[token] for token in found | {"<|vision_start|>", "<|vision_end|>"} if token in known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +52,20 @@ def _from_hub(spec: ModelSpec) -> Path:
     return Path(found)
 
 
+# Published checkpoints name layers as transformers did before 4.52; these are its modules' names today (its own
+# conversion_mapping.py), in which the user writes lora.target_modules and the census is taken.
+RENAMED = (
+    (r"^language_model\.lm_head\b", "lm_head"),
+    (r"^language_model\.(?:model\.)?", "model.language_model."),
+    (r"^model\.(?=(?:layers|norm)\b)", "model.language_model."),
+    (r"^(?=(?:vision_tower|vision_model|visual|multi_modal_projector)\b)", "model."),
+    (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
+)
+
+
 @dataclass(frozen=True)
 class BaseFacts:
-    """What the files of a base model say: `parameters` counts all weights, `linears` the layers by name."""
+    """What the files of a base model say: `parameters` counts all weights, `linears` the layers by the module's name."""
 
     model_type: str
     architecture: str
@@ -79,8 +91,9 @@ def base_facts(folder: Path) -> BaseFacts:
             for length in shape:
                 size *= length
             count += size
-            if name.endswith(".weight") and len(shape) == 2:
-                linears[name.removesuffix(".weight")] = Linear(*shape)
+            layer = name.removesuffix(".weight")
+            if layer != name and len(shape) == 2 and "embed" not in layer.rpartition(".")[2]:
+                linears[module_name(layer)] = Linear(*shape)
     architectures = config.get("architectures") or ["unknown"]
     return BaseFacts(
         model_type=str(config.get("model_type", "unknown")),
@@ -89,6 +102,13 @@ def base_facts(folder: Path) -> BaseFacts:
         bytes=sum(file.stat().st_size for file in files),
         linears=linears,
     )
+
+
+def module_name(layer: str) -> str:
+    """A layer's name in the loaded model, from its name in the checkpoint."""
+    for old, new in RENAMED:
+        layer = re.sub(old, new, layer)
+    return layer
 
 
 def _json(path: Path) -> dict[str, Any]:

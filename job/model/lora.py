@@ -19,6 +19,7 @@ VISION = frozenset({"vision_tower", "vision_model", "vision_encoder", "vision", 
 CONNECTOR = re.compile(r"projector|connector|merger|resampler|aligner|perceiver")
 ATTENTION = frozenset({"self_attn", "attn", "attention", "cross_attn", "self_attention"})
 MLP = frozenset({"mlp", "feed_forward", "ffn"})
+HEAD = "lm_head"
 
 
 class Linear(NamedTuple):
@@ -74,16 +75,28 @@ def targets(spec: LoraSpec, linears: Iterable[str]) -> list[str]:
 
 
 def _matches(name: str, wanted: str | list[str]) -> bool:
-    """PEFT's rule: a text is a full regular expression, or `all-linear`; a list holds names or their endings."""
+    """PEFT's rule: a text is a full regular expression, or `all-linear` but for the head; a list holds names or endings."""
+    if wanted == "all-linear":
+        return name.rpartition(".")[2] != HEAD
     if isinstance(wanted, str):
-        return wanted == "all-linear" or re.fullmatch(wanted, name) is not None
+        return re.fullmatch(wanted, name) is not None
     return any(name == item or name.endswith(f".{item}") for item in wanted)
 
 
 def pattern(names: Iterable[str]) -> str:
-    """A regular expression that matches these layers and, block numbers aside, no other."""
-    shapes = sorted({re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(name).replace(r"\_", "_")) for name in names})
-    return "|".join(f"(?:{shape})" for shape in shapes)
+    """A regular expression that matches exactly these names, kept short by gathering their block numbers."""
+    blocks: dict[tuple[str, str], list[str]] = {}
+    for name in sorted(names):
+        before, number, after = (
+            re.split(r"\.(\d+)\.", name, maxsplit=1) if re.search(r"\.\d+\.", name) else (name, "", "")
+        )
+        blocks.setdefault((before, after), []).append(number)
+    return "|".join(
+        rf"(?:{re.escape(before)}\.(?:{'|'.join(numbers)})\.{re.escape(after)})"
+        if after
+        else f"(?:{re.escape(before)})"
+        for (before, after), numbers in blocks.items()
+    )
 
 
 def parameters(r: int, linears: Mapping[str, Linear], chosen: Iterable[str]) -> dict[str, int]:

@@ -101,7 +101,7 @@ def add_adapters(model: Any, spec: JobSpec, chosen: list[str]) -> tuple[Any, dic
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(spec.training.seed)
-    model = get_peft_model(model, config)
+    model = get_peft_model(model, config).eval()  # the adapters' new dropout begins in training mode
     census(chosen, adapted(model))
     if lora.init_adapter is not None:
         load_adapter(model, Path(lora.init_adapter))

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from job.errors import JobError, NotAllowed, Unavailable
+from job.errors import JobError, NotAllowed, SpecError, Unavailable
 from job.store.protocol import Capabilities, Conflict, Corrupt, Digest, Entry, Missing, checked_key
 
 CHUNK = 8 * 2**20
@@ -26,6 +26,8 @@ def disk_fault(error: OSError, path: Path) -> JobError:
         return Unavailable(f"The disk that holds {path} is full or over its quota; free some space and run again.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return NotAllowed(f"This user may not write or read {path}: {os.strerror(error.errno)}.")
+    if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP):
+        return SpecError(f"{path} cannot be a folder of this store: {os.strerror(error.errno)}; choose another place.")
     return Unavailable(f"The file system failed at {path}: {error.strerror or error}.")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import itertools
 import secrets
 import threading
@@ -29,12 +30,19 @@ from job.store import transfer
 from job.store.faults import DAMAGED, code_of, explain
 from job.store.protocol import Capabilities, Conflict, Digest, Entry, Missing, checked_key
 
+# Headers that were cut off on the way look to http.client like the end of them; these show that they were not.
+WITNESS = {
+    "put_object": ("ETag",),
+    "upload_part": ("ETag",),
+    "get_object": ("ETag", "ContentLength"),
+    "head_object": ("ETag", "ContentLength", "LastModified"),
+}
 BROKEN = (BotoCoreError, ClientError, HTTPError, HTTPClientError, OSError)
 
 
 def connect() -> Any:
     """A client that retries what time can cure. Checksums are ours to send, once, where the store checks them."""
-    return boto3.session.Session().client(
+    client = boto3.client(
         "s3",
         config=Config(
             retries={"mode": "adaptive", "total_max_attempts": transfer.ATTEMPTS},
@@ -47,6 +55,15 @@ def connect() -> Any:
             s3={"payload_signing_enabled": False},
         ),
     )
+    client.meta.events.register_last("before-call.s3", _plain_body)
+    return client
+
+
+def _plain_body(params: dict[str, Any], **_: Any) -> None:
+    """Send bytes as bytes: botocore makes a file of them, waits for leave to send it, and sends it 16 KiB at a time."""
+    params["headers"].pop("Expect", None)
+    if isinstance(params.get("body"), io.BytesIO):
+        params["body"] = params["body"].getvalue()
 
 
 class S3Store:
@@ -65,6 +82,7 @@ class S3Store:
         self.part_size = transfer.PART
         self.pool = ThreadPoolExecutor(transfer.WORKERS, thread_name_prefix="store")
         self.buffers = transfer.Buffers(transfer.WORKERS + 2)
+        self.room = threading.Semaphore(transfer.WORKERS + 2)  # bodies in memory
         self._probed: Capabilities | None = None
         self._probing = threading.Lock()
 
@@ -81,6 +99,7 @@ class S3Store:
 
     def read(self, key: str) -> bytes:
         """The bytes must match the ETag where that is an MD5; where it is something else, two reads must agree."""
+        checked_key(key)
         before = None
         for _ in range(transfer.ATTEMPTS):
             with contextlib.suppress(HTTPError, HTTPClientError, OSError):
@@ -93,16 +112,17 @@ class S3Store:
         raise Unavailable(f"Reading {self.place(key)} broke off again and again.")
 
     def version(self, key: str) -> str:
-        return str(self.call("head_object", "s3:GetObject", key)["ETag"])
+        return str(self.call("head_object", "s3:GetObject", checked_key(key))["ETag"])
 
     def age(self, key: str) -> float:
-        answer = self.call("head_object", "s3:GetObject", key)
+        answer = self.call("head_object", "s3:GetObject", checked_key(key))
         sent = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
         now = parsedate_to_datetime(sent).timestamp() if sent else time.time()
         return now - float(answer["LastModified"].timestamp())
 
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": if_match} if if_match is not None else {}
+        checked_key(key)
         if condition and not self.capabilities.conditional:
             self._look_first(key, if_match)
             condition = {}
@@ -117,7 +137,7 @@ class S3Store:
 
     def delete(self, keys: Iterable[str]) -> None:
         """One by one: the bulk call wants a checksum that older stores do not know, and ours are few."""
-        for done in [self.pool.submit(self.call, "delete_object", "s3:DeleteObject", checked_key(key)) for key in keys]:
+        for done in [self.pool.submit(self.call, "delete_object", "s3:DeleteObject", key) for key in keys]:
             done.result()
 
     # Files of any size
@@ -126,7 +146,7 @@ class S3Store:
         return transfer.upload(self, path, checked_key(key))
 
     def download(self, key: str, path: Path, *, sha256: str | None = None) -> Digest:
-        return transfer.download(self, key, path, sha256)
+        return transfer.download(self, checked_key(key), path, sha256)
 
     def abort_stale(self, prefix: str, older_than: float) -> int:
         pages = self.client.get_paginator("list_multipart_uploads")
@@ -222,27 +242,34 @@ class S3Store:
         """One object in one request; the answer must show the encryption asked for. Returns the version."""
         checked = self.capabilities.checksums if checksums is None else checksums
         check = transfer.sha256(data) if checked else transfer.md5(data)
-        answer = self.call("put_object", "s3:PutObject", key, Body=data, **check, **condition, **self.encryption())
-        try:
-            self.check_encryption(answer, key)
-        except SpecError:
-            self.call("delete_object", "s3:DeleteObject", key)
-            raise
-        if not checked:
-            self.check_etag(answer, data, key)
-        return str(answer["ETag"])
+        for _ in range(transfer.DAMAGED_TRIES):
+            answer = self.call("put_object", "s3:PutObject", key, Body=data, **check, **condition, **self.encryption())
+            try:
+                self.check_encryption(answer, key)
+            except SpecError:
+                self.call("delete_object", "s3:DeleteObject", key)
+                raise
+            if checked or self.is_intact(answer, data):
+                return str(answer["ETag"])
+            if condition:
+                condition = {"IfMatch": answer["ETag"]}  # over our own damaged bytes, and nobody else's
+        raise self.damaged(key)
 
     def call(self, method: str, action: str, key: str, **arguments: Any) -> Any:
         """One request about one key, retried, with its errors as sentences."""
         with self.explained(action, key):
             for attempt in itertools.count(1):
                 try:
-                    return getattr(self.client, method)(Bucket=self.bucket, Key=self.prefix + key, **arguments)
+                    answer = getattr(self.client, method)(Bucket=self.bucket, Key=self.prefix + key, **arguments)
+                    if all(name in answer for name in WITNESS.get(method, ())):
+                        return answer
+                    if attempt == transfer.ATTEMPTS:
+                        raise Unavailable(f"The answers of {self.endpoint} to {action} lack what S3 promises.")
                 except ClientError as error:
                     code, status = code_of(error)
                     if attempt == transfer.ATTEMPTS or not (code in DAMAGED or status == 409):
                         raise
-                    time.sleep(min(0.1 * 2**attempt, 5))
+                time.sleep(min(0.1 * 2**attempt, 5))
         raise AssertionError("unreachable")
 
     @contextlib.contextmanager
@@ -273,9 +300,11 @@ class S3Store:
             f"{self.sse_kms_key_id or ''} as the spec asks.".replace("  ", " ")
         )
 
-    def check_etag(self, answer: dict[str, Any], data: bytes | bytearray | memoryview, key: str) -> None:
+    def is_intact(self, answer: dict[str, Any], data: bytes) -> bool:
         """For a store that checks no checksum itself: its MD5 against ours, where its ETag is one."""
         etag = str(answer["ETag"]).strip('"')
         is_md5 = len(etag) == 32 and not answer.get("ServerSideEncryption")
-        if is_md5 and etag != hashlib.md5(data, usedforsecurity=False).hexdigest():
-            raise Unavailable(f"{self.place(key)} arrived damaged at {self.endpoint}.")
+        return not is_md5 or etag == hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+    def damaged(self, key: str) -> Unavailable:
+        return Unavailable(f"{self.place(key)} arrived damaged at {self.endpoint} again and again.")

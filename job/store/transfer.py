@@ -31,6 +31,7 @@ MAX_PARTS = 9_000  # S3 takes 10,000
 WORKERS = 4
 WINDOW = WORKERS + 1
 ATTEMPTS = 8
+DAMAGED_TRIES = 3
 
 
 class Buffers:
@@ -85,12 +86,12 @@ def upload(store: S3Store, path: Path, key: str) -> Digest:
         return Digest(size, digest.hexdigest())
 
 
-def sha256(data: bytes | bytearray) -> dict[str, str]:
+def sha256(data: bytes) -> dict[str, str]:
     """What the store checks a body against as it arrives. Cheap where the processor has it built in, on both sides."""
     return {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": base64.b64encode(hashlib.sha256(data).digest()).decode()}
 
 
-def md5(data: bytes | bytearray) -> dict[str, str]:
+def md5(data: bytes) -> dict[str, str]:
     """The same for a store that knows only the old way, at twice the cost."""
     return {"ContentMD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
 
@@ -111,18 +112,17 @@ def _send(
             for earlier in sent:
                 if earlier.done():
                     earlier.result()  # raises early, when a part has failed for good
-            buffer = store.buffers.take(part_size)
-            view = memoryview(buffer)[: min(part_size, size - start)]
+            store.room.acquire()
             try:
-                _fill(source, view)
-                body = buffer if len(view) == len(buffer) else bytes(view)
+                body = _read_exactly(source, min(part_size, size - start))
                 future = store.pool.submit(_send_part, store, key, upload_id, number, body)
             except BaseException:
-                store.buffers.give(buffer)
+                store.room.release()
                 raise
             sent.append(future)
-            digest.update(view)
-            future.add_done_callback(lambda _, buffer=buffer: store.buffers.give(buffer))  # type: ignore[misc]
+            digest.update(body)
+            del body  # or it would outlive its place in the room
+            future.add_done_callback(lambda _: store.room.release())
         return [future.result() for future in sent]
     finally:
         for future in sent:
@@ -130,23 +130,27 @@ def _send(
         wait(sent)
 
 
-def _fill(source: FileIO, view: memoryview) -> None:
-    got = 0
-    while got < len(view):
-        count = source.readinto(view[got:])
-        if not count:
+def _read_exactly(source: FileIO, size: int) -> bytes:
+    body = source.read(size)
+    while body is not None and len(body) < size:
+        if not (more := source.read(size - len(body))):
             raise DataError(f"{source.name} became shorter while it was being uploaded.")
-        got += count
+        body += more
+    return body or b""
 
 
-def _send_part(store: S3Store, key: str, upload_id: str, number: int, body: bytes | bytearray) -> dict[str, Any]:
+def _send_part(store: S3Store, key: str, upload_id: str, number: int, body: bytes) -> dict[str, Any]:
     checked = store.capabilities.checksums
     check = sha256(body) if checked else md5(body)
-    answer = store.call("upload_part", "s3:PutObject", key, UploadId=upload_id, PartNumber=number, Body=body, **check)
-    if checked:
-        return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumSHA256": check["ChecksumSHA256"]}
-    store.check_etag(answer, body, key)
-    return {"PartNumber": number, "ETag": answer["ETag"]}
+    for _ in range(DAMAGED_TRIES):
+        answer = store.call(
+            "upload_part", "s3:PutObject", key, UploadId=upload_id, PartNumber=number, Body=body, **check
+        )
+        if checked:
+            return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumSHA256": check["ChecksumSHA256"]}
+        if store.is_intact(answer, body):
+            return {"PartNumber": number, "ETag": answer["ETag"]}
+    raise store.damaged(key)
 
 
 def _complete(store: S3Store, key: str, upload_id: str, parts: list[dict[str, Any]], name: str) -> None:

@@ -111,11 +111,13 @@ class Safety(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.random_states = random_states()
-        if self.preemption.requested and state.global_step < state.max_steps:
-            self._leave(args, state)
+        if self.preemption.requested:
+            control.should_save = True  # behind the step's line of numbers; then we leave
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._commit(args, state)
+        if self.preemption.requested and state.global_step < state.max_steps:
+            self._leave(args, state)
 
     def _commit(self, args: TrainingArguments, state: TrainerState) -> None:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from pathlib import Path
 
 from job import checkpoint
 from job.attempt import Attempt
@@ -32,7 +33,7 @@ def fit(attempt: Attempt, plan: Plan, loaded: Loaded, data: Data) -> None:
     with preemption.leave_at_once():
         restored = checkpoint.restore(attempt.store, folder, on_skip=passed_over)
     step = restored.manifest.step if restored else 0
-    record.resume_numbers(step)
+    record.resume_numbers(restored.folder if restored else None)
     with record.stage("train") as facts:
         if restored is not None and step == plan.total_steps:
             load_adapter(loaded.model, restored.folder)
@@ -41,11 +42,12 @@ def fit(attempt: Attempt, plan: Plan, loaded: Loaded, data: Data) -> None:
         if restored is not None:
             log.info("resuming from step %d of attempt %d", step, restored.manifest.attempt)
         with uploader(attempt) as uploads:
-            safety = Safety(
-                preemption,
-                keep=lambda saved, made, epoch: uploads.submit(made, saved, epoch=epoch),
-                settle=lambda: settle(uploads, preemption),
-            )
+
+            def keep(saved: int, made: Path, epoch: float) -> None:
+                record.copy_numbers(made)
+                uploads.submit(made, saved, epoch=epoch)
+
+            safety = Safety(preemption, keep, settle=lambda: settle(uploads, preemption))
             last = train(attempt, plan, loaded, data.train, safety, restored.folder if restored else None)
             settle(uploads, preemption)
         facts.append(f"{last} steps" + (f", the first {step} from an earlier attempt" if step else ""))
@@ -58,6 +60,11 @@ def passed_over(step: int, why: str) -> None:
 def uploader(attempt: Attempt) -> checkpoint.Uploader:
     """The thread that makes saved folders durable; a failed upload is reported and never stops training."""
     spec, record = attempt.spec, attempt.record
+
+    def committed(manifest: checkpoint.Manifest) -> None:
+        record.update(last_checkpoint=manifest.step, checkpoint_failures=0)
+        record.publish_numbers()
+
     return checkpoint.Uploader(
         attempt.store,
         spec_digest=spec.digest,
@@ -66,7 +73,7 @@ def uploader(attempt: Attempt) -> checkpoint.Uploader:
         keep=spec.checkpoint.keep,
         keep_every=spec.checkpoint.keep_every,
         versions=versions(),
-        on_commit=lambda manifest: record.update(last_checkpoint=manifest.step, checkpoint_failures=0),
+        on_commit=committed,
         on_failure=lambda step, error, failures: record.update(checkpoint_failures=failures),
     )
 

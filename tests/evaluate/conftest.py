@@ -7,9 +7,9 @@ import random
 import shutil
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -101,11 +101,22 @@ class Browser:
         request = urllib.request.Request(
             f"{self.session}/{verb}", data, {"Content-Type": "application/json"}, method=method
         )
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return json.load(response)["value"]
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return json.load(response)["value"]
+        except urllib.error.HTTPError as error:
+            with error:
+                raise RuntimeError(f"{verb}: {error.read().decode()[:500]}") from error
 
     def open(self, url: str) -> None:
+        """Show `url`, and return when it has been painted: before, it may have no focus to move and no roles to tell."""
         self.ask("url", {"url": url})
+        self.devtools("Page.bringToFront")
+        loaded = f"document.readyState === 'complete' && location.href === {json.dumps(url)}"
+        deadline = time.monotonic() + 30
+        while not self.run(f"return {loaded}") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.run("return new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def run(self, script: str) -> Any:
         return self.ask("execute/sync", {"script": script, "args": []})
@@ -159,10 +170,3 @@ def _session(address: str, chromium: str) -> Browser:
     }
     started = Browser(address).ask("session", wanted)
     return Browser(f"{address}/session/{started['sessionId']}")
-
-
-@pytest.fixture
-def closing_alerts(browser: Browser) -> Iterator[None]:
-    yield
-    with suppress(Exception):
-        browser.ask("alert/dismiss", {})

@@ -72,6 +72,18 @@ def test_no_rows_are_refused() -> None:
         compare([], [])
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_very_few_rows_are_measured_without_a_warning(make_rows: Callable[..., Any], rows: int) -> None:
+    result = compare(make_rows(0.2, rows), make_rows(0.9, rows), ["sex"])
+    assert result["change"]["rougeL"]["n"] == rows
+    json.dumps(result, allow_nan=False)
+
+
+def test_rows_without_a_unit_are_units_of_their_own(make_rows: Callable[..., Any]) -> None:
+    rows = [{**row, "unit": None} for row in make_rows(0.5)]
+    assert compare(rows, rows)["settings"]["units"] == 48
+
+
 def test_a_metric_that_no_row_has_is_left_out(make_rows: Callable[..., Any]) -> None:
     rows = [{**row, "loss": None, "labels": {}} for row in make_rows(0.5)]
     assert not {"loss", "perplexity", "finding_accuracy"} & set(compare(rows, rows)["change"])
@@ -110,9 +122,9 @@ def test_a_group_that_the_model_fails_is_flagged(make_rows: Callable[..., Any]) 
 
 
 def test_groups_that_mean_nothing_are_flagged_at_the_stated_rate(make_rows: Callable[..., Any]) -> None:
-    flagged = 0
-    for start in range(60):
-        rows = make_rows(0.5, 40 * (start + 1))[-40:]
+    flagged, many = 0, make_rows(0.5, 60 * 40)
+    for start in range(0, len(many), 40):
+        rows = many[start : start + 40]
         rows = [{**row, "unit": index, "groups": {"dice": "abcd"[index % 4]}} for index, row in enumerate(rows)]
         flagged += compare(rows, rows, ["dice"], 100)["gaps"]["dice"]["finding_accuracy"]["flagged"]
     assert flagged <= 8  # 60 × 0.05 = 3, and 8 is three standard deviations above

@@ -1,0 +1,214 @@
+"""The five families' configurations: `full` as published, `tiny` the same architecture with small numbers.
+
+The full figures are those of the published configs; `PARAMETERS` is what the models then hold, in all weights.
+"""
+
+from typing import Any
+
+FAMILIES = ("mllama", "qwen2_5_vl", "qwen3_vl", "gemma3", "llava")
+
+PARAMETERS = {
+    "mllama": 10_670_220_835,  # Llama 3.2 11B Vision
+    "qwen2_5_vl": 8_292_166_656,  # Qwen2.5-VL 7B
+    "qwen3_vl": 8_767_123_696,  # Qwen3-VL 8B
+    "gemma3": 4_300_079_472,  # Gemma 3 4B
+    "llava": 7_063_427_072,  # LLaVA 1.5 7B
+}
+
+WIDTH, SPREAD = (
+    64,
+    0.12,
+)  # tiny models' hidden size, and a spread of weights that makes what they see tell on what they say
+TINY_TEXT: dict[str, Any] = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "initializer_range": SPREAD,
+}
+TINY_VISION: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 80, "initializer_range": SPREAD}
+
+TEXT: dict[str, dict[str, dict[str, Any]]] = {
+    "mllama": {
+        "full": {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500_000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+        "tiny": {**TINY_TEXT, "num_hidden_layers": 4, "cross_attention_layers": [1, 3]},
+    },
+    "qwen2_5_vl": {
+        "full": {
+            "vocab_size": 152_064,
+            "hidden_size": 3584,
+            "intermediate_size": 18_944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "max_window_layers": 28,
+            "max_position_embeddings": 128_000,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        "tiny": {
+            **TINY_TEXT,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+        },
+    },
+    "qwen3_vl": {
+        "full": {
+            "vocab_size": 151_936,
+            "hidden_size": 4096,
+            "intermediate_size": 12_288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262_144,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_section": [24, 20, 20],
+                "mrope_interleaved": True,
+            },
+        },
+        "tiny": {
+            **TINY_TEXT,
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [4, 2, 2],
+                "mrope_interleaved": True,
+            },
+        },
+    },
+    "gemma3": {
+        "full": {
+            "vocab_size": 262_208,
+            "hidden_size": 2560,
+            "intermediate_size": 10_240,
+            "num_hidden_layers": 34,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "sliding_window": 1024,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+        # A window shorter than a conversation, and one layer that sees all of it. Its embeddings, tied to the head and scaled
+        # by the root of the width, must be small, or each token only repeats itself.
+        "tiny": {
+            **TINY_TEXT,
+            "initializer_range": 0.03,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 16,
+            "sliding_window_pattern": 3,
+        },
+    },
+    "llava": {
+        "full": {"vocab_size": 32_064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+        "tiny": TINY_TEXT,
+    },
+}
+
+VISION: dict[str, dict[str, dict[str, Any]]] = {
+    "mllama": {
+        "full": {"image_size": 560},
+        "tiny": {
+            **TINY_VISION,
+            "num_hidden_layers": 2,
+            "num_global_layers": 1,
+            "attention_heads": 4,
+            "intermediate_layers_indices": [0],
+            "vision_output_dim": 96,
+            "image_size": 56,
+        },
+    },
+    "qwen2_5_vl": {
+        "full": {"hidden_size": 1280, "out_hidden_size": 3584},
+        "tiny": {
+            **TINY_VISION,
+            "depth": 2,
+            "num_heads": 4,
+            "out_hidden_size": WIDTH,
+            "window_size": 56,
+            "fullatt_block_indexes": [1],
+        },
+    },
+    "qwen3_vl": {
+        "full": {"out_hidden_size": 4096},
+        "tiny": {
+            **TINY_VISION,
+            "depth": 2,
+            "num_heads": 4,
+            "out_hidden_size": WIDTH,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+        },
+    },
+    "gemma3": {
+        "full": {
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "image_size": 896,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        "tiny": {
+            **TINY_VISION,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 56,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+    },
+    "llava": {
+        "full": {
+            "model_type": "clip_vision_model",
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "image_size": 336,
+            "patch_size": 14,
+            "projection_dim": 768,
+        },
+        "tiny": {
+            **TINY_VISION,
+            "model_type": "clip_vision_model",
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "image_size": 56,
+            "patch_size": 14,
+            "initializer_factor": 4.0,
+        },
+    },
+}
+
+PIXELS: dict[str, dict[str, dict[str, int]]] = {
+    "mllama": {"full": {"height": 560, "width": 560}, "tiny": {"height": 56, "width": 56}},
+    "qwen2_5_vl": {
+        "full": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
+        "tiny": {"shortest_edge": 56 * 56, "longest_edge": 84 * 84},
+    },
+    "qwen3_vl": {
+        "full": {"shortest_edge": 256 * 256, "longest_edge": 4096 * 4096},
+        "tiny": {"shortest_edge": 64 * 64, "longest_edge": 96 * 96},
+    },
+    "gemma3": {"full": {"height": 896, "width": 896}, "tiny": {"height": 56, "width": 56}},
+    "llava": {"full": {"height": 336, "width": 336}, "tiny": {"height": 56, "width": 56}},
+}

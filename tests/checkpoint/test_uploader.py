@@ -1,0 +1,113 @@
+"""Off the training thread, newest wins, failures never reach training."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from job.checkpoint import Manifest, Uploader, steps
+from job.errors import JobError, Preempted
+from job.store import Store, open_store
+from job.store.lease import acquire
+from tests.s3 import address
+from tests.store.proxy import Proxy, answer
+
+
+def snapshot(work: Path, step: int, size: int = 10) -> Path:
+    folder = work / f"snapshot-{step}"
+    folder.mkdir(parents=True)
+    (folder / "state").write_bytes(step.to_bytes(4, "big") * size)
+    return folder
+
+
+def uploader(store: Store, **options: object) -> Uploader:
+    defaults: dict[str, object] = {"spec_digest": "d", "attempt": 0, "lease": None, "keep": 9, "first_pause": 0.05}
+    return Uploader(store, **{**defaults, **options})  # type: ignore[arg-type]
+
+
+def test_snapshots_are_committed_and_removed(store: Store, tmp_path: Path) -> None:
+    seen: list[Manifest] = []
+    with uploader(store, on_commit=seen.append) as up:
+        folder = snapshot(tmp_path, 1)
+        up.submit(folder, 1, epoch=0.5, extra={"a": 1})
+        assert up.wait(30)
+    assert steps(store) == [1]
+    assert not folder.exists()
+    assert [(manifest.step, manifest.epoch, manifest.extra) for manifest in seen] == [(1, 0.5, {"a": 1})]
+
+
+def test_old_checkpoints_are_pruned(store: Store, tmp_path: Path) -> None:
+    with uploader(store, keep=2, keep_every=4) as up:
+        for step in range(1, 8):
+            up.submit(snapshot(tmp_path, step), step, epoch=0)
+            assert up.wait(30)
+    assert steps(store) == [7, 6, 4]
+
+
+def test_submit_waits_for_nothing_and_the_newest_wins(
+    s3: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Proxy(address(s3), delay=0.15) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
+        store = open_store(f"s3://{bucket}/out")
+        with uploader(store) as up:
+            began = time.monotonic()
+            for step in range(1, 6):
+                up.submit(snapshot(tmp_path, step), step, epoch=0)
+                time.sleep(0.02)
+            assert time.monotonic() - began < 1
+            assert up.wait(60)
+            assert steps(store) == [5, 1]
+    assert list(tmp_path.glob("snapshot-*")) == []
+
+
+def test_failures_are_reported_loudly_at_last_and_the_copy_is_kept(
+    s3: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusing = threading.Event()
+    refusing.set()
+    refusal = answer("403 Forbidden", "<Error><Code>AccessDenied</Code></Error>")
+    failures: list[tuple[int, JobError, int]] = []
+    with Proxy(address(s3), before=lambda request: refusal if refusing.is_set() else None) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
+        store = open_store(f"s3://{bucket}/out")
+        with uploader(store, on_failure=lambda *failure: failures.append(failure), loud_after=3) as up:
+            up.submit(snapshot(tmp_path, 1), 1, epoch=0)
+            deadline = time.monotonic() + 30
+            while len(failures) < 4 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert (tmp_path / "snapshot-1/state").exists()
+            assert not up.wait(0.01)
+            assert up.error is not None
+            refusing.clear()
+            assert up.wait(30)
+            assert up.error is None
+            assert steps(store) == [1]
+    assert [number for _, _, number in failures[:4]] == [1, 2, 3, 4]
+    assert failures[0][1].exit_code == 77
+    levels = [record.levelno for record in caplog.records if "could not be uploaded" in record.message]
+    assert levels[:4] == [logging.WARNING, logging.WARNING, logging.ERROR, logging.ERROR]
+
+
+def test_a_lost_lease_ends_the_waiting(store: Store, tmp_path: Path) -> None:
+    lease = acquire(store, "a", 30)
+    with uploader(store, lease=lease) as up:
+        lease.release()
+        up.submit(snapshot(tmp_path, 1), 1, epoch=0)
+        assert not up.wait(30)
+        assert isinstance(up.error, Preempted)
+    assert steps(store) == []
+    assert (tmp_path / "snapshot-1").exists()
+
+
+def test_leaving_in_a_hurry_does_not_wait(store: Store, tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(KeyError), uploader(store) as up:
+        up.submit(snapshot(tmp_path, 1), 1, epoch=0)
+        raise KeyError
+    assert time.monotonic() - began < 5
+    up.close()

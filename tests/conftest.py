@@ -1,0 +1,120 @@
+"""What all tests share: a clean environment, the smallest spec, tiny models, and one that has learned to look."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from job.model import Loaded
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+ROOT = Path(__file__).parent.parent
+CACHE = ROOT / "build" / "tests"
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable of the person who runs the tests reaches the job."""
+    for name in list(os.environ):
+        if name.startswith(("JOB_", "AWS_", "SLURM_", "HF_TOKEN")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> dict[str, Any]:
+    """The smallest spec: what has no default."""
+    return {
+        "model": {"name_or_path": str(tmp_path / "base")},
+        "dataset": {"path": str(tmp_path / "data")},
+        "output": {"url": str(tmp_path / "output")},
+    }
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    """`base/`, a tiny model that describes drawn radiographs in house style, and `data/`, images in radiologist style.
+
+    Made once and kept in build/ until its maker changes.
+    """
+    folder = CACHE / "demo"
+    subprocess.run([sys.executable, "examples/make_demo.py", str(folder), "--small"], cwd=ROOT, check=True)
+    return folder
+
+
+Job = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """Run `python -m job …` as a scheduler would: a process of its own, settings in the environment."""
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "job", *arguments],
+            env=job_environment(tmp_path, **environment),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+
+    return run
+
+
+def job_environment(tmp_path: Path, **environment: str) -> dict[str, str]:
+    """A scheduler's environment: this one without settings of ours, and a scratch folder of its own."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
+    ours = {"JOB_SCRATCH": str(tmp_path / "scratch"), "JOB_LEASE_SECONDS": "6"}
+    return clean | ours | environment
+
+
+FAMILIES = ("mllama", "qwen2_5_vl", "qwen3_vl", "gemma3", "llava")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny(family, dtype)` is a checkpoint folder of a model with random weights, made once."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from tests.tiny import make_model
+
+    disable_progress_bar()
+    torch.set_num_threads(1)  # more only get in each other's way on tensors this small
+    made: dict[Any, Path] = {}
+
+    def get(family: str, dtype: Any = torch.float32) -> Path:
+        if (family, dtype) not in made:
+            made[family, dtype] = make_model(family, tmp_path_factory.mktemp(family), dtype=dtype)
+        return made[family, dtype]
+
+    return get
+
+
+@pytest.fixture(params=FAMILIES, scope="session")
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def folder(family: str, tiny: Callable[..., Path]) -> Path:
+    return tiny(family)
+
+
+@pytest.fixture(scope="session")
+def loaded(folder: Path) -> Loaded:
+    """Base and adapters that have something to say. Shared: leave it as it is."""
+    from tests.tiny import load_tiny, perturb
+
+    return perturb(load_tiny(folder))

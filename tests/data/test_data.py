@@ -1,0 +1,198 @@
+"""Rows as users have them: read, looked at, set aside, split, handed on."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from job.data import Data, conversation, prepare
+from job.errors import DataError
+from job.specfile import validate
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def png(colour: int = 0, size: tuple[int, int] = (8, 8)) -> bytes:
+    stream = io.BytesIO()
+    Image.new("L", size, colour).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def folder_of(rows: list[dict[str, Any]], folder: Path, images: dict[str, bytes] | None = None) -> Path:
+    """An image folder with one small image a row unless given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, row in enumerate(rows):
+        if "file_name" in row:
+            (folder / row["file_name"]).write_bytes((images or {}).get(row["file_name"], png(number % 256)))
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def rows_of(count: int, **more: Any) -> list[dict[str, Any]]:
+    return [{"file_name": f"{n}.png", "caption": f"caption {n}", **more} for n in range(count)]
+
+
+@pytest.fixture
+def prepared(tree: dict[str, Any], tmp_path: Path):
+    def prepare_it(**dataset: Any) -> Data:
+        tree["dataset"] |= dataset
+        return prepare(validate(tree), tmp_path / "scratch")
+
+    return prepare_it
+
+
+def test_an_image_folder_becomes_conversations(tmp_path: Path, prepared):
+    folder_of(rows_of(20), tmp_path / "data")
+    data = prepared(instruction="Look.", system_prompt="Be brief.")
+    row = data.train[0]
+    assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
+    assert row["messages"][1]["content"] == [{"type": "image"}, {"type": "text", "text": "Look."}]
+    assert row["messages"][2]["content"][0]["text"] == row["reference"]
+    assert row["images"][0].mode == "RGB"
+
+
+def test_jsonl_parquet_and_image_folder_give_the_same_rows(tmp_path: Path, tree: dict[str, Any]):
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    rows = rows_of(12)
+    folder_of(rows, tmp_path / "folder")
+    (tmp_path / "folder" / "rows.jsonl").write_text(
+        "".join(json.dumps({"image": row["file_name"], "caption": row["caption"]}) + "\n" for row in rows)
+    )
+    embedded = [{"image": {"bytes": png(n), "path": None}, "caption": row["caption"]} for n, row in enumerate(rows)]
+    features = Features({"image": ImageFeature(), "caption": Value("string")})
+    Dataset.from_list(embedded, features=features).to_parquet(tmp_path / "rows.parquet")
+    seen = []
+    for path in ("folder", "folder/rows.jsonl", "rows.parquet"):
+        tree["dataset"] = {"path": str(tmp_path / path)}
+        data = prepare(validate(tree), tmp_path / "scratch")
+        seen.append([(row["reference"], row["images"][0].getpixel((0, 0))) for row in data.train])
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_a_missing_dataset_is_named(prepared):
+    with pytest.raises(DataError, match=r"dataset.path: /no/such/place does not exist"):
+        prepared(path="/no/such/place")
+
+
+def test_an_empty_dataset_is_refused(tmp_path: Path, prepared):
+    folder_of([], tmp_path / "data")
+    with pytest.raises(DataError, match="dataset.path"):
+        prepared()
+
+
+def test_a_folder_without_tables_is_refused(tmp_path: Path, prepared):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(DataError, match="holds no metadata file"):
+        prepared()
+
+
+def test_a_missing_column_is_named_with_those_there(tmp_path: Path, prepared):
+    folder_of(rows_of(4), tmp_path / "data")
+    with pytest.raises(DataError, match=r"answer_column is findings: no such column; the data has .*caption"):
+        prepared(answer_column="findings")
+
+
+def test_a_broken_line_names_the_file(tmp_path: Path, prepared):
+    folder_of(rows_of(4), tmp_path / "data")
+    with (tmp_path / "data" / "metadata.jsonl").open("a") as file:
+        file.write('{"file_name": ')
+    with pytest.raises(DataError, match=r"metadata.jsonl cannot be read as json"):
+        prepared()
+
+
+def bomb() -> bytes:
+    """A PNG of a few kB that says it is 30000 × 30000."""
+    return png(size=(30000, 30000))
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        (b"not an image", "of no known format"),
+        (png(size=(64, 64))[:60], "broken"),
+        (b"", "of no known format"),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_a_bad_image_stops_the_job_with_its_row_and_reason(tmp_path: Path, prepared, image: bytes | None, reason: str):
+    folder_of(rows_of(10), tmp_path / "data")
+    file = tmp_path / "data" / "3.png"
+    file.unlink() if image is None else file.write_bytes(image)
+    with pytest.raises(DataError, match=rf"1 of 10 rows are bad.*{reason}.*\(first: row 3\)"):
+        prepared()
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path, prepared):
+    folder_of(rows_of(10), tmp_path / "data", {"3.png": bomb()})
+    with pytest.raises(DataError, match="image too large: over 50000000 pixels"):
+        prepared()
+
+
+@pytest.mark.parametrize("caption", ["", "   ", None])
+def test_a_row_without_a_caption_is_bad(tmp_path: Path, prepared, caption: str | None):
+    rows = rows_of(10)
+    rows[4]["caption"] = caption
+    folder_of(rows, tmp_path / "data")
+    with pytest.raises(DataError, match=r"no caption \(first: row 4\)"):
+        prepared()
+
+
+def test_bad_rows_up_to_the_limit_are_set_aside_without_their_content(tmp_path: Path, prepared):
+    folder_of(rows_of(100), tmp_path / "data")
+    (tmp_path / "data" / "7.png").write_bytes(b"SECRET")
+    data = prepared()
+    assert data.quarantined == [{"row": 7, "reason": "image of no known format"}]
+    ids = {row["id"] for part in (data.train, data.evaluation) for row in part}
+    assert len(ids) == 99
+    assert "row-7" not in ids
+
+
+def test_an_image_path_that_leads_out_of_the_folder_is_bad(tmp_path: Path, prepared):
+    (tmp_path / "private.png").write_bytes(png())
+    rows = rows_of(3)
+    folder_of(rows, tmp_path / "data")
+    rows[0]["file_name"] = "../private.png"
+    (tmp_path / "data" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="leads out of the dataset's folder"):
+        prepared()
+
+
+def test_rows_of_one_patient_stay_on_one_side(tmp_path: Path, prepared):
+    rows = [{**row, "patient": n // 5} for n, row in enumerate(rows_of(100))]
+    folder_of(rows, tmp_path / "data")
+    data = prepared(group_column="patient", eval_fraction=0.3)
+    sides = [{int(row["id"][4:]) // 5 for row in part} for part in (data.train, data.evaluation)]
+    assert sides[0] | sides[1] == set(range(20))
+    assert not sides[0] & sides[1]
+
+
+def test_the_same_picture_is_never_on_both_sides(tmp_path: Path, prepared):
+    folder_of(rows_of(60), tmp_path / "data", {f"{n}.png": png(n % 10) for n in range(60)})
+    data = prepared(eval_fraction=0.4)
+    pixels = [{row["images"][0].getpixel((0, 0)) for row in part} for part in (data.train, data.evaluation)]
+    assert pixels[0]
+    assert pixels[1]
+    assert not pixels[0] & pixels[1]
+
+
+def test_rows_held_out_by_the_user_are_compared_with_the_others(tmp_path: Path, prepared):
+    folder_of(rows_of(10), tmp_path / "data")
+    folder_of(rows_of(4), tmp_path / "held", {f"{n}.png": png(n) for n in range(4)})
+    data = prepared(eval_path=str(tmp_path / "held"))
+    assert (data.facts["train"], data.facts["evaluation"], data.facts["same_in_both"]) == (10, 4, 4)
+
+
+def test_a_large_image_is_shrunk_when_asked(tmp_path: Path, prepared):
+    folder_of(rows_of(4), tmp_path / "data", {f"{n}.png": png(n, (400, 100)) for n in range(4)})
+    assert prepared(image_max_side=200).train[0]["images"][0].size == (200, 50)
+
+
+def test_a_system_turn_is_there_only_when_asked_for():
+    assert [m["role"] for m in conversation("q", "a", None)] == ["user", "assistant"]

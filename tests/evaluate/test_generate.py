@@ -1,0 +1,128 @@
+"""What a model says in a batch is what it says alone, and what its logits say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForImageTextToText
+
+from job.data import Data, prepare
+from job.evaluate.generate import answer, answer_losses, generations
+from job.model import Loaded
+from job.model.collator import IGNORE, Collator, encode, render
+from tests.tiny import batch, job_spec, load_tiny, perturb, picture
+
+TOKENS = 12
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Any:
+    with torch.inference_mode():
+        yield
+
+
+def test_answers_of_a_batch_are_those_given_one_by_one(loaded: Loaded) -> None:
+    """Left padding must reach positions, token types and cross attention."""
+    together = answer(loaded, batch(), TOKENS)
+    assert together == [answer(loaded, [each], TOKENS)[0] for each in batch()]
+    assert len({text for text, _ in together}) == 3
+
+
+def test_answers_follow_the_largest_logit_without_a_cache(loaded: Loaded) -> None:
+    """The config of most families samples or punishes repeats; the measurement does not."""
+    processor = loaded.processor
+    prompts = [render(processor, each["messages"][:-1], prompt=True) for each in batch()]
+    inputs = encode(processor, prompts, [each["images"] for each in batch()], side="left")
+    start = inputs["input_ids"].shape[1]
+    ends = torch.tensor(loaded.model.generation_config.eos_token_id)
+    done = torch.zeros(len(prompts), dtype=torch.bool)
+    for _ in range(TOKENS):
+        token = loaded.model(**inputs).logits[:, -1].argmax(-1)
+        token[done] = processor.tokenizer.pad_token_id
+        done |= torch.isin(token, ends)
+        inputs = longer(inputs, token)
+    texts = processor.tokenizer.batch_decode(inputs["input_ids"][:, start:], skip_special_tokens=True)
+    assert [text for text, _ in answer(loaded, batch(), TOKENS)] == [text.strip() for text in texts]
+
+
+def longer(inputs: dict[str, torch.Tensor], token: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Inputs with one text token more."""
+    more = dict(inputs)
+    for name, last in (("input_ids", token[:, None]), ("attention_mask", torch.ones_like(token)[:, None])):
+        more[name] = torch.cat([inputs[name], last], dim=1)
+    for name in {"token_type_ids", "mm_token_type_ids"} & inputs.keys():
+        more[name] = torch.cat([inputs[name], torch.zeros_like(token)[:, None]], dim=1)
+    if "cross_attention_mask" in inputs:
+        mask = inputs["cross_attention_mask"]
+        more["cross_attention_mask"] = torch.cat([mask, mask[:, -1:]], dim=1)
+    return more
+
+
+def test_the_picture_decides_what_is_said(loaded: Loaded) -> None:
+    other = [each | {"images": [picture(number + 10, 80, 60)]} for number, each in enumerate(batch())]
+    assert answer(loaded, other, TOKENS) != answer(loaded, batch(), TOKENS)
+
+
+def test_losses_of_a_batch_are_those_of_each_row(loaded: Loaded) -> None:
+    together = answer_losses(loaded, batch(), 2048)
+    for each, (loss, count) in zip(batch(), together, strict=True):
+        inputs = Collator(loaded.processor, 2048)([each])
+        wanted = inputs["labels"][:, 1:]
+        logits = loaded.model(**inputs).logits[:, :-1]
+        by_hand = cross_entropy(logits[wanted != IGNORE], wanted[wanted != IGNORE])
+        assert loss == pytest.approx(float(by_hand), rel=1e-4)
+        assert count == int((wanted != IGNORE).sum())
+
+
+SPEC = {"evaluation": {"batch_size": 2, "max_new_tokens": 6}}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Data:
+    rows = [{"file_name": f"{number}.png", "caption": f"Finding {number}."} for number in range(10)]
+    (tmp_path / "rows").mkdir()
+    for number, each in enumerate(rows):
+        picture(number).save(tmp_path / "rows" / each["file_name"])
+    (tmp_path / "rows" / "metadata.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    spec = job_spec(dataset={"path": str(tmp_path / "rows"), "eval_fraction": 0.5}, **SPEC)
+    return prepare(spec, tmp_path / "scratch")
+
+
+@pytest.fixture(scope="module")
+def small(tiny: Callable[..., Path]) -> Loaded:
+    return perturb(load_tiny(tiny("llava")))
+
+
+def test_the_base_speaks_when_adapters_are_silenced(small: Loaded, data: Data) -> None:
+    plain = AutoModelForImageTextToText.from_pretrained(small.folder).eval()
+    alone = Loaded(plain, small.processor, small.folder, "transformers", "32bit", small.device, {})
+    spec = job_spec(**SPEC)
+    base = generations(alone, data.evaluation, spec, tuned=True)
+    assert generations(small, data.evaluation, spec, tuned=False) == base
+    assert generations(small, data.evaluation, spec, tuned=True) != base
+
+
+def test_rows_known_already_are_not_made_again(small: Loaded, data: Data) -> None:
+    made: list[list[str]] = []
+    spec = job_spec(**SPEC)
+    whole = generations(small, data.evaluation, spec, tuned=True)
+    known = [record | {"generated": "kept"} for record in whole[1:3]]
+    again = generations(
+        small,
+        data.evaluation,
+        spec,
+        tuned=True,
+        known=known,
+        each=lambda records: made.append([record["id"] for record in records]),
+    )
+    ids = [record["id"] for record in whole]
+    missing = [ids[0], *ids[3:]]
+    assert made == [missing[start : start + 2] for start in range(0, len(missing), 2)]
+    assert [record["id"] for record in again] == ids
+    assert [record["generated"] == "kept" for record in again] == [identity not in missing for identity in ids]

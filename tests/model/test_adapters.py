@@ -1,0 +1,193 @@
+"""Adapters land in the groups asked for and nowhere else; silent, they change nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+from job.errors import SpecError
+from job.evaluate.generate import base_or_tuned
+from job.model import Loaded
+from job.model.collator import Collator
+from job.model.fetch import base_facts
+from job.model.lora import parameters, targets
+from job.model.transformers_backend import adapted, linears
+from tests.tiny import batch, job_spec, load_tiny, perturb, row
+
+VISION = {
+    "mllama": "model.vision_model",
+    "qwen2_5_vl": "model.visual",
+    "qwen3_vl": "model.visual",
+    "gemma3": "model.vision_tower",
+    "llava": "model.vision_tower",
+}
+UNREAD = {"llava": "model.vision_tower.encoder.layers.2."}  # LLaVA looks at what the last but one layer gives
+CHOICES = {
+    "all": {},
+    "vision only": {"finetune_language_layers": False},
+    "language only": {"finetune_vision_layers": False},
+    "attention only": {"finetune_mlp_modules": False},
+    "mlp only": {"finetune_attention_modules": False},
+}
+
+
+def by_class(model: Any, family: str) -> dict[str, set[str]]:
+    """Linear layers by group, told by the class that holds them instead of by name."""
+    modules = dict(model.named_modules())
+    tower = {id(module) for module in modules[VISION[family]].modules()}
+    found: dict[str, set[str]] = {}
+    for name, module in modules.items():
+        parent = type(modules[name.rpartition(".")[0]]).__name__
+        part = "attention" if "Attention" in parent else "mlp" if "MLP" in parent else None
+        if isinstance(module, torch.nn.Linear) and part:
+            found.setdefault(f"{'vision' if id(module) in tower else 'language'}/{part}", set()).add(name)
+    return found
+
+
+def logits(model: Any, loaded: Loaded) -> torch.Tensor:
+    inputs = Collator(loaded.processor, 2048)(batch())
+    with torch.inference_mode():
+        return model(**inputs).logits
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_gradients_reach_exactly_the_groups_asked_for(family: str, folder: Path, choice: str) -> None:
+    plain = AutoModelForImageTextToText.from_pretrained(folder)
+    groups = by_class(plain, family)
+    assert set(groups) == {f"{tower}/{part}" for tower in ("vision", "language") for part in ("attention", "mlp")}
+    asked = [group for group in groups if choice == "all" or choice.split()[0] in group]
+    expected = {name for group in asked for name in groups[group]}
+
+    loaded = perturb(load_tiny(folder, **CHOICES[choice]))
+    loaded.model(**Collator(loaded.processor, 2048)(batch())).loss.backward()
+    reached = {
+        name.removeprefix("base_model.model.").rpartition(".lora_")[0] or name
+        for name, weight in loaded.model.named_parameters()
+        if weight.grad is not None and weight.grad.any()
+    }
+    assert reached == {name for name in expected if not name.startswith(UNREAD.get(family, "-"))}
+    assert set(adapted(loaded.model)) == expected
+    assert set(loaded.groups) == set(asked)
+    assert foretold(folder, **CHOICES[choice]) == loaded.groups
+    assert sum(loaded.groups.values()) == trainable(loaded)
+
+
+def foretold(folder: Path, **lora: Any) -> dict[str, int]:
+    """What `check` prints, from the headers of the weight files."""
+    found = base_facts(folder).linears
+    return parameters(4, found, targets(job_spec(lora=lora).lora, found))
+
+
+def trainable(loaded: Loaded) -> int:
+    return sum(weight.numel() for weight in loaded.model.parameters() if weight.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "all-linear",
+        ["q_proj", "v_proj"],
+        r"model\.language_model\.layers\.[12]\.mlp\.\w+",
+        ["model.language_model.layers.2.self_attn.o_proj"],
+    ],
+    ids=["all-linear", "endings", "pattern", "one layer"],
+)
+def test_modules_named_by_the_user_are_adapted_and_no_other(
+    tiny: Callable[..., Path], modules: str | list[str]
+) -> None:
+    folder = tiny("gemma3")
+    loaded = load_tiny(folder, target_modules=modules)
+    assert foretold(folder, target_modules=modules) == loaded.groups
+    assert sum(loaded.groups.values()) == trainable(loaded)
+    if isinstance(modules, list) and len(modules) == 1:
+        assert adapted(loaded.model) == modules
+
+
+@pytest.mark.parametrize("written", ["today", "as published"])
+def test_headers_give_the_names_of_modules(family: str, folder: Path, tmp_path: Path, written: str) -> None:
+    """On the hub Gemma 3 and LLaVA have one level more in their vision tower than today's modules."""
+    weights = load_file(folder / "model.safetensors")
+    level = "vision_tower.vision_model." if written == "as published" else "vision_tower."
+    save_file(
+        {key.replace("vision_tower.", level): weight for key, weight in weights.items()}, tmp_path / "w.safetensors"
+    )
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    tied = {"lm_head"} if family == "gemma3" else set()  # no weights of its own
+    assert base_facts(tmp_path).linears == {name: shape for name, shape in linears(model).items() if name not in tied}
+
+
+def test_adapters_switched_off_give_the_base(folder: Path, loaded: Loaded) -> None:
+    base = logits(AutoModelForImageTextToText.from_pretrained(folder).eval(), loaded)
+    with base_or_tuned(loaded, tuned=False):
+        assert torch.equal(logits(loaded.model, loaded), base)
+    assert not torch.allclose(logits(loaded.model, loaded), base, atol=0.01)
+
+
+def test_fresh_adapters_change_nothing(folder: Path, loaded: Loaded) -> None:
+    with base_or_tuned(loaded, tuned=False):
+        base = logits(loaded.model, loaded)
+    assert torch.equal(logits(load_tiny(folder).model, loaded), base)
+
+
+def test_another_picture_gives_other_logits(loaded: Loaded) -> None:
+    collate = Collator(loaded.processor, 2048)
+    one, other = row(1), row(1) | {"images": row(2)["images"]}
+    with torch.inference_mode():
+        first, second = (loaded.model(**collate([each])).logits for each in (one, other))
+    assert float((first - second)[0, -3:].abs().mean()) > 0.01 * float(first.std())
+
+
+def test_an_earlier_adapter_is_taken_up(folder: Path, loaded: Loaded, tmp_path: Path) -> None:
+    loaded.model.save_pretrained(tmp_path)
+    again = load_tiny(folder, init_adapter=str(tmp_path))
+    assert torch.equal(logits(again.model, loaded), logits(loaded.model, loaded))
+
+
+def test_an_adapter_for_other_layers_is_refused(folder: Path, loaded: Loaded, tmp_path: Path) -> None:
+    loaded.model.save_pretrained(tmp_path)
+    with pytest.raises(SpecError, match=r"lora\.init_adapter: .* was made for other layers"):
+        load_tiny(folder, init_adapter=str(tmp_path), finetune_vision_layers=False)
+
+
+@pytest.fixture
+def blind(tiny: Callable[..., Path], tmp_path: Path) -> Path:
+    """A model whose vision tower has no blocks."""
+    source = tiny("qwen2_5_vl")
+    config = json.loads((source / "config.json").read_text())
+    config["vision_config"]["depth"] = 0
+    for file in source.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    kept = {key: weight for key, weight in load_file(source / "model.safetensors").items() if "blocks." not in key}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_a_group_that_the_model_lacks_stops_the_job(blind: Path) -> None:
+    sentence = "finetune_vision_layers and finetune_attention_modules are true, but this model has no such layers"
+    with pytest.raises(SpecError, match=sentence):
+        targets(job_spec().lora, base_facts(blind).linears)
+    with pytest.raises(SpecError, match=sentence):
+        load_tiny(blind)
+    assert set(load_tiny(blind, finetune_vision_layers=False).groups) == {"language/attention", "language/mlp"}
+
+
+def test_modules_that_match_nothing_stop_the_job(tiny: Callable[..., Path]) -> None:
+    with pytest.raises(SpecError, match=r"lora\.target_modules: \['query'\] matches none"):
+        load_tiny(tiny("llava"), target_modules=["query"])
+
+
+def test_the_same_seed_gives_the_same_adapters(tiny: Callable[..., Path]) -> None:
+    one, other = (
+        {name: weight for name, weight in load_tiny(tiny("llava")).model.named_parameters() if "lora_A" in name}
+        for _ in range(2)
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)

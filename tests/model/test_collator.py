@@ -1,0 +1,182 @@
+"""Conversations become tensors whose labels are the answers, token for token."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from job.errors import DataError
+from job.model import Loaded
+from job.model.collator import IGNORE, Collator, render
+from tests.tiny import END, QUESTION, batch, row
+
+HEADER = {
+    "mllama": "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "qwen2_5_vl": "<|im_start|>assistant\n",
+    "qwen3_vl": "<|im_start|>assistant\n",
+    "gemma3": "<start_of_turn>model\n",
+    "llava": "▁ASSISTANT:",
+}
+PLACEHOLDERS = ["<|image|>", "<|image_pad|>", "<image_soft_token>", "<start_of_image>", "<end_of_image>", "<image>"]
+ANSWERS = {
+    "plain": "The heart is of normal size.",
+    "short": "No.",
+    "unicode": "Größe 3 µm – 肺に結節 🫁.",
+    "spaces": "  clear  lungs. ",
+    "new lines": "\n\nFindings:\n\n- none\n",
+    "also in the prompt": QUESTION,
+    "says its role": "assistant\nmodel\nASSISTANT: user\nThe heart.",
+}
+
+
+def collate(loaded: Loaded, rows: list[dict[str, Any]], responses_only: bool = True) -> dict[str, torch.Tensor]:
+    return Collator(loaded.processor, 2048, responses_only)(rows)
+
+
+def learnt(loaded: Loaded, labels: torch.Tensor) -> list[str]:
+    """What the labels of one row say, a text for each unbroken run of them."""
+    runs: list[list[int]] = [[]]
+    for label in labels.tolist():
+        if label != IGNORE:
+            runs[-1].append(label)
+        elif runs[-1]:
+            runs.append([])
+    return [loaded.processor.tokenizer.decode(run) for run in runs if run]
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_labels_are_the_answer_and_the_end_of_its_turn(family: str, loaded: Loaded, kind: str) -> None:
+    (text,) = learnt(loaded, collate(loaded, [row(1, ANSWERS[kind])])["labels"][0])
+    answer = ANSWERS[kind]
+    if family in (
+        "gemma3",
+        "llava",
+    ):  # Gemma's template trims; LLaVA's puts a space before the answer and one behind it
+        text, answer = text.strip(), answer.strip()
+    if kind == "new lines":  # those of the header and the answer's first are one token
+        text, answer = text.lstrip("\n"), answer.lstrip("\n")
+    assert text == answer + END[family]
+
+
+@pytest.mark.parametrize("kind", ["plain", "short", "unicode", "also in the prompt"])
+def test_labels_are_what_stands_between_header_and_end(family: str, loaded: Loaded, kind: str) -> None:
+    """A reference made otherwise: by looking for the ids of the answer's header, as Unsloth and TRL do."""
+    tokenizer = loaded.processor.tokenizer
+    header = tokenizer(HEADER[family], add_special_tokens=False)["input_ids"]
+    if family == "llava":
+        header = [tokenizer.convert_tokens_to_ids(HEADER[family])]
+    inputs = collate(loaded, [row(1, ANSWERS[kind]), row(2, ANSWERS["plain"], "?")])
+    for ids, labels in zip(inputs["input_ids"].tolist(), inputs["labels"].tolist(), strict=True):
+        starts = [at + len(header) for at in range(len(ids)) if ids[at : at + len(header)] == header]
+        end = ids.index(tokenizer.convert_tokens_to_ids(END[family]), starts[-1]) + 1
+        assert labels == [IGNORE] * starts[-1] + ids[starts[-1] : end] + [IGNORE] * (len(ids) - end)
+
+
+def test_rows_of_a_batch_have_the_labels_they_have_alone(loaded: Loaded) -> None:
+    together = collate(loaded, batch())
+    for index, each in enumerate(batch()):
+        alone = collate(loaded, [each])
+        length = alone["input_ids"].shape[1]
+        assert torch.equal(together["input_ids"][index, :length], alone["input_ids"][0])
+        assert torch.equal(together["labels"][index, :length], alone["labels"][0])
+        assert not together["attention_mask"][index, length:].any()
+        assert (together["labels"][index, length:] == IGNORE).all()
+
+
+@pytest.mark.parametrize("responses_only", [True, False])
+def test_no_placeholder_of_an_image_is_learnt(loaded: Loaded, responses_only: bool) -> None:
+    labels = collate(loaded, batch(), responses_only)["labels"]
+    known = loaded.processor.tokenizer.get_vocab()
+    assert not torch.isin(labels, torch.tensor([known[token] for token in PLACEHOLDERS if token in known])).any()
+    assert int(labels.max()) < loaded.model.get_output_embeddings().out_features
+
+
+def test_all_else_is_learnt_when_asked(loaded: Loaded) -> None:
+    inputs = collate(loaded, batch(), responses_only=False)
+    text = "".join(learnt(loaded, inputs["labels"][0]))
+    assert QUESTION in text
+    assert "The heart is of normal size." in text
+    assert (inputs["labels"][inputs["attention_mask"] == 0] == IGNORE).all()
+
+
+def test_a_system_prompt_is_read_as_words_and_not_learnt(loaded: Loaded) -> None:
+    inputs = collate(loaded, [row(1, system="Be brief.")])
+    text = loaded.processor.tokenizer.decode(inputs["input_ids"][0])
+    assert "Be brief." in text
+    assert "'type'" not in text
+    plain = collate(loaded, [row(1)])
+    assert learnt(loaded, inputs["labels"][0]) == learnt(loaded, plain["labels"][0])
+
+
+def test_a_system_prompt_is_not_dated(loaded: Loaded) -> None:
+    """Llama 3.2's template would write the date, and a run resumed tomorrow would see other samples."""
+    text = render(loaded.processor, row(1, system="Be brief.")["messages"])
+    assert "Today Date" not in text or "Today Date: 26 Jul 2024" in text
+
+
+def test_every_answer_of_a_conversation_is_learnt(family: str, loaded: Loaded) -> None:
+    each = row(1, "There is a nodule.")
+    each["messages"] += copy.deepcopy(row(1, "There is a nodule.", "Where is it?")["messages"])
+    each["messages"][2]["content"].pop(0)
+    first, last = (text.strip() for text in learnt(loaded, collate(loaded, [each])["labels"][0]))
+    assert first == "There is a nodule." + ("" if family == "llava" else END[family])
+    assert last == "There is a nodule." + END[family]
+
+
+def test_tokens_are_those_of_the_processors_own_template(family: str, loaded: Loaded) -> None:
+    """No second begin-of-text, no other spacing: as served with the model's own template."""
+    each = row(1)
+    ids = collate(loaded, [each])["input_ids"][0].tolist()
+    spoken = copy.deepcopy(each["messages"])
+    spoken[0]["content"][0]["image"] = each["images"][0]
+    reference = loaded.processor.apply_chat_template(spoken, tokenize=True, return_dict=True)["input_ids"]
+    reference = reference[0] if isinstance(reference[0], list) else reference
+    if family == "llava":  # the space that its template leaves becomes the end of text
+        assert ids[:-1] == reference[: len(ids) - 1]
+    else:
+        assert ids == reference
+    bos = loaded.processor.tokenizer.bos_token_id
+    assert bos is None or ids.count(bos) == 1
+
+
+def test_a_row_over_max_length_is_named(loaded: Loaded) -> None:
+    with pytest.raises(
+        DataError, match=r"^row-7: \d+ tokens, over training\.max_length 20; raise it, or shrink images"
+    ):
+        Collator(loaded.processor, 20)([row(7)])
+
+
+def test_an_image_behind_an_answer_is_refused(loaded: Loaded) -> None:
+    each = row(1)
+    each["messages"] += [row(2)["messages"][0], {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}]
+    each["images"] += row(2)["images"]
+    with pytest.raises(DataError, match="an image behind an answer"):
+        collate(loaded, [each])
+
+
+def test_a_template_that_refuses_is_told_in_its_words(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing = "{{ raise_exception('Prompting with images is incompatible with system messages.') }}"
+    monkeypatch.setattr(loaded.processor, "chat_template", refusing)
+    with pytest.raises(DataError, match="refuses the conversation: Prompting with images is incompatible"):
+        collate(loaded, [row(1)])
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    counting = "{{ messages | length }}" + loaded.processor.chat_template
+    monkeypatch.setattr(loaded.processor, "chat_template", counting)
+    with pytest.raises(DataError, match="rewrites earlier turns"):
+        collate(loaded, [row(1)])
+
+
+def test_the_loss_is_the_cross_entropy_of_the_labels(loaded: Loaded) -> None:
+    inputs = collate(loaded, batch())
+    with torch.inference_mode():
+        output = loaded.model(**inputs)
+    wanted = inputs["labels"][:, 1:]
+    by_hand = cross_entropy(output.logits[:, :-1][wanted != IGNORE], wanted[wanted != IGNORE])
+    assert torch.isfinite(output.loss)
+    torch.testing.assert_close(output.loss, by_hand)

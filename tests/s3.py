@@ -1,0 +1,104 @@
+"""An S3 server for tests: moto's over real sockets, or the one that the environment names (`make test-store`)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from urllib.parse import urlsplit
+
+import boto3
+import pytest
+
+ON_CEPH = os.environ.get("TEST_S3_SERVER") == "ceph"
+# S3 takes no part under 5 MiB but the last; moto can be told otherwise.
+SMALL_PART = 5 * 2**20 if ON_CEPH else 64 * 2**10
+
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "tester",
+    "AWS_SECRET_ACCESS_KEY": "testersecret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+
+@contextlib.contextmanager
+def moto() -> Iterator[str]:
+    """Run moto's server, unless the environment names one already. Yields the url."""
+    if (given := os.environ.get("AWS_ENDPOINT_URL_S3")) is not None:
+        yield given
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        env={**os.environ, "S3_UPLOAD_PART_MIN_SIZE": "1024", "PYTHONWARNINGS": "ignore"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert time.monotonic() < deadline, "moto did not start"
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The url of a running server. Tests take `s3`, which also says so to the environment."""
+    with moto() as url:
+        yield url
+
+
+@pytest.fixture
+def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The platform's variables, as a job would find them. The value is the url of the server."""
+    point_at(s3_server, monkeypatch)
+    return s3_server
+
+
+def point_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not ON_CEPH:
+        for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL_S3": url}.items():
+            monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+
+
+@pytest.fixture
+def new_bucket(s3: str) -> Callable[[], str]:
+    """Makes an empty bucket of its own at each call and returns its name."""
+    return make_bucket
+
+
+@pytest.fixture
+def bucket(s3: str) -> str:
+    """An empty bucket for one test."""
+    return make_bucket()
+
+
+def make_bucket() -> str:
+    name = f"test-{secrets.token_hex(8)}"
+    client = boto3.client("s3")
+    client.create_bucket(Bucket=name)
+    client.close()
+    return name
+
+
+def address(url: str) -> tuple[str, int]:
+    parts = urlsplit(url)
+    return str(parts.hostname), int(parts.port or 80)

@@ -1,0 +1,288 @@
+"""What only an S3 store does: continue, encrypt, renew credentials, and say in a sentence what went wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import boto3
+import pytest
+
+from job.errors import JobError, NotAllowed, SpecError, Unavailable
+from job.store import Missing, check_writable, download_folder, open_store
+from job.store.s3 import S3Store
+from tests.s3 import ON_CEPH, SMALL_PART, address
+from tests.store.proxy import Message, Proxy, answer
+
+on_moto = pytest.mark.skipif(ON_CEPH, reason="a matter of the proxy and the client alone")
+Open = Callable[..., S3Store]
+
+
+@pytest.fixture
+def fresh_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Credentials and configuration are read once a process; these tests want them read again."""
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+
+
+@pytest.fixture
+def proxy(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    if s3.startswith("https"):
+        pytest.skip("the proxy speaks http")
+    with Proxy(address(s3)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
+        yield proxy
+
+
+def open_small(url: str, **options: str) -> S3Store:
+    store = open_store(url, **options)  # type: ignore[arg-type]
+    assert isinstance(store, S3Store)
+    store.part_size = SMALL_PART
+    return store
+
+
+def requests(proxy: Proxy, word: str) -> list[str]:
+    return [line for line in proxy.seen if word in line]
+
+
+def test_a_broken_download_continues_where_it_stopped(bucket: str, proxy: Proxy, tmp_path: Path) -> None:
+    data = os.urandom(8 * SMALL_PART)
+    (tmp_path / "up").write_bytes(data)
+    store = open_small(f"s3://{bucket}")
+    digest = store.upload(tmp_path / "up", "key")
+    denied = answer("403 Forbidden", "<Error><Code>AccessDenied</Code></Error>")
+    proxy.before = lambda request: denied if f"bytes={6 * SMALL_PART}-".encode() in request.head else None
+    with pytest.raises(NotAllowed):
+        store.download("key", tmp_path / "down", sha256=digest.sha256)
+    assert not (tmp_path / "down").exists()
+    proxy.before = None
+    proxy.seen.clear()
+    assert store.download("key", tmp_path / "down", sha256=digest.sha256) == digest
+    assert len(requests(proxy, "GET")) <= 3
+    assert (tmp_path / "down").read_bytes() == data
+
+
+def test_a_partial_file_that_is_not_a_true_beginning_is_fetched_anew(bucket: str, s3: str, tmp_path: Path) -> None:
+    (tmp_path / "up").write_bytes(os.urandom(3 * SMALL_PART))
+    store = open_small(f"s3://{bucket}")
+    digest = store.upload(tmp_path / "up", "key")
+    mark = hashlib.sha256(store.version("key").encode()).hexdigest()[:12]
+    for size in (SMALL_PART, 9 * SMALL_PART):
+        (tmp_path / f".down.{mark}.part").write_bytes(b"?" * size)
+        assert store.download("key", tmp_path / "down", sha256=digest.sha256) == digest
+
+
+def test_an_object_that_changes_under_a_download_is_noticed(bucket: str, s3: str, proxy: Proxy, tmp_path: Path) -> None:
+    (tmp_path / "up").write_bytes(os.urandom(3 * SMALL_PART))
+    store = open_small(f"s3://{bucket}")
+    store.upload(tmp_path / "up", "key")
+    other = boto3.client("s3", endpoint_url=s3)
+
+    def change(request: Message) -> bytes | None:
+        if request.first.startswith("GET"):
+            proxy.before = None
+            other.put_object(Bucket=bucket, Key="key", Body=b"other")
+        return None
+
+    proxy.before = change
+    with pytest.raises(JobError):
+        store.download("key", tmp_path / "down")
+    assert not (tmp_path / "down").exists()
+
+
+def test_uploads_that_died_are_given_up(bucket: str, s3: str) -> None:
+    store = open_small(f"s3://{bucket}/out")
+    mine = store.client.create_multipart_upload(Bucket=bucket, Key="out/checkpoints/x")
+    other = store.client.create_multipart_upload(Bucket=bucket, Key="elsewhere/x")
+    if ON_CEPH:  # moto says of each that it began in 2010
+        assert store.abort_stale("", 3600) == 0
+    assert store.abort_stale("", -5) == 1
+    left = store.client.list_multipart_uploads(Bucket=bucket).get("Uploads", [])
+    assert [upload["UploadId"] for upload in left] == [other["UploadId"]] != [mine["UploadId"]]
+
+
+def test_a_failed_upload_leaves_no_parts_to_pay_for(bucket: str, proxy: Proxy, tmp_path: Path) -> None:
+    (tmp_path / "up").write_bytes(os.urandom(3 * SMALL_PART))
+    store = open_small(f"s3://{bucket}")
+    denied = answer("403 Forbidden", "<Error><Code>AccessDenied</Code></Error>")
+    proxy.before = lambda request: denied if "partNumber=2" in request.first else None
+    with pytest.raises(NotAllowed, match=f"s3:PutObject on s3://{bucket}/key"):
+        store.upload(tmp_path / "up", "key")
+    assert store.client.list_multipart_uploads(Bucket=bucket).get("Uploads", []) == []
+
+
+def test_keys_that_lead_out_of_the_folder_are_refused_on_the_way_down(bucket: str, s3: str, tmp_path: Path) -> None:
+    store = open_small(f"s3://{bucket}")
+    store.client.put_object(Bucket=bucket, Key="data/../../escaped", Body=b"x")
+    with pytest.raises(JobError, match="outside"):
+        download_folder(store, "data", tmp_path / "in")
+    assert not (tmp_path.parent / "escaped").exists()
+
+
+SENTENCES = [
+    ("403 Forbidden", "AccessDenied", 77, "may not do s3:PutObject on s3://"),
+    ("403 Forbidden", "InvalidAccessKeyId", 77, "does not accept these credentials"),
+    ("403 Forbidden", "SignatureDoesNotMatch", 77, "does not accept these credentials"),
+    ("403 Forbidden", "RequestTimeTooSkewed", 77, "clock"),
+    ("400 Bad Request", "ExpiredToken", 77, "expired"),
+    ("400 Bad Request", "KMS.DisabledException", 77, "encryption key"),
+    ("404 Not Found", "NoSuchBucket", 78, "no bucket s3://"),
+    ("301 Moved", "PermanentRedirect", 78, "eu-west-3"),
+]
+
+
+@on_moto
+@pytest.mark.parametrize(("status", "code", "exit_code", "says"), SENTENCES)
+def test_refusals_are_sentences_and_are_not_tried_again(
+    bucket: str, proxy: Proxy, status: str, code: str, exit_code: int, says: str
+) -> None:
+    body = f"<Error><Code>{code}</Code><Message>m</Message></Error>"
+    store = open_small(f"s3://{bucket}/out")
+    store.capabilities  # noqa: B018 asked before the trouble begins
+    proxy.before = lambda request: answer(status, body, "x-amz-bucket-region: eu-west-3")
+    proxy.seen.clear()
+    with pytest.raises(JobError, match=says) as refused:
+        store.write("key", b"x")
+    assert refused.value.exit_code == exit_code
+    assert len(requests(proxy, "PUT")) <= (2 if status.startswith("301") else 1)
+
+
+def test_a_bucket_that_is_not_there_is_a_wrong_spec(s3: str) -> None:
+    with pytest.raises(SpecError, match="no bucket s3://no-such-bucket-here"):
+        check_writable(open_store("s3://no-such-bucket-here/x"))
+
+
+@on_moto
+def test_an_endpoint_where_nobody_listens_is_unavailable(
+    s3: str, monkeypatch: pytest.MonkeyPatch, fresh_session: None
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    monkeypatch.setattr("job.store.transfer.ATTEMPTS", 2)
+    with pytest.raises(Unavailable, match=r"127\.0\.0\.1:9"):
+        open_store("s3://bucket").read("x")
+
+
+@on_moto
+def test_no_credentials_at_all_is_not_allowed(s3: str, monkeypatch: pytest.MonkeyPatch, fresh_session: None) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(NotAllowed, match="No credentials"):
+        open_store("s3://bucket").read("x")
+
+
+class Issuer(http.server.BaseHTTPRequestHandler):
+    """Hands out credentials that live for half a second, as a container's role would."""
+
+    count = 0
+
+    def do_GET(self) -> None:
+        Issuer.count += 1
+        end = datetime.now(UTC) + timedelta(seconds=0.5)
+        body = {
+            "AccessKeyId": f"KEY{Issuer.count}",
+            "SecretAccessKey": "s",
+            "Token": "t",
+            "Expiration": end.isoformat(),
+        }
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@on_moto
+def test_credentials_that_expire_in_the_middle_of_an_upload_are_renewed(
+    bucket: str, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_session: None
+) -> None:
+    (tmp_path / "up").write_bytes(os.urandom(6 * SMALL_PART))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Issuer) as issuer:
+        threading.Thread(target=issuer.serve_forever).start()
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+        monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"http://127.0.0.1:{issuer.server_port}/")
+        store = open_small(f"s3://{bucket}")
+        proxy.delay = 0.3
+        try:
+            store.upload(tmp_path / "up", "key")
+        finally:
+            issuer.shutdown()
+    keys = {head.split(b"Credential=")[1].split(b"/")[0] for head in proxy.heads if b"partNumber" in head}
+    assert len(keys) > 1
+
+
+@on_moto
+def test_virtual_host_addresses_are_used_when_the_configuration_says_so(
+    bucket: str, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_session: None
+) -> None:
+    (tmp_path / "config").write_text("[default]\ns3 =\n  addressing_style = virtual\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://s3.example.test")
+    monkeypatch.setenv("HTTP_PROXY", proxy.url)
+    proxy.before = lambda request: answer("200 OK", "", 'ETag: "1"', "Date: Sun, 22 Nov 2026 00:00:00 GMT")
+    assert open_store(f"s3://{bucket}").read("some key") == b""
+    assert f"http://{bucket}.s3.example.test/some%20key" in proxy.seen[0]
+
+
+@on_moto
+def test_a_store_that_forgets_the_encryption_is_refused_and_the_object_removed(bucket: str, proxy: Proxy) -> None:
+    store = open_small(f"s3://{bucket}", sse="AES256")
+    proxy.before = lambda request: answer("200 OK", "", 'ETag: "1"') if request.first.startswith("PUT") else None
+    store._probed = None
+    with pytest.raises(SpecError, match="not with AES256"):
+        store.put("key", b"x", {}, checksums=True)
+    assert requests(proxy, "DELETE")
+
+
+def test_encryption_with_a_key_is_asked_for_and_seen(bucket: str, s3: str, tmp_path: Path) -> None:
+    store = open_small(f"s3://{bucket}", sse="aws:kms", sse_kms_key_id="testkey")
+    (tmp_path / "up").write_bytes(os.urandom(2 * SMALL_PART))
+    store.write("small", b"x")
+    store.upload(tmp_path / "up", "large")
+    for key in ("small", "large"):
+        head = store.client.head_object(Bucket=bucket, Key=key)
+        assert (head["ServerSideEncryption"], head["SSEKMSKeyId"]) == ("aws:kms", "testkey")
+    assert store.read("small") == b"x"
+
+
+@on_moto
+def test_a_store_without_conditional_writes_is_found_out_and_served(bucket: str, proxy: Proxy) -> None:
+    def forgetful(request: Message) -> None:
+        lines = request.head.split(b"\r\n")
+        request.head = b"\r\n".join(
+            line for line in lines if not line.lower().startswith((b"if-none-match", b"if-match"))
+        )
+
+    proxy.before = forgetful  # type: ignore[assignment]
+    store = open_small(f"s3://{bucket}")
+    warned: list[str] = []
+    assert not check_writable(store, warn=warned.append).conditional
+    assert any("no conditional writes" in sentence for sentence in warned)
+    version = store.write("key", b"1", if_absent=True)
+    with pytest.raises(JobError):
+        store.write("key", b"2", if_absent=True)
+    store.write("key", b"2", if_match=version)
+    assert store.read("key") == b"2"
+
+
+@on_moto
+def test_a_store_that_rejects_the_newer_checksums_is_served_with_md5(bucket: str, proxy: Proxy, tmp_path: Path) -> None:
+    old = answer("400 Bad Request", "<Error><Code>InvalidArgument</Code></Error>")
+    proxy.before = lambda request: old if b"x-amz-checksum" in request.head.lower() else None
+    store = open_small(f"s3://{bucket}")
+    (tmp_path / "up").write_bytes(os.urandom(2 * SMALL_PART))
+    assert not check_writable(store).checksums
+    digest = store.upload(tmp_path / "up", "key")
+    assert store.download("key", tmp_path / "down", sha256=digest.sha256) == digest
+    assert any(b"content-md5" in head.lower() for head in proxy.heads)
+
+
+def test_what_is_missing_is_missing(bucket: str, s3: str) -> None:
+    with pytest.raises(Missing):
+        open_store(f"s3://{bucket}").read("x")

@@ -1,0 +1,119 @@
+"""What a scheduler and the person behind it see when something is wrong: one sentence, the right code, nothing lost."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from tests.conftest import Job
+
+
+def ending(result: Any) -> tuple[int, str]:
+    return result.returncode, result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ("", "exit 78: JOB_SPEC is empty"),
+        ("model: {name: x}\n", "exit 78: the spec has 4 problems"),
+        ("/no/such/file.yaml", "exit 78: JOB_SPEC: cannot read /no/such/file.yaml"),
+    ],
+)
+def test_a_wrong_spec_ends_with_78(job: Job, command: str, spec: str, sentence: str):
+    code, line = ending(job(command, JOB_SPEC=spec))
+    assert code == 78
+    assert line.startswith(sentence)
+
+
+@pytest.fixture
+def whole(tree: dict[str, Any], demo: Path) -> dict[str, Any]:
+    """A spec that would run."""
+    tree["model"]["name_or_path"] = str(demo / "base")
+    tree["dataset"]["path"] = str(demo / "data")
+    return tree
+
+
+def test_a_missing_dataset_ends_with_65(job: Job, whole: dict[str, Any]):
+    whole["dataset"]["path"] = "/no/such/data"
+    code, line = ending(job("run", JOB_SPEC=yaml.safe_dump(whole)))
+    assert (code, line) == (65, "exit 65: dataset.path: /no/such/data does not exist")
+
+
+def test_corrupt_images_end_with_65_and_are_counted(job: Job, whole: dict[str, Any], tmp_path: Path):
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [{"file_name": f"{n}.png", "caption": "a"} for n in range(3)]
+    (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Image.new("L", (8, 8)).save(data / "0.png")
+    (data / "1.png").write_bytes(b"nothing")
+    (data / "2.png").write_bytes(b"nothing")
+    whole["dataset"]["path"] = str(data)
+    code, line = ending(job("run", JOB_SPEC=yaml.safe_dump(whole)))
+    assert code == 65
+    assert "2 of 3 rows are bad, over max_bad_fraction 0.01: 2 × image of no known format (first: row 1)" in line
+
+
+@pytest.mark.parametrize("content", [None, "{}", '{"model_type": "bert"}'])
+def test_a_base_that_is_not_a_model_ends_with_78(job: Job, whole: dict[str, Any], tmp_path: Path, content: str | None):
+    (tmp_path / "base").mkdir()
+    if content is not None:
+        (tmp_path / "base" / "config.json").write_text(content)
+    whole["model"]["name_or_path"] = str(tmp_path / "base")
+    code, line = ending(job("run", JOB_SPEC=yaml.safe_dump(whole)))
+    assert code == 78
+    assert "model.name_or_path" in line
+
+
+def test_an_output_that_cannot_be_written_is_named(job: Job, whole: dict[str, Any], tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    whole["output"]["url"] = str(tmp_path / "file" / "output")
+    code, line = ending(job("run", JOB_SPEC=yaml.safe_dump(whole)))
+    assert code == 78
+    assert str(tmp_path / "file") in line
+
+
+def test_scratch_that_cannot_be_written_ends_with_77(job: Job, whole: dict[str, Any], tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    code, line = ending(job("run", JOB_SPEC=yaml.safe_dump(whole), JOB_SCRATCH=str(tmp_path / "file" / "s")))
+    assert code == 77
+    assert "set JOB_SCRATCH" in line
+
+
+def test_a_grace_that_is_no_number_ends_with_78(job: Job):
+    code, line = ending(job("run", JOB_SPEC="x: y", JOB_GRACE_SECONDS="soon"))
+    assert code == 78
+    assert "JOB_GRACE_SECONDS" in line
+
+
+def test_unsloth_without_a_gpu_ends_with_78(job: Job, whole: dict[str, Any]):
+    whole["model"]["backend"] = "unsloth"
+    code, line = ending(job("run", JOB_SPEC=yaml.safe_dump(whole)))
+    assert code == 78
+    assert "needs an NVIDIA GPU" in line
+
+
+def test_check_shows_what_is_learned_and_changes_nothing(job: Job, whole: dict[str, Any], tmp_path: Path):
+    result = job("check", JOB_SPEC=yaml.safe_dump(whole))
+    assert result.returncode == 0, result.stderr
+    assert "⟦" in result.stdout
+    shown = result.stdout.replace("⟦…⟧", "").partition("⟦")[2].partition("⟧")[0]
+    assert shown.endswith("<|im_end|>")
+    assert "expert radiographer" not in shown
+    assert not (tmp_path / "output").exists()
+
+
+def test_check_hides_captions_when_privacy_says_so(job: Job, whole: dict[str, Any]):
+    whole["privacy"] = {"report_images": False}
+    result = job("check", JOB_SPEC=yaml.safe_dump(whole))
+    assert "text not shown" in result.stdout
+    assert "⟦" not in result.stdout.replace("⟦…⟧", "")
+
+
+def test_the_schema_is_json_with_every_section(job: Job):
+    schema = json.loads(job("schema").stdout)
+    assert set(schema["properties"]) >= {"model", "lora", "dataset", "training", "checkpoint", "evaluation", "export"}

@@ -1,0 +1,289 @@
+"""The whole job, as a scheduler runs it: a process, a folder or a bucket, signals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, Job, job_environment
+
+
+@pytest.fixture(scope="module")
+def spec(demo: Path) -> dict[str, Any]:
+    return {
+        "name": "small demo",
+        "model": {"name_or_path": str(demo / "base")},
+        "lora": {"r": 16, "lora_alpha": 32},
+        "dataset": {"path": str(demo / "data"), "group_column": "patient_id", "eval_fraction": 0.25},
+        "training": {"num_train_epochs": 4, "learning_rate": 2e-3, "logging_steps": 1},
+        "checkpoint": {"save_steps": 20},
+        "evaluation": {
+            "max_rows": 60,
+            "max_new_tokens": 40,
+            "batch_size": 30,
+            "labels": {"finding": {"column": "finding"}},
+            "groups": ["modality"],
+        },
+    }
+
+
+def to(spec: dict[str, Any], url: Path | str, **sections: dict[str, Any]) -> str:
+    return yaml.safe_dump(spec | {"output": {"url": str(url)}} | sections)
+
+
+@pytest.fixture(scope="module")
+def finished(spec: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a job that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("finished")
+    command = [sys.executable, "-m", "job", "run"]
+    environment = job_environment(folder, JOB_SPEC=to(spec, folder / "output"))
+    subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=240)
+    return folder / "output"
+
+
+def read(output: Path, name: str) -> Any:
+    return json.loads((output / name).read_text())
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_model_learns_to_look(finished: Path):
+    metrics = read(finished, "evaluation/metrics.json")
+    assert metrics["labels"]["finding"]["commonest_share"] <= 0.35
+    assert metrics["before"]["finding_accuracy"]["value"] <= 0.35
+    assert metrics["after"]["finding_accuracy"]["value"] >= 0.6
+    assert metrics["change"]["rougeL"]["value"] >= 0.3
+    for part in ("before", "after", "change"):
+        assert set(metrics[part]["rougeL"]) >= {"value", "low", "high", "n"}
+
+
+def test_held_out_patients_are_not_trained_on(finished: Path, demo: Path):
+    rows = [json.loads(line) for line in (demo / "data" / "metadata.jsonl").read_text().splitlines()]
+    held = [json.loads(line)["id"] for line in (finished / "evaluation" / "after.jsonl").read_text().splitlines()]
+    patients = {rows[int(identity.removeprefix("row-"))]["patient_id"] for identity in held}
+    assert len(patients) > 3
+    assert read(finished, "RESULT.json")["metrics"]["after"]["rougeL"]["n"] == len(held) == 60
+
+
+def test_the_result_names_every_published_file_with_its_digest(finished: Path):
+    files = read(finished, "RESULT.json")["files"]
+    there = {
+        str(p.relative_to(finished)) for d in ("adapter", "merged") for p in (finished / d).rglob("*") if p.is_file()
+    }
+    assert set(files) == there
+    for name, facts in files.items():
+        assert (digest(finished / name), (finished / name).stat().st_size) == (facts["sha256"], facts["size"])
+
+
+def test_the_gate_saw_the_adapter_in_the_merged_weights(finished: Path):
+    gate = read(finished, "RESULT.json")["gate"]
+    assert gate["token_agreement"] >= 0.97
+    assert gate["mean_logit_difference"] < 0.05 < gate["mean_difference_from_base"]
+
+
+def test_merged_weights_load_without_us_and_answer_as_measured(finished: Path, demo: Path):
+    import torch
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(finished / "merged", dtype=torch.float32).eval()
+    assert read(finished, "merged/config.json")["dtype"] == "bfloat16"
+    processor = AutoProcessor.from_pretrained(finished / "merged")
+    rows = [json.loads(line) for line in (demo / "data" / "metadata.jsonl").read_text().splitlines()]
+    measured = [json.loads(line) for line in (finished / "evaluation" / "after.jsonl").read_text().splitlines()][:8]
+    same = 0
+    for record in measured:
+        image = Image.open(demo / "data" / rows[int(record["id"].removeprefix("row-"))]["file_name"]).convert("RGB")
+        text = "You are an expert radiographer. Describe accurately what you see in this image."
+        content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        answer = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        same += processor.tokenizer.decode(answer, skip_special_tokens=True).strip() == record["generated"]
+    assert same >= 7
+
+
+def test_a_published_job_ends_at_once_without_torch(finished: Path, spec: dict[str, Any], tmp_path: Path, job: Job):
+    before = digest(finished / "RESULT.json")
+    result = job("run", JOB_SPEC=to(spec, finished), PYTHONPROFILEIMPORTTIME="1")
+    assert result.returncode == 0
+    assert "published already" in result.stderr
+    assert "job.run" in result.stderr
+    for heavy in ("torch", "transformers", "datasets", "numpy"):
+        assert f"| {heavy}\n" not in result.stderr.replace("  ", "")
+    assert digest(finished / "RESULT.json") == before
+
+
+def test_status_shows_the_change_and_the_report(finished: Path, job: Job):
+    shown = job("status", str(finished)).stdout
+    assert "small demo: published" in shown
+    assert "finding_accuracy" in shown
+    assert f"report: {finished}/report.html" in shown
+
+
+def test_another_spec_on_the_same_output_is_refused_by_field(finished: Path, spec: dict[str, Any], job: Job):
+    changed = to(spec, finished, lora={"r": 8, "lora_alpha": 32})
+    for command in ("run", "check"):
+        result = job(command, JOB_SPEC=changed)
+        assert result.returncode == 78
+        assert "lora.r: 16 → 8" in result.stderr
+
+
+def start(spec: str, tmp_path: Path, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "job", "run"]
+    return subprocess.Popen(
+        command,
+        env=job_environment(tmp_path, JOB_SPEC=spec, **environment),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def committed(output: Path) -> list[Path]:
+    return sorted(output.glob("checkpoints/step-*/MANIFEST.json"))
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    return process.wait(timeout=100), process.communicate()[1]
+
+
+@pytest.fixture
+def accumulating(spec: dict[str, Any]) -> dict[str, Any]:
+    """Four micro-batches a step, dropout on: what a sloppy resume gets wrong."""
+    return spec | {
+        "training": spec["training"] | {"max_steps": 40, "per_device_train_batch_size": 2},
+        "lora": spec["lora"] | {"lora_dropout": 0.1},
+        "checkpoint": {"save_steps": 10, "keep": 3},
+        "export": {"merged": False},
+        "evaluation": spec["evaluation"] | {"max_rows": 10},
+    }
+
+
+def test_a_job_stopped_and_resumed_cannot_be_told_from_one_that_was_not(
+    accumulating: dict[str, Any], tmp_path: Path, job: Job
+):
+    whole = to(accumulating, tmp_path / "whole")
+    assert job("run", JOB_SPEC=whole).returncode == 0
+    output = tmp_path / "output"
+    stopped = to(accumulating, output)
+
+    process = start(stopped, tmp_path)
+    wait_for(lambda: len(committed(output)) == 1, process)
+    process.send_signal(signal.SIGTERM)
+    code, stderr = ended(process)
+    assert code == 75, stderr
+    assert stderr.strip().splitlines()[-1] == "exit 75: stopped on SIGTERM; run again to continue"
+    assert read(output, "status.json")["state"] == "preempted"
+    assert read(output, f"{committed(output)[-1].relative_to(output)}")["step"] >= 10
+
+    process = start(stopped, tmp_path)
+    wait_for(lambda: len(committed(output)) >= 3, process)
+    os.kill(process.pid, signal.SIGKILL)
+    ended(process)
+
+    result = job("run", JOB_SPEC=stopped)
+    assert result.returncode == 0, result.stderr
+    assert "resuming from step" in result.stderr
+    for name in ("adapter/adapter_model.safetensors", "evaluation/after.jsonl", "evaluation/before.jsonl"):
+        assert digest(output / name) == digest(tmp_path / "whole" / name), name
+    losses = [
+        [(line["step"], line["loss"], line["learning_rate"]) for line in map(json.loads, path.read_text().splitlines())]
+        for path in (output / "logs/metrics.jsonl", tmp_path / "whole" / "logs/metrics.jsonl")
+    ]
+    assert [step for step, _, _ in losses[0]] == list(range(1, 41))
+    assert losses[0] == losses[1]
+
+
+def test_a_checkpoint_with_a_flipped_byte_is_passed_over_for_the_older(
+    accumulating: dict[str, Any], tmp_path: Path, job: Job
+):
+    output = tmp_path / "output"
+    process = start(to(accumulating, output), tmp_path)
+    wait_for(lambda: len(committed(output)) == 2, process)
+    process.kill()
+    ended(process)
+    newest = committed(output)[-1]
+    weights = newest.parent / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    result = job("run", JOB_SPEC=to(accumulating, output))
+    assert result.returncode == 0, result.stderr
+    step = int(newest.parent.name.removeprefix("step-"))
+    assert f"checkpoint of step {step} is passed over" in result.stderr
+    assert "resuming from step" in result.stderr
+
+
+def test_a_gate_that_refuses_publishes_no_merged_weights(accumulating: dict[str, Any], tmp_path: Path, job: Job):
+    export = {"merged": True, "gate": {"max_mean_logit_difference": 1e-9}}
+    result = job("run", JOB_SPEC=to(accumulating, tmp_path / "output", export=export))
+    assert result.returncode == 76, result.stderr
+    assert "merged weights differ from base + adapter" in result.stderr.strip().splitlines()[-1]
+    assert (tmp_path / "output" / "adapter" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "output" / "merged").exists()
+    assert not (tmp_path / "output" / "RESULT.json").exists()
+
+
+def test_restart_deletes_the_run_of_the_other_spec(accumulating: dict[str, Any], tmp_path: Path, job: Job):
+    output = tmp_path / "output"
+    (output / "notes").mkdir(parents=True)
+    (output / "notes" / "mine.txt").write_text("not the job's")
+    short = accumulating | {"training": accumulating["training"] | {"max_steps": 3}}
+    assert job("run", JOB_SPEC=to(short, output)).returncode == 0
+    other = yaml.safe_load(to(short | {"lora": {"r": 4}}, output))
+    other["output"]["on_conflict"] = "restart"
+    result = job("run", JOB_SPEC=yaml.safe_dump(other))
+    assert result.returncode == 0, result.stderr
+    assert read(output, "adapter/adapter_config.json")["r"] == 4
+    assert (output / "notes" / "mine.txt").exists()
+
+
+def test_everything_can_live_in_a_bucket(accumulating: dict[str, Any], demo: Path, tmp_path: Path, job: Job, bucket: Any):
+    """Spec, base, data and output; stopped once on the way."""
+    from job.store import open_store, upload_folder
+
+    store = open_store(bucket.url)
+    upload_folder(store, demo / "base", "base")
+    upload_folder(store, demo / "data", "data")
+    spec = yaml.safe_load(to(accumulating, f"{bucket.url}/output"))
+    spec["model"]["name_or_path"], spec["dataset"]["path"] = f"{bucket.url}/base", f"{bucket.url}/data"
+    spec["training"]["max_steps"] = 15
+    store.write("spec.yaml", yaml.safe_dump(spec).encode())
+    environment = {"JOB_SPEC": f"{bucket.url}/spec.yaml", **bucket.environment}
+    process = start(environment.pop("JOB_SPEC"), tmp_path, **environment)
+    wait_for(lambda: any("step-00000010/MANIFEST" in entry.key for entry in store.list("output/checkpoints/")), process)
+    process.terminate()
+    code, stderr = ended(process)
+    assert code in (0, 75), stderr
+    result = job("run", JOB_SPEC=f"{bucket.url}/spec.yaml", **environment)
+    assert result.returncode == 0, result.stderr
+    shown = job("status", f"{bucket.url}/output", **environment).stdout
+    assert "small demo: published" in shown
+    keys = {entry.key for entry in store.list("output/")}
+    assert {"output/RESULT.json", "output/report.html", "output/adapter/adapter_model.safetensors"} <= keys

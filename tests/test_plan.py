@@ -1,0 +1,138 @@
+"""Spec + facts → plan, and nothing else."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from job.errors import SpecError
+from job.model.fetch import BaseFacts
+from job.model.lora import Linear
+from job.plan import Device, Facts, Plan, describe, make_plan
+from job.specfile import validate
+
+LAYERS = {
+    "model.visual.blocks.0.attn.qkv": Linear(96, 32),
+    "model.visual.blocks.0.mlp.up_proj": Linear(64, 32),
+    "model.visual.merger.mlp.0": Linear(32, 32),
+    "model.language_model.layers.0.self_attn.q_proj": Linear(64, 64),
+    "model.language_model.layers.0.mlp.up_proj": Linear(128, 64),
+    "lm_head": Linear(1000, 64),
+}
+BASE = BaseFacts("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", 1_000_000, 2_000_000, LAYERS)
+DATA = {"source": "s", "rows": 110, "train": 100, "evaluation": 30, "quarantined": 0}
+CPU = Device("cpu", "CPU", 10**10)
+FACTS = Facts(data=DATA, base=BASE, device=CPU)
+
+
+def plan(tree: dict[str, Any], facts: Facts = FACTS, **sections: dict[str, Any]) -> Plan:
+    return make_plan(validate(tree | sections), facts)
+
+
+def actions(found: Plan) -> list[str]:
+    return [stage.action for stage in found.stages]
+
+
+def test_a_fresh_output_does_everything(tree):
+    assert set(actions(plan(tree))) == {"do"}
+
+
+def test_a_published_output_skips_everything(tree):
+    assert set(actions(plan(tree, replace(FACTS, keys=frozenset({"RESULT.json"}))))) == {"skip"}
+
+
+def test_training_resumes_from_the_newest_checkpoint(tree):
+    found = plan(tree, replace(FACTS, checkpoints=(20, 10), keys=frozenset({"evaluation/before.jsonl"})))
+    assert found.action("evaluate before") == "skip"
+    assert next(stage for stage in found.stages if stage.name == "train").detail == "from step 20 of 39 steps"
+
+
+def test_finished_training_is_skipped(tree):
+    keys = frozenset({"evaluation/before.jsonl", "evaluation/after.partial.jsonl"})
+    found = plan(tree, replace(FACTS, checkpoints=(39,), keys=keys))
+    assert found.action("train") == "skip"
+    assert found.action("evaluate after") == "resume"
+
+
+def test_an_after_measured_on_other_weights_is_made_again(tree):
+    found = plan(tree, replace(FACTS, checkpoints=(10,), keys=frozenset({"evaluation/after.jsonl"})))
+    assert found.action("evaluate after") == "do"
+
+
+@pytest.mark.parametrize(
+    ("rows", "effective", "micro", "epochs", "steps"),
+    [(100, 8, 8, 3, 39), (100, 8, 2, 3, 39), (96, 8, 4, 1, 12), (3, 8, 8, 2, 2), (100, 8, 1, 1, 13)],
+)
+def test_steps_are_counted_as_transformers_does(tree, rows, effective, micro, epochs, steps):
+    training = {"effective_batch_size": effective, "per_device_train_batch_size": micro, "num_train_epochs": epochs}
+    assert plan(tree, replace(FACTS, data=DATA | {"train": rows}), training=training).total_steps == steps
+
+
+def test_max_steps_cuts(tree):
+    assert plan(tree, training={"max_steps": 5}).total_steps == 5
+
+
+def test_the_micro_batch_divides_the_effective_batch(tree):
+    found = plan(tree, training={"effective_batch_size": 12})
+    assert (found.micro_batch, found.accumulation) == (6, 2)
+
+
+def test_trainable_parameters_are_counted_by_group_without_torch(tree):
+    assert plan(tree, lora={"r": 4}).groups == {
+        "vision/attention": 4 * 128,
+        "vision/mlp": 4 * 96,
+        "language/attention": 4 * 128,
+        "language/mlp": 4 * 192,
+    }
+
+
+def test_a_group_that_the_model_lacks_is_refused(tree):
+    layers = {name: shape for name, shape in LAYERS.items() if "visual" not in name}
+    with pytest.raises(SpecError, match="finetune_vision_layers and finetune_attention_modules are true, but"):
+        plan(tree, replace(FACTS, base=replace(BASE, linears=layers)))
+
+
+def test_a_base_that_fits_twice_is_held_in_16_bits_else_in_4(tree):
+    card = Device("cuda", "RTX A6000", 48 * 10**9)
+    large = replace(BASE, parameters=30 * 10**9)
+    assert plan(tree, replace(FACTS, device=card)).precision == "16bit"
+    assert plan(tree, replace(FACTS, device=card, base=large)).precision == "4bit"
+    assert plan(tree).precision == "32bit"
+
+
+def test_llama_vision_is_warned_about_and_qwen_is_not(tree):
+    llama = plan(tree, replace(FACTS, base=replace(BASE, model_type="mllama")))
+    assert any("no longer served by current vLLM" in warning for warning in llama.warnings)
+    assert not any("vLLM" in warning for warning in plan(tree).warnings)
+
+
+def test_no_held_out_rows_are_warned_about_and_nothing_is_measured(tree):
+    found = plan(tree, replace(FACTS, data=DATA | {"evaluation": 0}))
+    assert found.action("evaluate before") == found.action("evaluate after") == "skip"
+    assert any("nothing will be measured" in warning for warning in found.warnings)
+
+
+def test_a_split_without_patients_is_warned_about(tree):
+    assert any("group_column is not set" in warning for warning in plan(tree).warnings)
+    grouped = plan(tree, dataset={"path": "d", "group_column": "patient"})
+    assert not any("group_column" in warning for warning in grouped.warnings)
+
+
+def test_weights_that_do_not_fit_are_warned_about(tree):
+    small = replace(FACTS, device=Device("cuda", "small card", 10**5))
+    assert any("will not fit small card" in warning for warning in plan(tree, small).warnings)
+
+
+def test_the_description_names_every_stage_and_the_cure_of_every_warning(tree):
+    spec = validate(tree)
+    text = describe(spec, make_plan(spec, FACTS), FACTS)
+    for stage in ("stage in", "load", "evaluate before", "train", "evaluate after", "export", "publish"):
+        assert f"  {stage}" in text
+    assert "39 steps" in text
+
+
+def test_what_is_not_known_is_left_out_and_said(tree):
+    facts = Facts(notes=("the data was not looked at",))
+    found = plan(tree, facts)
+    assert found.total_steps is None
+    assert "the data was not looked at" in found.warnings

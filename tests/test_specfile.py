@@ -1,0 +1,188 @@
+"""A spec from text, path or URL; every problem at once."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from job.errors import SpecError
+from job.spec import JobSpec, differences, flatten
+from job.specfile import load_spec, parse, validate
+
+MINIMAL = "model: {name_or_path: m}\ndataset: {path: d}\noutput: {url: o}\n"
+
+
+def problems(text: str, **environment: str) -> str:
+    with pytest.raises(SpecError) as caught:
+        load_spec({"JOB_SPEC": text, **environment})
+    return str(caught.value)
+
+
+def test_defaults_are_those_of_a_good_practitioner():
+    spec = load_spec({"JOB_SPEC": MINIMAL})
+    assert (spec.lora.r, spec.training.learning_rate, spec.training.effective_batch_size) == (16, 2e-4, 8)
+    assert spec.training.train_on_responses_only
+
+
+def test_inline_yaml_json_path_and_url_give_the_same_spec(tmp_path: Path):
+    file = tmp_path / "spec.yaml"
+    file.write_text(MINIMAL)
+    as_json = json.dumps(yaml.safe_load(MINIMAL))
+    specs = [load_spec({"JOB_SPEC": source}) for source in (MINIMAL, as_json, str(file), f"file://{file}")]
+    assert all(spec == specs[0] for spec in specs)
+
+
+@pytest.mark.parametrize("empty", ["", "  \n"])
+def test_an_empty_spec_says_what_to_give(empty: str):
+    assert "JOB_SPEC is empty" in problems(empty)
+
+
+def test_a_missing_file_is_named():
+    assert "cannot read /no/such/spec.yaml: No such file" in problems("/no/such/spec.yaml")
+
+
+def test_a_missing_url_is_named(tmp_path: Path):
+    assert f"file://{tmp_path}/none.yaml" in _any_error(f"file://{tmp_path}/none.yaml")
+
+
+def _any_error(source: str) -> str:
+    from job.errors import JobError
+
+    with pytest.raises(JobError) as caught:
+        load_spec({"JOB_SPEC": source})
+    return str(caught.value)
+
+
+def test_all_problems_are_reported_at_once_with_place_found_and_cure():
+    text = problems(
+        "model: {nam_or_path: m}\n"
+        "lora: {r: many, finetune_vision_layers: false, finetune_language_layers: false}\n"
+        "dataset: {path: d}\n"
+        "training: {learning_rate: -1, learning_rat: 1}\n"
+        "output: {}\n"
+    )
+    assert "the spec has 7 problems" in text
+    assert "model.nam_or_path: no such field; did you mean model.name_or_path?" in text
+    assert "model.name_or_path: missing; A hub id" in text
+    assert 'lora.r: found "many" (text)' in text
+    assert "training.learning_rate: found -1 (a number); must be greater than 0" in text
+    assert "training.learning_rat: no such field; did you mean training.learning_rate?" in text
+    assert "output.url: missing" in text
+    assert "finetune_vision_layers and finetune_language_layers are both false" in text
+
+
+def test_a_field_in_the_wrong_section_is_pointed_to_the_right_one():
+    assert "did you mean training.learning_rate?" in problems(MINIMAL + "learning_rate: 1e-4\n")
+
+
+@pytest.mark.parametrize(
+    ("addition", "sentence"),
+    [
+        ("training: {effective_batch_size: 8, per_device_train_batch_size: 3}", "not a multiple of"),
+        ("model: {name_or_path: m, trust_remote_code: true}", "full commit"),
+        ("model: {name_or_path: m, backend: unsloth, precision: 32bit}", "precision is 32bit"),
+        ("dataset: {path: d, eval_path: e, eval_split: s}", "keep one"),
+        ("dataset: {path: d, eval_path: e, eval_fraction: 0.5}", "remove one"),
+        ("lora: {finetune_attention_modules: false, finetune_mlp_modules: false}", "nothing would be trained"),
+        ("lora: {target_modules: '('}", "not a regular expression"),
+        ("evaluation: {labels: {f: {column: c, values: [a], pattern: (b)}}}", "not both"),
+        ("evaluation: {labels: {f: {column: c, pattern: b}}}", "has no group"),
+        ("output: {url: o, sse: AES256}", "s3:// stores"),
+    ],
+)
+def test_contradictory_fields_are_refused(addition: str, sentence: str):
+    tree = yaml.safe_load(MINIMAL) | yaml.safe_load(addition)
+    assert sentence in problems(yaml.safe_dump(tree))
+
+
+def test_overrides_come_from_the_environment():
+    spec = load_spec({"JOB_SPEC": MINIMAL, "JOB__TRAINING__LEARNING_RATE": "1e-4", "JOB__LORA__R": "8"})
+    assert (spec.training.learning_rate, spec.lora.r) == (1e-4, 8)
+
+
+def test_an_override_can_be_a_list():
+    spec = load_spec({"JOB_SPEC": MINIMAL, "JOB__EVALUATION__GROUPS": "[sex, site]"})
+    assert spec.evaluation.groups == ["sex", "site"]
+
+
+def test_an_unknown_override_is_refused():
+    assert "training.learnin_rate: no such field" in problems(MINIMAL, JOB__TRAINING__LEARNIN_RATE="1")
+
+
+def test_an_override_below_a_value_is_refused():
+    assert "JOB__MODEL__NAME_OR_PATH__X: does not name a field" in problems(MINIMAL, JOB__MODEL__NAME_OR_PATH__X="1")
+
+
+def test_a_secret_in_the_spec_is_refused_and_not_repeated():
+    text = problems(MINIMAL.replace("url: o", "url: o, aws_secret_access_key: hunter2"))
+    assert "credentials come from the platform" in text
+    assert "hunter2" not in text
+
+
+def test_the_value_of_an_unknown_field_is_not_repeated():
+    assert "hunter2" not in problems(MINIMAL + "whatever: hunter2\n")
+
+
+def test_a_key_given_twice_is_refused_with_its_line():
+    assert "line 5, column 1: the key 'name' is given twice" in problems(MINIMAL + "name: a\nname: b\n")
+
+
+def test_broken_yaml_is_refused_with_its_place():
+    assert "not YAML or JSON: line" in problems("model: [1,\n")
+
+
+def test_a_list_is_not_a_spec():
+    assert "must be a mapping" in problems("- a\n- b: c\n")
+
+
+def test_numbers_with_exponents_are_numbers():
+    assert parse("a: 1e-4") == {"a": 1e-4}
+
+
+def test_the_schema_has_a_sentence_for_every_field():
+    def fields(schema: dict[str, Any]) -> list[dict[str, Any]]:
+        return list(schema.get("properties", {}).values())
+
+    schema = JobSpec.model_json_schema()
+    for section in schema["$defs"].values():
+        assert all("description" in field for field in fields(section)), section["title"]
+
+
+def test_harmless_fields_do_not_change_the_digest():
+    spec = load_spec({"JOB_SPEC": MINIMAL})
+    same = load_spec({"JOB_SPEC": MINIMAL, "JOB__CHECKPOINT__KEEP": "7", "JOB__TRAINING__LOGGING_STEPS": "1"})
+    other = load_spec({"JOB_SPEC": MINIMAL, "JOB__LORA__R": "8"})
+    assert spec.digest == same.digest != other.digest
+    assert differences(spec, same) == []
+    assert differences(spec, other) == ["lora.r: 16 → 8"]
+
+
+def test_a_resolved_spec_reads_back_as_itself():
+    spec = load_spec({"JOB_SPEC": MINIMAL})
+    assert validate(yaml.safe_load(yaml.safe_dump(spec.model_dump(mode="json")))).digest == spec.digest
+
+
+LEAVES = sorted(flatten(load_spec({"JOB_SPEC": MINIMAL}).model_dump(mode="json")))
+
+
+@given(
+    field=st.sampled_from(LEAVES),
+    value=st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.integers(), max_size=2)
+    ),
+)
+def test_any_value_anywhere_gives_a_spec_or_a_sentence_that_names_the_field(field: str, value: object):
+    tree: dict[str, Any] = yaml.safe_load(MINIMAL)
+    *sections, leaf = field.split(".")
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+    node[leaf] = value
+    try:
+        validate(tree)
+    except SpecError as error:
+        assert sections[0] in str(error) if sections else leaf in str(error)

@@ -1,0 +1,81 @@
+"""Tiny models of the five families, and rows to try them on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from job.data import conversation
+from job.model import Loaded
+from job.model.transformers_backend import load
+from job.spec import JobSpec
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from models import make_model
+from shapes import FAMILIES
+
+__all__ = ["END", "FAMILIES", "QUESTION", "batch", "job_spec", "load_tiny", "make_model", "perturb", "picture", "row"]
+
+CPU = torch.device("cpu")
+QUESTION = "Describe accurately what you see in this image."
+END = {
+    "mllama": "<|eot_id|>",
+    "qwen2_5_vl": "<|im_end|>",
+    "qwen3_vl": "<|im_end|>",
+    "gemma3": "<end_of_turn>",
+    "llava": "</s>",
+}
+
+
+def job_spec(**sections: Any) -> JobSpec:
+    needed = {"model": {"name_or_path": "tiny"}, "dataset": {"path": "rows"}, "output": {"url": "out"}}
+    return JobSpec.model_validate(needed | sections)
+
+
+def picture(number: int, width: int = 80, height: int = 60) -> Image.Image:
+    """Large coloured patches, different for each number."""
+    patches = np.random.default_rng(number).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(patches).resize((width, height), Image.Resampling.NEAREST)
+
+
+def row(
+    number: int,
+    answer: str = "The heart is of normal size.",
+    question: str = QUESTION,
+    system: str | None = None,
+    shape: tuple[int, int] = (80, 60),
+) -> dict[str, Any]:
+    return {
+        "id": f"row-{number}",
+        "messages": conversation(question, answer, system),
+        "images": [picture(number, *shape)],
+    }
+
+
+def batch() -> list[dict[str, Any]]:
+    """Three rows that differ in everything: lengths, shapes of the pictures (and so numbers of tiles and tokens)."""
+    return [
+        row(1),
+        row(2, "There is a nodule in the left upper zone, and an opacity beside it.", "What is it?", shape=(56, 112)),
+        row(3, "No.", f"{QUESTION} Is there a fracture of the clavicle, or an effusion?", shape=(150, 70)),
+    ]
+
+
+def load_tiny(folder: Path, **lora: Any) -> Loaded:
+    return load(job_spec(lora={"r": 4} | lora), folder, CPU)
+
+
+@torch.no_grad()
+def perturb(loaded: Loaded, size: float = 0.1, seed: int = 0) -> Loaded:
+    """Give the adapters something to say: LoRA's B is zero at first."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in loaded.model.named_parameters():
+        if "lora_B" in name:
+            weight.copy_(torch.randn(weight.shape, generator=generator) * size)
+    return loaded
