@@ -37,7 +37,7 @@ def load_spec(environment: Mapping[str, str], source: str | None = None) -> JobS
 
 def read_source(source: str) -> str:
     """The text of a spec given inline, as a path, or as a `file://` or `s3://` URL."""
-    if re.match(r"(file|s3)://\S+$", source.strip()):
+    if re.fullmatch(r"(file|s3)://[^\n]+", source.strip()):
         folder, _, name = source.strip().rpartition("/")
         try:
             return open_store(folder).read(name).decode()

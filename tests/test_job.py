@@ -264,26 +264,27 @@ def test_restart_deletes_the_run_of_the_other_spec(accumulating: dict[str, Any],
     assert (output / "notes" / "mine.txt").exists()
 
 
-def test_everything_can_live_in_a_bucket(accumulating: dict[str, Any], demo: Path, tmp_path: Path, job: Job, bucket: Any):
+def test_everything_can_live_in_a_bucket(
+    accumulating: dict[str, Any], demo: Path, tmp_path: Path, job: Job, bucket: str
+):
     """Spec, base, data and output; stopped once on the way."""
     from job.store import open_store, upload_folder
 
-    store = open_store(bucket.url)
+    url = f"s3://{bucket}/some folder"
+    store = open_store(url)
     upload_folder(store, demo / "base", "base")
     upload_folder(store, demo / "data", "data")
-    spec = yaml.safe_load(to(accumulating, f"{bucket.url}/output"))
-    spec["model"]["name_or_path"], spec["dataset"]["path"] = f"{bucket.url}/base", f"{bucket.url}/data"
+    spec = yaml.safe_load(to(accumulating, f"{url}/output"))
+    spec["model"]["name_or_path"], spec["dataset"]["path"] = f"{url}/base", f"{url}/data"
     spec["training"]["max_steps"] = 15
     store.write("spec.yaml", yaml.safe_dump(spec).encode())
-    environment = {"JOB_SPEC": f"{bucket.url}/spec.yaml", **bucket.environment}
-    process = start(environment.pop("JOB_SPEC"), tmp_path, **environment)
-    wait_for(lambda: any("step-00000010/MANIFEST" in entry.key for entry in store.list("output/checkpoints/")), process)
+    process = start(f"{url}/spec.yaml", tmp_path)
+    wait_for(lambda: any("0010/MANIFEST" in entry.key for entry in store.list("output/checkpoints/")), process)
     process.terminate()
     code, stderr = ended(process)
     assert code in (0, 75), stderr
-    result = job("run", JOB_SPEC=f"{bucket.url}/spec.yaml", **environment)
+    result = job("run", JOB_SPEC=f"{url}/spec.yaml")
     assert result.returncode == 0, result.stderr
-    shown = job("status", f"{bucket.url}/output", **environment).stdout
-    assert "small demo: published" in shown
+    assert "small demo: published" in job("status", f"{url}/output").stdout
     keys = {entry.key for entry in store.list("output/")}
     assert {"output/RESULT.json", "output/report.html", "output/adapter/adapter_model.safetensors"} <= keys

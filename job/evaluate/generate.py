@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -57,8 +58,15 @@ def rows_ids(rows: Any) -> list[str]:
     return [f"row-{number}" for number in numbers]
 
 
-def base_or_tuned(loaded: Loaded, tuned: bool) -> AbstractContextManager[Any]:
-    return nullcontext() if tuned else loaded.model.disable_adapter()
+@contextmanager
+def base_or_tuned(loaded: Loaded, tuned: bool) -> Iterator[None]:
+    """With `tuned` False the adapters are silent. Biases, where lora.bias has them trained, stay as they are."""
+    with ExitStack() as stack:
+        if not tuned:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias", UserWarning)
+            stack.enter_context(loaded.model.disable_adapter())
+        yield
 
 
 def _batches(rows: Any, size: int, finished: dict[str, Generation]) -> Iterator[list[dict[str, Any]]]:

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
+from http.client import HTTPException, HTTPResponse
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -239,12 +240,31 @@ def _fetch(store: S3Store, key: str, etag: str, start: int, view: memoryview) ->
         before = got
         try:
             wanted = f"bytes={start + got}-{start + len(view) - 1}"
-            body = store.call("get_object", "s3:GetObject", key, Range=wanted, IfMatch=etag)["Body"]
-            with contextlib.closing(body):
-                while got < len(view) and (count := body.readinto(view[got:])):
-                    got += count
-        except (HTTPError, BotoCoreError, OSError) as error:
-            failures = 0 if got > before else failures + 1
+            answer = store.call("get_object", "s3:GetObject", key, Range=wanted, IfMatch=etag)
+            if answer["ContentLength"] != len(view) - got:
+                raise OSError("the answer is not the range that was asked for")
+            source = _source(answer["Body"])
+            while got < len(view):
+                count = source.readinto(view[got:])
+                if not count:
+                    raise OSError(f"the answer ended {len(view) - got} bytes early")
+                got += count
+            _release(answer["Body"])
+        except (HTTPError, HTTPException, BotoCoreError, OSError) as error:
+            failures = 1 if got > before else failures + 1
             if failures == ATTEMPTS:
                 raise Unavailable(f"Reading {store.place(key)} broke off again and again: {error}.") from error
             time.sleep(min(0.1 * 2**failures, 5))
+
+
+def _source(body: Any) -> Any:
+    """Where to read a body from: http.client fills our buffer itself, through urllib3 each byte is copied twice more."""
+    inner = getattr(getattr(body, "_raw_stream", None), "_fp", None)
+    return inner if isinstance(inner, HTTPResponse) else body
+
+
+def _release(body: Any) -> None:
+    """Give the connection back for the next range; one that broke is left to be closed."""
+    release = getattr(getattr(body, "_raw_stream", None), "release_conn", None)
+    if release is not None:
+        release()

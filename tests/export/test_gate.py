@@ -106,7 +106,8 @@ def test_one_corrupted_layer_is_refused(exported: Exported, tmp_path: Path) -> N
     )
 
 
-def test_weights_that_are_not_numbers_are_refused(exported: Exported, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen2_5_vl"], scope="module")
+def test_weights_that_are_not_numbers_are_refused(family: str, exported: Exported, tmp_path: Path) -> None:
     folder = mixed(exported, tmp_path / "nan", lambda key: False)
     weights = load_file(folder / "model.safetensors")
     key = next(key for key in weights if key.endswith("mlp.down_proj.weight"))
@@ -116,6 +117,15 @@ def test_weights_that_are_not_numbers_are_refused(exported: Exported, tmp_path: 
         judge(exported, folder)
 
 
-def test_measuring_leaves_the_adapters_as_they_were(exported: Exported) -> None:
+def test_trained_biases_are_in_both(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    base = tiny("qwen2_5_vl", torch.bfloat16)
+    loaded = perturb(load_tiny(base, bias="all"), 0.05)
+    loaded.model.save_pretrained(tmp_path / "adapter")
+    merge(SPEC, base, tmp_path / "adapter", tmp_path / "merged")
+    judge(Exported(loaded, tmp_path / "merged"), tmp_path / "merged")
+
+
+@pytest.mark.parametrize("family", ["mllama"], scope="module")
+def test_measuring_leaves_the_adapters_as_they_were(family: str, exported: Exported) -> None:
     before = judge(exported, exported.merged)
     assert judge(exported, exported.merged) == before

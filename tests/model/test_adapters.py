@@ -137,6 +137,12 @@ def test_fresh_adapters_change_nothing(folder: Path, loaded: Loaded) -> None:
     assert torch.equal(logits(load_tiny(folder).model, loaded), base)
 
 
+def test_nothing_is_in_training_mode_after_loading(tiny: Callable[..., Path]) -> None:
+    """A resumed run may measure without training first, and dropout would then disturb it."""
+    loaded = load_tiny(tiny("llava"), lora_dropout=0.5)
+    assert not any(module.training for module in loaded.model.modules())
+
+
 def test_another_picture_gives_other_logits(loaded: Loaded) -> None:
     collate = Collator(loaded.processor, 2048)
     one, other = row(1), row(1) | {"images": row(2)["images"]}

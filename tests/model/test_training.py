@@ -1,0 +1,59 @@
+"""Each family learns through the job's own training, from rows on disk to a loss that falls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from job.attempt import Attempt
+from job.model.transformers_backend import load
+from job.plan import make_plan
+from job.preemption import Preemption
+from job.record import Record
+from job.store import open_store
+from job.store.lease import acquire
+from job.survey import survey
+from job.train.fit import fit
+from tests.tiny import job_spec, picture
+
+
+@pytest.mark.parametrize("family", ["mllama", "qwen3_vl", "gemma3"])
+def test_a_few_steps_lower_the_loss(family: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    rows = [
+        {"file_name": f"{number}.png", "caption": f"There is a {'nodule' if number % 2 else 'fracture'}."}
+        for number in range(8)
+    ]
+    (tmp_path / "rows").mkdir()
+    for number, each in enumerate(rows):
+        picture(number, 60, 60 + 10 * number).save(tmp_path / "rows" / each["file_name"])
+    (tmp_path / "rows" / "metadata.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    spec = job_spec(
+        model={"name_or_path": str(tiny(family))},
+        dataset={"path": str(tmp_path / "rows"), "eval_fraction": 0},
+        lora={"r": 8},
+        training={
+            "max_steps": 8,
+            "learning_rate": 1e-2,
+            "effective_batch_size": 4,
+            "per_device_train_batch_size": 2,
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+        },
+        output={"url": str(tmp_path / "out")},
+    )
+    store, scratch = open_store(spec.output.url), tmp_path / "scratch"
+    scratch.mkdir()
+    found = survey(spec, store, scratch, fetch=True)
+    loaded = load(spec, tiny(family), torch.device("cpu"))
+    assert found.data is not None
+    with acquire(store, "test", 60.0) as lease, Record(store, scratch).kept() as record:
+        attempt = Attempt(spec, store, lease, scratch, record, Preemption(), 1)
+        fit(attempt, make_plan(spec, found.facts), loaded, found.data)
+    losses = [json.loads(line)["loss"] for line in (scratch / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 8
+    assert sum(losses[-2:]) < 0.85 * sum(losses[:2])
+    assert not any(module.training for module in loaded.model.modules())

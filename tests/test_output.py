@@ -1,0 +1,73 @@
+"""Whose an output is."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.errors import SpecError
+from job.output import begin, check_owner, is_published
+from job.record import Record
+from job.specfile import validate
+from job.status import describe_status
+from job.store import Store, open_store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "output"))
+
+
+def test_attempts_are_counted_in_the_output(store: Store, tree: dict[str, Any], tmp_path: Path):
+    for expected in (1, 2, 3):
+        number = begin(store, validate(tree))
+        assert number == expected
+        Record(store, tmp_path, attempt=number).write()
+
+
+def test_the_stored_spec_is_the_resolved_one(store: Store, tree: dict[str, Any]):
+    spec = validate(tree)
+    begin(store, spec)
+    text = store.read("spec.yaml").decode()
+    assert spec.digest in text
+    assert "learning_rate: 0.0002" in text
+    assert check_owner(store, spec) is False
+
+
+def test_a_spec_with_rows_held_out_by_the_user_reads_back(store: Store, tree: dict[str, Any]):
+    tree["dataset"]["eval_path"] = "held"
+    spec = validate(tree)
+    begin(store, spec)
+    assert check_owner(store, spec) is False
+
+
+def test_a_harmless_change_is_let_in_and_another_is_not(store: Store, tree: dict[str, Any]):
+    begin(store, validate(tree))
+    tree["checkpoint"] = {"keep": 5}
+    begin(store, validate(tree))
+    tree["lora"] = {"r": 4}
+    with pytest.raises(SpecError, match="lora.r: 16 → 4"):
+        begin(store, validate(tree))
+
+
+def test_published_is_only_this_very_spec(store: Store, tree: dict[str, Any]):
+    spec = validate(tree)
+    assert not is_published(store, spec)
+    store.write("RESULT.json", b'{"spec_digest": "%s"}' % spec.digest.encode())
+    assert is_published(store, spec)
+    tree["lora"] = {"r": 4}
+    with pytest.raises(SpecError, match="holds a run of another spec"):
+        is_published(store, validate(tree))
+
+
+def test_a_job_that_went_silent_is_told_from_a_running_one(store: Store):
+    import json
+
+    running = {"state": "running", "stage": "train", "step": 3, "steps": 9, "updated": "2020-01-01T00:00:00Z"}
+    store.write("status.json", json.dumps(running).encode())
+    assert "killed, or cut off from its store" in describe_status(store)
+    from job.record import now
+
+    store.write("status.json", json.dumps(running | {"updated": now()}).encode())
+    assert "running, stage train" in describe_status(store)
+    assert "step 3 of 9" in describe_status(store)
