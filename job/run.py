@@ -61,7 +61,7 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
                 from job.model.transformers_backend import load
                 from job.train.fit import fit
 
-                loaded = load(spec, base, torch_device())
+                loaded = load(spec, base, torch_device(), found.adapter)
         before = measure(attempt, loaded, data, "before")
         fit(attempt, plan, loaded, data)
         after = measure(attempt, loaded, data, "after")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from job.checkpoint import steps
 from job.model import choose_backend
-from job.model.fetch import base_facts, fetch_base
+from job.model.fetch import base_facts, fetch_adapter, fetch_base
 from job.plan import Device, Facts
 from job.record import watched
 from job.scratch import free_bytes
@@ -32,6 +32,7 @@ class Survey:
     facts: Facts
     data: Data | None
     base: Path | None
+    adapter: Path | None
 
 
 def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool) -> Survey:
@@ -49,6 +50,8 @@ def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool) -> Survey
         base = fetch_base(spec.model, scratch)
     else:
         notes.append(f"{spec.model.name_or_path} is not here yet: sizes are known after stage in")
+    start = spec.lora.init_adapter
+    adapter = fetch_adapter(start, scratch) if start and (fetch or is_local(start)) else None
     if importlib.util.find_spec("datasets") is None:
         notes.append("the data was not looked at: install the train extra to do so")
     elif fetch or is_local(spec.dataset.path):
@@ -69,7 +72,7 @@ def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool) -> Survey
         example=example,
         notes=tuple(notes),
     )
-    return Survey(facts, data, base)
+    return Survey(facts, data, base, adapter)
 
 
 def is_local(path: str) -> bool:

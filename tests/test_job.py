@@ -288,3 +288,26 @@ def test_everything_can_live_in_a_bucket(
     assert "small demo: published" in job("status", f"{url}/output").stdout
     keys = {entry.key for entry in store.list("output/")}
     assert {"output/RESULT.json", "output/report.html", "output/adapter/adapter_model.safetensors"} <= keys
+
+
+def test_a_published_adapter_is_a_start_for_the_next_job(
+    accumulating: dict[str, Any], finished: Path, tmp_path: Path, job: Job, bucket: str
+):
+    from job.store import open_store, upload_folder
+
+    url = f"s3://{bucket}/first/adapter"
+    upload_folder(open_store(f"s3://{bucket}"), finished / "adapter", "first/adapter")
+    spec = accumulating | {"training": accumulating["training"] | {"max_steps": 1, "learning_rate": 1e-9}}
+    spec["lora"] = spec["lora"] | {"init_adapter": url}
+    result = job("run", JOB_SPEC=to(spec, tmp_path / "output"))
+    assert result.returncode == 0, result.stderr
+    earlier, later = (read(folder, "evaluation/metrics.json") for folder in (finished, tmp_path / "output"))
+    assert later["after"]["rougeL"]["value"] > 0.9 < earlier["after"]["rougeL"]["value"]
+    assert later["before"]["rougeL"]["value"] < 0.5
+
+
+def test_an_adapter_for_other_layers_is_refused(accumulating: dict[str, Any], finished: Path, tmp_path: Path, job: Job):
+    lora = accumulating["lora"] | {"init_adapter": str(finished / "adapter"), "finetune_vision_layers": False}
+    result = job("run", JOB_SPEC=to(accumulating, tmp_path / "output", lora=lora))
+    assert result.returncode == 78
+    assert "was made for other layers" in result.stderr

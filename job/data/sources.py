@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from job.errors import DataError, NotAllowed, Unavailable
 from job.spec import DatasetSpec
-from job.store import download_folder, open_store
+from job.stage_in import local_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,22 +30,9 @@ class Source(NamedTuple):
     decided: str
 
 
-def fetch(path: str, scratch: Path, field: str) -> str:
-    """A local path (or hub id) for `path`; an `s3://` prefix is downloaded below `scratch` first."""
-    if not path.startswith(("s3://", "file://")):
-        return path
-    store = open_store(path)
-    if path.startswith("file://"):
-        return path.removeprefix("file://")
-    folder = scratch / "dataset" / re.sub(r"\W+", "-", path)
-    if not download_folder(store, "", folder):
-        raise DataError(f"{field}: there is nothing under {path}")
-    return str(folder)
-
-
 def open_source(spec: DatasetSpec, path: str, split: str, scratch: Path, field: str = "dataset.path") -> Source:
     """The rows at `path`, images not decoded. Raises DataError naming `field` when there is nothing to read."""
-    here = Path(fetch(path, scratch, field)).expanduser()
+    here = local_path(path, scratch, field)
     cache = str(scratch / "cache" / "datasets")
     if not here.exists():
         if spec.format in ("auto", "hub") and HUB_ID.fullmatch(path):

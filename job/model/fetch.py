@@ -12,24 +12,30 @@ from typing import Any
 from job.errors import NotAllowed, SpecError, Unavailable
 from job.model.lora import Linear
 from job.spec import ModelSpec
-from job.store import download_folder, open_store
+from job.stage_in import local_path
 
 
 def fetch_base(spec: ModelSpec, scratch: Path) -> Path:
-    """A local folder with the base model: as named, or downloaded to scratch from `s3://` or the hub."""
+    """A local folder with the base model: as named, or brought to scratch from `s3://` or the hub."""
     name = spec.name_or_path
-    if name.startswith(("s3://", "file://")):
-        folder = scratch / "base" / name.partition("://")[2].replace("/", "-")
-        if not download_folder(open_store(name), "", folder):
-            raise SpecError(f"model.name_or_path: there is nothing under {name}")
-    elif Path(name).is_dir():
-        folder = Path(name)
-    elif Path(name).exists() or name.startswith((".", "/")) or name.count("/") != 1:
-        raise SpecError(f"model.name_or_path: {name} is no folder; give a model folder, an s3:// prefix or a hub id")
-    else:
+    folder = local_path(name, scratch, "model.name_or_path", SpecError)
+    if not folder.is_dir():
+        if folder.exists() or "://" in name or name.startswith((".", "/", "~")) or name.count("/") != 1:
+            raise SpecError(
+                f"model.name_or_path: {name} is no folder; give a model folder, an s3:// prefix or a hub id"
+            )
         folder = _from_hub(spec)
     if not (folder / "config.json").is_file():
         raise SpecError(f"model.name_or_path: {name} holds no config.json, so it is not a model")
+    return folder
+
+
+def fetch_adapter(name: str, scratch: Path) -> Path:
+    """A local folder with the adapter to start from. Raises SpecError when it holds none in PEFT's format."""
+    folder = local_path(name, scratch, "lora.init_adapter", SpecError)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():
+            raise SpecError(f"lora.init_adapter: {name} holds no {file}, so it is not an adapter in PEFT's format")
     return folder
 
 

@@ -16,8 +16,9 @@ from job.spec import JobSpec, ModelSpec
 DTYPES = {"16bit": torch.bfloat16, "32bit": torch.float32, "4bit": torch.bfloat16}
 
 
-def load(spec: JobSpec, folder: Path, device: torch.device) -> Loaded:
-    """Base model from `folder` on `device`, frozen, with fresh adapters in exactly the groups asked for.
+def load(spec: JobSpec, folder: Path, device: torch.device, start: Path | None = None) -> Loaded:
+    """Base model from `folder` on `device`, frozen, with adapters in exactly the groups asked for: fresh ones, or
+    those of the folder `start`.
 
     Raises SpecError when `folder` is no vision-language model, or when a group does not exist in it.
     """
@@ -28,6 +29,8 @@ def load(spec: JobSpec, folder: Path, device: torch.device) -> Loaded:
     processor = load_processor(spec.model, folder)
     chosen = targets(spec.lora, linears(model))
     model, groups = add_adapters(model, spec, chosen)
+    if start is not None:
+        load_adapter(model, start)
     return Loaded(model, processor, folder, "transformers", precision, device, groups)
 
 
@@ -103,8 +106,6 @@ def add_adapters(model: Any, spec: JobSpec, chosen: list[str]) -> tuple[Any, dic
     torch.manual_seed(spec.training.seed)
     model = get_peft_model(model, config).eval()  # the adapters' new dropout begins in training mode
     census(chosen, adapted(model))
-    if lora.init_adapter is not None:
-        load_adapter(model, Path(lora.init_adapter))
     return model, counts
 
 

@@ -49,6 +49,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def partial_name(name: str, mark: str) -> str:
+    """The name under which a file is written until it is whole; never longer than file systems take."""
+    return f".{name.encode()[:200].decode(errors='ignore')}.{mark}.part"
+
+
 class LocalStore:
     """Objects as files under a root folder."""
 
@@ -191,7 +196,7 @@ class LocalStore:
     @contextlib.contextmanager
     def _temporary(self, target: Path) -> Iterator[tuple[BinaryIO, Path]]:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f".{target.name[:200]}.{secrets.token_hex(6)}.part"
+        temporary = target.parent / partial_name(target.name, secrets.token_hex(6))
         try:
             with temporary.open("xb") as stream:
                 yield stream, temporary
@@ -216,7 +221,8 @@ class LocalStore:
     @contextlib.contextmanager
     def _locked(self, path: Path) -> Iterator[None]:
         """Compare-and-rename as one step among writers. The kernel lets the lock go when its holder dies."""
-        with (path.parent / f".{path.name[:200]}.lock").open("wb") as stream:
+        lock = path.parent / (partial_name(path.name, "").removesuffix(".part") + "lock")
+        with lock.open("wb") as stream:
             # A Lustre mounted without `flock` refuses; the comparison alone is then the weaker guarantee.
             with contextlib.suppress(OSError):
                 fcntl.flock(stream, fcntl.LOCK_EX)

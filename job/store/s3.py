@@ -102,7 +102,7 @@ class S3Store:
         checked_key(key)
         before = None
         for _ in range(transfer.ATTEMPTS):
-            with contextlib.suppress(HTTPError, HTTPClientError, OSError):
+            with contextlib.suppress(HTTPError, BotoCoreError, OSError):
                 answer = self.call("get_object", "s3:GetObject", key)
                 data: bytes = answer["Body"].read()
                 etag = answer["ETag"].strip('"')
@@ -176,22 +176,28 @@ class S3Store:
     def probe(self) -> Capabilities:
         """Learn on a small object of our own: conditions, checksums, encryption."""
         key = f"probe-{secrets.token_hex(6)}"
-        weaker = []
         try:
-            checksums = self._checks_checksums(key)
-            if not checksums:
-                weaker.append(
-                    f"{self.endpoint} checks no checksums, so an MD5 of each part is compared with its answer."
-                )
-            self.put(key, b"a", {}, checksums=checksums)
-            conditional = self._refuses(key, {"IfNoneMatch": "*"}) and self._refuses(key, {"IfMatch": '"0"'})
-            if not conditional:
-                weaker.append(f"{self.endpoint} has no conditional writes, so two writers may not see each other.")
-        finally:
-            with contextlib.suppress(Missing):
-                self.call("delete_object", "s3:DeleteObject", key)
-        self._probed = Capabilities(conditional, checksums, tuple(weaker))
+            self._probed = self._try_out(key)
+        except BaseException:
+            with contextlib.suppress(JobError):
+                self.delete([key])
+            raise
+        self.delete([key])
         return self._probed
+
+    def _try_out(self, key: str) -> Capabilities:
+        weaker = []
+        checksums = self._checks_checksums(key)
+        if not checksums:
+            weaker.append(
+                f"{self.endpoint} checks no SHA-256, so an MD5 goes with each part and is compared with the ETag."
+            )
+        self.put(key, b"a", {}, checksums=checksums)
+        self.read(key)
+        conditional = self._refuses(key, {"IfNoneMatch": "*"}) and self._refuses(key, {"IfMatch": '"0"'})
+        if not conditional:
+            weaker.append(f"{self.endpoint} has no conditional writes, so two writers may not see each other.")
+        return Capabilities(conditional, checksums, tuple(weaker))
 
     def _checks_checksums(self, key: str) -> bool:
         """True if a wrong checksum is refused and a right one is not."""

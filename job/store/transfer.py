@@ -21,7 +21,7 @@ from botocore.exceptions import BotoCoreError
 from urllib3.exceptions import HTTPError
 
 from job.errors import DataError, JobError, Unavailable
-from job.store.local import disk
+from job.store.local import disk, partial_name
 from job.store.protocol import Corrupt, Digest, Missing
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def download(store: S3Store, key: str, path: Path, promised: str | None) -> Dige
     there = store.call("head_object", "s3:GetObject", key)
     size, etag = int(there["ContentLength"]), str(there["ETag"])
     mark = hashlib.sha256(etag.encode()).hexdigest()[:12]
-    partial = path.parent / f".{path.name[:200]}.{mark}.part"
+    partial = path.parent / partial_name(path.name, mark)
     with disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         for fresh in (False, True):

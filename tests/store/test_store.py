@@ -235,6 +235,14 @@ def test_a_folder_that_may_not_be_written_is_not_allowed(tmp_path: Path) -> None
             check_writable(open_store(str(tmp_path)))
 
 
+def test_the_longest_names_are_stored(store: Store, tmp_path: Path) -> None:
+    name = "ü" * 127
+    version = store.write(name, b"1")
+    store.write(name, b"2", if_match=version)
+    store.download(name, tmp_path / name)
+    assert (tmp_path / name).read_bytes() == b"2"
+
+
 def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
     import errno
 

@@ -1,0 +1,33 @@
+"""What a spec names, as a local path: folders stay where they are, `s3://` prefixes are brought to scratch once."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from job.errors import DataError, JobError
+from job.store import download_folder, open_store
+
+HERE = ".listing.json"
+
+
+def local_path(name: str, scratch: Path, field: str, error: type[JobError] = DataError) -> Path:
+    """A path for `name`: itself, what a `file://` URL says, or a folder below `scratch` that holds the `s3://` prefix.
+
+    A prefix whose listing has not changed since it was fetched to this scratch is not fetched again. Raises `error`,
+    naming `field`, when there is nothing under the prefix.
+    """
+    if not name.startswith("s3://"):
+        return Path(name.removeprefix("file://")).expanduser()
+    store = open_store(name)
+    listing = [[entry.key, entry.size, entry.modified] for entry in store.list()]
+    if not listing:
+        raise error(f"{field}: there is nothing under {name}")
+    folder = scratch / "fetched" / re.sub(r"[^\w.-]+", "-", name.removeprefix("s3://"))
+    mark = folder / HERE
+    if not mark.exists() or json.loads(mark.read_text()) != listing:
+        mark.unlink(missing_ok=True)
+        download_folder(store, "", folder)
+        mark.write_text(json.dumps(listing))
+    return folder

@@ -1,0 +1,35 @@
+"""What the documents promise is what the code does."""
+
+import re
+
+import yaml
+
+from job.errors import EXIT_CODES
+from job.spec import JobSpec, flatten
+from job.specfile import parse, validate
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_readme_has_the_table_of_exit_codes():
+    rows = re.findall(r"^\| (\d+) \| (.+?) \| (\w+) \| (\w+) \|$", README, re.MULTILINE)
+    assert rows == [(str(row.code), row.meaning, row.kubernetes, row.slurm) for row in EXIT_CODES]
+
+
+def test_the_spec_in_the_readme_is_valid_and_says_the_defaults():
+    text = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
+    spec = validate(parse(text[1]))
+    given = {"model.name_or_path", "dataset.path", "output.url", "name"}
+    given |= {"dataset.group_column", "evaluation.labels", "evaluation.groups"}
+    minimal = {"model": {"name_or_path": "m"}, "dataset": {"path": "d"}, "output": {"url": "o"}}
+    defaults = flatten(JobSpec.model_validate(minimal).model_dump(mode="json"))
+    shown = flatten(spec.model_dump(mode="json"))
+    for path, value in defaults.items():
+        if not any(path.startswith(name) for name in given):
+            assert shown[path] == value, path
+
+
+def test_every_example_is_valid():
+    for file in (ROOT / "examples").glob("*.yaml"):
+        assert validate(yaml.safe_load(file.read_text())).name
