@@ -14,8 +14,8 @@ from typing import NoReturn
 
 import click
 
-from job.errors import BUG, JobError, SpecError
-from job.preemption import Preemption, grace_seconds
+from job.errors import BUG, JobError, Preempted, SpecError
+from job.preemption import Preemption, end_time, grace_seconds
 
 TERMINATION_LOG = Path("/dev/termination-log")
 
@@ -92,10 +92,10 @@ def finish(work: Callable[[Preemption], None]) -> NoReturn:
 
     start_logging()
     try:
-        preemption = Preemption(grace_seconds(os.environ))
+        preemption = Preemption(grace_seconds(os.environ), end_time(os.environ))
     except ValueError as error:
         _end(SpecError.exit_code, f"JOB_GRACE_SECONDS is {error}; give a number of seconds above 0")
-    with preemption.listening():
+    with preemption.listening(too_late=lambda reason: _tell(Preempted.exit_code, reason)):
         try:
             work(preemption)
         except JobError as error:
@@ -112,13 +112,18 @@ def finish(work: Callable[[Preemption], None]) -> NoReturn:
 
 
 def _end(code: int, reason: str | None) -> NoReturn:
-    """The reason as the last line on stderr and for the kubelet."""
     if reason is not None:
-        line = f"exit {code}: {reason}"
-        with contextlib.suppress(OSError):
-            if TERMINATION_LOG.exists():
-                TERMINATION_LOG.write_text(line[:4000])
-        sys.stderr.write(f"{line}\n")
+        _tell(code, reason)
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
+
+
+def _tell(code: int, reason: str) -> None:
+    """The reason as the last line on stderr and for the kubelet."""
+    line = f"exit {code}: {reason}"
+    with contextlib.suppress(OSError):
+        if TERMINATION_LOG.exists():
+            TERMINATION_LOG.write_text(line[:4000])
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()

@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from job.errors import JobError, Preempted, SpecError
+from job.checkpoint import steps
+from job.errors import EXIT_CODES, JobError, NoProgress, Preempted, SpecError
 from job.record import STATUS_KEY
 from job.spec import JobSpec, differences
 from job.specfile import parse, validate
@@ -15,7 +16,9 @@ from job.store import Store, open_store
 
 RESULT_KEY, SPEC_KEY, REPORT_KEY = "RESULT.json", "spec.yaml", "report.html"
 OURS = ("checkpoints/", "evaluation/", "adapter/", "merged/", "data/", "logs/")
-OUR_FILES = (RESULT_KEY, REPORT_KEY, STATUS_KEY, SPEC_KEY)
+ATTEMPTS_KEY = "attempts.json"
+TRIED_AGAIN = {row.code for row in EXIT_CODES if row.kubernetes == "Count"}
+OUR_FILES = (RESULT_KEY, REPORT_KEY, STATUS_KEY, SPEC_KEY, ATTEMPTS_KEY)
 
 
 def read_json(store: Store, key: str) -> dict[str, Any] | None:
@@ -57,17 +60,48 @@ def begin(store: Store, spec: JobSpec) -> int:
     """Make the output this spec's and return the attempt's number, from 1.
 
     Raises SpecError when it holds a run of another spec, unless `on_conflict` is restart: then that run is deleted.
+    Raises NoProgress when the last attempts all died at the same place.
     """
     if check_owner(store, spec):
         store.delete([RESULT_KEY])
         entries = [entry.key for entry in store.list() if entry.key.startswith(OURS) or entry.key in OUR_FILES]
         store.delete(sorted(entries, key=lambda key: not key.endswith("MANIFEST.json")))
-    last = read_json(store, STATUS_KEY) or {}
+    number = count_attempt(store, spec.preemption.max_attempts_without_progress)
     text = f"# sha256 of what decides the result: {spec.digest}\n" + yaml.safe_dump(
         spec.model_dump(mode="json", exclude_unset=False), sort_keys=False, allow_unicode=True
     )
     store.write(SPEC_KEY, text.encode())
-    return int(last.get("attempt", 0)) + 1
+    return number
+
+
+def count_attempt(store: Store, most_deaths: int) -> int:
+    """The number of the attempt that begins. Raises NoProgress when the last `most_deaths` died at the same place.
+
+    `attempts.json` holds how earlier attempts died, taken from the status that they left. To be preempted is not to
+    die, nor is an ending that no scheduler tries again (wrong data, say): whoever runs that again has mended something.
+    """
+    history = read_json(store, ATTEMPTS_KEY) or {"attempts": 0, "deaths": []}
+    deaths: list[dict[str, Any]] = history["deaths"]
+    last = read_json(store, STATUS_KEY)
+    if last is not None and last.get("attempt") == history["attempts"]:
+        died = last.get("state") == "running" or last.get("exit_code") in TRIED_AGAIN
+        deaths = [*deaths, _death(store, last)] if died else []
+    deaths = [death for death in deaths if death["place"] == deaths[-1]["place"]]
+    if len(deaths) >= most_deaths:
+        raise NoProgress(
+            f"{len(deaths)} attempts in a row died at the same place: {deaths[-1]['place']}; the last reason: "
+            f"{deaths[-1]['reason']}. Mend that, then raise preemption.max_attempts_without_progress to go on"
+        )
+    number = int(history["attempts"]) + 1
+    store.write(ATTEMPTS_KEY, json.dumps({"attempts": number, "deaths": deaths}).encode())
+    return number
+
+
+def _death(store: Store, status: dict[str, Any]) -> dict[str, Any]:
+    saved = max(steps(store), default=0)
+    silent = "it vanished without a word, as a process does that is killed or runs out of host memory"
+    reason = status.get("reason", "unknown") if status["state"] == "failed" else silent
+    return {"place": f"stage {status.get('stage')}, after the checkpoint of step {saved}", "reason": reason}
 
 
 def stored_spec(store: Store) -> JobSpec | None:

@@ -8,24 +8,33 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
 from job.errors import Preempted
 
 DEFAULT_GRACE_SECONDS = 30.0
+LAST_SECONDS = 1.0
+"""Left of the grace when a stage that has not noticed yet (a compile, a hung store) is left as it is."""
 NOTICES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Preemption:
-    """Asked to stop, or not yet. `deadline` is on the monotonic clock, in seconds."""
+    """Asked to stop, or not yet.
 
-    def __init__(self, grace_seconds: float = DEFAULT_GRACE_SECONDS) -> None:
+    `grace_seconds` is the time between a notice and the kill. `end_time` (seconds since 1970) is when the scheduler ends
+    the job anyway; SIGUSR1, which is sent ahead of that end, leaves all the time until then.
+    """
+
+    def __init__(self, grace_seconds: float = DEFAULT_GRACE_SECONDS, end_time: float | None = None) -> None:
         self.grace_seconds = grace_seconds
+        self.end_time = end_time
         self.reason: str | None = None
         self.noticed: float | None = None
+        self._deadline = float("inf")
         self._raising = 0
 
     @property
@@ -35,12 +44,14 @@ class Preemption:
     @property
     def remaining(self) -> float:
         """Seconds until we must be gone; infinite before any notice."""
-        return float("inf") if self.noticed is None else self.noticed + self.grace_seconds - time.monotonic()
+        return self._deadline - time.monotonic()
 
-    def request(self, reason: str) -> None:
-        """Ask to stop. The first reason stands."""
+    def request(self, reason: str, seconds: float | None = None) -> None:
+        """Ask to stop within `seconds` (default: the grace). The first reason stands, and the nearest deadline."""
+        now = time.monotonic()
+        self._deadline = min(self._deadline, now + (self.grace_seconds if seconds is None else seconds))
         if self.reason is None:
-            self.noticed, self.reason = time.monotonic(), reason
+            self.noticed, self.reason = now, reason
 
     def check(self) -> None:
         """Raises Preempted once asked to stop."""
@@ -60,19 +71,35 @@ class Preemption:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason == "SIGINT":
             os._exit(Preempted.exit_code)  # a person who presses twice means it
-        self.request(signal.Signals(number).name)
+        early = number == signal.SIGUSR1
+        if not (early and self.requested):  # it never makes a deadline nearer that another notice set
+            ahead = self.end_time - time.time() if early and self.end_time is not None else 0.0
+            self.request(signal.Signals(number).name, max(ahead, self.grace_seconds))
         if self._raising:
             self.check()
 
     @contextmanager
-    def listening(self) -> Iterator[Preemption]:
-        """Install the handlers; put the former ones back on exit. Main thread only."""
+    def listening(self, too_late: Callable[[str], None] = lambda reason: None) -> Iterator[Preemption]:
+        """Install the handlers; put the former ones back on exit. Main thread only.
+
+        When the deadline comes and we are still here, `too_late(reason)` is called from a thread and the process ends
+        with 75: what is committed is whole, and the kill that follows could do no better.
+        """
         former = {number: signal.signal(number, self._handle) for number in NOTICES}
+        ended = threading.Event()
+        threading.Thread(target=self._watch, args=(ended, too_late), name="deadline", daemon=True).start()
         try:
             yield self
         finally:
+            ended.set()
             for number, handler in former.items():
                 signal.signal(number, handler)
+
+    def _watch(self, ended: threading.Event, too_late: Callable[[str], None]) -> None:
+        while not ended.wait(0.1):
+            if self.remaining < min(LAST_SECONDS, self.grace_seconds / 4):
+                too_late(f"stopped on {self.reason}, in the middle of a stage; run again to continue")
+                os._exit(Preempted.exit_code)
 
 
 def grace_seconds(environment: Mapping[str, str]) -> float:
@@ -84,3 +111,9 @@ def grace_seconds(environment: Mapping[str, str]) -> float:
     if not 0 < value < float("inf"):
         raise ValueError(text)
     return value
+
+
+def end_time(environment: Mapping[str, str]) -> float | None:
+    """When the scheduler will end this job, in seconds since 1970: what Slurm says in `SLURM_JOB_END_TIME`."""
+    text = environment.get("SLURM_JOB_END_TIME", "")
+    return float(text) if text.isdigit() else None

@@ -135,6 +135,11 @@ class Record:
         with self._lock:
             self._status.update(fields)
 
+    def read(self, field: str) -> Any:
+        """A field of the status; None when it was never set."""
+        with self._lock:
+            return self._status.get(field)
+
     def write(self, **fields: Any) -> None:
         """Change fields and write the status now."""
         with self._lock:

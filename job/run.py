@@ -18,6 +18,7 @@ from job.publish import publish, report_facts
 from job.record import Record
 from job.scratch import prepare_scratch
 from job.spec import JobSpec
+from job.spot import watching
 from job.store import check_writable
 from job.store.lease import acquire
 from job.survey import survey, torch_device
@@ -45,6 +46,7 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
             ttl = float(environment.get("JOB_LEASE_SECONDS") or LEASE_SECONDS)
             holder = f"{socket.gethostname()}:{os.getpid()}"
             lease = stack.enter_context(acquire(store, holder, ttl, wait=ttl + 5))
+        stack.enter_context(watching(spec.preemption.spot_notices, preemption, environment))
         number = output.begin(store, spec)
         record = stack.enter_context(Record(store, scratch, name=spec.name, attempt=number).kept())
         attempt = Attempt(spec, store, lease, scratch, record, preemption, number)

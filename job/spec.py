@@ -155,6 +155,15 @@ class CheckpointSpec(Section):
     """Also keep each checkpoint whose step is a multiple of this."""
 
 
+class PreemptionSpec(Section):
+    """How the job hears that it must go, and when it gives up."""
+
+    spot_notices: Literal["aws", "gcp", "azure"] | None = None
+    """Also ask this cloud's metadata service for its notice of taking the machine away."""
+    max_attempts_without_progress: PositiveInt = 3
+    """Stop with 79 when so many attempts in a row died (not: were preempted) at the same place."""
+
+
 class LabelSpec(Section):
     """A fact that a caption states, and how to read it from the text."""
 
@@ -237,6 +246,7 @@ class JobSpec(Section):
     dataset: DatasetSpec
     training: TrainingSpec = TrainingSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
+    preemption: PreemptionSpec = PreemptionSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     export: ExportSpec = ExportSpec()
     output: OutputSpec
@@ -257,6 +267,8 @@ HARMLESS = frozenset(
         "checkpoint.save_steps",
         "checkpoint.keep",
         "checkpoint.keep_every",
+        "preemption.spot_notices",
+        "preemption.max_attempts_without_progress",
         "output.url",
         "output.on_conflict",
         "privacy.report_images",

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from job.errors import SpecError
+from job.errors import NoProgress, SpecError
 from job.output import begin, check_owner, is_published
 from job.record import Record
 from job.specfile import validate
@@ -71,3 +71,51 @@ def test_a_job_that_went_silent_is_told_from_a_running_one(store: Store):
     store.write("status.json", json.dumps(running | {"updated": now()}).encode())
     assert "running, stage train" in describe_status(store)
     assert "step 3 of 9" in describe_status(store)
+
+
+def die(store: Store, number: int, **status: Any) -> None:
+    """What an attempt leaves behind that ended so."""
+    import json
+
+    ending = {"attempt": number, "stage": "train", "state": "failed", "exit_code": 70, "reason": "a bug"}
+    store.write("status.json", json.dumps(ending | status).encode())
+
+
+def test_dying_at_the_same_place_again_and_again_stops_with_79(store: Store, tree: dict[str, Any]):
+    spec = validate(tree)
+    for expected in (1, 2, 3):
+        assert begin(store, spec) == expected
+        die(store, expected, state="running" if expected == 2 else "failed")
+    with pytest.raises(NoProgress, match=r"3 attempts in a row died at the same place: stage train, after the.*step 0"):
+        begin(store, spec)
+    tree["preemption"] = {"max_attempts_without_progress": 4}
+    assert begin(store, validate(tree)) == 4
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        {"state": "preempted", "exit_code": 75, "reason": "stopped on SIGTERM"},
+        {"state": "failed", "exit_code": 65, "reason": "the data is wrong"},
+        {"stage": "evaluate after"},
+    ],
+)
+def test_a_death_elsewhere_a_preemption_or_a_mended_input_starts_the_count_anew(
+    store: Store, tree: dict[str, Any], between: dict[str, Any]
+):
+    spec = validate(tree)
+    for number in range(1, 7):
+        assert begin(store, spec) == number
+        die(store, number, **(between if number % 3 == 0 else {}))
+
+
+def test_a_new_checkpoint_is_progress(store: Store, tree: dict[str, Any], tmp_path: Path):
+    from job.checkpoint import commit
+
+    spec = validate(tree)
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "adapter_model.safetensors").write_bytes(b"x")
+    for number in range(1, 8):
+        assert begin(store, spec) == number
+        commit(store, tmp_path / "state", step=number, epoch=0.1, spec_digest=spec.digest, attempt=number)
+        die(store, number)

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from job.errors import Preempted
-from job.preemption import Preemption, grace_seconds
+from job.preemption import Preemption, end_time, grace_seconds
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -70,3 +70,57 @@ def test_a_grace_that_is_no_time_is_refused(text: str):
 def test_the_grace_is_thirty_seconds_unless_told():
     assert grace_seconds({}) == 30
     assert grace_seconds({"JOB_GRACE_SECONDS": "120"}) == 120
+
+
+def test_usr1_ahead_of_the_end_leaves_all_the_time_until_then():
+    with Preemption(grace_seconds=5, end_time=time.time() + 100).listening() as preemption:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert 90 < preemption.remaining <= 100
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.remaining <= 5
+
+
+def test_the_end_time_is_what_slurm_says():
+    assert end_time({"SLURM_JOB_END_TIME": "1790000000"}) == 1790000000
+    assert end_time({}) is None
+
+
+def test_a_stage_that_does_not_notice_is_left_at_the_deadline_with_75():
+    code = (
+        "import time\nfrom job.preemption import Preemption\n"
+        "with Preemption(2).listening(too_late=lambda reason: print(reason, flush=True)):\n"
+        " print('up', flush=True)\n while True: time.sleep(0.1)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.terminate()
+    began = time.monotonic()
+    out, _ = process.communicate(timeout=10)
+    assert process.returncode == 75
+    assert "in the middle of a stage" in out
+    assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize("module", ["click", "pydantic", "yaml", "torch"])
+def test_a_notice_during_any_import_is_heard(tmp_path, module: str):
+    """The signal comes from inside the import itself, so that no luck with timing is needed."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Notice:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {module!r} and not sys.modules.get('noticed'):\n"
+        "            sys.modules['noticed'] = sys\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.meta_path.insert(0, Notice())\n"
+    )
+    spec = "{model: {name_or_path: /no}, dataset: {path: /no}, output: {url: %s}}" % (tmp_path / "output")
+    result = subprocess.run(
+        [sys.executable, "-m", "job", "check"],
+        env=os.environ | {"JOB_SPEC": spec, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert result.returncode == 75, result.stderr
+    assert result.stderr.strip().splitlines()[-1] == "exit 75: stopped on SIGTERM; run again to continue"

@@ -15,12 +15,14 @@ from job.model import Loaded
 from job.model.transformers_backend import load
 from job.spec import JobSpec
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import models
+import processors
+import shapes
 from models import make_model
-from shapes import FAMILIES
 
-__all__ = ["END", "FAMILIES", "QUESTION", "batch", "job_spec", "load_tiny", "make_model", "perturb", "picture", "row"]
+__all__ = ["make_model", "models", "processors", "shapes"]
 
 CPU = torch.device("cpu")
 QUESTION = "Describe accurately what you see in this image."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +20,9 @@ from job.store import Store
 log = logging.getLogger("job")
 
 Rows = list[dict[str, Any]]
+
+KEEP_SECONDS = 15.0
+"""Between writes of the answers so far; a notice writes them at once."""
 
 
 def measure(attempt: Attempt, loaded: Loaded, data: Data, when: str) -> Rows:
@@ -38,14 +42,17 @@ def measure(attempt: Attempt, loaded: Loaded, data: Data, when: str) -> Rows:
     preemption.check()
     with record.stage(f"evaluate {when}") as facts:
         made = stored_rows(store, partial)
+        kept = time.monotonic()
         show = _progress(f"evaluate {when}", len(data.evaluation), len(made))
 
         def each(batch: Rows) -> None:
             made.extend(batch)
             show(len(made))
             record.update(rows=len(made), of_rows=len(data.evaluation))
-            if preemption.requested:
+            nonlocal kept
+            if preemption.requested or time.monotonic() > kept + KEEP_SECONDS:
                 store.write(partial, jsonl(made))
+                kept = time.monotonic()
                 preemption.check()
 
         rows = generations(loaded, data.evaluation, spec, tuned=when == "after", known=list(made), each=each)

@@ -20,6 +20,8 @@ from job.record import Record, watched
 
 log = logging.getLogger("job")
 
+FITS = 0.8
+"""Share of the grace that a save may take before we call it too slow."""
 LINE_SECONDS = 10.0
 """Between lines of progress in the log; every `logging_steps` goes to metrics.jsonl."""
 
@@ -93,9 +95,14 @@ class Safety(TrainerCallback):
     """
 
     def __init__(
-        self, preemption: Preemption, keep: Callable[[int, Path, float], None], settle: Callable[[], None]
+        self,
+        preemption: Preemption,
+        keep: Callable[[int, Path, float], None],
+        settle: Callable[[], None],
+        record: Record,
     ) -> None:
-        self.preemption, self.keep, self.settle = preemption, keep, settle
+        self.preemption, self.keep, self.settle, self.record = preemption, keep, settle, record
+        self.shortened = False
         self.trainer: Any = None
         self.last_saved = -1
         self.random_states: dict[str, Any] = {}
@@ -113,6 +120,17 @@ class Safety(TrainerCallback):
         self.random_states = random_states()
         if self.preemption.requested:
             control.should_save = True  # behind the step's line of numbers; then we leave
+        seconds = self.record.read("checkpoint_seconds")
+        if not self.shortened and seconds is not None and seconds > FITS * self.preemption.grace_seconds:
+            self.shortened = True
+            state.save_steps = max(1, int(state.save_steps) // 2)
+            log.warning(
+                "a checkpoint takes %.0f s to become safe, and a notice leaves %.0f s (JOB_GRACE_SECONDS): the last steps "
+                "may be lost; saving every %d steps from here on",
+                seconds,
+                self.preemption.grace_seconds,
+                state.save_steps,
+            )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._commit(args, state)

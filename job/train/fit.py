@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from pathlib import Path
 
 from job import checkpoint
@@ -45,9 +46,9 @@ def fit(attempt: Attempt, plan: Plan, loaded: Loaded, data: Data) -> None:
 
             def keep(saved: int, made: Path, epoch: float) -> None:
                 record.copy_numbers(made)
-                uploads.submit(made, saved, epoch=epoch)
+                uploads.submit(made, saved, epoch=epoch, extra={"submitted": time.time()})
 
-            safety = Safety(preemption, keep, settle=lambda: settle(uploads, preemption))
+            safety = Safety(preemption, keep, lambda: settle(uploads, preemption), record)
             last = train(attempt, plan, loaded, data.train, safety, restored.folder if restored else None)
             settle(uploads, preemption)
         facts.append(f"{last} steps" + (f", the first {step} from an earlier attempt" if step else ""))
@@ -62,7 +63,8 @@ def uploader(attempt: Attempt) -> checkpoint.Uploader:
     spec, record = attempt.spec, attempt.record
 
     def committed(manifest: checkpoint.Manifest) -> None:
-        record.update(last_checkpoint=manifest.step, checkpoint_failures=0)
+        seconds = round(time.time() - manifest.extra["submitted"], 1)
+        record.update(last_checkpoint=manifest.step, checkpoint_failures=0, checkpoint_seconds=seconds)
         record.publish_numbers()
 
     return checkpoint.Uploader(

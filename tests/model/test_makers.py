@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,11 +11,7 @@ import torch
 
 from job.model import Loaded
 from job.model.collator import render
-from tests.tiny import QUESTION, row
-
-from models import MLLAMA_TEXT_VOCABULARY, build_model  # isort: skip
-from processors import build_processor  # isort: skip
-from shapes import PARAMETERS  # isort: skip
+from tests.tiny import QUESTION, models, processors, row, shapes
 
 LAYOUT = {
     "mllama": f"<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n<|image|>{QUESTION}<|eot_id|>"
@@ -33,9 +28,9 @@ LAYOUT = {
 
 @pytest.mark.parametrize("family", LAYOUT)
 def test_a_full_model_has_the_published_number_of_parameters(family: str) -> None:
-    processor = build_processor(family, "full", MLLAMA_TEXT_VOCABULARY)
-    model = build_model(family, "full", processor, "meta", torch.bfloat16)
-    assert sum(weight.numel() for weight in model.parameters()) == PARAMETERS[family]
+    processor = processors.build_processor(family, "full", models.MLLAMA_TEXT_VOCABULARY)
+    model = models.build_model(family, "full", processor, "meta", torch.bfloat16)
+    assert sum(weight.numel() for weight in model.parameters()) == shapes.PARAMETERS[family]
 
 
 def test_a_tiny_model_has_less_than_a_million(loaded: Loaded) -> None:
@@ -48,17 +43,17 @@ def test_conversations_have_the_familys_layout(family: str, loaded: Loaded) -> N
 
 @pytest.mark.parametrize("size", ["tiny", "full"])
 def test_mllamas_image_token_lies_outside_its_text_vocabulary(size: str) -> None:
-    processor = build_processor("mllama", size, MLLAMA_TEXT_VOCABULARY if size == "full" else None)
-    model = build_model("mllama", size, processor, "meta", torch.bfloat16)
+    processor = processors.build_processor("mllama", size, models.MLLAMA_TEXT_VOCABULARY if size == "full" else None)
+    model = models.build_model("mllama", size, processor, "meta", torch.bfloat16)
     assert processor.image_token_id == model.config.text_config.vocab_size
     assert model.get_input_embeddings().weight.shape[0] == model.config.text_config.vocab_size + 8
     assert model.lm_head.out_features == model.config.text_config.vocab_size
 
 
-def test_the_command_writes_a_checkpoint_folder(tmp_path: Path) -> None:
-    maker = Path(__file__).parents[2] / "benchmarks" / "models.py"
-    arguments = ["gemma3", tmp_path / "model", "--size", "tiny", "--device", "cpu"]
-    subprocess.run([sys.executable, maker, *arguments], check=True, capture_output=True)
+def test_the_command_writes_a_checkpoint_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["models.py", "gemma3", str(tmp_path / "model"), "--size", "tiny", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", given)
+    models.main()
     assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
     assert {"model.safetensors", "processor_config.json", "tokenizer.json", "chat_template.jinja"} <= {
         file.name for file in (tmp_path / "model").iterdir()
