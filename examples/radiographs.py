@@ -126,7 +126,7 @@ def _add_findings(
     centre_x = np.array([0.71 if case.side == "left" else 0.29 for case in cases], np.float32)
     centre_y = np.array([(0.25, 0.48, 0.71)[PLACES.index(case.place)] for case in cases], np.float32)
     centre_x += rng.uniform(-0.04, 0.04, len(cases)).astype(np.float32)
-    centre_y += rng.uniform(-0.05, 0.05, len(cases)).astype(np.float32)
+    centre_y += rng.uniform(-0.04, 0.04, len(cases)).astype(np.float32)
     names = np.array([case.finding for case in cases])
     image = image.astype(np.float32)
 
@@ -141,16 +141,16 @@ def _add_findings(
         same_side = lungs[some] * (np.sign(x[some] - 0.5) == np.sign(centre_x[some] - 0.5)[:, None, None])
         canvas = image[some]
         if name == "nodule":
-            canvas += _soft(spread(0.045, 0.06) - np.hypot(dx, dy), 0.02) * spread(0.4, 0.5)
+            canvas += _soft(spread(0.05, 0.065) - np.hypot(dx, dy), 0.02) * spread(0.42, 0.52)
         elif name == "consolidation":
-            cloud = np.exp(-((dx / spread(0.10, 0.12)) ** 2 + (dy / spread(0.10, 0.12)) ** 2))
+            cloud = np.exp(-((dx / spread(0.13, 0.15)) ** 2 + (dy / spread(0.13, 0.15)) ** 2))
             mottle = 0.8 + 0.2 * np.sin(dx * 60 + spread(0, 6)) * np.sin(dy * 60 + spread(0, 6))
-            canvas += cloud * mottle * same_side * spread(0.28, 0.36)
+            canvas += cloud * mottle * same_side * spread(0.3, 0.38)
         elif name == "fracture":
             tilt = spread(-0.5, 0.5)
             along, off = dx * np.cos(tilt) + dy * np.sin(tilt), dy * np.cos(tilt) - dx * np.sin(tilt)
-            bone = _soft(0.035 - np.abs(off), 0.01) * _soft(0.12 - np.abs(along), 0.02)
-            crack = _soft(0.016 - np.abs(along - off * 0.5), 0.01) * _soft(0.05 - np.abs(off), 0.01)
+            bone = _soft(0.035 - np.abs(off), 0.01) * _soft(0.14 - np.abs(along), 0.02)
+            crack = _soft(0.022 - np.abs(along - off * 0.5), 0.01) * _soft(0.055 - np.abs(off), 0.01)
             canvas += bone * 0.25 - crack * spread(0.5, 0.6)
         elif name == "effusion":
             fluid = _soft(dy + 0.06 - 1.5 * dx**2, 0.03)  # everything below its level, which bends up at the edges

@@ -202,7 +202,7 @@ class GateSpec(Section):
     max_mean_logit_difference: float = Field(0.05, gt=0)
     """Mean absolute difference of logits over answer tokens, as a share of the logits' standard deviation."""
     min_token_agreement: float = Field(0.97, gt=0, le=1)
-    """Share of answer tokens at which both put the same token first."""
+    """Share of answer tokens at which both put the same token first; one within the logit bound of the first counts."""
 
 
 class ExportSpec(Section):

@@ -19,6 +19,8 @@ ON_CEPH = os.environ.get("TEST_S3_SERVER") == "ceph"
 # S3 takes no part under 5 MiB but the last; moto can be told otherwise.
 SMALL_PART = 5 * 2**20 if ON_CEPH else 64 * 2**10
 
+# As they were when the suite began: a test may run with none of them in its environment.
+GIVEN = {name: value for name, value in os.environ.items() if name.startswith("AWS_")} if ON_CEPH else {}
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "tester",
     "AWS_SECRET_ACCESS_KEY": "testersecret",
@@ -28,9 +30,9 @@ CREDENTIALS = {
 
 @contextlib.contextmanager
 def moto() -> Iterator[str]:
-    """Run moto's server, unless the environment names one already. Yields the url."""
-    if (given := os.environ.get("AWS_ENDPOINT_URL_S3")) is not None:
-        yield given
+    """Run moto's server, unless `make test-store` gave another. Yields the url."""
+    if "AWS_ENDPOINT_URL_S3" in GIVEN:
+        yield GIVEN["AWS_ENDPOINT_URL_S3"]
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -71,9 +73,8 @@ def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def point_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not ON_CEPH:
-        for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL_S3": url}.items():
-            monkeypatch.setenv(name, value)
+    for name, value in {**CREDENTIALS, **GIVEN, "AWS_ENDPOINT_URL_S3": url}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)

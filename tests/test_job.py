@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, Job, job_environment
+from tests.resume_proof import trajectory
 
 
 @pytest.fixture(scope="module")
@@ -212,12 +213,9 @@ def test_a_job_stopped_and_resumed_cannot_be_told_from_one_that_was_not(
     assert "resuming from step" in result.stderr
     for name in ("adapter/adapter_model.safetensors", "evaluation/after.jsonl", "evaluation/before.jsonl"):
         assert digest(output / name) == digest(tmp_path / "whole" / name), name
-    losses = [
-        [(line["step"], line["loss"], line["learning_rate"]) for line in map(json.loads, path.read_text().splitlines())]
-        for path in (output / "logs/metrics.jsonl", tmp_path / "whole" / "logs/metrics.jsonl")
-    ]
-    assert [step for step, _, _ in losses[0]] == list(range(1, 41))
-    assert losses[0] == losses[1]
+    seen = [trajectory((folder / "logs/metrics.jsonl").read_bytes()) for folder in (output, tmp_path / "whole")]
+    assert [step for step, *_ in seen[0]] == list(range(1, 41))
+    assert seen[0] == seen[1]
 
 
 def test_a_checkpoint_with_a_flipped_byte_is_passed_over_for_the_older(

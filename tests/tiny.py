@@ -69,8 +69,8 @@ def batch() -> list[dict[str, Any]]:
     ]
 
 
-def load_tiny(folder: Path, **lora: Any) -> Loaded:
-    return load(job_spec(lora={"r": 4} | lora), folder, CPU)
+def load_tiny(folder: Path, start: Path | None = None, **lora: Any) -> Loaded:
+    return load(job_spec(lora={"r": 4} | lora), folder, CPU, start)
 
 
 @torch.no_grad()

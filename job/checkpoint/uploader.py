@@ -6,7 +6,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +28,8 @@ class Snapshot:
     folder: Path
     step: int
     epoch: float
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any]
+    write: Callable[[Path], None] | None
 
 
 class Uploader:
@@ -74,10 +75,22 @@ class Uploader:
         self._thread = threading.Thread(target=self._run, name="uploader", daemon=True)
         self._thread.start()
 
-    def submit(self, folder: Path, step: int, *, epoch: float, extra: dict[str, Any] | None = None) -> None:
-        """Hand over a snapshot and return at once. One that still waits for its turn is given up for this one."""
+    def submit(
+        self,
+        folder: Path,
+        step: int,
+        *,
+        epoch: float,
+        extra: dict[str, Any] | None = None,
+        write: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Hand over a snapshot and return at once. One that still waits for its turn is given up for this one.
+
+        `write(folder)` is called first, on the uploader's thread, to fill the folder: a caller that copies its tensors
+        in memory and serializes them there holds up training for the copy alone.
+        """
         with self._changed:
-            replaced, self._waiting = self._waiting, Snapshot(folder, step, epoch, extra or {})
+            replaced, self._waiting = self._waiting, Snapshot(folder, step, epoch, extra or {}, write)
             self._changed.notify_all()
         if replaced is not None:
             log.info("The checkpoint of step %d is passed over for that of step %d.", replaced.step, step)
@@ -149,6 +162,9 @@ class Uploader:
 
     def _commit(self, snapshot: Snapshot) -> bool:
         try:
+            if snapshot.write is not None:
+                snapshot.folder.mkdir(parents=True, exist_ok=True)
+                snapshot.write(snapshot.folder)
             manifest = commit(
                 self.store,
                 snapshot.folder,

@@ -243,13 +243,14 @@ def _fetch(store: S3Store, key: str, etag: str, start: int, view: memoryview) ->
             answer = store.call("get_object", "s3:GetObject", key, Range=wanted, IfMatch=etag)
             if answer["ContentLength"] != len(view) - got:
                 raise OSError("the answer is not the range that was asked for")
-            source = _source(answer["Body"])
-            while got < len(view):
-                count = source.readinto(view[got:])
-                if not count:
-                    raise OSError(f"the answer ended {len(view) - got} bytes early")
-                got += count
-            _release(answer["Body"])
+            with contextlib.closing(answer["Body"]) as body:
+                source = _source(body)
+                while got < len(view):
+                    count = source.readinto(view[got:])
+                    if not count:
+                        raise OSError(f"the answer ended {len(view) - got} bytes early")
+                    got += count
+                _release(body)
         except (HTTPError, HTTPException, BotoCoreError, OSError) as error:
             failures = 1 if got > before else failures + 1
             if failures == ATTEMPTS:
@@ -264,7 +265,7 @@ def _source(body: Any) -> Any:
 
 
 def _release(body: Any) -> None:
-    """Give the connection back for the next range; one that broke is left to be closed."""
+    """Give the connection back for the next range, before the body is closed: one that broke goes with its body."""
     release = getattr(getattr(body, "_raw_stream", None), "release_conn", None)
     if release is not None:
         release()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,14 @@ log = logging.getLogger("job")
 
 
 class LoraTrainer(SFTTrainer):
-    """SFTTrainer less its model cards and entropy pass; with an order that resume cannot disturb."""
+    """SFTTrainer less its model cards and entropy pass; with an order that resume cannot disturb.
+
+    `rows_of_step` holds the numbers of the rows seen since the last line of numbers, one tensor a micro-batch.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.rows_of_step: list[torch.Tensor] = []
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
         rows = train_dataset if train_dataset is not None else self.train_dataset
@@ -45,6 +53,17 @@ class LoraTrainer(SFTTrainer):
     def save_state_now(self) -> None:
         """The trainer's own checkpoint of the last finished step, outside its schedule."""
         self._save_checkpoint(self.model, None)
+
+
+@dataclass(frozen=True)
+class NumberedRows:
+    """The collator's batch with the numbers of its rows, which `LoraTrainer` notes and takes out again."""
+
+    collator: Collator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        numbers = [int(row["id"].removeprefix("row-")) for row in rows]
+        return self.collator(rows) | {"rows": torch.tensor(numbers)}
 
 
 class _Epochs(TrainerCallback):
@@ -69,6 +88,7 @@ def train(attempt: Attempt, plan: Plan, loaded: Loaded, rows: Any, safety: Safet
     a row that cannot be used.
     """
     spec = attempt.spec
+    collator = Collator(loaded.processor, spec.training.max_length, spec.training.train_on_responses_only)
     numbers = Numbers(attempt.record, spec.training.effective_batch_size)
     epochs = _Epochs()
     with warnings.catch_warnings():
@@ -77,13 +97,13 @@ def train(attempt: Attempt, plan: Plan, loaded: Loaded, rows: Any, safety: Safet
             model=loaded.model,
             args=arguments(spec, loaded, plan, attempt.scratch),
             train_dataset=rows,
-            data_collator=Collator(loaded.processor, spec.training.max_length, spec.training.train_on_responses_only),
+            data_collator=NumberedRows(collator),
             processing_class=loaded.processor,
             callbacks=[numbers, safety, epochs],
         )
     for theirs in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(theirs)
-    safety.trainer = epochs.trainer = trainer
+    safety.trainer = epochs.trainer = numbers.trainer = trainer
     loaded.model.train()
     try:
         result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)

@@ -32,6 +32,7 @@ class Numbers(TrainerCallback):
     def __init__(self, record: Record, effective_batch_size: int) -> None:
         self.record, self.samples = record, effective_batch_size
         self.bar: tqdm[Any] | None = None
+        self.trainer: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.time, self.step, self.told = time.monotonic(), state.global_step, 0.0
@@ -65,7 +66,9 @@ class Numbers(TrainerCallback):
             grad_norm=logs.get("grad_norm"),
             step_seconds=round(seconds, 4),
             samples_per_second=round(self.samples / seconds, 3) if seconds else None,
+            rows=[row for batch in self.trainer.rows_of_step for row in batch.tolist()],
         )
+        self.trainer.rows_of_step.clear()
         left = seconds * (state.max_steps - state.global_step)
         self.record.update(loss=logs["loss"], seconds_left=round(left))
         if self.bar is not None:

@@ -40,6 +40,20 @@ def test_snapshots_are_committed_and_removed(store: Store, tmp_path: Path) -> No
     assert [(manifest.step, manifest.epoch, manifest.extra) for manifest in seen] == [(1, 0.5, {"a": 1})]
 
 
+def test_a_snapshot_may_be_written_on_the_thread_of_the_uploader(store: Store, tmp_path: Path) -> None:
+    threads: list[threading.Thread] = []
+
+    def write(folder: Path) -> None:
+        threads.append(threading.current_thread())
+        (folder / "state").write_bytes(b"1")
+
+    with uploader(store) as up:
+        up.submit(tmp_path / "later", 1, epoch=0, write=write)
+        assert up.wait(30)
+    assert steps(store) == [1]
+    assert [thread.name for thread in threads] == ["uploader"]
+
+
 def test_old_checkpoints_are_pruned(store: Store, tmp_path: Path) -> None:
     with uploader(store, keep=2, keep_every=4) as up:
         for step in range(1, 8):

@@ -153,14 +153,14 @@ def test_another_picture_gives_other_logits(loaded: Loaded) -> None:
 
 def test_an_earlier_adapter_is_taken_up(folder: Path, loaded: Loaded, tmp_path: Path) -> None:
     loaded.model.save_pretrained(tmp_path)
-    again = load_tiny(folder, init_adapter=str(tmp_path))
+    again = load_tiny(folder, start=tmp_path)
     assert torch.equal(logits(again.model, loaded), logits(loaded.model, loaded))
 
 
 def test_an_adapter_for_other_layers_is_refused(folder: Path, loaded: Loaded, tmp_path: Path) -> None:
     loaded.model.save_pretrained(tmp_path)
     with pytest.raises(SpecError, match=r"lora\.init_adapter: .* was made for other layers"):
-        load_tiny(folder, init_adapter=str(tmp_path), finetune_vision_layers=False)
+        load_tiny(folder, start=tmp_path, finetune_vision_layers=False)
 
 
 @pytest.fixture

@@ -1,0 +1,125 @@
+"""A notice in every stage: leave with 75, go on from there, end with the same result."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from job.store import open_store
+from tests.conftest import ROOT, job_environment
+from tests.resume_proof import outcome, prove, small_spec
+from tests.s3 import make_bucket
+
+STAGES = ("stage in", "load", "evaluate before", "train", "evaluate after", "export", "publish")
+PROCESS_ONE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+
+
+def stage_of(output: Path) -> str | None:
+    try:
+        status = json.loads((output / "status.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return str(status["stage"]) if status["state"] == "running" else None
+
+
+def run(command: list[str], spec: str, folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        env=job_environment(folder, JOB_SPEC=spec),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+JOB = [sys.executable, "-m", "job", "run"]
+WAYS = {
+    "to the process": JOB,
+    "to its process group": JOB,
+    "through bash": ["bash", "-c", 'trap "kill -TERM $!" TERM; "$@" & wait $!; wait $!', "bash", *JOB],
+    "as process 1": [*PROCESS_ONE, *JOB],
+}
+
+
+def end(process: subprocess.Popen[str], timeout: float = 200) -> tuple[int, str]:
+    """Exit code and stderr."""
+    _, stderr = process.communicate(timeout=timeout)
+    return process.returncode, stderr
+
+
+def finish(spec: str, folder: Path) -> None:
+    code, stderr = end(run(JOB, spec, folder))
+    assert code == 0, stderr
+
+
+def stop(process: subprocess.Popen[str], way: str) -> None:
+    if way == "to its process group":
+        os.killpg(process.pid, signal.SIGTERM)
+    elif way == "as process 1":
+        inside = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
+        os.kill(int(inside), signal.SIGTERM)
+    else:
+        process.send_signal(signal.SIGTERM)
+
+
+def can_be_process_one() -> bool:
+    return bool(shutil.which("unshare")) and subprocess.run([*PROCESS_ONE, "true"], check=False).returncode == 0
+
+
+def test_stopped_in_every_stage_it_leaves_with_75_and_ends_the_same(demo: Path, tmp_path: Path):
+    """One output; every attempt is stopped in a later stage than the one before, each time in another way."""
+    finish(small_spec(demo, str(tmp_path / "whole")), tmp_path)
+    output = tmp_path / "output"
+    spec = small_spec(demo, str(output))
+    ways = [way for way in WAYS if way != "as process 1" or can_be_process_one()]
+    for number, stage in enumerate(STAGES):
+        way = ways[number % len(ways)]
+        process = run(WAYS[way], spec, tmp_path)
+        deadline = time.monotonic() + 120
+        while stage_of(output) != stage and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        stop(process, way)
+        code, stderr = end(process, 60)
+        last = stderr.strip().splitlines()[-1]
+        if stage == "publish" and code == 0:
+            assert "published" in last  # it was faster than the signal
+        else:
+            assert (code, last) == (75, "exit 75: stopped on SIGTERM; run again to continue"), (stage, way, stderr)
+    finish(spec, tmp_path)
+    assert outcome(str(output)) == outcome(str(tmp_path / "whole"))
+
+
+@pytest.mark.timeout(600)
+def test_a_sample_of_killed_jobs_is_identical_to_the_undisturbed_one(demo: Path, s3: str):
+    """`make resume-proof N=50` is the long version."""
+    assert prove(3, demo, make_bucket(), s3, seed=5) == 3
+
+
+def test_workers_change_neither_order_nor_losses(demo: Path, tmp_path: Path):
+    """Stopped with two workers, ended with none."""
+    whole, output = tmp_path / "whole", tmp_path / "output"
+    finish(small_spec(demo, str(whole)), tmp_path)
+    spec = yaml.safe_load(small_spec(demo, str(output)))
+    spec["training"]["dataloader_num_workers"] = 2
+    process = run(JOB, yaml.safe_dump(spec), tmp_path)
+    store = open_store(str(output))
+    while not any("step-00000010/MANIFEST" in entry.key for entry in store.list("checkpoints/")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    process.terminate()
+    code, stderr = end(process, 60)
+    assert code == 75, stderr
+    spec["training"]["dataloader_num_workers"] = 0
+    finish(yaml.safe_dump(spec), tmp_path)
+    assert outcome(str(output)) == outcome(str(whole))
