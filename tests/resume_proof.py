@@ -35,7 +35,7 @@ def trajectory(metrics: bytes) -> list[tuple[Any, ...]]:
     return [(line["step"], line["loss"], line["learning_rate"], line["grad_norm"], line["rows"]) for line in lines]
 
 
-def small_spec(demo: Path, url: str) -> str:
+def small_spec(demo: Path, url: str, *, merged: bool = False) -> str:
     """24 steps over three epochs that end inside a step's accumulation, with dropout: about ten seconds."""
     return yaml.safe_dump(
         {
@@ -46,7 +46,7 @@ def small_spec(demo: Path, url: str) -> str:
             "checkpoint": {"save_steps": 5},
             "preemption": {"max_attempts_without_progress": PATIENCE},
             "evaluation": {"max_rows": 8, "max_new_tokens": 8, "batch_size": 4},
-            "export": {"merged": False},
+            "export": {"merged": merged, "gate": {"rows": 40}},
             "output": {"url": url},
         }
     )

@@ -46,7 +46,7 @@ JOB = [sys.executable, "-m", "job", "run"]
 WAYS = {
     "to the process": JOB,
     "to its process group": JOB,
-    "through bash": ["bash", "-c", 'trap "kill -TERM $!" TERM; "$@" & wait $!; wait $!', "bash", *JOB],
+    "through bash": ["bash", "-c", 'trap "kill -TERM \\$pid" TERM; "$@" & pid=$!; wait $pid; wait $pid', "bash", *JOB],
     "as process 1": [*PROCESS_ONE, *JOB],
 }
 
@@ -78,9 +78,9 @@ def can_be_process_one() -> bool:
 
 def test_stopped_in_every_stage_it_leaves_with_75_and_ends_the_same(demo: Path, tmp_path: Path):
     """One output; every attempt is stopped in a later stage than the one before, each time in another way."""
-    finish(small_spec(demo, str(tmp_path / "whole")), tmp_path)
+    finish(small_spec(demo, str(tmp_path / "whole"), merged=True), tmp_path)
     output = tmp_path / "output"
-    spec = small_spec(demo, str(output))
+    spec = small_spec(demo, str(output), merged=True)
     ways = [way for way in WAYS if way != "as process 1" or can_be_process_one()]
     for number, stage in enumerate(STAGES):
         way = ways[number % len(ways)]
