@@ -106,6 +106,7 @@ class Safety(TrainerCallback):
     ) -> None:
         self.preemption, self.keep, self.settle, self.record = preemption, keep, settle, record
         self.shortened = False
+        self.half_made = 0
         self.trainer: Any = None
         self.last_saved = -1
         self.random_states: dict[str, Any] = {}
@@ -114,13 +115,14 @@ class Safety(TrainerCallback):
         self.last_saved = state.global_step if state.global_step else -1
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.half_made += 1
         if self.preemption.requested:
             if self.random_states:
                 restore_random_states(self.random_states)
             self._leave(args, state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.random_states = random_states()
+        self.random_states, self.half_made = random_states(), 0
         if self.preemption.requested:
             control.should_save = True  # behind the step's line of numbers; then we leave
         seconds = self.record.read("checkpoint_seconds")
@@ -156,7 +158,12 @@ class Safety(TrainerCallback):
             log.warning("preempted, and the last step could not be saved: %s", error)
         noticed = self.preemption.noticed
         if noticed is not None:
-            log.info("notice → commit: %.1f s, at step %d", time.monotonic() - noticed, state.global_step)
+            log.info(
+                "notice → commit: %.1f s, at step %d, %d micro-batches dropped",
+                time.monotonic() - noticed,
+                state.global_step,
+                self.half_made,
+            )
         self.preemption.check()
 
 
