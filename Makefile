@@ -2,7 +2,7 @@
 PYTHON_VENV = .venv/bin/python
 DEMO = build/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint clean kill-proof resume-proof test-store bench-store bench
 
 demo:
 	@.ci/venv train
@@ -16,6 +16,33 @@ test:
 	@$(PYTHON_VENV) -m ruff format --check .
 	@$(PYTHON_VENV) -m mypy
 	@$(PYTHON_VENV) -m pytest
+
+# Long proofs; a smaller sample of each is in the suite.
+kill-proof:
+	@.ci/venv train dev
+	@$(PYTHON_VENV) tests/checkpoint/kill_proof.py $(or $(N),200)
+
+resume-proof:
+	@.ci/venv train dev
+	@$(PYTHON_VENV) -m tests.resume_proof $(or $(N),50)
+
+# The store's tests on a real Ceph, over http and https; as root on Debian.
+test-store:
+	@.ci/venv train dev
+	@sh tests/store/ceph.sh $(abspath $(PYTHON_VENV)) -m pytest tests/store tests/checkpoint
+
+# Each benchmark appends to benchmarks/results.jsonl; the last line renders benchmarks/RESULTS.md.
+bench-store:
+	@.ci/venv train dev
+	@CEPH_SCHEMES=http CEPH_BYTES=11000000000 sh tests/store/ceph.sh $(abspath $(PYTHON_VENV)) benchmarks/transfer.py --folder /dev/shm
+	@$(PYTHON_VENV) benchmarks/checkpoint_stall.py
+	@$(PYTHON_VENV) benchmarks/record.py
+
+bench:
+	@.ci/venv train dev
+	@$(PYTHON_VENV) benchmarks/demo.py
+	@$(PYTHON_VENV) benchmarks/preemption.py
+	@$(PYTHON_VENV) benchmarks/record.py
 
 lint:
 	@.ci/venv train dev

@@ -1,6 +1,6 @@
 """The demo's model before any training: a very small Qwen2.5-VL with a tokenizer, an image processor and a chat template.
 
-It is the real architecture with every width turned down: 0.9 million weights, and sixteen image tokens an image.
+It is the real architecture with every width turned down: a million weights, and sixteen image tokens an image.
 """
 
 import json

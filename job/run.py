@@ -12,6 +12,7 @@ from job import output
 from job.attempt import Attempt
 from job.evaluate import measure
 from job.export import export
+from job.model import choose_backend, import_first, load_model
 from job.plan import describe, make_plan
 from job.preemption import Preemption
 from job.publish import publish, report_facts
@@ -21,7 +22,7 @@ from job.spec import JobSpec
 from job.spot import watching
 from job.store import check_writable
 from job.store.lease import acquire
-from job.survey import survey, torch_device
+from job.survey import find_device, survey, torch_device
 
 log = logging.getLogger("job")
 
@@ -52,6 +53,8 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
         attempt = Attempt(spec, store, lease, scratch, record, preemption, number)
         with preemption.leave_at_once():
             with record.stage("stage in"):
+                backend = choose_backend(spec.model, find_device(has_torch=True).kind == "cuda")
+                import_first(backend)
                 found = survey(spec, store, scratch, fetch=True)
             plan = make_plan(spec, found.facts)
             log.info("%s", describe(spec, plan, found.facts))
@@ -60,10 +63,9 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
             assert base is not None
             with record.stage("load"):
                 # Imported here: a published job, and `check` on a laptop, need no torch.
-                from job.model.transformers_backend import load
                 from job.train.fit import fit
 
-                loaded = load(spec, base, torch_device(), found.adapter)
+                loaded = load_model(spec, base, torch_device(), backend, plan.precision, found.adapter)
         before = measure(attempt, loaded, data, "before")
         fit(attempt, plan, loaded, data)
         after = measure(attempt, loaded, data, "after")

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from job.errors import OutOfMemory
-from job.model import Loaded
+from job.model import Loaded, to_generation
 from job.model.collator import IGNORE, Collator, encode, render
 from job.spec import JobSpec
 
@@ -44,6 +44,7 @@ def generations(
     are not made again; `each` is called with every finished batch. `loss` is the mean over the answer's tokens, nats.
     """
     finished = {record["id"]: record for record in known}
+    to_generation(loaded)
     with base_or_tuned(loaded, tuned), torch.inference_mode():
         for batch in _batches(rows, spec.evaluation.batch_size, finished):
             made = _generate(loaded, batch, spec)

@@ -41,6 +41,6 @@ def export(attempt: Attempt, loaded: Loaded, data: Data) -> Exported:
         size = merge(spec, loaded.folder, adapter, merged)
         facts.append(f"merged {bytes_text(size)}")
         rows = data.evaluation if len(data.evaluation) else data.train
-        verdict = compare(spec, loaded, merged, rows)
+        verdict = compare(spec, loaded, adapter, merged, rows)
         facts.append(f"token agreement {verdict.token_agreement:.4f}")
     return Exported(adapter, merged, verdict.facts())

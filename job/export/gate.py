@@ -20,7 +20,7 @@ from job.spec import GateSpec, JobSpec
 
 ROUNDING = 0.01
 """Adapters that move logits by less (a trial of few steps) cannot be told from bfloat16's rounding of the weights. Nor can
-those that move them by little beside the difference itself, which is larger where both are held in 4 bits."""
+those that move them by little beside the difference itself."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,13 @@ class Verdict:
         return asdict(self)
 
 
-def compare(spec: JobSpec, loaded: Loaded, merged: Path, rows: Any) -> Verdict:
-    """Logits of base + adapter and of the folder `merged`, token by token over the true answers of `rows`."""
+def compare(spec: JobSpec, loaded: Loaded, adapter: Path, merged: Path, rows: Any) -> Verdict:
+    """Logits of base + adapter and of the folder `merged`, token by token over the true answers of `rows`.
+
+    Both in the precision that was trained in; where that is 4bit, both in 16 bits, which is what merged weights are made
+    from and served in.
+    """
+    reference = in_16_bits(spec, loaded, adapter) if loaded.precision == "4bit" else loaded
     count = min(len(rows), spec.export.gate.rows)
     chosen = [rows[index * len(rows) // count] for index in range(count)]
     size = spec.evaluation.batch_size
@@ -55,22 +60,30 @@ def compare(spec: JobSpec, loaded: Loaded, merged: Path, rows: Any) -> Verdict:
     def logits(model: Loaded, tuned: bool = True) -> torch.Tensor:
         return torch.cat([answer_logits(model, batch, spec, tuned=tuned) for batch in batches])
 
+    tuned, base = logits(reference), logits(reference, tuned=False)
+    without: dict[str, torch.Tensor] = {}
+    for group in reference.groups:
+        with silenced(reference.model, group):
+            without[group] = logits(reference)
+    precision = reference.precision
+    del reference  # its memory is wanted for the next one
     again = replace(
         loaded,
-        model=load_weights(spec.model, merged, loaded.device, loaded.precision),
+        model=load_weights(spec.model, merged, loaded.device, precision),
         processor=load_processor(spec.model, merged),
+        precision=precision,
+        backend="transformers",
     )
-    tuned, base, folded = logits(loaded), logits(loaded, tuned=False), logits(again)
+    folded = logits(again)
     scale = float(tuned.std())
 
     def apart(one: torch.Tensor, other: torch.Tensor) -> float:
         return float((one - other).abs().mean()) / scale
 
-    groups = {}
-    for group in loaded.groups:
-        with silenced(loaded.model, group):
-            without = logits(loaded)
-        groups[group] = {"effect": apart(tuned, without), "difference_without": apart(folded, without)}
+    groups = {
+        group: {"effect": apart(tuned, silent), "difference_without": apart(folded, silent)}
+        for group, silent in without.items()
+    }
     lost = tuned.amax(-1) - tuned.gather(-1, folded.argmax(-1, keepdim=True)).squeeze(-1)
     return Verdict(
         rows=count,
@@ -82,6 +95,15 @@ def compare(spec: JobSpec, loaded: Loaded, merged: Path, rows: Any) -> Verdict:
         mean_effect_of_adapter=apart(base, tuned),
         groups=groups,
     )
+
+
+def in_16_bits(spec: JobSpec, loaded: Loaded, adapter: Path) -> Loaded:
+    """The base read again in 16 bits, with the adapter beside it, not folded."""
+    from peft import PeftModel
+
+    base = load_weights(spec.model, loaded.folder, loaded.device, "16bit")
+    model = PeftModel.from_pretrained(base, str(adapter)).eval()
+    return replace(loaded, model=model, precision="16bit", backend="transformers")
 
 
 @contextmanager

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.errors import SpecError
-from job.spec import ModelSpec
+from job.spec import JobSpec, ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -48,3 +49,40 @@ def choose_backend(spec: ModelSpec, cuda: bool) -> str:
     if spec.backend == "auto":
         return "unsloth" if cuda and present else "transformers"
     return spec.backend
+
+
+def import_first(backend: str) -> None:
+    """Unsloth patches transformers, TRL and PEFT, so it must come before they are imported by anyone."""
+    if backend == "unsloth":
+        importlib.import_module("job.model.unsloth_backend")
+
+
+def load_model(
+    spec: JobSpec, folder: Path, device: torch.device, backend: str, precision: str, start: Path | None
+) -> Loaded:
+    """The base of `folder` with adapters, fresh or those of the folder `start`, through the backend named."""
+    if backend == "unsloth":
+        from job.model import unsloth_backend
+
+        return unsloth_backend.load(spec, folder, device, start, precision)
+    from job.model import transformers_backend
+
+    return transformers_backend.load(spec, folder, device, start, precision)
+
+
+def to_training(loaded: Loaded) -> None:
+    """Adapters trainable, dropout on."""
+    if loaded.backend == "unsloth":
+        from job.model.unsloth_backend import for_training
+
+        for_training(loaded.model)
+    loaded.model.train()
+
+
+def to_generation(loaded: Loaded) -> None:
+    """Dropout off, and the backend's faster paths for generating."""
+    if loaded.backend == "unsloth":
+        from job.model.unsloth_backend import for_generation
+
+        for_generation(loaded.model)
+    loaded.model.eval()

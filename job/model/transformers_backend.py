@@ -16,15 +16,14 @@ from job.spec import JobSpec, ModelSpec
 DTYPES = {"16bit": torch.bfloat16, "32bit": torch.float32, "4bit": torch.bfloat16}
 
 
-def load(spec: JobSpec, folder: Path, device: torch.device, start: Path | None = None) -> Loaded:
+def load(
+    spec: JobSpec, folder: Path, device: torch.device, start: Path | None = None, precision: str = "32bit"
+) -> Loaded:
     """Base model from `folder` on `device`, frozen, with adapters in exactly the groups asked for: fresh ones, or
     those of the folder `start`.
 
     Raises SpecError when `folder` is no vision-language model, or when a group does not exist in it.
     """
-    precision = spec.model.precision
-    if precision == "auto":
-        precision = "16bit" if device.type == "cuda" else "32bit"
     model = load_weights(spec.model, folder, device, precision)
     processor = load_processor(spec.model, folder)
     chosen = targets(spec.lora, linears(model))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from botocore import exceptions as aws
 
@@ -43,7 +43,7 @@ def explain(error: Exception, action: str, place: str, endpoint: str) -> JobErro
 
 def code_of(error: aws.ClientError) -> tuple[str, int]:
     """The store's own word for an error, and the HTTP status."""
-    response: dict[str, Any] = error.response
+    response = cast(dict[str, Any], error.response)
     return str(response.get("Error", {}).get("Code", "")), int(
         response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     )

@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from job.attempt import Attempt
 from job.errors import DataError, JobError, OutOfMemory
-from job.model import Loaded
+from job.model import Loaded, to_generation, to_training
 from job.model.collator import Collator
 from job.plan import Plan
 from job.spec import JobSpec
@@ -104,7 +104,7 @@ def train(attempt: Attempt, plan: Plan, loaded: Loaded, rows: Any, safety: Safet
     for theirs in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(theirs)
     safety.trainer = epochs.trainer = numbers.trainer = trainer
-    loaded.model.train()
+    to_training(loaded)
     try:
         result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     except torch.OutOfMemoryError as error:
@@ -115,7 +115,7 @@ def train(attempt: Attempt, plan: Plan, loaded: Loaded, rows: Any, safety: Safet
     except JobError:
         raise
     finally:
-        loaded.model.eval()
+        to_generation(loaded)
     if not torch.isfinite(torch.tensor(result.training_loss)):
         raise DataError("the loss became NaN or infinite; lower training.learning_rate, or look for empty answers")
     return int(trainer.state.global_step)

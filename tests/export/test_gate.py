@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -57,7 +57,7 @@ def is_vision(key: str) -> bool:
 
 
 def judge(exported: Exported, folder: Path, spec: JobSpec = SPEC) -> Verdict:
-    verdict = compare(spec, exported.loaded, folder, ROWS)
+    verdict = compare(spec, exported.loaded, exported.merged.parent / "adapter", folder, ROWS)
     refuse(verdict, spec.export.gate)
     return verdict
 
@@ -67,6 +67,13 @@ def test_a_right_merge_passes(exported: Exported) -> None:
     assert (verdict.rows, set(verdict.groups)) == (len(ROWS), set(exported.loaded.groups))
     assert verdict.mean_logit_difference < 0.02 < verdict.mean_effect_of_adapter
     assert Verdict(**json.loads(json.dumps(verdict.facts()))) == verdict
+
+
+def test_what_was_trained_on_4_bits_is_judged_in_16(exported: Exported) -> None:
+    """The base is read again: the error of 4 bits is not the merge's."""
+    trained = replace(exported.loaded, precision="4bit")
+    verdict = judge(replace(exported, loaded=trained), exported.merged)
+    assert verdict.mean_logit_difference < 0.02 < verdict.mean_effect_of_adapter
 
 
 def test_the_base_in_place_of_the_merge_is_refused(exported: Exported) -> None:
