@@ -7,7 +7,7 @@ DEMO = build/demo
 demo:
 	@.ci/venv train
 	@$(PYTHON_VENV) examples/make_demo.py $(DEMO)
-	@JOB_SPEC=examples/demo.yaml JOB_SCRATCH=$(DEMO)/scratch $(PYTHON_VENV) -m job run
+	@OMP_NUM_THREADS=1 JOB_SPEC=examples/demo.yaml JOB_SCRATCH=$(DEMO)/scratch $(PYTHON_VENV) -m job run
 	@$(PYTHON_VENV) -m job status $(DEMO)/output
 
 test:

@@ -32,6 +32,7 @@ def main() -> None:
         folder = Path(name)
         making = timed([sys.executable, "examples/make_demo.py", name])
         environment = {
+            "OMP_NUM_THREADS": "1",
             "JOB_SPEC": "examples/demo.yaml",
             "JOB_SCRATCH": str(folder / "scratch"),
             "JOB__MODEL__NAME_OR_PATH": str(folder / "base"),

@@ -40,11 +40,9 @@ def make_demo(folder: Path, small: bool, seed: int) -> dict[str, object]:
     wanted, found = recipe(small, seed), read(marker)
     if found.get("recipe") == wanted and "base_exact_captions" in found:
         return found
-    if not found and any((folder / name).exists() for name in ("data", "base")):
+    if not marker.exists() and any((folder / name).exists() for name in ("data", "base")):
         sys.exit(f"{folder} holds data/ or base/ that this program did not make; give it a folder of its own")
 
-    # Threads that wait by spinning make a shared machine ten times slower; read when torch is first imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from radiographs import make_data  # not above: the check for a finished folder should not wait for them
     from tiny_base import make_base

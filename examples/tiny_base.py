@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 
 BATCH = 32
+CORES = 2
 PEAK_LEARNING_RATE = 4e-3
 FACTS = {"finding": FINDINGS, "side": SIDES, "place": PLACES, "modality": MODALITIES}
 
@@ -132,21 +134,39 @@ def paced(steps: int, title: str, losses: list[float]) -> Iterator[int]:
             print(f"{title}: step {step + 1} of {steps}, loss {losses[-1]:.3f}, {now - began:.0f} s", flush=True)
 
 
-def minimise(loss_at: Callable[[int], Tensor], parameters: list[nn.Parameter], steps: int, title: str) -> None:
-    """AdamW on the loss of each step, with a short warm-up and a cosine down to a fiftieth of the peak."""
+def minimise(
+    loss_of: Callable[[int, Tensor], Tensor],
+    parameters: list[nn.Parameter],
+    count: int,
+    steps: int,
+    title: str,
+    rng: np.random.Generator,
+) -> None:
+    """AdamW on loss_of(step, some of the numbers under count), with a short warm-up and a cosine down to a fiftieth.
+
+    Each core takes half of the batch. Splitting every small multiplication over the cores instead, as torch would, is
+    slower, and many times slower when another program wants them too.
+    """
     adam = torch.optim.AdamW(parameters, lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     shape = torch.optim.lr_scheduler.LambdaLR(
         adam, lambda step: min(1, (step + 1) / 20) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
     )
     losses: list[float] = []
-    for step in paced(steps, title, losses):
-        loss = loss_at(step)
-        losses.append(loss.item())
-        adam.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        adam.step()
-        shape.step()
+    with ThreadPoolExecutor(CORES) as pool:
+        for step in paced(steps, title, losses):
+
+            def learn(some: Tensor, step: int = step) -> tuple[float, tuple[Tensor, ...]]:
+                loss = loss_of(step, some)
+                return loss.item(), torch.autograd.grad(loss, parameters)
+
+            batch = torch.from_numpy(rng.integers(count, size=BATCH))
+            shares, gradients = zip(*pool.map(learn, batch.chunk(CORES)), strict=True)
+            losses.append(sum(shares) / CORES)
+            for weight, parts in zip(parameters, zip(*gradients, strict=True), strict=True):
+                weight.grad = torch.stack(parts).mean(0)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            adam.step()
+            shape.step()
 
 
 def learn_to_see(model: Qwen2_5_VLForConditionalGeneration, pool: Pool, steps: int, rng: np.random.Generator) -> None:
@@ -155,12 +175,11 @@ def learn_to_see(model: Qwen2_5_VLForConditionalGeneration, pool: Pool, steps: i
     head = nn.Linear(IMAGE_TOKENS * model.config.text_config.hidden_size, sum(sizes))
     truth = torch.tensor([[values.index(getattr(case, fact)) for fact, values in FACTS.items()] for case in pool.cases])
 
-    def loss_at(_: int) -> Tensor:
-        some = torch.from_numpy(rng.integers(len(pool.cases), size=BATCH))
+    def loss_of(_: int, some: Tensor) -> Tensor:
         guesses = head(see(eye, pool.patches[some]).flatten(1)).split(sizes, dim=1)
         return torch.stack([functional.cross_entropy(*pair) for pair in zip(guesses, truth[some].T, strict=True)]).sum()
 
-    minimise(loss_at, [*eye.parameters(), *head.parameters()], steps, "learning to see")
+    minimise(loss_of, [*eye.parameters(), *head.parameters()], len(pool.cases), steps, "learning to see", rng)
 
 
 def learn_to_say(
@@ -185,21 +204,20 @@ def learn_to_say(
     with torch.no_grad():
         seen = torch.cat([see(model.model.visual, patches) for patches in pool.patches.split(256)])
 
-    def loss_at(step: int) -> Tensor:
-        some = torch.from_numpy(rng.integers(len(pool.cases), size=BATCH))
+    def loss_of(step: int, some: Tensor) -> Tensor:
         ids, labels, positions = told if step % 4 == 3 else shown[step % 2]
         blanks = (ids[some] == model.config.image_token_id)[..., None]
         embedded = model.get_input_embeddings()(ids[some])
         if blanks.any():
             embedded = embedded.masked_scatter(blanks, seen[some])
         hidden = model.model.language_model(
-            inputs_embeds=embedded, position_ids=positions.expand(3, BATCH, -1), use_cache=False
+            inputs_embeds=embedded, position_ids=positions.expand(3, len(some), -1), use_cache=False
         ).last_hidden_state
         wanted = labels[some, 1:]
         return functional.cross_entropy(model.lm_head(hidden[:, :-1][wanted >= 0]), wanted[wanted >= 0])
 
     language = [weight for name, weight in model.named_parameters() if ".visual." not in name]
-    minimise(loss_at, language, steps, "learning to say")
+    minimise(loss_of, language, len(pool.cases), steps, "learning to say", rng)
 
 
 def captions(
@@ -223,7 +241,7 @@ def make_base(folder: Path, see_steps: int, say_steps: int, images: int, seed: i
     The share is measured on 200 fresh images, from the saved folder.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # more only get in each other's way on tensors this small
+    torch.set_num_threads(1)  # of each of the threads that minimise() starts
     try:
         rng = np.random.default_rng(seed)
         processor = build_processor()

@@ -20,6 +20,7 @@ __all__ = ["bucket", "new_bucket", "s3", "s3_server"]
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are so small that more only wait for each other
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / "build" / "tests"

@@ -26,7 +26,7 @@ def spec(demo: Path) -> dict[str, Any]:
         "model": {"name_or_path": str(demo / "base")},
         "lora": {"r": 16, "lora_alpha": 32},
         "dataset": {"path": str(demo / "data"), "group_column": "patient_id", "eval_fraction": 0.25},
-        "training": {"num_train_epochs": 4, "learning_rate": 2e-3, "logging_steps": 1},
+        "training": {"num_train_epochs": 5, "learning_rate": 3e-3},
         "checkpoint": {"save_steps": 20},
         "evaluation": {
             "max_rows": 60,
@@ -64,7 +64,7 @@ def test_the_model_learns_to_look(finished: Path):
     metrics = read(finished, "evaluation/metrics.json")
     assert metrics["labels"]["finding"]["commonest_share"] <= 0.35
     assert metrics["before"]["finding_accuracy"]["value"] <= 0.35
-    assert metrics["after"]["finding_accuracy"]["value"] >= 0.6
+    assert metrics["after"]["finding_accuracy"]["value"] >= 0.7
     assert metrics["change"]["rougeL"]["value"] >= 0.3
     for part in ("before", "after", "change"):
         assert set(metrics[part]["rougeL"]) >= {"value", "low", "high", "n"}
