@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.s3 import bucket, new_bucket, s3, s3_server
+from tests.s3 import bucket, new_bucket, s3, s3_server, store
 
 if TYPE_CHECKING:
     from job.model import Loaded
 
-__all__ = ["bucket", "new_bucket", "s3", "s3_server"]
+__all__ = ["bucket", "new_bucket", "s3", "s3_server", "store"]
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")

@@ -10,10 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import boto3
 import pytest
+
+from job.store import Store, open_store
 
 ON_CEPH = os.environ.get("TEST_S3_SERVER") == "ceph"
 # S3 takes no part under 5 MiB but the last; moto can be told otherwise.
@@ -103,3 +106,13 @@ def make_bucket() -> str:
 def address(url: str) -> tuple[str, int]:
     parts = urlsplit(url)
     return str(parts.hostname), int(parts.port or 80)
+
+
+@pytest.fixture(params=["s3", "file"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """Each door in turn. The prefix holds what prefixes may hold."""
+    if request.param == "s3":
+        store = open_store(f"s3://{request.getfixturevalue('bucket')}/a prefix/ü")
+        store.part_size = SMALL_PART  # type: ignore[attr-defined]
+        return store
+    return open_store(f"file://{tmp_path}/a%20store")

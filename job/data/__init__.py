@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -200,9 +200,3 @@ def _label_values(source: Source, spec: JobSpec) -> dict[str, list[str]]:
 
 def quarantine_jsonl(data: Data) -> bytes:
     return "".join(f"{json.dumps(row)}\n" for row in data.quarantined).encode()
-
-
-def in_order(rows: Dataset) -> Iterator[dict[str, Any]]:
-    """Rows one by one; `datasets` itself would read a thousand images at once."""
-    for index in range(len(rows)):
-        yield rows[index]

@@ -11,7 +11,7 @@ import torch
 from job.errors import OutOfMemory, SpecError
 from job.model import Loaded
 from job.model.lora import Linear, census, parameters, pattern, targets
-from job.spec import JobSpec, ModelSpec
+from job.spec import JobSpec, LoraSpec, ModelSpec
 
 DTYPES = {"16bit": torch.bfloat16, "32bit": torch.float32, "4bit": torch.bfloat16}
 
@@ -55,7 +55,7 @@ def load_weights(spec: ModelSpec, folder: Path, device: torch.device, precision:
             **extra,
         )
     except (OSError, ValueError, KeyError) as error:
-        raise SpecError(f"model.name_or_path: {folder} is not a vision-language model: {_first_line(error)}") from error
+        raise SpecError(f"model.name_or_path: {folder} is not a vision-language model: {first_line(error)}") from error
     except torch.OutOfMemoryError as error:
         raise OutOfMemory("the base model does not fit the GPU; set model.precision to 4bit") from error
     return model.eval()
@@ -68,7 +68,7 @@ def load_processor(spec: ModelSpec, folder: Path) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
-        raise SpecError(f"model.name_or_path: {folder} has no usable processor: {_first_line(error)}") from error
+        raise SpecError(f"model.name_or_path: {folder} has no usable processor: {first_line(error)}") from error
     if not hasattr(processor, "image_processor"):
         raise SpecError(f"model.name_or_path: {folder} has a processor without images; choose a vision-language model")
     if processor.chat_template is None:
@@ -91,21 +91,24 @@ def add_adapters(model: Any, spec: JobSpec, chosen: list[str]) -> tuple[Any, dic
     """PEFT adapters on `chosen` and nothing else, checked by the census. Returns the model and parameters by group."""
     from peft import LoraConfig, get_peft_model
 
-    lora = spec.lora
-    counts = parameters(lora.r, linears(model), chosen)
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        bias=lora.bias,
-        use_rslora=lora.use_rslora,
-        target_modules=pattern(chosen),
-        task_type="CAUSAL_LM",
-    )
+    counts = parameters(spec.lora.r, linears(model), chosen)
+    config = LoraConfig(**lora_settings(spec.lora, chosen), task_type="CAUSAL_LM")
     torch.manual_seed(spec.training.seed)
     model = get_peft_model(model, config).eval()  # the adapters' new dropout begins in training mode
     census(chosen, adapted(model))
     return model, counts
+
+
+def lora_settings(lora: LoraSpec, chosen: list[str]) -> dict[str, Any]:
+    """The spec's adapters in PEFT's words, which are Unsloth's too."""
+    return {
+        "r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
+        "bias": lora.bias,
+        "use_rslora": lora.use_rslora,
+        "target_modules": pattern(chosen),
+    }
 
 
 def adapted(model: Any) -> list[str]:
@@ -129,7 +132,7 @@ def load_adapter(model: Any, folder: Path) -> None:
             result = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
     except (OSError, ValueError, RuntimeError) as error:
         raise SpecError(
-            f"lora.init_adapter: {folder} does not fit this model and these ranks: {_first_line(error)}"
+            f"lora.init_adapter: {folder} does not fit this model and these ranks: {first_line(error)}"
         ) from error
     missing = [key for key in result.missing_keys if "lora_" in key]
     if result.unexpected_keys or missing:
@@ -139,5 +142,5 @@ def load_adapter(model: Any, folder: Path) -> None:
         )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -11,8 +11,8 @@ import torch  # isort: skip
 
 from job.errors import OutOfMemory, SpecError
 from job.model import Loaded
-from job.model.lora import census, parameters, pattern, targets
-from job.model.transformers_backend import adapted, linears, load_adapter, load_processor
+from job.model.lora import census, parameters, targets
+from job.model.transformers_backend import adapted, first_line, linears, load_adapter, load_processor, lora_settings
 from job.spec import JobSpec
 
 
@@ -29,22 +29,22 @@ def load(spec: JobSpec, folder: Path, device: torch.device, start: Path | None, 
             use_gradient_checkpointing="unsloth",
             trust_remote_code=spec.model.trust_remote_code,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise SpecError(f"model.name_or_path: {folder} is not a model that Unsloth loads: {first}") from error
     except torch.OutOfMemoryError as error:
         raise OutOfMemory("the base model does not fit the GPU; set model.precision to 4bit") from error
-    lora = spec.lora
-    chosen = targets(lora, linears(model))
-    counts = parameters(lora.r, linears(model), chosen)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+    ) as error:  # out of memory is a RuntimeError too, so it comes first
+        raise SpecError(
+            f"model.name_or_path: {folder} is not a model that Unsloth loads: {first_line(error)}"
+        ) from error
+    chosen = targets(spec.lora, linears(model))
+    counts = parameters(spec.lora.r, linears(model), chosen)
     model = FastVisionModel.get_peft_model(
         model,
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        bias=lora.bias,
-        use_rslora=lora.use_rslora,
-        target_modules=pattern(chosen),
+        **lora_settings(spec.lora, chosen),
         random_state=spec.training.seed,
         use_gradient_checkpointing="unsloth",
     )
