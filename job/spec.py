@@ -11,7 +11,7 @@ import json
 import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt
 
 RADIOGRAPHER = "You are an expert radiographer. Describe accurately what you see in this image."
 
@@ -132,6 +132,9 @@ class TrainingSpec(Section):
     """Samples per forward pass on one device. `auto` fits it to the card; accumulation is derived."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations to save memory. `auto` does so on a GPU."""
+    vision_cache_gb: NonNegativeFloat | Literal["auto"] = "auto"
+    """Scratch for the features of a vision tower that is not trained, so that each picture goes through it once. `auto`
+    takes up to half of what is free; 0 keeps none."""
     max_length: PositiveInt = 2048
     """Tokens per sample, image tokens included. A longer sample is a bad row."""
     train_on_responses_only: bool = True
@@ -264,6 +267,7 @@ HARMLESS = frozenset(
         "name",
         "training.logging_steps",
         "training.dataloader_num_workers",
+        "training.vision_cache_gb",
         "checkpoint.save_steps",
         "checkpoint.keep",
         "checkpoint.keep_every",

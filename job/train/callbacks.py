@@ -66,7 +66,7 @@ class Numbers(TrainerCallback):
             grad_norm=logs.get("grad_norm"),
             step_seconds=round(seconds, 4),
             samples_per_second=round(self.samples / seconds, 3) if seconds else None,
-            rows=[row for batch in self.trainer.rows_of_step for row in batch.tolist()],
+            rows=list(self.trainer.rows_of_step),
         )
         self.trainer.rows_of_step.clear()
         left = seconds * (state.max_steps - state.global_step)

@@ -18,6 +18,7 @@ from job.preemption import Preemption
 from job.record import versions
 from job.train import train
 from job.train.callbacks import Safety
+from job.train.ladder import Ladder
 
 log = logging.getLogger("job")
 
@@ -35,6 +36,7 @@ def fit(attempt: Attempt, plan: Plan, loaded: Loaded, data: Data) -> None:
         restored = checkpoint.restore(attempt.store, folder, on_skip=passed_over)
     step = restored.manifest.step if restored else 0
     record.resume_numbers(restored.folder if restored else None)
+    ladder = Ladder(plan.micro_batch)
     with record.stage("train") as facts:
         if restored is not None and step == plan.total_steps:
             load_adapter(loaded.model, restored.folder)
@@ -42,14 +44,16 @@ def fit(attempt: Attempt, plan: Plan, loaded: Loaded, data: Data) -> None:
             return
         if restored is not None:
             log.info("resuming from step %d of attempt %d", step, restored.manifest.attempt)
+            ladder.rows_at_once = min(plan.micro_batch, restored.manifest.extra.get("rows_at_once", plan.micro_batch))
         with uploader(attempt) as uploads:
 
             def keep(saved: int, made: Path, epoch: float) -> None:
                 record.copy_numbers(made)
-                uploads.submit(made, saved, epoch=epoch, extra={"submitted": time.time()})
+                extra = {"submitted": time.time(), "rows_at_once": ladder.rows_at_once}
+                uploads.submit(made, saved, epoch=epoch, extra=extra)
 
             safety = Safety(preemption, keep, lambda: settle(uploads, preemption), record)
-            last = train(attempt, plan, loaded, data.train, safety, restored.folder if restored else None)
+            last = train(attempt, plan, loaded, data.train, safety, ladder, restored.folder if restored else None)
             settle(uploads, preemption)
         facts.append(f"{last} steps" + (f", the first {step} from an earlier attempt" if step else ""))
 
