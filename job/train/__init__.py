@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,9 +22,10 @@ from job.model.collator import Collator
 from job.model.frozen import Features, Frozen, base, frozen_vision
 from job.model.pictures import LAYOUTS, Layout, cut
 from job.plan import Plan
+from job.record import Record
 from job.scratch import free_bytes
 from job.spec import JobSpec
-from job.train.callbacks import Numbers, Safety
+from job.train.callbacks import Numbers, Safety, lost
 from job.train.ladder import Ladder
 from job.train.order import EpochOrder
 
@@ -33,25 +36,41 @@ class LoraTrainer(SFTTrainer):
     """SFTTrainer less its model cards and entropy pass; with an order that resume cannot disturb, a frozen vision tower
     that is asked once, and a way on when a micro-batch does not fit the card.
 
-    `rows_of_step` holds the numbers of the rows seen since the last line of numbers.
+    Since the last line of numbers: `rows_of_step` holds the rows seen, `tokens_of_step` counts their tokens, `waited` the
+    seconds spent waiting for the loader. `finite` tells, without waiting for the GPU, whether every loss was a number.
     """
 
     def __init__(
-        self, *arguments: Any, ladder: Ladder, frozen: Frozen | None, layout: Layout | None, **named: Any
+        self,
+        *arguments: Any,
+        record: Record,
+        ladder: Ladder,
+        frozen: Frozen | None,
+        layout: Layout | None,
+        **named: Any,
     ) -> None:
         super().__init__(*arguments, **named)
-        self.ladder, self.frozen, self.layout = ladder, frozen, layout
+        self.record, self.ladder, self.frozen, self.layout = record, ladder, frozen, layout
         if layout is not None:
             # Upstream calls some families unable to divide by the tokens of the whole step, though their forwards do it.
             # Without, each micro-batch has the same weight, however few tokens it learns from.
             self.model_accepts_loss_kwargs = True
         self.rows_of_step: list[int] = []
         self.tokens_of_step = 0
+        self.waited = 0.0
+        self.finite: torch.Tensor | bool = True
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
         rows = train_dataset if train_dataset is not None else self.train_dataset
         self.order = EpochOrder(len(rows), self.args.seed)
         return self.order
+
+    def get_batch_samples(self, *arguments: Any, **named: Any) -> Any:
+        began = time.monotonic()
+        try:
+            return super().get_batch_samples(*arguments, **named)
+        finally:
+            self.waited += time.monotonic() - began
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro-batch, in as many parts as the ladder says. Returns the loss, detached."""
@@ -73,6 +92,7 @@ class LoraTrainer(SFTTrainer):
         loss = self.ladder.climb(len(counts), model, part)
         self.rows_of_step += numbers
         self.tokens_of_step += tokens
+        self.finite = torch.isfinite(loss) & self.finite
         return loss
 
     def _seen(self, inputs: dict[str, torch.Tensor], keys: list[str]) -> dict[str, torch.Tensor]:
@@ -98,6 +118,8 @@ class LoraTrainer(SFTTrainer):
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if not self.finite:
+            raise DataError(lost(self.state.global_step, "the loss is no number any more", self.record))
         Trainer._save_checkpoint(self, model, trial)
 
     def save_state_now(self) -> None:
@@ -166,6 +188,7 @@ def train(
             data_collator=NumberedRows(collator, frozen.features if frozen else None),
             processing_class=loaded.processor,
             callbacks=[numbers, safety, epochs],
+            record=attempt.record,
             ladder=ladder,
             frozen=frozen,
             layout=LAYOUTS.get(base(loaded.model).config.model_type),
@@ -174,9 +197,10 @@ def train(
         trainer.remove_callback(theirs)
     safety.trainer = epochs.trainer = numbers.trainer = trainer
     to_training(loaded)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(attempt.scratch / "tensorboard")
     try:
         with frozen.given() if frozen else nullcontext():
-            result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     except torch.OutOfMemoryError as error:  # in the optimizer: the ladder has the rest
         raise OutOfMemory(
             "the optimizer's state does not fit the GPU; lower lora.r, set training.optim to adamw_8bit, or set "
@@ -184,8 +208,6 @@ def train(
         ) from error
     finally:
         to_generation(loaded)
-    if not torch.isfinite(torch.tensor(result.training_loss)):
-        raise DataError("the loss became NaN or infinite; lower training.learning_rate, or look for empty answers")
     return int(trainer.state.global_step)
 
 
@@ -194,6 +216,13 @@ def vision_kept(attempt: Attempt, loaded: Loaded) -> Frozen | None:
     given = attempt.spec.training.vision_cache_gb
     room = free_bytes(attempt.scratch) // 2 if given == "auto" else int(given * 1e9)
     return frozen_vision(loaded, attempt.scratch.parent / "features", room, attempt.spec.lora.bias)
+
+
+def loader_workers(given: int | str, on_gpu: bool) -> int:
+    """`auto` is none on a CPU, where they would take cores from training; else four, or what the machine has."""
+    if isinstance(given, int):
+        return given
+    return min(4, max(1, len(os.sched_getaffinity(0)) - 1)) if on_gpu else 0
 
 
 def arguments(spec: JobSpec, loaded: Loaded, plan: Plan, scratch: Path) -> SFTConfig:
@@ -219,7 +248,7 @@ def arguments(spec: JobSpec, loaded: Loaded, plan: Plan, scratch: Path) -> SFTCo
         max_length=None,
         seed=training.seed,
         data_seed=training.seed,
-        dataloader_num_workers=training.dataloader_num_workers,
+        dataloader_num_workers=loader_workers(training.dataloader_num_workers, on_gpu),
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -227,6 +256,7 @@ def arguments(spec: JobSpec, loaded: Loaded, plan: Plan, scratch: Path) -> SFTCo
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=spec.checkpoint.save_steps,
-        report_to=[],
+        report_to=training.report_to,
+        run_name=spec.name,
         disable_tqdm=True,
     )

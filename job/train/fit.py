@@ -16,6 +16,7 @@ from job.model.transformers_backend import load_adapter
 from job.plan import Plan
 from job.preemption import Preemption
 from job.record import versions
+from job.store.folders import upload_folder
 from job.train import train
 from job.train.callbacks import Safety
 from job.train.ladder import Ladder
@@ -55,6 +56,7 @@ def fit(attempt: Attempt, plan: Plan, loaded: Loaded, data: Data) -> None:
             safety = Safety(preemption, keep, lambda: settle(uploads, preemption), record)
             last = train(attempt, plan, loaded, data.train, safety, ladder, restored.folder if restored else None)
             settle(uploads, preemption)
+        publish_tensorboard(attempt)
         facts.append(f"{last} steps" + (f", the first {step} from an earlier attempt" if step else ""))
 
 
@@ -70,6 +72,8 @@ def uploader(attempt: Attempt) -> checkpoint.Uploader:
         seconds = round(time.time() - manifest.extra["submitted"], 1)
         record.update(last_checkpoint=manifest.step, checkpoint_failures=0, checkpoint_seconds=seconds)
         record.publish_numbers()
+        if attempt.compiled is not None:
+            attempt.compiled.keep()
 
     return checkpoint.Uploader(
         attempt.store,
@@ -82,6 +86,13 @@ def uploader(attempt: Attempt) -> checkpoint.Uploader:
         on_commit=committed,
         on_failure=lambda step, error, failures: record.update(checkpoint_failures=failures),
     )
+
+
+def publish_tensorboard(attempt: Attempt) -> None:
+    """Send TensorBoard's files, if there are any, to `logs/tensorboard/`."""
+    folder = attempt.scratch / "tensorboard"
+    if folder.exists():
+        upload_folder(attempt.store, folder, "logs/tensorboard")
 
 
 def settle(uploads: checkpoint.Uploader, preemption: Preemption) -> None:
