@@ -57,6 +57,7 @@ def prepare_scratch(environment: MutableMapping[str, str]) -> Path:
         raise kind(f"scratch folder {scratch}: {error.strerror}; set JOB_SCRATCH to a folder with room") from error
     for variable, folder in CACHES.items():
         environment.setdefault(variable, str(scratch / "cache" / folder))
+        Path(environment[variable]).mkdir(parents=True, exist_ok=True)  # torch makes none of its own
     bars = (
         {} if sys.stderr.isatty() else {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     )
