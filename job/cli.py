@@ -96,7 +96,9 @@ def render() -> None:
 @click.argument("spec")
 @click.option("--image", required=True, help="The job's image, with a tag or, better, a digest.")
 @click.option("--output", help="Where everything goes; overrides output.url.")
-@click.option("--with", "components", multiple=True, metavar="NAME", help="A folder of k8s/components; may be repeated.")
+@click.option(
+    "--with", "components", multiple=True, metavar="NAME", help="A folder of k8s/components; may be repeated."
+)
 @click.option("--sweep", type=click.Path(path_type=Path), help="A table of overrides, a run per line.")
 def kubernetes(spec: str, image: str, output: str | None, components: tuple[str, ...], sweep: Path | None) -> None:
     """Print a Kubernetes Job for SPEC, for `kubectl create -f -`. Overrides (JOB__…) set here go with it."""

@@ -56,7 +56,7 @@ def serving(record: Record, environment: Mapping[str, str]) -> Iterator[None]:
         server = http.server.ThreadingHTTPServer(("", int(text)), Answer)
     except (ValueError, OverflowError, OSError) as error:
         raise SpecError(f"JOB_METRICS_PORT is {text}: {error}; give a free port") from None
-    thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.1,), name="metrics", daemon=True)
     thread.start()
     try:
         yield

@@ -51,7 +51,9 @@ def read_run(environment: Mapping[str, str], source: str, output: str | None, sw
         except SpecError as error:
             raise SpecError(f"{sweep}, run {number}: {error}") from None
         if url in outputs:
-            raise SpecError(f"{sweep}: runs {outputs[url]} and {number} both write to {url}; set JOB__OUTPUT__URL in each")
+            raise SpecError(
+                f"{sweep}: runs {outputs[url]} and {number} both write to {url}; set JOB__OUTPUT__URL in each"
+            )
         outputs[url] = number
     spec = load_spec(overrides | (_settings(rows[0]) if rows else {}), text)
     remote = re.fullmatch(r"s3://\S+", source.strip())
@@ -83,7 +85,9 @@ def kubernetes(run: Run, image: str, components: tuple[str, ...]) -> str:
     Raises SpecError for an image without tag or digest, an unknown component, and paths that no pod will see.
     """
     if not re.search(r"(@sha256:[0-9a-f]{64}|:[\w][\w.-]*)$", image) or image.endswith(":latest"):
-        raise SpecError(f"--image {image}: give a tag other than latest, or a digest; a run that resumes needs the same one")
+        raise SpecError(
+            f"--image {image}: give a tag other than latest, or a digest; a run that resumes needs the same one"
+        )
     wanted = (*components, *(["sweep"] if run.rows and "sweep" not in components else []))
     if _asks_hub(run.spec) and not {"hub", "airgapped"} & set(wanted):
         wanted = (*wanted, "hub")
@@ -183,7 +187,9 @@ def _check_paths(spec: JobSpec, pod: dict[str, Any]) -> None:
         if not path or path.startswith("s3://") or not local:
             continue
         if not any(path.startswith(f"{mount}/") for mount in mounts):
-            where = f"below {' or '.join(mounts)}" if mounts else "on s3://, or use --with airgapped, which mounts volumes"
+            where = (
+                f"below {' or '.join(mounts)}" if mounts else "on s3://, or use --with airgapped, which mounts volumes"
+            )
             problems.append(f"  - {field}: no pod sees {name}; put it {where}")
     if problems:
         raise SpecError("the spec names folders of this machine:\n" + "\n".join(problems))
@@ -192,7 +198,7 @@ def _check_paths(spec: JobSpec, pod: dict[str, Any]) -> None:
 class _Dumper(yaml.SafeDumper):
     """Long texts as blocks, and no anchors."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, _data: Any) -> bool:
         return True
 
 

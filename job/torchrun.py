@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from typing import Any
 
 from job.__main__ import leave
 from job.errors import BUG, EXIT_CODES, Preempted
@@ -22,12 +23,13 @@ def main() -> None:
 
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
+    from torch.distributed import run as torchrun
 
-    arguments = parse_args(sys.argv[1:])
+    launcher: Any = torchrun  # it carries no types
+    arguments = launcher.parse_args(sys.argv[1:])
     arguments.signals_to_handle += ",SIGUSR1"  # Slurm's notice ahead of the end
     try:
-        run(arguments)
+        launcher.run(arguments)
     except SignalException as error:
         _end(Preempted.exit_code, f"stopped on {error.sigval.name}; run again to continue")
     except ChildFailedError as error:
