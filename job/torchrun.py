@@ -21,9 +21,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, leave)  # until torchrun's own handlers are there
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(grace_seconds(os.environ))))
 
+    from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed import run as torchrun
 
     launcher: Any = torchrun  # it carries no types
     arguments = launcher.parse_args(sys.argv[1:])
