@@ -23,7 +23,7 @@ from job.spec import JobSpec
 from job.spot import watching
 from job.store import check_writable
 from job.store.lease import acquire
-from job.survey import find_device, survey, torch_device
+from job.survey import arriving, find_device, restored_cache, survey, torch_device
 
 log = logging.getLogger("job")
 
@@ -54,12 +54,15 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
         number = output.begin(store, spec)
         record = stack.enter_context(Record(store, scratch, name=spec.name, attempt=number).kept())
         stack.enter_context(serving(record, environment))
-        attempt = Attempt(spec, store, lease, scratch, record, preemption, number)
         with preemption.leave_at_once():
             with record.stage("stage in"):
-                backend = choose_backend(spec.model, find_device(has_torch=True).kind == "cuda")
-                import_first(backend)
+                with arriving(spec, scratch):
+                    device = find_device(has_torch=True)
+                    compiled = restored_cache(spec, store, scratch.parent, device)
+                    backend = choose_backend(spec.model, device.kind == "cuda")
+                    import_first(backend)
                 found = survey(spec, store, scratch, fetch=True)
+            attempt = Attempt(spec, store, lease, scratch, record, preemption, number, compiled)
             plan = make_plan(spec, found.facts)
             log.info("%s", describe(spec, plan, found.facts))
             data, base = found.data, found.base

@@ -63,7 +63,7 @@ def with_features(batch: Batch, layout: Layout, features: Sequence[torch.Tensor]
     kept = {name: tensor for name, tensor in batch.items() if name not in _ROWS_INPUTS}
     if layout == "rows":
         rows, pictures = batch["pixel_values"].shape[:2]
-        return kept | {FEATURES: torch.cat(list(features)).unflatten(0, (rows, pictures))}
+        return kept | {FEATURES: torch.cat(list(features)).reshape(rows, pictures, *features[0].shape[1:])}
     return kept | {FEATURES: torch.cat(list(features))}
 
 
