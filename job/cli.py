@@ -112,6 +112,23 @@ def kubernetes(spec: str, image: str, output: str | None, components: tuple[str,
     finish(work)
 
 
+@render.command()
+@click.argument("spec")
+@click.option("--image", help="What the site's runtime starts, as JOB_IMAGE of slurm/site.env.")
+@click.option("--output", help="Where everything goes; overrides output.url.")
+def slurm(spec: str, image: str | None, output: str | None) -> None:
+    """Print a batch script for SPEC, for `sbatch`. Overrides (JOB__…) set here go with it."""
+
+    def work(preemption: Preemption) -> None:
+        with preemption.leave_at_once():
+            from job import render
+
+            settings = {} if image is None else {"JOB_IMAGE": image}
+            click.echo(render.slurm(render.read_run(os.environ, spec, output, None), settings), nl=False)
+
+    finish(work)
+
+
 def finish(work: Callable[[Preemption], None]) -> NoReturn:
     """Do the work under our signal handlers and end the process with the code for how it went."""
     from job.record import one_line, start_logging

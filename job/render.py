@@ -1,11 +1,12 @@
-"""A ready manifest from a spec: the templates of k8s/, filled in. No cluster, kubectl or Kustomize is needed for it.
+"""A ready manifest or batch script from a spec: the templates of k8s/ and slurm/, filled in. No cluster is needed for it.
 
-The templates are Kustomize's own: `base/job.yaml`, and components that patch it (JSON patches, RFC 6902).
+Those of k8s/ are Kustomize's own: `base/job.yaml`, and components that patch it (JSON patches, RFC 6902).
 """
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,3 +212,28 @@ _Dumper.add_representer(str, _text)
 
 def _yaml(tree: dict[str, Any]) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def slurm(run: Run, settings: Mapping[str, str]) -> str:
+    """`slurm/train.sh` for `sbatch`, with the spec, the overrides and these settings of the site inside.
+
+    What it sources stands in its place, so that the script needs no checkout. Raises SpecError where this package
+    carries no such script.
+    """
+    exports = {"JOB_SPEC": run.source, **run.overrides, **settings}
+    lines = _script("train.sh").splitlines()
+    last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
+    lines[last + 1 : last + 1] = ["", *(f"export {name}={shlex.quote(value)}" for name, value in exports.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _script(name: str) -> str:
+    """A script of slurm/, with those that it sources in their place, and without its look for them."""
+    try:
+        text = (TEMPLATES / "slurm" / name).read_text()
+    except OSError as error:
+        raise SpecError(f"slurm/{name} is not in this package: {error.strerror}") from None
+    text = re.sub(r'^(# shellcheck source=|\[ -f "\$JOB_HOME/slurm/).*\n', "", text, flags=re.MULTILINE)
+    return re.sub(
+        r'^\. "\$JOB_HOME/slurm/([\w.]+)"$', lambda found: _script(found[1]).rstrip(), text, flags=re.MULTILINE
+    )

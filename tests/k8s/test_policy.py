@@ -86,6 +86,12 @@ def test_the_restricted_standard_lets_the_pod_in(run: Pods):
     assert pod["automountServiceAccountToken"] is False
 
 
+def test_the_restricted_standard_lets_the_demo_s_store_in():
+    (store,) = of_kind("overlays/dev", "Deployment")
+    (run,) = pods("overlays/dev")
+    test_the_restricted_standard_lets_the_pod_in(run._replace(job=store["spec"]))
+
+
 def test_every_pod_says_what_it_takes(run: Pods):
     for container in [*run.pod["containers"], *run.pod.get("initContainers", [])]:
         requests, limits = container["resources"]["requests"], container["resources"]["limits"]
