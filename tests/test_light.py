@@ -40,7 +40,7 @@ def light(tmp_path: Path):
 
 
 def test_spec_plan_store_checkpoint_and_command_line_import(light):
-    modules = "job.spec, job.specfile, job.plan, job.store, job.checkpoint, job.cli, job.status, job.survey, job.output"
+    modules = "job.spec, job.specfile, job.plan, job.store, job.checkpoint, job.cli, job.status, job.survey, job.output, job.render"
     assert light("-c", f"import {modules}").stderr == ""
 
 

@@ -57,10 +57,19 @@ def variables(container: dict[str, Any], given: Mapping[str, str]) -> dict[str, 
 
 
 class Container:
-    """A container that runs. `message` is the file behind its termination log."""
+    """A container that runs."""
 
-    def __init__(self, process: subprocess.Popen[str], pod: dict[str, Any], message: Path, prefix: list[str]) -> None:
-        self.process, self.pod, self.message, self._prefix = process, pod, message, prefix
+    def __init__(self, process: subprocess.Popen[bytes], pod: dict[str, Any], folder: Path, prefix: list[str]) -> None:
+        self.process, self.pod, self._folder, self._prefix = process, pod, folder, prefix
+
+    @property
+    def log(self) -> str:
+        return (self._folder / "log").read_text()
+
+    @property
+    def message(self) -> str:
+        """What it wrote to its termination log."""
+        return (self._folder / "message").read_text()
 
     @property
     def first(self) -> int:
@@ -78,6 +87,11 @@ class Container:
             == 0
         )
 
+    def kill(self) -> None:
+        """All of it: with process 1 of a process namespace goes everything else in there."""
+        with contextlib.suppress(OSError, IndexError):
+            os.kill(self.first, signal.SIGKILL)
+
     def delete(self) -> tuple[int, float]:
         """As when the pod is deleted or evicted. Exit code, and seconds from the notice to the end."""
         began, grace = time.monotonic(), self.pod["terminationGracePeriodSeconds"]
@@ -85,7 +99,7 @@ class Container:
         try:
             self.process.wait(grace)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            self.kill()
             self.process.wait()
             return 128 + signal.SIGKILL, grace
         return self.process.returncode, time.monotonic() - began
@@ -119,12 +133,14 @@ def running(
     prefix = ["setpriv", *user, "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", "env", "-i", *environment]
     command = [expand(word, dict(entry.split("=", 1) for entry in environment)) for word in container["command"]]
     script.append(f"exec chroot $root {shlex.join([*prefix, *command])}")
-    process = subprocess.Popen([*UNSHARE, "bash", "-c", "\n".join(script)], stderr=subprocess.PIPE, text=True)
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([*UNSHARE, "bash", "-c", "\n".join(script)], stdout=log, stderr=log)
+    started = Container(process, pod, folder, prefix)
     try:
-        yield Container(process, pod, message, prefix)
+        yield started
     finally:
-        process.kill()
-        process.communicate()
+        started.kill()
+        process.wait()
 
 
 def missing(folder: Path) -> str | None:
