@@ -147,6 +147,9 @@ def test_each_pod_of_a_sweep_gets_its_line(tmp_path: Path):
     container = job["spec"]["template"]["spec"]["containers"][0]
     (tmp_path / "python").write_text("#!/bin/sh\nenv\n")
     (tmp_path / "python").chmod(0o755)
+    (
+        tmp_path / "JOB__LORA__TARGET_MODULES=.xq_proj"
+    ).touch()  # what the shell would find for the pattern, were it asked
     for index, expected in enumerate(
         [("JOB__LORA__R=8", "s3://b/r8"), ("JOB__LORA__TARGET_MODULES=.*[qk]_proj", "s3://b/qk")]
     ):
