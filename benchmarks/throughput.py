@@ -67,7 +67,7 @@ def notebook(model: Path, data: Path, out: Path, case: str, epochs: int, generat
 
 
 def job(
-    model: Path, data: Path, out: Path, case: str, epochs: int, start: Path | None, scratch: Path
+    model: Path, data: Path, out: Path, case: str, epochs: int, start: Path | None, scratch: Path, generate: int = 0
 ) -> dict[str, Any]:
     """One attempt of the job. `seconds` of a step count from the start of the process, as in the notebook's."""
     spec: dict[str, Any] = {
