@@ -201,6 +201,9 @@ class EvaluationSpec(Section):
     """Resamples for the intervals."""
     confidence: float = Field(0.95, gt=0.5, lt=1)
     """Level of the intervals."""
+    cache: str | None = None
+    """`s3://bucket/prefix` or a folder where runs share what the base says, so that the runs of a sweep measure it once. It
+    holds texts generated from your images. Jobs on one node share it through their scratch anyway."""
 
 
 class GateSpec(Section):
@@ -281,6 +284,7 @@ HARMLESS = frozenset(
         "checkpoint.compile_cache",
         "preemption.spot_notices",
         "preemption.max_attempts_without_progress",
+        "evaluation.cache",
         "output.url",
         "output.on_conflict",
         "privacy.report_images",

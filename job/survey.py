@@ -22,7 +22,7 @@ from job.record import watched
 from job.scratch import free_bytes
 from job.spec import JobSpec
 from job.stage_in import local_path
-from job.store import Store
+from job.store import Store, open_store
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +50,8 @@ def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool) -> Survey
     device = find_device(has_torch)
     if fetch or device.kind == "cuda" or spec.model.backend != "unsloth":
         choose_backend(spec.model, device.kind == "cuda")
+    if spec.evaluation.cache:
+        open_store(spec.evaluation.cache)
     base = data = example = None
     if fetch or is_local(spec.model.name_or_path):
         base = fetch_base(spec.model, scratch)

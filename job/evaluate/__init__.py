@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import json
 import logging
+import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from job.attempt import Attempt
@@ -30,7 +31,7 @@ def measure(attempt: Attempt, loaded: Loaded, data: Data, when: str) -> Rows:
 
     Asked to stop, what is finished is kept as `evaluation/<when>.partial.jsonl` and the next attempt goes on from it.
     """
-    from job.evaluate.generate import generations
+    from job.evaluate import before
 
     if not len(data.evaluation):
         return []
@@ -41,25 +42,49 @@ def measure(attempt: Attempt, loaded: Loaded, data: Data, when: str) -> Rows:
         return finished
     preemption.check()
     with record.stage(f"evaluate {when}") as facts:
-        made = stored_rows(store, partial)
-        kept = time.monotonic()
-        show = _progress(f"evaluate {when}", len(data.evaluation), len(made))
-
-        def each(batch: Rows) -> None:
-            made.extend(batch)
-            show(len(made))
-            record.update(rows=len(made), of_rows=len(data.evaluation))
-            nonlocal kept
-            if preemption.requested or time.monotonic() > kept + KEEP_SECONDS:
-                store.write(partial, jsonl(made))
-                kept = time.monotonic()
-                preemption.check()
-
-        rows = generations(loaded, data.evaluation, spec, tuned=when == "after", known=list(made), each=each)
+        with preemption.leave_at_once():
+            held = before.held(data.evaluation)
+            places = before.places(attempt) if when == "before" else []
+            name = before.key(spec, loaded, held, _device(loaded)) if places else ""
+            rows, where = before.recall(places, name, held)
+        if not rows:
+            rows = _made(attempt, loaded, data, when, before.longest_first(held))
+            before.keep(places, name, held, rows)
         store.write(key, jsonl(rows))
         store.delete([partial])
-        facts.append(f"{len(rows)} rows")
+        facts.append(f"{len(rows)} rows" + (f", which {where} has from an earlier run" if where else ""))
     return rows
+
+
+def _made(attempt: Attempt, loaded: Loaded, data: Data, when: str, order: Sequence[int]) -> Rows:
+    """Generations made now, but for those that an earlier attempt finished. Leaves when asked to, keeping what is finished."""
+    from job.evaluate.generate import generations
+
+    store, record, preemption = attempt.store, attempt.record, attempt.preemption
+    partial = f"evaluation/{when}.partial.jsonl"
+    made = stored_rows(store, partial)
+    kept = time.monotonic()
+    show = _progress(f"evaluate {when}", len(data.evaluation), len(made))
+
+    def each(batch: Rows) -> None:
+        made.extend(batch)
+        show(len(made))
+        record.update(rows=len(made), of_rows=len(data.evaluation))
+        nonlocal kept
+        if preemption.requested or time.monotonic() > kept + KEEP_SECONDS:
+            store.write(partial, jsonl(made))
+            kept = time.monotonic()
+            preemption.check()
+
+    known, tuned = list(made), when == "after"
+    return generations(loaded, data.evaluation, attempt.spec, tuned=tuned, order=order, known=known, each=each)
+
+
+def _device(loaded: Loaded) -> str:
+    """The card by name: another one rounds otherwise."""
+    import torch
+
+    return torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else platform.machine()
 
 
 def metrics(spec: JobSpec, data: Data, before: Rows, after: Rows) -> dict[str, Any]:
