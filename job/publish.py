@@ -9,7 +9,7 @@ from typing import Any
 from job.attempt import Attempt
 from job.data import Data, quarantine_jsonl
 from job.errors import GateRefused
-from job.evaluate import Rows, metrics, pictures
+from job.evaluate import Rows, pictures
 from job.export import Exported
 from job.output import REPORT_KEY, RESULT_KEY
 from job.plan import Plan
@@ -38,7 +38,13 @@ def lineage(attempt: Attempt, survey: Survey) -> dict[str, Any]:
 
 
 def report_facts(
-    attempt: Attempt, survey: Survey, plan: Plan, before: Rows, after: Rows, exported: Exported
+    attempt: Attempt,
+    survey: Survey,
+    plan: Plan,
+    before: Rows,
+    after: Rows,
+    measured: dict[str, Any] | None,
+    exported: Exported,
 ) -> dict[str, Any]:
     """All that report and cards are made of."""
     spec = attempt.spec
@@ -46,7 +52,7 @@ def report_facts(
     assert data is not None
     return {
         "name": spec.name,
-        "metrics": metrics(spec, data, before, after) if after else None,
+        "metrics": measured,
         "before": before,
         "after": after,
         "log": attempt.record.read_numbers(),
@@ -72,10 +78,11 @@ def report_facts(
     }
 
 
-def publish(attempt: Attempt, data: Data, exported: Exported, facts: dict[str, Any]) -> None:
-    """Adapter, measurements and report; then, if the gate lets them, merged weights; `RESULT.json` last.
+def publish(attempt: Attempt, data: Data, exported: Exported, facts: dict[str, Any], unmet: list[str]) -> None:
+    """Adapter, measurements and report; then, if measurement and gate let them, merged weights; `RESULT.json` last.
 
-    Raises GateRefused, with everything but `merged/` and `RESULT.json` in its place.
+    `unmet` says which demands of `evaluation.require` are not met. Raises GateRefused, with everything but `merged/` and
+    `RESULT.json` in its place.
     """
     from job.evaluate.report import gallery_ids, render
     from job.export import card
@@ -85,7 +92,7 @@ def publish(attempt: Attempt, data: Data, exported: Exported, facts: dict[str, A
         store.write("data/quarantine.jsonl", quarantine_jsonl(data))
         if facts["metrics"]:
             store.write("evaluation/metrics.json", json.dumps(facts["metrics"], indent=1).encode())
-        refused = refusal(spec, exported)
+        refused = refusal(spec, exported, unmet)
         if refused is not None:
             facts["gate"] = facts["gate"] | {"refused": str(refused)}
         images = pictures(data.evaluation, gallery_ids(facts)) if facts["after"] else {}
@@ -113,10 +120,14 @@ def publish(attempt: Attempt, data: Data, exported: Exported, facts: dict[str, A
         said.append(f"{len(files)} files")
 
 
-def refusal(spec: JobSpec, exported: Exported) -> GateRefused | None:
-    """Why merged weights are not published; None when they may be, or when there are none."""
+def refusal(spec: JobSpec, exported: Exported, unmet: list[str]) -> GateRefused | None:
+    """Why the model is not published: it is not as good as demanded, or merged is not the adapter. None when it may be."""
     from job.export.gate import Verdict, refuse
 
+    if unmet:
+        return GateRefused(
+            f"the tuned model is not as good as the spec demands: {'; '.join(unmet)}; only the adapter is kept"
+        )
     if exported.merged is None:
         return None
     try:

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 from job import output
 from job.attempt import Attempt
-from job.evaluate import measure
+from job.evaluate import judge, measure
 from job.export import export
 from job.metrics import serving
 from job.model import choose_backend, import_first, load_model
@@ -77,7 +77,8 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
         fit(attempt, plan, loaded, data)
         after = measure(attempt, loaded, data, "after")
         with preemption.leave_at_once():
-            exported = export(attempt, loaded, data)
-            facts = report_facts(attempt, found, plan, before, after, exported)
-            publish(attempt, data, exported, facts)
+            measured, refused = judge(spec, data, before, after)
+            exported = export(attempt, loaded, data, merged=spec.export.merged and not refused)
+            facts = report_facts(attempt, found, plan, before, after, measured, exported)
+            publish(attempt, data, exported, facts, refused)
         log.info("published: %s", spec.output.url)

@@ -184,6 +184,25 @@ class LabelSpec(Section):
     """A regular expression instead, whose first group is the value."""
 
 
+_WORDING = ("rougeL", "rouge1", "rouge2", "bleu", "chrf", "exact_match", "token_f1", "length_ratio")
+METRICS = (*_WORDING, "empty", "repeated", "loss", "perplexity")
+
+
+class RequirementSpec(Section):
+    """What one metric must reach, in its own unit: shares, ROUGE and F1 from 0 to 1, BLEU and chrF from 0 to 100."""
+
+    min_change: float | None = None
+    """Least change from before to after. 0 says: not worse."""
+    max_change: float | None = None
+    """Most change, for a metric of which less is better (loss, empty, repeated)."""
+    min_value: float | None = None
+    """Least value after."""
+    max_value: float | None = None
+    """Most value after."""
+    judged_by: Literal["value", "interval"] = "value"
+    """What must meet the bounds: what was measured, or the whole of its interval, which chance can hardly explain."""
+
+
 class EvaluationSpec(Section):
     """The measurement before and after."""
 
@@ -201,6 +220,9 @@ class EvaluationSpec(Section):
     """Resamples for the intervals."""
     confidence: float = Field(0.95, gt=0.5, lt=1)
     """Level of the intervals."""
+    require: dict[str, RequirementSpec] = Field(default_factory=dict)
+    """What the tuned model must reach to be published: `finding_accuracy: {min_change: 0.0}`. Else the job ends with 76;
+    adapter and report are there, merged weights and `RESULT.json` are not. It may be changed and the job run again."""
     cache: str | None = None
     """`s3://bucket/prefix` or a folder where runs share what the base says, so that the runs of a sweep measure it once. It
     holds texts generated from your images. Jobs on one node share it through their scratch anyway."""
@@ -267,7 +289,7 @@ class JobSpec(Section):
     @property
     def digest(self) -> str:
         """SHA-256 of what decides the result. Fields in `HARMLESS` may change between attempts."""
-        tree = {path: value for path, value in flatten(self.model_dump(mode="json")).items() if path not in HARMLESS}
+        tree = {path: value for path, value in flatten(self.model_dump(mode="json")).items() if _decides(path)}
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
@@ -285,11 +307,16 @@ HARMLESS = frozenset(
         "preemption.spot_notices",
         "preemption.max_attempts_without_progress",
         "evaluation.cache",
+        "evaluation.require",
         "output.url",
         "output.on_conflict",
         "privacy.report_images",
     }
 )
+
+
+def _decides(path: str) -> bool:
+    return path not in HARMLESS and not path.startswith("evaluation.require.")
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -307,7 +334,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def differences(old: JobSpec, new: JobSpec) -> list[str]:
     """Fields that decide the result and differ, as `path: old → new`."""
     before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
-    paths = sorted((before.keys() | after.keys()) - HARMLESS)
+    paths = sorted(filter(_decides, before.keys() | after.keys()))
     return [f"{p}: {before.get(p)!r} → {after.get(p)!r}" for p in paths if before.get(p) != after.get(p)]
 
 
@@ -352,6 +379,18 @@ def contradictions(spec: JobSpec) -> list[str]:
             found.append(f"evaluation.labels.{name}: give values or pattern, not both")
         if label.pattern is not None:
             found += _pattern_problem(f"evaluation.labels.{name}.pattern", label.pattern)
+    known = {*METRICS, *(f"{name}_{kind}" for name in spec.evaluation.labels for kind in ("accuracy", "macro_f1"))}
+    for metric, demand in spec.evaluation.require.items():
+        if metric not in known:
+            found.append(f"evaluation.require.{metric}: no such metric; measured are {', '.join(sorted(known))}")
+        if demand.model_dump(exclude={"judged_by"}, exclude_none=True) == {}:
+            found.append(
+                f"evaluation.require.{metric}: says no bound; give min_change, max_change, min_value or max_value"
+            )
+    if spec.evaluation.require and not (data.eval_fraction or data.eval_path or data.eval_split):
+        found.append(
+            "evaluation.require: no rows are held out (dataset.eval_fraction is 0), so nothing can be required"
+        )
     if spec.output.sse_kms_key_id and spec.output.sse != "aws:kms":
         found.append("output: sse_kms_key_id needs sse: aws:kms")
     if spec.output.sse and not spec.output.url.startswith("s3://"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -247,6 +248,29 @@ def test_a_gate_that_refuses_publishes_no_merged_weights(accumulating: dict[str,
     assert (tmp_path / "output" / "adapter" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "output" / "merged").exists()
     assert not (tmp_path / "output" / "RESULT.json").exists()
+
+
+def test_a_model_that_is_not_as_good_as_demanded_is_not_published_until_the_demand_is_lowered(
+    accumulating: dict[str, Any], tmp_path: Path, job: Job
+):
+    output = tmp_path / "output"
+    short = accumulating | {"training": accumulating["training"] | {"max_steps": 2}, "export": {"merged": True}}
+
+    def demanding(least: float) -> str:
+        return to(short, output, evaluation=short["evaluation"] | {"require": {"rougeL": {"min_change": least}}})
+
+    result = job("run", JOB_SPEC=demanding(0.99))
+    assert result.returncode == 76, result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert re.search(r"rougeL changed by .+ interval .+ under evaluation.require.rougeL.min_change 0.99; only", last)
+    assert "Refused." in (output / "report.html").read_text()
+    assert (output / "adapter" / "adapter_model.safetensors").exists()
+    assert not (output / "merged").exists()
+    assert not (output / "RESULT.json").exists()
+    lowered = job("run", JOB_SPEC=demanding(-1))
+    assert lowered.returncode == 0, lowered.stderr
+    assert "step 2 was saved already" in lowered.stderr
+    assert (output / "merged" / "config.json").exists()
 
 
 def test_restart_deletes_the_run_of_the_other_spec(accumulating: dict[str, Any], tmp_path: Path, job: Job):

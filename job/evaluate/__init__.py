@@ -87,6 +87,14 @@ def _device(loaded: Loaded) -> str:
     return torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else platform.machine()
 
 
+def judge(spec: JobSpec, data: Data, before: Rows, after: Rows) -> tuple[dict[str, Any] | None, list[str]]:
+    """What was measured, None without held-out rows; and why the tuned model must not be published, one sentence each."""
+    from job.evaluate.requirements import unmet
+
+    measured = metrics(spec, data, before, after) if after else None
+    return measured, unmet(spec.evaluation.require, measured)
+
+
 def metrics(spec: JobSpec, data: Data, before: Rows, after: Rows) -> dict[str, Any]:
     """What `evaluation/metrics.json` holds."""
     from job.evaluate.statistics import compare

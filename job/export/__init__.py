@@ -23,24 +23,25 @@ class Exported:
     gate: dict[str, Any]
 
 
-def export(attempt: Attempt, loaded: Loaded, data: Data) -> Exported:
-    """Write both folders to scratch and measure merged against adapter. What is refused is decided by the caller."""
+def export(attempt: Attempt, loaded: Loaded, data: Data, *, merged: bool) -> Exported:
+    """Write the adapter to scratch and, where `merged` weights are wanted, those too, measured against the adapter. What is
+    refused is decided by the caller."""
     from job.export.gate import compare
     from job.export.merge import merge
 
     spec, record = attempt.spec, attempt.record
     folder = attempt.scratch / "export"
     shutil.rmtree(folder, ignore_errors=True)
-    adapter, merged = folder / "adapter", folder / "merged"
+    adapter, folded = folder / "adapter", folder / "merged"
     with record.stage("export") as facts, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded.model.save_pretrained(adapter)
         loaded.processor.save_pretrained(adapter)
-        if not spec.export.merged:
+        if not merged:
             return Exported(adapter, None, {})
-        size = merge(spec, loaded.folder, adapter, merged)
+        size = merge(spec, loaded.folder, adapter, folded)
         facts.append(f"merged {bytes_text(size)}")
         rows = data.evaluation if len(data.evaluation) else data.train
-        verdict = compare(spec, loaded, adapter, merged, rows)
+        verdict = compare(spec, loaded, adapter, folded, rows)
         facts.append(f"token agreement {verdict.token_agreement:.4f}")
-    return Exported(adapter, merged, verdict.facts())
+    return Exported(adapter, folded, verdict.facts())
