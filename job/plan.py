@@ -129,6 +129,8 @@ def stages(spec: JobSpec, facts: Facts, total: int | None) -> list[Stage]:
         return [Stage(name, "skip", "published already") for name in names]
     measured = facts.data is None or facts.data["evaluation"] > 0
     done = total is not None and total in facts.checkpoints
+    if spec.evaluation.patience and "evaluation/after.jsonl" in facts.keys:
+        done = True  # training was over before its last step
     what = "adapter and merged weights" if spec.export.merged else "adapter"
     return [
         Stage("stage in", "do", "base model and data"),
@@ -155,7 +157,7 @@ def _evaluation(when: str, facts: Facts, measured: bool) -> Stage:
 def _training(facts: Facts, total: int | None, done: bool) -> Stage:
     steps = f"{total} steps" if total is not None else "steps not known yet"
     if done:
-        return Stage("train", "skip", f"step {total} is saved")
+        return Stage("train", "skip", f"step {max(facts.checkpoints, default=total)} is saved")
     if facts.checkpoints:
         return Stage("train", "resume", f"from step {max(facts.checkpoints)} of {steps}")
     return Stage("train", "do", steps)
@@ -192,6 +194,11 @@ def warnings(spec: JobSpec, facts: Facts, total: int | None) -> list[str]:
             found.append("dataset.group_column is not set: rows of one patient may be on both sides of the split")
         if facts.data["quarantined"]:
             found.append(f"{facts.data['quarantined']} bad rows are set aside (data/quarantine.jsonl)")
+    if spec.evaluation.take == "best" or spec.evaluation.patience:
+        found.append(
+            "the step is chosen by its loss on rows that the result is measured on too, which flatters it a little; keep "
+            "rows apart that this job never sees"
+        )
     if total is not None and spec.checkpoint.save_steps > total:
         found.append(
             f"checkpoint.save_steps {spec.checkpoint.save_steps} is over the {total} steps: one save, at the end"

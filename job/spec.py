@@ -220,6 +220,15 @@ class EvaluationSpec(Section):
     """Resamples for the intervals."""
     confidence: float = Field(0.95, gt=0.5, lt=1)
     """Level of the intervals."""
+    eval_steps: PositiveInt | None = None
+    """Optimizer steps between measurements of held-out loss while training; the last step is measured too. Without it, none
+    are made."""
+    eval_rows: PositiveInt = 64
+    """Held-out rows for that, spread evenly over those that are generated for."""
+    take: Literal["last", "best"] = "last"
+    """Which step becomes the tuned model: the last, or the one with the lowest held-out loss."""
+    patience: PositiveInt | None = None
+    """Stop training after so many measurements in a row that are no better than the best one."""
     require: dict[str, RequirementSpec] = Field(default_factory=dict)
     """What the tuned model must reach to be published: `finding_accuracy: {min_change: 0.0}`. Else the job ends with 76;
     adapter and report are there, merged weights and `RESULT.json` are not. It may be changed and the job run again."""
@@ -379,6 +388,11 @@ def contradictions(spec: JobSpec) -> list[str]:
             found.append(f"evaluation.labels.{name}: give values or pattern, not both")
         if label.pattern is not None:
             found += _pattern_problem(f"evaluation.labels.{name}.pattern", label.pattern)
+    if spec.evaluation.eval_steps is None:
+        needing = {"take: best": spec.evaluation.take == "best", "patience": spec.evaluation.patience}
+        found += [f"evaluation: {name} needs eval_steps" for name, asked in needing.items() if asked]
+    elif not (data.eval_fraction or data.eval_path or data.eval_split):
+        found.append("evaluation: eval_steps needs held-out rows, and dataset.eval_fraction is 0")
     known = {*METRICS, *(f"{name}_{kind}" for name in spec.evaluation.labels for kind in ("accuracy", "macro_f1"))}
     for metric, demand in spec.evaluation.require.items():
         if metric not in known:

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from job.attempt import Attempt
 from job.errors import DataError, OutOfMemory
 from job.model import Loaded, to_generation, to_training
-from job.model.collator import Collator
+from job.model.collator import IGNORE, Collator
 from job.model.frozen import Features, Frozen, base, frozen_vision
 from job.model.pictures import LAYOUTS, Layout, cut
 from job.plan import Plan
@@ -26,6 +26,7 @@ from job.record import Record
 from job.scratch import free_bytes
 from job.spec import JobSpec
 from job.train.callbacks import Numbers, Safety, lost
+from job.train.held_out import HeldOut, NoneBetter
 from job.train.ladder import Ladder
 from job.train.order import EpochOrder
 
@@ -40,7 +41,8 @@ class LoraTrainer(SFTTrainer):
     that is asked once, and a way on when a micro-batch does not fit the card.
 
     Since the last line of numbers: `rows_of_step` holds the rows seen, `tokens_of_step` counts their tokens, `waited` the
-    seconds spent waiting for the loader. `finite` tells, without waiting for the GPU, whether every loss was a number.
+    seconds spent waiting for the loader, `paused` those in which nothing was trained. `finite` tells, without waiting for
+    the GPU, whether every loss was a number.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class LoraTrainer(SFTTrainer):
         self.rows_of_step: list[int] = []
         self.tokens_of_step = 0
         self.waited = 0.0
+        self.paused = 0.0
         self.finite: torch.Tensor | bool = True
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
@@ -105,6 +108,18 @@ class LoraTrainer(SFTTrainer):
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             return self.frozen.inputs(self.frozen.look(inputs, keys))
+
+    @torch.no_grad()
+    def loss_of(self, rows: list[dict[str, Any]]) -> tuple[float, int]:
+        """Mean loss of rows that are not trained on, as training takes it, and over how many answer tokens."""
+        inputs = self.data_collator(rows)
+        for name in ("rows", "pictures"):
+            inputs.pop(name)
+        keys = inputs.pop("picture_keys")
+        count = int((inputs["labels"][:, 1:] != IGNORE).sum())
+        inputs = self._seen(self._prepare_inputs(inputs), keys)
+        with self.compute_loss_context_manager():
+            return float(self.compute_loss(self.model, inputs)), count
 
     def _too_large(self, rows: int) -> str:
         return (
@@ -170,6 +185,7 @@ def train(
     rows: Any,
     safety: Safety,
     ladder: Ladder,
+    held_out: HeldOut,
     resume_from: Path | None,
 ) -> int:
     """Train to the end and return the last step. `loaded.model` then holds the tuned adapters.
@@ -190,7 +206,7 @@ def train(
             train_dataset=rows,
             data_collator=NumberedRows(collator, frozen.features if frozen else None),
             processing_class=loaded.processor,
-            callbacks=[numbers, safety, epochs],
+            callbacks=[numbers, safety, epochs, held_out],
             record=attempt.record,
             ladder=ladder,
             frozen=frozen,
@@ -198,11 +214,11 @@ def train(
         )
     for theirs in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(theirs)
-    safety.trainer = epochs.trainer = numbers.trainer = trainer
+    safety.trainer = epochs.trainer = numbers.trainer = held_out.trainer = trainer
     to_training(loaded)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(attempt.scratch / "tensorboard")
     try:
-        with frozen.given() if frozen else nullcontext():
+        with frozen.given() if frozen else nullcontext(), suppress(NoneBetter):
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     except torch.OutOfMemoryError as error:  # in the optimizer: the ladder has the rest
         raise OutOfMemory(
