@@ -14,6 +14,7 @@ from job.export import Exported
 from job.output import REPORT_KEY, RESULT_KEY
 from job.plan import Plan
 from job.record import now, versions
+from job.report import FACTS_KEY, IMAGES, KEPT
 from job.spec import JobSpec
 from job.store import Digest, Store, upload_folder
 from job.survey import Survey
@@ -97,6 +98,7 @@ def publish(attempt: Attempt, data: Data, exported: Exported, facts: dict[str, A
             facts["gate"] = facts["gate"] | {"refused": str(refused)}
         images = pictures(data.evaluation, gallery_ids(facts)) if facts["after"] else {}
         store.write(REPORT_KEY, render(facts, images).encode())
+        keep_for_reports(store, facts, images)
         record.publish_numbers()
         (exported.adapter / "README.md").write_text(card.render(facts, "adapter"))
         files = _upload(store, exported.adapter, "adapter")
@@ -118,6 +120,15 @@ def publish(attempt: Attempt, data: Data, exported: Exported, facts: dict[str, A
         }
         store.write(RESULT_KEY, json.dumps(result, indent=1).encode())
         said.append(f"{len(files)} files")
+
+
+def keep_for_reports(store: Store, facts: dict[str, Any], images: dict[str, bytes]) -> None:
+    """What `job report` needs beside the files that are there anyway; no image where privacy keeps them out."""
+    store.write(FACTS_KEY, json.dumps({name: facts[name] for name in KEPT}, indent=1).encode())
+    there = {f"{IMAGES}{identity}.png": content for identity, content in images.items()}
+    store.delete([entry.key for entry in store.list(IMAGES) if entry.key not in there])
+    for key, content in there.items():
+        store.write(key, content)
 
 
 def refusal(spec: JobSpec, exported: Exported, unmet: list[str]) -> GateRefused | None:

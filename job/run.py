@@ -10,9 +10,9 @@ from contextlib import ExitStack
 
 from job import output
 from job.attempt import Attempt
-from job.evaluate import judge, measure
+from job.evaluate import judge, measure, values
 from job.export import export
-from job.metrics import serving
+from job.metrics import serving, writing
 from job.model import choose_backend, import_first, load_model
 from job.plan import describe, make_plan
 from job.preemption import Preemption
@@ -54,6 +54,7 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
         number = output.begin(store, spec)
         record = stack.enter_context(Record(store, scratch, name=spec.name, attempt=number).kept())
         stack.enter_context(serving(record, environment))
+        stack.enter_context(writing(record, environment))
         with preemption.leave_at_once():
             with record.stage("stage in"):
                 with arriving(spec, scratch):
@@ -78,6 +79,7 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
         after = measure(attempt, loaded, data, "after")
         with preemption.leave_at_once():
             measured, refused = judge(spec, data, before, after)
+            record.update(measured=values(measured))
             exported = export(attempt, loaded, data, merged=spec.export.merged and not refused)
             facts = report_facts(attempt, found, plan, before, after, measured, exported)
             publish(attempt, data, exported, facts, refused)

@@ -140,6 +140,15 @@ def test_status_shows_the_change_and_the_report(finished: Path, job: Job):
     assert f"report: {finished}/report.html" in shown
 
 
+def test_the_report_is_made_again_from_the_output_alone_without_torch(finished: Path, tmp_path: Path, job: Job):
+    result = job("report", str(finished), "--to", str(tmp_path / "again.html"), PYTHONPROFILEIMPORTTIME="1")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "again.html").read_bytes() == (finished / "report.html").read_bytes()
+    assert b"data:image/" in (tmp_path / "again.html").read_bytes()
+    for heavy in ("torch", "transformers", "datasets"):
+        assert f"| {heavy}\n" not in result.stderr.replace("  ", "")
+
+
 def test_another_spec_on_the_same_output_is_refused_by_field(finished: Path, spec: dict[str, Any], job: Job):
     changed = to(spec, finished, lora={"r": 8, "lora_alpha": 32})
     for command in ("run", "check"):

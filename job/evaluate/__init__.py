@@ -114,6 +114,16 @@ def metrics(spec: JobSpec, data: Data, before: Rows, after: Rows) -> dict[str, A
     )
 
 
+def values(measured: dict[str, Any] | None) -> dict[str, dict[str, float]]:
+    """Each metric's values alone, for the status and for Prometheus: {metric: {"before": …, "after": …}}."""
+    found: dict[str, dict[str, float]] = {}
+    for when in ("before", "after"):
+        for metric, entry in ((measured or {}).get(when) or {}).items():
+            if entry["value"] is not None:
+                found.setdefault(metric, {})[when] = entry["value"]
+    return found
+
+
 def pictures(rows: Any, ids: Iterable[str], longest_side: int = 384) -> dict[str, bytes]:
     """PNG files of held-out rows for the report, by id."""
     from job.evaluate.generate import rows_ids
