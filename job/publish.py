@@ -10,6 +10,7 @@ from job.attempt import Attempt
 from job.data import Data, quarantine_jsonl
 from job.errors import GateRefused
 from job.evaluate import Rows, pictures
+from job.evaluate.before import rows_digest
 from job.export import Exported
 from job.output import REPORT_KEY, RESULT_KEY
 from job.plan import Plan
@@ -32,6 +33,8 @@ def lineage(attempt: Attempt, survey: Survey) -> dict[str, Any]:
         "dataset_revision": spec.dataset.revision,
         "device": device.name if device else None,
         "image": os.environ.get("JOB_IMAGE_DIGEST"),
+        "price_per_hour": os.environ.get("JOB_PRICE_PER_HOUR"),
+        "held_out_sha256": rows_digest(survey.data.evaluation) if survey.data else None,
         "attempts": attempt.number,
         "seconds": dict(attempt.record.seconds),
         "packages": versions(),
@@ -46,6 +49,7 @@ def report_facts(
     after: Rows,
     measured: dict[str, Any] | None,
     exported: Exported,
+    seen: dict[str, Any],
 ) -> dict[str, Any]:
     """All that report and cards are made of."""
     spec = attempt.spec
@@ -69,6 +73,7 @@ def report_facts(
         },
         "lineage": lineage(attempt, survey),
         "gate": exported.gate,
+        "occlusion": seen,
         "data": data.facts,
         "privacy": {"report_images": spec.privacy.report_images},
         "base": {

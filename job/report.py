@@ -10,7 +10,7 @@ from job.output import read_json
 from job.store import Store
 
 FACTS_KEY, IMAGES = "evaluation/report.json", "evaluation/images/"
-KEPT = ("name", "plan", "lineage", "gate", "data", "privacy", "base", "instruction")
+KEPT = ("name", "plan", "lineage", "gate", "occlusion", "data", "privacy", "base", "instruction")
 """The facts that lie in no other file of the output."""
 
 

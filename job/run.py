@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 from job import output
 from job.attempt import Attempt
-from job.evaluate import judge, measure, values
+from job.evaluate import judge, looked_at, measure, values
 from job.export import export
 from job.metrics import serving, writing
 from job.model import choose_backend, import_first, load_model
@@ -77,10 +77,11 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
         before = measure(attempt, loaded, data, "before")
         fit(attempt, plan, loaded, data)
         after = measure(attempt, loaded, data, "after")
+        measured, refused = judge(spec, data, before, after)
+        record.update(measured=values(measured))
+        seen = looked_at(attempt, loaded, data, measured, before, after)
         with preemption.leave_at_once():
-            measured, refused = judge(spec, data, before, after)
-            record.update(measured=values(measured))
             exported = export(attempt, loaded, data, merged=spec.export.merged and not refused)
-            facts = report_facts(attempt, found, plan, before, after, measured, exported)
+            facts = report_facts(attempt, found, plan, before, after, measured, exported, seen)
             publish(attempt, data, exported, facts, refused)
         log.info("published: %s", spec.output.url)

@@ -11,7 +11,7 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 RADIOGRAPHER = "You are an expert radiographer. Describe accurately what you see in this image."
 
@@ -220,6 +220,8 @@ class EvaluationSpec(Section):
     """Resamples for the intervals."""
     confidence: float = Field(0.95, gt=0.5, lt=1)
     """Level of the intervals."""
+    explained_rows: NonNegativeInt = 3
+    """Samples of the report with a map of where the model looked; each takes 37 forward passes. 0 makes none."""
     eval_steps: PositiveInt | None = None
     """Optimizer steps between measurements of held-out loss while training; the last step is measured too. Without it, none
     are made."""
@@ -316,6 +318,7 @@ HARMLESS = frozenset(
         "preemption.spot_notices",
         "preemption.max_attempts_without_progress",
         "evaluation.cache",
+        "evaluation.explained_rows",
         "evaluation.require",
         "output.url",
         "output.on_conflict",

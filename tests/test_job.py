@@ -192,7 +192,7 @@ def accumulating(spec: dict[str, Any]) -> dict[str, Any]:
         "lora": spec["lora"] | {"lora_dropout": 0.1},
         "checkpoint": {"save_steps": 10, "keep": 3},
         "export": {"merged": False},
-        "evaluation": spec["evaluation"] | {"max_rows": 10},
+        "evaluation": spec["evaluation"] | {"max_rows": 10, "explained_rows": 0},
     }
 
 

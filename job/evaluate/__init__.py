@@ -14,6 +14,7 @@ from job.attempt import Attempt
 from job.data import Data
 from job.errors import JobError, Preempted
 from job.model import Loaded
+from job.output import read_json
 from job.record import watched
 from job.spec import JobSpec
 from job.store import Store
@@ -22,6 +23,7 @@ log = logging.getLogger("job")
 
 Rows = list[dict[str, Any]]
 
+OCCLUSION_KEY = "evaluation/occlusion.json"
 KEEP_SECONDS = 15.0
 """Between writes of the answers so far; a notice writes them at once."""
 
@@ -112,6 +114,33 @@ def metrics(spec: JobSpec, data: Data, before: Rows, after: Rows) -> dict[str, A
         confidence=spec.evaluation.confidence,
         seed=spec.training.seed,
     )
+
+
+def looked_at(
+    attempt: Attempt, loaded: Loaded, data: Data, measured: dict[str, Any] | None, before: Rows, after: Rows
+) -> dict[str, Any]:
+    """Occlusion maps of a few rows of the gallery, by id: from the output if they are there. Asked to stop, it leaves."""
+    from job.evaluate import gallery
+    from job.evaluate.generate import rows_ids
+    from job.evaluate.occlusion import explain
+
+    spec, store = attempt.spec, attempt.store
+    count = spec.evaluation.explained_rows if spec.privacy.report_images and after else 0
+    if not count:
+        return {}
+    stored: dict[str, Any] = read_json(store, OCCLUSION_KEY) or {}
+    chosen = gallery.chosen({"metrics": measured, "before": before, "after": after})
+    ranks = [places[rank] for rank in range(gallery.EACH) for places in chosen.values() if rank < len(places)]
+    wanted = {str(after[place]["id"]): str(after[place]["generated"]) for place in ranks[:count]}
+    if stored.keys() >= wanted.keys():
+        return stored
+    with attempt.record.stage("look where it looked") as facts:
+        place = {identity: index for index, identity in enumerate(rows_ids(data.evaluation))}
+        rows = data.evaluation.select([place[identity] for identity in wanted])
+        stored = explain(loaded, rows, wanted, spec, attempt.preemption.check)
+        store.write(OCCLUSION_KEY, json.dumps(stored).encode())
+        facts.append(f"{len(stored)} rows")
+    return stored
 
 
 def values(measured: dict[str, Any] | None) -> dict[str, dict[str, float]]:

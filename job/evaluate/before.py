@@ -46,6 +46,11 @@ def held(rows: Any) -> list[Held]:
     return [Held({name: row[name] for name in OWN}, _digest(row["messages"], row["images"])) for row in rows]
 
 
+def rows_digest(rows: Any) -> str:
+    """SHA-256 over texts and pixels of all rows, in order."""
+    return hashlib.sha256("".join(row.digest for row in held(rows)).encode()).hexdigest()
+
+
 def longest_first(rows: Sequence[Held]) -> list[int]:
     """An order in which rows that share a batch have answers of like length, and what does not fit the GPU comes first."""
     return sorted(range(len(rows)), key=lambda place: (-len(rows[place].own["reference"]), place))
