@@ -3,8 +3,8 @@
     python benchmarks/notebook.py MODEL DATA OUT --vision true --epochs 3 [--micro 2 --accumulation 4]
 
 Run by throughput.py. Rows come in the job's own order and through its collator, which takes the loss over answers only (the
-notebook's takes it over the prompt too), so that losses can be compared step by step; the fresh adapter is saved to OUT/start for the job to begin
-with. Writes OUT/steps.jsonl: seconds since the process began and loss of each step; OUT/facts.json: the rest.
+notebook's takes it over the prompt too), so that losses can be compared step by step; the fresh adapter is saved to
+OUT/start for the job to begin with. Writes OUT/steps.jsonl: seconds since the process began and loss of each step; OUT/facts.json: the rest.
 """
 
 from __future__ import annotations
