@@ -4,7 +4,8 @@
 
 Run by throughput.py. Rows come in the job's own order and through its collator, which takes the loss over answers only (the
 notebook's takes it over the prompt too), so that losses can be compared step by step; the fresh adapter is saved to
-OUT/start for the job to begin with. Writes OUT/steps.jsonl: seconds since the process began and loss of each step; OUT/facts.json: the rest.
+OUT/start for the job to begin with. Writes OUT/steps.jsonl: seconds since the process began and loss of each step;
+OUT/facts.json: the rest.
 """
 
 from __future__ import annotations
