@@ -19,10 +19,12 @@ names() {
     for name in $(compgen -e); do if [[ $name == @($known) ]]; then echo "$name"; fi; done
 }
 
-# What only this process and its children shall see; the rest of our environment ends here.
-unset_others() {
+# For runtimes that hand on their own environment: children see nothing else of ours from here on.
+keep_names() {
     local name
-    for name in $(compgen -e); do [[ $name == @($known|PATH|USER|HOME|LANG|LD_LIBRARY_PATH|CUDA_VISIBLE_DEVICES) ]] || unset "$name"; done
+    for name in $(compgen -e); do
+        [[ $name == @($known|PATH|USER|HOME|LANG|LD_LIBRARY_PATH|CUDA_VISIBLE_DEVICES) ]] || export -n "${name?}"
+    done
 }
 
 # Set `command` to what runs `python ARGUMENTS` under JOB_RUNTIME. Changes this shell's environment.
@@ -61,11 +63,11 @@ compose() {
             done
             command=(ch-run --private-tmp --set-env=HOME=/scratch --set-env=TMPDIR=/scratch --cd /scratch "${options[@]}" "$JOB_IMAGE" --
                 "$inside" "$@")
-            unset_others ;;
+            keep_names ;;
         venv)
             command=("$JOB_IMAGE/bin/python" "$@")
             JOB_SCRATCH=$scratch
-            unset_others ;;
+            keep_names ;;
         *) fail "JOB_RUNTIME is $JOB_RUNTIME; it can be apptainer, pyxis, podman, docker, charliecloud or venv" ;;
     esac
 }

@@ -35,36 +35,32 @@ child='' noticed='' ended=''
 hear() {
     noticed=$1
     [ "$1" = USR1 ] || ended=1
-    [ -z "$child" ] || kill -s "$1" "$child" 2>/dev/null
+    [ -z "$child" ] || pkill "-$1" -P "$child"
 }
 trap 'hear USR1' USR1
 trap 'hear TERM' TERM INT
 
-# Run a function or command to its end, whatever signals come. Returns its exit code; 75 when a signal came before it.
+# Run the function given to its end, whatever signals come. Returns its exit code; 75 when a signal came before it.
 to_its_end() {
-    local code again
     [ -z "$noticed" ] || return 75
-    "$@" &
+    (
+        trap : USR1 TERM INT # outlive them, to tell the code: bash's wait can lose it when a signal comes with the end
+        "$@"
+        echo $? >"$scratch.code"
+    ) &
     child=$!
-    wait "$child"
-    code=$?
-    while kill -0 "$child" 2>/dev/null; do # a signal ended the wait, not the job
-        wait "$child"
-        code=$?
-    done
-    wait "$child" 2>/dev/null # it may have ended just between the two
-    again=$?
-    return $((again == 127 ? code : again))
+    while kill -0 "$child" 2>/dev/null; do wait "$child"; done
+    return "$(cat "$scratch.code" || echo 137)"
 }
 
 payload() {
     compose -m job run
-    exec "${command[@]}"
+    "${command[@]}"
 }
 
 clean_up() {
     case $JOB_RUNTIME in podman | docker) "$JOB_RUNTIME" rm -f "$container" >/dev/null 2>&1 ;; esac
-    rm -rf "$scratch"
+    rm -rf "$scratch" "$scratch.code"
 }
 
 # Run the function given and do with the Slurm job what its exit code says: the table in job/errors.py.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -55,12 +56,21 @@ class Cluster:
         self.until(lambda: self.facts(job)["JobState"] in final, f"the end of job {job}", seconds)
         return self.facts(job)
 
+    def power_off(self, node: str) -> None:
+        """End all of a node at once, and wait until Slurm knows."""
+        os.kill(int((self.folder / f"{node}.pid").read_text()), signal.SIGKILL)
+        self.until(lambda: "down" in self.run("sinfo", "-h", "-n", node, "-o", "%T"), f"the loss of {node}")
+
+    def power_on(self, node: str) -> None:
+        subprocess.run([self.folder / "boot", node], env=self.environment(), check=True)
+        self.until(lambda: "idle" in self.run("sinfo", "-h", "-n", node, "-o", "%T"), f"the return of {node}")
+
     def processes(self, node: str) -> list[str]:
         """Command lines of what runs on a node beside its slurmd."""
         pid = (self.folder / f"{node}.pid").read_text().strip()
         inside = subprocess.run(["pgrep", "-P", pid], capture_output=True, text=True, check=True).stdout.strip()
         found = subprocess.run(["pgrep", "--ns", inside, "--nslist", "pid", "-a"], capture_output=True, text=True)
-        return [line for line in found.stdout.splitlines() if "slurmd -D" not in line]
+        return [line for line in found.stdout.splitlines() if "slurmd -D -N" not in line]
 
 
 def why_not() -> str | None:

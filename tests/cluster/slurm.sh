@@ -73,7 +73,7 @@ cat >"$d/boot" <<END
 #!/bin/bash
 # Boots the node named.
 unshare --pid --fork --mount-proc --uts --mount --kill-child bash -c \
-    'hostname \$0 && mount --bind $d/hosts /etc/hosts && exec slurmd -D -N \$0' "\$1" </dev/null >"$d/\$1.out" 2>&1 &
+    'hostname \$0 && mount --bind $d/hosts /etc/hosts && { slurmd -D -N \$0 & wait; }' "\$1" </dev/null >"$d/\$1.out" 2>&1 &
 echo \$! >"$d/\$1.pid"
 END
 chmod 755 "$d/boot"

@@ -14,10 +14,11 @@ from job.errors import EXIT_CODES
 from job.store import open_store
 from job.store.lease import acquire
 from tests.cluster.conftest import Cluster
-from tests.conftest import ROOT
 from tests.resume_proof import outcome, small_spec
 
 TRAIN = "slurm/train.sh"
+Waiting = tuple[str, Path]
+"""A job's id and its output."""
 
 
 def settings(folder: Path, venv: Path) -> dict[str, str]:
@@ -63,12 +64,27 @@ def waiting(cluster: Cluster, output: Path, demo: Path, site: dict[str, str], *a
         yield job
 
 
+def codes(facts: dict[str, str]) -> list[int]:
+    """The exit codes of all starts of a job, from its log."""
+    said = re.findall(r"^slurm: (?:exit (\d+)|(done))", Path(facts["StdOut"]).read_text(), re.MULTILINE)
+    return [int(code or 0) for code, _ in said]
+
+
 def publish(whole: Path, output: Path) -> None:
     """Let the next attempt find its work done."""
     shutil.copytree(whole, output, dirs_exist_ok=True, ignore=shutil.ignore_patterns("lease.json"))
 
 
-def test_the_demo_is_published_by_one_sbatch(whole: Path):
+@pytest.fixture(scope="module")
+def limited(cluster: Cluster, demo: Path, venv: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Waiting]:
+    """A job near its time limit. Slurm looks at limits every 30 s, so this one runs while other tests do."""
+    folder = tmp_path_factory.mktemp("limited")
+    options = ("--time=5", "--signal=B:USR1@290", "--nodelist=node2")
+    with waiting(cluster, folder / "output", demo, settings(folder, venv), *options) as job:
+        yield job, folder / "output"
+
+
+def test_the_demo_is_published_by_one_sbatch(limited: Waiting, whole: Path):
     assert (whole / "RESULT.json").exists()
 
 
@@ -76,14 +92,74 @@ def test_a_preempted_job_is_requeued_and_ends_the_same(
     cluster: Cluster, whole: Path, demo: Path, site: dict[str, str], tmp_path: Path
 ):
     output = tmp_path / "output"
-    job = cluster.submit(
-        "--nodelist=node1", "--mem=150G", TRAIN, **site | {"JOB_SPEC": small_spec(demo, str(output))}
-    )
-    saved = output / "checkpoints/step-00000010/MANIFEST.json"
-    cluster.until(saved.exists, "a checkpoint")
-    urgent = cluster.submit("--partition=urgent", "--nodelist=node1", "--mem=150G", "--wrap=true")
-    cluster.end(urgent)
+    options = ("--nodelist=node1", "--mem=150G")
+    job = cluster.submit(*options, TRAIN, **site | {"JOB_SPEC": small_spec(demo, str(output))})
+    cluster.until((output / "checkpoints/step-00000010/MANIFEST.json").exists, "a checkpoint")
+    cluster.end(cluster.submit("--partition=urgent", *options, "--wrap=true"))
     facts = cluster.end(job)
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1")
     assert outcome(str(output)) == outcome(str(whole))
-    assert re.findall(r"^exit (\d+):", Path(facts["StdOut"]).read_text(), re.MULTILINE) == ["75"]
+    assert codes(facts) == [75, 0]
+
+
+def test_each_exit_code_is_done_stopped_or_requeued_as_the_table_says(
+    cluster: Cluster, site: dict[str, str], tmp_path: Path
+):
+    python = tmp_path / "venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\nexit $JOB_SPEC\n")
+    python.chmod(0o755)
+    fast = site | {"JOB_IMAGE": str(tmp_path / "venv"), "JOB_MAX_RESTARTS": "1"}
+    jobs = {
+        row: cluster.submit("--gres=none", "--mem=1G", "--cpus-per-task=1", TRAIN, **fast | {"JOB_SPEC": str(row.code)})
+        for row in EXIT_CODES
+    }
+    for row, job in jobs.items():
+        facts = cluster.end(job)
+        assert facts["ExitCode"] == f"{row.code}:0", row
+        assert facts["JobState"] == ("COMPLETED" if row.slurm == "done" else "FAILED"), row
+        assert facts["Restarts"] == ("1" if row.slurm == "requeue" else "0"), row
+        assert codes(facts) == [row.code] * (2 if row.slurm == "requeue" else 1), row
+
+
+def test_a_bad_spec_ends_with_its_reason_and_is_not_requeued(cluster: Cluster, site: dict[str, str]):
+    job = cluster.submit(TRAIN, **site | {"JOB_SPEC": "model: {name_or_path: m}"})
+    facts = cluster.end(job)
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "78:0", "0")
+    assert "dataset" in Path(facts["StdOut"]).read_text()
+
+
+def test_a_cancelled_job_leaves_nothing_running_and_stays_cancelled(
+    cluster: Cluster, demo: Path, site: dict[str, str], tmp_path: Path
+):
+    with waiting(cluster, tmp_path / "output", demo, site, "--nodelist=node1") as job:
+        assert any("-m job run" in line for line in cluster.processes("node1"))
+        cluster.run("scancel", job)
+        facts = cluster.end(job)
+        cluster.until(lambda: "-m job run" not in str(cluster.processes("node1")), "the end of its processes", 20)
+    assert codes(facts) == [75]
+    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
+    assert cluster.processes("node1") == []
+    assert list((tmp_path / "node").iterdir()) == []
+
+
+def test_a_job_that_needs_more_than_its_time_limit_goes_on_in_the_next(cluster: Cluster, whole: Path, limited: Waiting):
+    job, output = limited
+    cluster.until(lambda: cluster.facts(job)["Restarts"] != "0", "the notice ahead of the time limit")
+    publish(whole, output)
+    facts = cluster.end(job)
+    assert facts["JobState"] == "COMPLETED"
+    assert codes(facts) == [75] * int(facts["Restarts"]) + [0]
+
+
+def test_a_job_of_a_node_that_dies_goes_on_elsewhere(
+    cluster: Cluster, whole: Path, demo: Path, site: dict[str, str], tmp_path: Path
+):
+    with waiting(cluster, tmp_path / "output", demo, site) as job:
+        node = cluster.facts(job)["NodeList"]
+        publish(whole, tmp_path / "output")
+        cluster.power_off(node)
+        facts = cluster.end(job)
+    cluster.power_on(node)
+    assert (facts["JobState"], facts["Restarts"], codes(facts)) == ("COMPLETED", "1", [0])
+    assert facts["NodeList"] != node
