@@ -57,13 +57,8 @@ class Cluster:
         return self.facts(job)
 
     def power_off(self, node: str) -> None:
-        """End all of a node at once, and wait until Slurm knows."""
+        """End all of a node at once. Slurm learns it later."""
         os.kill(int((self.folder / f"{node}.pid").read_text()), signal.SIGKILL)
-        self.until(lambda: "down" in self.run("sinfo", "-h", "-n", node, "-o", "%T"), f"the loss of {node}")
-
-    def power_on(self, node: str) -> None:
-        subprocess.run([self.folder / "boot", node], env=self.environment(), check=True)
-        self.until(lambda: "idle" in self.run("sinfo", "-h", "-n", node, "-o", "%T"), f"the return of {node}")
 
     def processes(self, node: str) -> list[str]:
         """Command lines of what runs on a node beside its slurmd."""
