@@ -5,7 +5,8 @@
 : "${JOB_RUNTIME:=apptainer}"
 [ -n "${JOB_IMAGE:-}" ] || fail "JOB_IMAGE is empty; say in slurm/site.env what to start"
 container=vision-lora-$SLURM_JOB_ID${RANK:+-$RANK}
-inside=/opt/venv/bin/python
+python=/opt/venv/bin/python
+[ "$JOB_RUNTIME" != venv ] || python=$JOB_IMAGE/bin/python
 
 # Variables that the job may see: its own, and what stores, hubs, proxies and NCCL are set up with.
 shopt -s extglob
@@ -27,7 +28,7 @@ keep_names() {
     done
 }
 
-# Set `command` to what runs `python ARGUMENTS` under JOB_RUNTIME. Changes this shell's environment.
+# Set `command` to what runs PROGRAM ARGUMENTS under JOB_RUNTIME. Changes this shell's environment.
 compose() {
     local name folder gpus=${SLURM_JOB_GPUS:-${SLURM_STEP_GPUS:-}}
     local -a mounts=("$scratch:/scratch") options=()
@@ -41,11 +42,11 @@ compose() {
             for name in $(names) CUDA_VISIBLE_DEVICES; do export "APPTAINERENV_$name=${!name-}"; done
             for folder in "${mounts[@]:1}"; do options+=(--bind "$folder"); done
             command=(apptainer exec ${gpus:+--nv} --contain --cleanenv --home "${mounts[0]}" --pwd /scratch "${options[@]}"
-                "$JOB_IMAGE" "$inside" "$@") ;;
+                "$JOB_IMAGE" "$@") ;;
         pyxis)
             name=$(names | paste -sd ,),CUDA_VISIBLE_DEVICES
             command=(srun --export="$name" --container-image="$JOB_IMAGE" --container-mounts="$(IFS=, && echo "${mounts[*]}")"
-                --no-container-mount-home --container-readonly --container-workdir=/scratch "$inside" "$@") ;;
+                --no-container-mount-home --container-readonly --container-workdir=/scratch "$@") ;;
         podman | docker)
             for name in $(names); do options+=(--env "$name"); done
             for folder in "${mounts[@]}"; do options+=(--volume "$folder"); done
@@ -55,17 +56,17 @@ compose() {
             esac
             [ "$JOB_RUNTIME$(id -u)" = "docker$(id -u)" ] || [ "$(id -u)" = 0 ] || options+=(--userns keep-id)
             command=("$JOB_RUNTIME" run --rm --name "$container" --user "$(id -u):$(id -g)" --read-only --tmpfs /tmp --shm-size 8g
-                --cap-drop ALL --security-opt no-new-privileges "${options[@]}" --entrypoint "$inside" "$JOB_IMAGE" "$@") ;;
+                --cap-drop ALL --security-opt no-new-privileges "${options[@]}" --entrypoint "$1" "$JOB_IMAGE" "${@:2}") ;;
         charliecloud)
             for folder in "${mounts[@]}"; do
                 name=${folder#*:} && mkdir -p "$JOB_IMAGE/${name%:ro}"
                 options+=(--bind "${folder%:ro}")
             done
             command=(ch-run --private-tmp --set-env=HOME=/scratch --set-env=TMPDIR=/scratch --cd /scratch "${options[@]}" "$JOB_IMAGE" --
-                "$inside" "$@")
+                "$@")
             keep_names ;;
         venv)
-            command=("$JOB_IMAGE/bin/python" "$@")
+            command=("$@")
             JOB_SCRATCH=$scratch
             keep_names ;;
         *) fail "JOB_RUNTIME is $JOB_RUNTIME; it can be apptainer, pyxis, podman, docker, charliecloud or venv" ;;

@@ -54,7 +54,7 @@ to_its_end() {
 }
 
 payload() {
-    compose -m job run
+    compose "$python" -m job run
     "${command[@]}"
 }
 
