@@ -168,13 +168,13 @@ def _complete(store: S3Store, key: str, upload_id: str, parts: list[dict[str, An
 
 def download(store: S3Store, key: str, path: Path, promised: str | None) -> Digest:
     """Fetch ranges in parallel, hash and write them in order, so that the part file is always a true beginning."""
-    there = store.call("head_object", "s3:GetObject", key)
-    size, etag = int(there["ContentLength"]), str(there["ETag"])
-    mark = hashlib.sha256(etag.encode()).hexdigest()[:12]
-    partial = path.parent / partial_name(path.name, mark)
     with disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         for fresh in (False, True):
+            there = store.call("head_object", "s3:GetObject", key)
+            size, etag = int(there["ContentLength"]), str(there["ETag"])
+            mark = hashlib.sha256(etag.encode()).hexdigest()[:12]
+            partial = path.parent / partial_name(path.name, mark)
             digest = _fetch_all(store, key, etag, size, partial, fresh)
             if promised is None or digest.sha256 == promised:
                 partial.replace(path)
