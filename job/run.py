@@ -22,7 +22,7 @@ from job.spec import JobSpec
 from job.spot import watching
 from job.store import check_writable
 from job.store.lease import acquire
-from job.survey import find_device, survey, torch_device
+from job.survey import arriving, find_device, restored_cache, survey, torch_device
 
 log = logging.getLogger("job")
 
@@ -50,12 +50,15 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
         stack.enter_context(watching(spec.preemption.spot_notices, preemption, environment))
         number = output.begin(store, spec)
         record = stack.enter_context(Record(store, scratch, name=spec.name, attempt=number).kept())
-        attempt = Attempt(spec, store, lease, scratch, record, preemption, number)
         with preemption.leave_at_once():
             with record.stage("stage in"):
-                backend = choose_backend(spec.model, find_device(has_torch=True).kind == "cuda")
-                import_first(backend)
+                with arriving(spec, scratch):
+                    device = find_device(has_torch=True)
+                    compiled = restored_cache(spec, store, scratch.parent, device)
+                    backend = choose_backend(spec.model, device.kind == "cuda")
+                    import_first(backend)
                 found = survey(spec, store, scratch, fetch=True)
+            attempt = Attempt(spec, store, lease, scratch, record, preemption, number, compiled)
             plan = make_plan(spec, found.facts)
             log.info("%s", describe(spec, plan, found.facts))
             data, base = found.data, found.base
