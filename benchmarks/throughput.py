@@ -4,7 +4,8 @@
 
 MODEL is a Llama 3.2 Vision checkpoint, real or made by models.py. Each flow is a process of its own, as a user starts it,
 with compile caches of its own; the job is then started once more as a scheduler would on a new node, from its last checkpoint
-and with nothing on scratch. Samples per second are taken over all steps but the first, which compiles.
+and with nothing on scratch. With --generate N, N captions of 64 tokens are generated behind training: one by one as in the
+notebook, and by the job's measurement, which also takes the loss of each.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from PIL import Image
 from record import append
 
 ROOT = Path(__file__).resolve().parent.parent
-BATCH = 8
+BATCH, TOKENS = 8, 64
+COMPILING = 2
+"""First steps left out of the speed: the first compiles, the second compiles again for another number of tokens."""
 WORDS = ("lung", "heart", "rib", "left", "right", "upper", "lower", "clear", "effusion", "opacity", "mild", "is", "no")
 GOALS = {"language": 4.0, "everywhere": 1.5}
 
@@ -58,13 +61,13 @@ def notebook(model: Path, data: Path, out: Path, case: str, epochs: int, generat
     command = [sys.executable, str(ROOT / "benchmarks" / "notebook.py"), str(model), str(data), str(out)]
     command += ["--vision", "true" if case == "everywhere" else "false", "--epochs", str(epochs)]
     command += ["--generate", str(generate)]
-    started(command, os.environ | caches(out), out.with_suffix(".log"))
+    started(command, os.environ | caches(out.parent / "notebook-caches"), out.with_suffix(".log"))
     lines = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
     return {**json.loads((out / "facts.json").read_text()), "steps": lines}
 
 
 def job(
-    model: Path, data: Path, out: Path, case: str, epochs: int, start: Path | None, scratch: Path
+    model: Path, data: Path, out: Path, case: str, epochs: int, start: Path | None, scratch: Path, generate: int = 0
 ) -> dict[str, Any]:
     """One attempt of the job. `seconds` of a step count from the start of the process, as in the notebook's."""
     spec: dict[str, Any] = {
@@ -83,6 +86,9 @@ def job(
         "export": {"merged": False},
         "output": {"url": str(out)},
     }
+    if generate:
+        spec["dataset"] = {"path": str(data), "eval_path": str(data)}
+        spec["evaluation"] = {"max_rows": generate, "batch_size": 16, "max_new_tokens": TOKENS}
     if start is not None:
         spec["lora"]["init_adapter"] = str(start)
     settings = {name: value for name, value in os.environ.items() if not name.endswith(("_CACHE_DIR", "_LOCATION"))}
@@ -95,7 +101,9 @@ def job(
     lines = [json.loads(line) for line in (out / "logs" / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line["seconds"] = datetime.fromisoformat(line["time"].replace("Z", "+00:00")).timestamp() - began
-    return {"steps": lines, "peak_gb": max(line.get("gpu_memory_reserved_gb", 0) for line in lines)}
+    result = json.loads((out / "RESULT.json").read_text())
+    peak = max(line.get("gpu_memory_reserved_gb", 0) for line in lines)
+    return {"steps": lines, "peak_gb": peak, "generation": result["seconds"].get("evaluate after")}
 
 
 def started(command: list[str], environment: dict[str, str], log: Path) -> None:
@@ -108,8 +116,9 @@ def started(command: list[str], environment: dict[str, str], log: Path) -> None:
 
 
 def speed(steps: list[dict[str, Any]]) -> float:
-    """Samples per second behind the first step."""
-    return BATCH * (len(steps) - 1) / (steps[-1]["seconds"] - steps[0]["seconds"])
+    """Samples per second behind the steps that compile."""
+    rest = steps[COMPILING - 1 :]
+    return BATCH * (len(rest) - 1) / (rest[-1]["seconds"] - rest[0]["seconds"])
 
 
 def main() -> None:
@@ -132,13 +141,24 @@ def main() -> None:
     peer = notebook(given.model, data, folder / f"notebook-{given.case}", given.case, given.epochs, given.generate)
     start = folder / f"notebook-{given.case}" / "start"
     out = folder / f"job-{given.case}"
-    ours = job(given.model, data, out, given.case, given.epochs, start, folder / "scratch")
-    report(given.case, peer, ours, device)
+    ours = job(given.model, data, out, given.case, given.epochs, start, folder / "scratch", given.generate)
+    report(given.case, peer, ours, device, cold=given.folder is None or given.restart)
+    if given.generate:
+        ratio = peer["generation"] / ours["generation"]
+        append(
+            "throughput",
+            f"{given.generate} captions: job over notebook",
+            ratio,
+            "times",
+            goal="at least 4",
+            meets=ratio >= 4,
+            device=device,
+        )
     if given.restart:
         restart(given, data, out, start, folder, ours["steps"][0]["seconds"], device)
 
 
-def report(case: str, peer: dict[str, Any], ours: dict[str, Any], device: str) -> None:
+def report(case: str, peer: dict[str, Any], ours: dict[str, Any], device: str, *, cold: bool) -> None:
     theirs, mine = speed(peer["steps"]), speed(ours["steps"])
     goal = GOALS[case]
     append("throughput", f"{case}: notebook", theirs, "samples/s", device=device)
@@ -174,15 +194,17 @@ def report(case: str, peer: dict[str, Any], ours: dict[str, Any], device: str) -
         meets=ours["peak_gb"] < 44,
         device=device,
     )
-    cold, their_cold = ours["steps"][0]["seconds"], peer["steps"][0]["seconds"]
-    append("throughput", f"{case}: notebook, start to first step, cold", their_cold, "s", device=device)
+    if not cold:  # an earlier case compiled for this one
+        return
+    first, theirs = ours["steps"][0]["seconds"], peer["steps"][0]["seconds"]
+    append("throughput", f"{case}: notebook, start to first step, cold", theirs, "s", device=device)
     append(
         "throughput",
         f"{case}: job, start to first step, cold",
-        cold,
+        first,
         "s",
         goal="no more than the notebook",
-        meets=cold <= their_cold,
+        meets=first <= theirs,
         device=device,
     )
 

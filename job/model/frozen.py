@@ -23,11 +23,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from job.errors import Unavailable
 from job.model import Loaded
-from job.model.pictures import FEATURES, LAYOUTS, Batch, Layout, number_of_pictures, picture, with_features
+from job.model.pictures import (
+    FEATURES,
+    LAYOUTS,
+    Batch,
+    Layout,
+    number_of_pictures,
+    picture,
+    with_features,
+    without_pixels,
+)
 
 log = logging.getLogger("job")
 
+TOGETHER = 4
+"""Pictures that a GPU looks at in one call."""
 WAITING = 32
 """Features that may wait to be written; further ones are made again in the next epoch rather than slow this one."""
 
@@ -55,21 +67,18 @@ class Features:
         return self.__dict__ | {"_waiting": None}
 
     def recall(self, batch: Batch, images: Sequence[Sequence[Any]]) -> tuple[Batch, list[str]]:
-        """The batch with features instead of pixels when all are kept; and the pictures' keys.
+        """For the loader: the batch without pixels when the features of all pictures are kept; and the pictures' keys.
 
         `images` are the rows' PIL images. No keys (then nothing is kept) where the processor made several pictures of
-        one, or filled up rows that have fewer.
+        one, or filled up rows that have fewer. The files are asked for here, so that they are in memory when needed;
+        passing them on from the loader's process would take gigabytes of /dev/shm.
         """
         keys = [self.key(image) for row in images for image in row]
         if not keys or number_of_pictures(batch, self.layout) != len(keys):
             return batch, []
-        kept = list[torch.Tensor]()
-        for key in keys:
-            found = self.load(key)
-            if found is None:
-                return batch, keys
-            kept.append(found)
-        return with_features(batch, self.layout, kept), keys
+        if all(list(map(self._read_ahead, keys))):  # every one, so that all are read ahead
+            batch = without_pixels(batch)
+        return batch, keys
 
     def key(self, image: Any) -> str:
         """Digest of a PIL image and of the model that looks at it."""
@@ -77,13 +86,24 @@ class Features:
         digest.update(image.tobytes())
         return digest.hexdigest()
 
-    def load(self, key: str) -> torch.Tensor | None:
-        """The features kept under `key`; None when there are none, or none that can be read."""
+    def load(self, key: str, device: torch.device) -> torch.Tensor:
+        """The features kept under `key`. Raises Unavailable when the file is gone or broken since `recall`."""
         try:
-            with safe_open(self._file(key), "pt") as stream:
+            with safe_open(self._file(key), "pt", device=str(device)) as stream:
                 return stream.get_tensor(FEATURES)  # type: ignore[no-any-return]
+        except (OSError, SafetensorError) as error:
+            raise Unavailable(f"scratch: {self._file(key)} cannot be read any more ({error}); run again") from error
+
+    def _read_ahead(self, key: str) -> bool:
+        """Whether there are whole features under `key`; if so, the kernel begins to read them."""
+        try:
+            with safe_open(self._file(key), "pt"):  # compares the length with the header
+                pass
+            with self._file(key).open("rb") as stream:
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         except (OSError, SafetensorError):
-            return None
+            return False
+        return True
 
     def keep(self, key: str, features: torch.Tensor) -> None:
         """Write in the background; left out when the limit is reached or the disk cannot follow."""
@@ -128,18 +148,20 @@ class Frozen:
     features: Features
 
     def look(self, batch: Batch, keys: Sequence[str]) -> Batch:
-        """The batch, on the model's device, with features instead of pixels: the tower is asked for what is missing."""
+        """The batch, on the model's device, with features: those kept, else the tower is asked."""
         layout = self.features.layout
-        if FEATURES in batch or "pixel_values" not in batch:
-            return batch
+        if "pixel_values" not in batch:
+            rows, device = len(batch["input_ids"]), batch["input_ids"].device
+            return (
+                with_features(batch, layout, rows, [self.features.load(key, device) for key in keys]) if keys else batch
+            )
         tower(self.model).eval()  # or it would keep activations to recompute from, for a backward that never comes
-        made = list[torch.Tensor]()
+        pictures = [picture(batch, layout, index) for index in range(number_of_pictures(batch, layout))]
         with torch.no_grad():
-            for index in range(number_of_pictures(batch, layout)):
-                made.append(see(self.model, layout, picture(batch, layout, index)))
-                if keys:
-                    self.features.keep(keys[index], made[-1])
-        return with_features(batch, layout, made)
+            made = see(self.model, layout, pictures)
+        for key, features in zip(keys, made, strict=False):
+            self.features.keep(key, features)
+        return with_features(batch, layout, len(batch["input_ids"]), made)
 
     @contextmanager
     def given(self) -> Iterator[None]:
@@ -196,16 +218,32 @@ def fingerprint(loaded: Loaded) -> str:
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
 
-def see(model: Any, layout: Layout, inputs: Batch) -> torch.Tensor:
-    """One picture's features, projected to the language model's width, as `FEATURES` holds them."""
+def see(model: Any, layout: Layout, pictures: Sequence[Batch]) -> list[torch.Tensor]:
+    """Each picture's features, projected to the language model's width, as `FEATURES` holds them.
+
+    On a GPU, where small calls leave the card waiting, `TOGETHER` pictures of one shape share a call. There are always
+    as many in it, the last ones repeated, so that every picture meets the same kernels whoever its neighbours are.
+    """
+    size = TOGETHER if layout != "patches" and pictures[0]["pixel_values"].is_cuda else 1
+    seen = list[torch.Tensor]()
+    for start in range(0, len(pictures), size):
+        group = list(pictures[start : start + size])
+        filled = group + [group[-1]] * (size - len(group))
+        inputs = {name: torch.cat([each[name] for each in filled]) for name in filled[0]}
+        seen += _see(model, layout, inputs, size)[: len(group)]
+    return seen
+
+
+def _see(model: Any, layout: Layout, inputs: Batch, pictures: int) -> list[torch.Tensor]:
     inner = base(model).model
     if layout == "rows":
-        seen = inner.vision_model(**inputs).last_hidden_state
-        return inner.multi_modal_projector(seen)[:, 0]  # type: ignore[no-any-return]
+        said = inner.vision_model(**inputs).last_hidden_state
+        return list(torch.split(inner.multi_modal_projector(said), 1))
     found = type(inner).get_image_features(inner, **inputs, return_dict=True)
     first = found.pooler_output
     first = first.flatten(0, 1) if isinstance(first, torch.Tensor) else torch.cat(list(first))
-    return torch.stack([first, *(getattr(found, "deepstack_features", None) or ())], dim=1)
+    levels = torch.stack([first, *(getattr(found, "deepstack_features", None) or ())], dim=1)
+    return list(torch.split(levels, len(levels) // pictures))
 
 
 def _given(pixel_values: torch.Tensor, *_: Any, **__: Any) -> Any:

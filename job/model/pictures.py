@@ -58,13 +58,17 @@ def picture(batch: Batch, layout: Layout, index: int) -> Batch:
     return inputs
 
 
-def with_features(batch: Batch, layout: Layout, features: Sequence[torch.Tensor]) -> Batch:
-    """The batch with its pictures' features, each as `FEATURES` has them for one picture, instead of its pixels."""
-    kept = {name: tensor for name, tensor in batch.items() if name not in _ROWS_INPUTS}
+def without_pixels(batch: Batch) -> Batch:
+    """The batch less what only the vision tower takes. Qwen's language model too takes the grids."""
+    return {name: tensor for name, tensor in batch.items() if name not in _ROWS_INPUTS}
+
+
+def with_features(batch: Batch, layout: Layout, rows: int, features: Sequence[torch.Tensor]) -> Batch:
+    """The batch with the features of the pictures of its `rows`, each as `FEATURES` has one, instead of pixels."""
+    together = torch.cat(list(features))
     if layout == "rows":
-        rows, pictures = batch["pixel_values"].shape[:2]
-        return kept | {FEATURES: torch.cat(list(features)).reshape(rows, pictures, *features[0].shape[1:])}
-    return kept | {FEATURES: torch.cat(list(features))}
+        together = together.reshape(rows, len(features) // rows, *together.shape[-3:])
+    return without_pixels(batch) | {FEATURES: together}
 
 
 def _units(batch: Batch, tensor: torch.Tensor) -> list[int]:

@@ -31,6 +31,8 @@ def install(model: Any) -> None:
     tower = getattr(getattr(model, "model", model), "vision_model", None)
     if tower is None or getattr(tower.config, "model_type", "") != "mllama_vision_model":
         return
+    if tower.config._attn_implementation == NAME:
+        return
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attention)

@@ -193,7 +193,7 @@ class S3Store:
         checksums = self._checks_checksums(key)
         if not checksums:
             weaker.append(
-                f"{self.endpoint} checks no SHA-256, so an MD5 goes with each part and is compared with the ETag."
+                f"{self.endpoint} checks no CRC32C, so an MD5 goes with each part and is compared with the ETag."
             )
         etag = self.put(key, b"a", {}, checksums=checksums)
         self.read(key)
@@ -214,7 +214,7 @@ class S3Store:
                     Bucket=self.bucket,
                     Key=self.prefix + key,
                     Body=data,
-                    **transfer.sha256(b"right"),
+                    **transfer.crc32c(b"right"),
                     **self.encryption(),
                 )
             except ClientError as error:
@@ -258,7 +258,7 @@ class S3Store:
     def put(self, key: str, data: bytes, condition: dict[str, Any], *, checksums: bool | None = None) -> str:
         """One object in one request; the answer must show the encryption asked for. Returns the version."""
         checked = self.capabilities.checksums if checksums is None else checksums
-        check = transfer.sha256(data) if checked else transfer.md5(data)
+        check = transfer.crc32c(data) if checked else transfer.md5(data)
         for _ in range(transfer.DAMAGED_TRIES):
             answer = self.call("put_object", "s3:PutObject", key, Body=data, **check, **condition, **self.encryption())
             try:

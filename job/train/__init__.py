@@ -34,6 +34,8 @@ from job.train.snapshot import Snapshot
 log = logging.getLogger("job")
 
 ADAPTER = "adapter_model.safetensors"
+SHARED_BYTES = 500_000_000
+"""Of /dev/shm for one loader: two batches of eight four-tile pictures in float32."""
 
 
 class LoraTrainer(SFTTrainer):
@@ -154,7 +156,7 @@ class LoraTrainer(SFTTrainer):
 @dataclass(frozen=True)
 class NumberedRows:
     """The collator's batch with what `LoraTrainer` takes out again: the numbers of its rows, how many pictures each has,
-    and the pictures' keys. Where the features of all pictures are kept, they stand in the place of the pixels."""
+    and the pictures' keys. Where the features of all pictures are kept, it has no pixels."""
 
     collator: Collator
     features: Features | None
@@ -243,15 +245,18 @@ def vision_kept(attempt: Attempt, loaded: Loaded) -> Frozen | None:
 
 
 def loader_workers(given: int | str, on_gpu: bool) -> int:
-    """`auto` is none on a CPU, where they would take cores from training; else four, or what the machine has."""
+    """`auto` is none on a CPU, where they would take cores from training; else up to four, as many as there are cores and
+    as /dev/shm, through which they hand on pixels, has room for."""
     if isinstance(given, int):
         return given
-    return min(4, max(1, len(os.sched_getaffinity(0)) - 1)) if on_gpu else 0
+    shared = free_bytes(Path("/dev/shm"))
+    return min(4, len(os.sched_getaffinity(0)) - 1, shared // SHARED_BYTES) if on_gpu else 0
 
 
 def arguments(spec: JobSpec, loaded: Loaded, plan: Plan, scratch: Path) -> SFTConfig:
     """Our spec in TRL's words."""
     training, on_gpu = spec.training, loaded.device.type == "cuda"
+    workers = loader_workers(training.dataloader_num_workers, on_gpu)
     checkpointing = on_gpu if training.gradient_checkpointing == "auto" else training.gradient_checkpointing
     return SFTConfig(
         output_dir=str(scratch / "trainer"),
@@ -272,7 +277,8 @@ def arguments(spec: JobSpec, loaded: Loaded, plan: Plan, scratch: Path) -> SFTCo
         max_length=None,
         seed=training.seed,
         data_seed=training.seed,
-        dataloader_num_workers=loader_workers(training.dataloader_num_workers, on_gpu),
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},

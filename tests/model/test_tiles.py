@@ -21,7 +21,6 @@ def seen(tiny: Callable[..., Path]) -> Callable[[dict[str, torch.Tensor]], Any]:
     loaded = perturb(load_tiny(tiny("mllama"), finetune_language_layers=False))
     vision = tower(loaded.model)
     trained = [weight for weight in vision.parameters() if weight.requires_grad]
-    upstream = vision.config._attn_implementation
 
     def run(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         out = vision(**{name: inputs[name] for name in PICTURE}).last_hidden_state
@@ -29,13 +28,13 @@ def seen(tiny: Callable[..., Path]) -> Callable[[dict[str, torch.Tensor]], Any]:
         return out.detach(), list(torch.autograd.grad((out * weights).mean(), trained))
 
     def both(inputs: dict[str, torch.Tensor]) -> Any:
-        theirs = run(inputs)
-        tiles.install(loaded.model.get_base_model())
         assert vision.config._attn_implementation == tiles.NAME
         ours = run(inputs)
-        vision.config._attn_implementation = upstream
+        vision.config._attn_implementation = "sdpa"
         for encoder in (vision.transformer, vision.global_transformer):
             encoder._forward_pre_hooks.clear()
+        theirs = run(inputs)
+        tiles.install(loaded.model.get_base_model())
         return theirs, ours
 
     both.processor = loaded.processor
