@@ -186,12 +186,7 @@ def warnings(spec: JobSpec, facts: Facts, total: int | None) -> list[str]:
             found.append("no rows are held out, so nothing will be measured")
         elif facts.data["evaluation"] < 20:
             found.append(f"only {facts.data['evaluation']} rows are held out: intervals will be wide")
-        if facts.data.get("same_in_both"):
-            found.append(f"{facts.data['same_in_both']} groups or images are in both training and held-out rows")
-        if spec.dataset.group_column is None and not (spec.dataset.eval_path or spec.dataset.eval_split):
-            found.append("dataset.group_column is not set: rows of one patient may be on both sides of the split")
-        if facts.data["quarantined"]:
-            found.append(f"{facts.data['quarantined']} bad rows are set aside (data/quarantine.jsonl)")
+        found += _data_warnings(spec, facts.data)
     if total is not None and spec.checkpoint.save_steps > total:
         found.append(
             f"checkpoint.save_steps {spec.checkpoint.save_steps} is over the {total} steps: one save, at the end"
@@ -207,6 +202,31 @@ def warnings(spec: JobSpec, facts: Facts, total: int | None) -> list[str]:
         found.append(
             f"merged weights need {bytes_text(need)} of scratch, {bytes_text(facts.scratch_free)} are free; "
             "point JOB_SCRATCH at a larger disk"
+        )
+    return found
+
+
+def _data_warnings(spec: JobSpec, data: dict[str, Any]) -> list[str]:
+    found = []
+    if data.get("same_in_both"):
+        found.append(f"{data['same_in_both']} groups or images are in both training and held-out rows")
+    if data.get("near_duplicates"):
+        found.append(
+            f"{data['near_duplicates']} held-out pictures are nearly the same as one to train on (data/near_duplicates.jsonl)"
+        )
+    if not (data.get("grouped") or spec.dataset.group_column) and not (
+        spec.dataset.eval_path or spec.dataset.eval_split
+    ):
+        found.append("dataset.group_column is not set: rows of one patient may be on both sides of the split")
+    if data["quarantined"]:
+        found.append(f"{data['quarantined']} bad rows are set aside (data/quarantine.jsonl)")
+    if data.get("over_length"):
+        found.append(f"{data['over_length']} rows are over training.max_length: their answers are cut there")
+    if data.get("burned_in_yes"):
+        found.append(f"{data['burned_in_yes']} rows say that words are burned into their pixels: look for names")
+    if data.get("burned_in_maybe"):
+        found.append(
+            f"{data['burned_in_maybe']} rows do not say whether names are burned into their pixels, and may have them"
         )
     return found
 

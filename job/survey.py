@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from job.data import Data
+    from job.model.lengths import Ruler
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool) -> Survey
     elif fetch or is_local(spec.dataset.path):
         from job.data import prepare
 
-        data = prepare(spec, scratch, _progress("look at data"))
+        data = prepare(spec, scratch, _progress("look at data"), ruler(spec, base) if base and has_torch else None)
     else:
         notes.append(f"{spec.dataset.path} is not here yet: rows are counted after stage in")
     if data is not None and base is not None and has_torch:
@@ -103,13 +104,22 @@ def torch_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def ruler(spec: JobSpec, base: Path) -> Ruler:
+    from job.model.lengths import Ruler
+    from job.model.transformers_backend import load_processor
+
+    return Ruler(load_processor(spec.model, base))
+
+
 def rendered(spec: JobSpec, base: Path, data: Data) -> str:
     """The first training row as the model sees it, what is learned between ⟦ and ⟧; without its text when privacy says so."""
     from job.model.collator import IGNORE, Collator
     from job.model.transformers_backend import load_processor
 
     processor = load_processor(spec.model, base)
-    batch = Collator(processor, spec.training.max_length, spec.training.train_on_responses_only)([data.train[0]])
+    truncate = spec.dataset.over_length == "truncate"
+    collator = Collator(processor, spec.training.max_length, spec.training.train_on_responses_only, truncate)
+    batch = collator([data.train[0]])
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     learned = [label != IGNORE for label in labels]
     if not spec.privacy.report_images:

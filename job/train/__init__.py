@@ -88,7 +88,8 @@ def train(attempt: Attempt, plan: Plan, loaded: Loaded, rows: Any, safety: Safet
     a row that cannot be used.
     """
     spec = attempt.spec
-    collator = Collator(loaded.processor, spec.training.max_length, spec.training.train_on_responses_only)
+    truncate = spec.dataset.over_length == "truncate"
+    collator = Collator(loaded.processor, spec.training.max_length, spec.training.train_on_responses_only, truncate)
     numbers = Numbers(attempt.record, spec.training.effective_batch_size)
     epochs = _Epochs()
     with warnings.catch_warnings():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +91,8 @@ def test_an_empty_dataset_is_refused(tmp_path: Path, prepared):
 
 def test_a_folder_without_tables_is_refused(tmp_path: Path, prepared):
     (tmp_path / "data").mkdir()
-    with pytest.raises(DataError, match="holds no metadata file"):
+    (tmp_path / "data" / "notes.docx").touch()
+    with pytest.raises(DataError, match=r"holds 1 × \.docx; wanted is metadata\.jsonl or \.csv"):
         prepared()
 
 
@@ -99,17 +102,20 @@ def test_a_missing_column_is_named_with_those_there(tmp_path: Path, prepared):
         prepared(answer_column="findings")
 
 
-def test_a_broken_line_names_the_file(tmp_path: Path, prepared):
+def test_a_broken_line_spoils_one_row(tmp_path: Path, prepared):
     folder_of(rows_of(4), tmp_path / "data")
-    with (tmp_path / "data" / "metadata.jsonl").open("a") as file:
-        file.write('{"file_name": ')
-    with pytest.raises(DataError, match=r"metadata.jsonl cannot be read as json"):
-        prepared()
+    with (tmp_path / "data" / "metadata.jsonl").open("ab") as file:
+        file.write(b'{"file_name": \n["a", "b"]\n{"file_name": "0.png", "caption": "\xff"}\n')
+    data = prepared(max_bad_fraction=0.5)
+    reasons = ["line is not JSON", "line is not a JSON object", "line is not UTF-8"]
+    assert data.quarantined == [{"row": 4 + n, "reason": reason} for n, reason in enumerate(reasons)]
 
 
 def bomb() -> bytes:
-    """A PNG of a few kB that says it is 30000 × 30000."""
-    return png(size=(30000, 30000))
+    """A PNG that says it is 30000 × 30000."""
+    size = struct.pack(">4sIIBBBBB", b"IHDR", 30000, 30000, 8, 0, 0, 0, 0)
+    header = struct.pack(">I", 13) + size + struct.pack(">I", zlib.crc32(size))
+    return b"\x89PNG\r\n\x1a\n" + header + png()[33:]
 
 
 @pytest.mark.parametrize(
