@@ -2,10 +2,13 @@
 
 import io
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from job.data.images import BadRow, Files, decode, image_bytes
+from job.data.images import BadRow, Files, decode, image_bytes, load, shrink
 from job.spec import DatasetSpec
 
 
@@ -41,3 +44,84 @@ def test_the_bound_is_on_pixels_not_on_bytes():
 def test_a_value_that_is_no_image_is_a_bad_row(value: object):
     with pytest.raises(BadRow, match="no image"):
         image_bytes(value, Files())
+
+
+def deep(values: np.ndarray, kind: str) -> bytes:
+    return encoded(Image.fromarray(values), kind)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("top", [1023, 4095, 65535])
+def test_sixteen_bits_are_stretched_not_cut(kind: str, top: int):
+    """Pillow's own conversion makes all above 255 white."""
+    ramp = np.linspace(0, top, 256, dtype=np.uint16).reshape(16, 16)
+    grey = np.asarray(decode(deep(ramp, kind), limits()))[..., 0]
+    assert np.abs(grey.astype(int) - np.arange(256).reshape(16, 16)).max() <= 1
+
+
+def test_floats_and_flat_images_are_shown():
+    assert decode(deep(np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8), "TIFF"), limits()).getextrema()[0] == (
+        0,
+        255,
+    )
+    assert decode(deep(np.full((8, 8), 700, np.uint16), "PNG"), limits()).getextrema()[0] == (0, 0)
+    with pytest.raises(BadRow, match="values that are no numbers"):
+        decode(deep(np.full((8, 8), np.nan, np.float32), "TIFF"), limits())
+
+
+def test_what_is_transparent_becomes_white():
+    clear = Image.new("RGBA", (8, 8), (10, 20, 30, 0))
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([10, 20, 30] * 256)
+    for data in (encoded(clear), encoded(clear.convert("LA")), encoded(palette, transparency=0)):
+        assert decode(data, limits()).getpixel((4, 4)) == (255, 255, 255)
+    assert decode(encoded(palette), limits()).getpixel((4, 4)) == (10, 20, 30)
+
+
+def test_cmyk_jpegs_keep_their_colours():
+    data = encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)
+    red, green, blue = decode(data, limits()).getpixel((8, 8))
+    assert red > 240
+    assert max(green, blue) < 15
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [((3000, 20), "too narrow: 3000×20 is over max_aspect_ratio 50"), ((2, 90), "too small"), ((9, 3), "too small")],
+)
+def test_absurd_shapes_are_refused(size: tuple[int, int], reason: str):
+    with pytest.raises(BadRow, match=reason):
+        decode(encoded(Image.new("L", size)), limits())
+
+
+def test_a_large_jpeg_is_shrunk_to_the_same_picture_as_a_png():
+    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    large = Image.fromarray(noise).resize((1600, 1200), Image.Resampling.BICUBIC)
+    found = [
+        decode(encoded(large, kind, **more), limits(image_max_side=200))
+        for kind, more in (("PNG", {}), ("JPEG", {"quality": 95}))
+    ]
+    small = [np.asarray(shrink(picture, 200), dtype=int) for picture in found]
+    assert small[0].shape == small[1].shape == (150, 200, 3)
+    assert np.abs(small[0] - small[1]).mean() < 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["PNG", "JPEG", "TIFF", "GIF", "WEBP", "BMP"]), st.integers(0, 2**32), st.integers(1, 40))
+def test_a_damaged_file_is_a_picture_or_a_bad_row(kind: str, seed: int, hits: int):
+    chance = np.random.default_rng(seed)
+    data = bytearray(encoded(Image.fromarray(chance.integers(0, 256, (24, 24, 3), dtype=np.uint8)), kind))
+    for place in chance.integers(0, len(data), hits):
+        data[place] = chance.integers(0, 256)
+    try:
+        assert decode(bytes(data), limits()).mode == "RGB"
+    except BadRow:
+        pass
+
+
+@pytest.mark.parametrize(
+    "value", ["data:image/png;base64,!!", "data:text/plain,hello", {"file": "/no", "offset": 0, "size": 9}]
+)
+def test_a_url_or_a_piece_that_holds_no_image_is_a_bad_row(value: object):
+    with pytest.raises(BadRow):
+        load(value, Files(), limits())
