@@ -45,7 +45,8 @@ def run(spec: str | None) -> None:
 
 @main.command()
 @click.argument("spec", required=False)
-def check(spec: str | None) -> None:
+@click.option("--data", is_flag=True, help="Fetch the data and look at every row, not at a sample of a large dataset.")
+def check(spec: str | None, data: bool) -> None:
     """Print the plan that `run` would execute, with all that can be known here. Changes nothing."""
 
     def work(preemption: Preemption) -> None:
@@ -59,7 +60,7 @@ def check(spec: str | None) -> None:
             loaded = load_spec(os.environ, spec)
             store = open_output(loaded)
             check_owner(store, loaded)
-            found = survey(loaded, store, prepare_scratch(os.environ), fetch=False)
+            found = survey(loaded, store, prepare_scratch(os.environ), fetch=False, all_data=data)
             click.echo(describe(loaded, make_plan(loaded, found.facts), found.facts))
 
     finish(work)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from job.errors import SpecError
 from job.model.fetch import BaseFacts
 from job.model.lora import GROUPS, parameters, targets
 from job.record import bytes_text
@@ -20,6 +21,7 @@ BYTES_PER_LORA_PARAMETER = 16
 CHECKPOINT_BYTES_PER_LORA_PARAMETER = 12
 """fp32 weight and AdamW's two moments."""
 
+SIZES = ("smallest", "median", "largest")
 SERVING_NOTES = {
     "mllama": "Llama 3.2 Vision is no longer served by current vLLM (dropped with its V1 engine); serve it with "
     "transformers or text-generation-inference, or choose Qwen2.5-VL, Qwen3-VL or Gemma 3",
@@ -74,8 +76,10 @@ class Plan:
 
 
 def make_plan(spec: JobSpec, facts: Facts) -> Plan:
-    """The plan for these facts. Raises SpecError when the model has no layers of a group asked for."""
+    """The plan for these facts. Raises SpecError when the model has no layers of a group asked for, or cannot
+    have its rows in one batch."""
     micro = micro_batch(spec, facts.device)
+    _refuse_mixed_batches(spec, facts, micro)
     precision = held_precision(spec, facts)
     total = total_steps(spec, facts.data["train"], micro) if facts.data else None
     groups: dict[str, int] = {}
@@ -92,6 +96,17 @@ def make_plan(spec: JobSpec, facts: Facts) -> Plan:
         estimates=estimates(facts, precision, sum(groups.values()), spec.export.merged),
         warnings=tuple(warnings(spec, facts, total)),
     )
+
+
+def _refuse_mixed_batches(spec: JobSpec, facts: Facts, micro: int) -> None:
+    """mllama looks at images beside the text, not in it: a row without would look at what is padding."""
+    without = facts.data.get("without_images", 0) if facts.data else 0
+    mllama = facts.base is not None and facts.base.model_type == "mllama"
+    if mllama and facts.data and 0 < without < facts.data["train"] and max(micro, spec.evaluation.batch_size) > 1:
+        raise SpecError(
+            f"training.per_device_train_batch_size, evaluation.batch_size: {without} rows have no image and the others have, "
+            "which cannot share a batch of Llama 3.2 Vision; set both to 1"
+        )
 
 
 def micro_batch(spec: JobSpec, device: Device | None) -> int:
@@ -206,6 +221,22 @@ def warnings(spec: JobSpec, facts: Facts, total: int | None) -> list[str]:
     return found
 
 
+def _describe_data(data: dict[str, Any]) -> list[str]:
+    lines = [
+        f"data: {data['rows']} rows ({data['source']}): {data['train']} to train on, "
+        f"{data['evaluation']} held out, {data['quarantined']} set aside"
+    ]
+    if "looked_at" in data:
+        lines[0] += f"; of {data['looked_at']} rows looked at, and the rest in proportion (check --data looks at all)"
+    lines += [f"  set aside: {count} × {reason}" for reason, count in data.get("reasons", {}).items()]
+    if "images" in data:
+        sizes = ", ".join(f"{name} {data['images'][name][0]}×{data['images'][name][1]}" for name in SIZES)
+        lines.append(f"  images: {data['images']['count']}, {sizes}")
+    if "tokens" in data:
+        lines.append(f"  tokens a row: median {data['tokens']['median']}, longest {data['tokens']['longest']}")
+    return lines
+
+
 def _data_warnings(spec: JobSpec, data: dict[str, Any]) -> list[str]:
     found = []
     if data.get("same_in_both"):
@@ -236,11 +267,7 @@ def describe(spec: JobSpec, plan: Plan, facts: Facts) -> str:
     lines = [f"plan for {spec.name} → {spec.output.url}"]
     lines += [f"  {stage.name:<16} {stage.action:<7} {stage.detail}" for stage in plan.stages]
     if facts.data is not None:
-        data = facts.data
-        lines.append(
-            f"data: {data['rows']} rows ({data['source']}): {data['train']} to train on, "
-            f"{data['evaluation']} held out, {data['quarantined']} set aside"
-        )
+        lines += _describe_data(facts.data)
     batch = spec.training.effective_batch_size
     lines.append(f"batch: {batch} = {plan.micro_batch} at once × {plan.accumulation} accumulated")
     if facts.base is not None:

@@ -36,8 +36,13 @@ class Survey:
     adapter: Path | None
 
 
-def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool) -> Survey:
-    """Look at everything. With `fetch`, remote models and data are brought to scratch; without, they stay unknown.
+QUICK_ROWS = 1000
+"""Rows that a quick look takes of a large dataset."""
+
+
+def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool, all_data: bool = False) -> Survey:
+    """Look at everything. With `fetch`, remote models and data are brought to scratch; without, they stay unknown, and of
+    data that is here only `QUICK_ROWS` rows are looked at, unless `all_data` wants them fetched and looked at all.
 
     Raises SpecError and DataError for what is wrong with model and data.
     """
@@ -55,10 +60,11 @@ def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool) -> Survey
     adapter = fetch_adapter(start, scratch) if start and (fetch or is_local(start)) else None
     if importlib.util.find_spec("datasets") is None:
         notes.append("the data was not looked at: install the train extra to do so")
-    elif fetch or is_local(spec.dataset.path):
+    elif fetch or all_data or is_local(spec.dataset.path):
         from job.data import prepare
 
-        data = prepare(spec, scratch, _progress("look at data"), ruler(spec, base) if base and has_torch else None)
+        measure = ruler(spec, base) if base and has_torch else None
+        data = prepare(spec, scratch, _progress("look at data"), measure, None if fetch or all_data else QUICK_ROWS)
     else:
         notes.append(f"{spec.dataset.path} is not here yet: rows are counted after stage in")
     if data is not None and base is not None and has_torch:

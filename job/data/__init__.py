@@ -56,19 +56,23 @@ def prepare(
     scratch: Path,
     progress: Progress = lambda done, total: None,
     measure: Measure | None = None,
+    most: int | None = None,
 ) -> Data:
-    """Open, look at every row, set bad ones aside, split. `measure` counts a row's tokens. Raises DataError."""
+    """Open, look at every row, set bad ones aside, split. `measure` counts a row's tokens. Raises DataError.
+
+    With `most`, only so many rows are looked at and handed on, and the facts say so.
+    """
     dataset = spec.dataset
     source = open_source(dataset, dataset.path, dataset.split, scratch)
     _require_columns(source, spec)
-    looked = look(source, spec, progress, measure)
+    looked = look(source, spec, progress, measure, most)
     bad, facts = looked.bad, {"source": source.decided, "rows": looked.total}
     if dataset.eval_path or dataset.eval_split:
         named = "dataset.eval_path" if dataset.eval_path else "dataset.eval_split"
         split = dataset.eval_split or dataset.split
         other = open_source(dataset, dataset.eval_path or dataset.path, split, scratch, named)
         _require_columns(other, spec)
-        other_looked = look(other, spec, progress, measure)
+        other_looked = look(other, spec, progress, measure, most)
         seen, held = looked.good, other_looked.good
         bad = bad + [{**row, "of": "evaluation"} for row in other_looked.bad]
         numbers = [group_numbers(seen, dataset.group_column), group_numbers(held, dataset.group_column)]
@@ -83,7 +87,9 @@ def prepare(
     near = _near(seen, held)
     train = _rows(source, seen, numbers[0], spec)
     evaluation = _spread(_rows(other, held, numbers[1], spec), spec.evaluation.max_rows)
-    facts |= {"train": len(seen), "evaluation": len(held), "quarantined": len(bad), "near_duplicates": len(near)}
+    part = looked.facts.get("looked_at", looked.total) / looked.total
+    facts |= {"train": round(len(seen) / part), "evaluation": round(len(held) / part)}
+    facts |= {"quarantined": len(bad), "near_duplicates": len(near)}
     facts |= looked.facts | {"grouped": bool(dataset.group_column or source.patients)}
     values = {name: label.values or _values(seen + held, name) for name, label in spec.evaluation.labels.items()}
     return Data(train, evaluation, bad, facts, values, near)
@@ -121,9 +127,13 @@ def _values(rows: list[Seen], name: str) -> list[str]:
 
 
 def _rows(source: Source, seen: list[Seen], numbers: list[int], spec: JobSpec) -> Dataset:
-    chosen = source.rows.select([row.place for row in seen])
-    numbered = chosen.add_column("_row", [row.place for row in seen]).add_column("_unit", numbers)
-    return numbered.with_transform(partial(_transform, spec=spec, source=replace(source, rows=None)))
+    """The rows chosen, each with its place and its unit. The columns are added before the choice: afterwards, `datasets` would
+    copy every image."""
+    count = len(source.rows)
+    unit = dict(zip((row.place for row in seen), numbers, strict=True))
+    numbered = source.rows.add_column("_row", range(count)).add_column("_unit", [unit.get(n, -1) for n in range(count)])
+    chosen = numbered.select([row.place for row in seen])
+    return chosen.with_transform(partial(_transform, spec=spec, source=replace(source, rows=None)))
 
 
 def _transform(batch: dict[str, list[Any]], spec: JobSpec, source: Source) -> dict[str, list[Any]]:

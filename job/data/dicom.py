@@ -42,7 +42,7 @@ def frames(data: bytes, value: Any, spec: DatasetSpec) -> list[Picture]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            header = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True)
+            header = pydicom.dcmread(io.BytesIO(data))
             if "Rows" not in header or "Columns" not in header:
                 raise BadRow("DICOM: no image in it")
             check_size(int(header.Columns), int(header.Rows), spec)
@@ -50,7 +50,7 @@ def frames(data: bytes, value: Any, spec: DatasetSpec) -> list[Picture]:
             chosen = (
                 [value["frame"]] if isinstance(value, dict) and "frame" in value else choose(count, spec.dicom.frames)
             )
-            shown = [_frame(data, header, number, spec) for number in chosen]
+            shown = [_frame(header, number, spec) for number in chosen]
     except BadRow:
         raise
     except Exception as error:  # what a decoder raises for a broken file is its own affair
@@ -88,10 +88,10 @@ def montage(shown: list[Picture]) -> Picture:
     return grid
 
 
-def _frame(data: bytes, header: Any, number: int, spec: DatasetSpec) -> Picture:
+def _frame(header: Any, number: int, spec: DatasetSpec) -> Picture:
     from pydicom.pixels import apply_color_lut, pixel_array
 
-    values = pixel_array(io.BytesIO(data), index=number)
+    values = pixel_array(header, index=number)
     if header.PhotometricInterpretation == "PALETTE COLOR":
         values = apply_color_lut(values, header)
         return Image.fromarray((values >> 8 if values.dtype == np.uint16 else values).astype(np.uint8))

@@ -55,7 +55,7 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class Looked:
-    """What one pass over a source found. `facts` are counts for the plan."""
+    """What one pass over a source found; `total` counts its rows. `facts` are counts for the plan."""
 
     good: list[Seen]
     bad: list[dict[str, Any]]
@@ -63,10 +63,21 @@ class Looked:
     facts: dict[str, Any]
 
 
-def look(source: Source, spec: JobSpec, progress: Callable[[int, int], None], measure: Measure | None) -> Looked:
-    """Read every text and decode every image once, on all cores. Raises DataError when too many rows are bad."""
+def look(
+    source: Source,
+    spec: JobSpec,
+    progress: Callable[[int, int], None],
+    measure: Measure | None,
+    most: int | None = None,
+) -> Looked:
+    """Read every text and decode every image once, on all cores; with `most`, those of so many rows, evenly over all.
+
+    Raises DataError when too many rows are bad.
+    """
     dataset = spec.dataset
-    total = len(source.rows) if dataset.max_rows is None else min(dataset.max_rows, len(source.rows))
+    there = len(source.rows) if dataset.max_rows is None else min(dataset.max_rows, len(source.rows))
+    total = there if most is None else min(most, there)
+    places = [place * there // total for place in range(total)]
     good, bad = list[Seen](), list[dict[str, Any]]()
 
     def examine(numbered: tuple[int, dict[str, Any]]) -> Seen | str:
@@ -77,22 +88,24 @@ def look(source: Source, spec: JobSpec, progress: Callable[[int, int], None], me
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="look") as pool:
         for start in range(0, total, CHUNK):
-            rows = _rows(source, start, min(start + CHUNK, total))
-            for index, found in enumerate(pool.map(examine, rows), start):
+            some = places[start : start + CHUNK]
+            for done, (place, found) in enumerate(
+                zip(some, pool.map(examine, _rows(source, some)), strict=True), start + 1
+            ):
                 if isinstance(found, str):
-                    bad.append({"row": index, "reason": found})
+                    bad.append({"row": place, "reason": found})
                 else:
                     good.append(found)
-                progress(index + 1, total)
+                progress(done, total)
     if len(bad) > dataset.max_bad_fraction * total or not good:
         raise DataError(_too_many(bad, total, dataset.max_bad_fraction))
-    return Looked(good, bad, total, _facts(good, spec))
+    return Looked(good, bad, there, _facts(good, bad, spec) | ({"looked_at": total} if total < there else {}))
 
 
-def _rows(source: Source, start: int, end: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    columns = source.rows[start:end]
-    for place in range(end - start):
-        yield start + place, {name: values[place] for name, values in columns.items()}
+def _rows(source: Source, places: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    columns = source.rows[places]
+    for number, place in enumerate(places):
+        yield place, {name: values[number] for name, values in columns.items()}
 
 
 def _examine(index: int, row: dict[str, Any], source: Source, spec: JobSpec, measure: Measure | None) -> Seen:
@@ -142,7 +155,7 @@ def as_text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _facts(good: list[Seen], spec: JobSpec) -> dict[str, Any]:
+def _facts(good: list[Seen], bad: list[dict[str, Any]], spec: JobSpec) -> dict[str, Any]:
     lengths = [row.tokens for row in good if row.tokens]
     sizes = [size for row in good for size in row.sizes]
     over = sum(length > spec.training.max_length for length in lengths)
@@ -154,6 +167,7 @@ def _facts(good: list[Seen], spec: JobSpec) -> dict[str, Any]:
     facts: dict[str, Any] = {
         f"burned_in_{said}": sum(row.burned_in == said for row in good) for said in ("yes", "maybe")
     }
+    facts["reasons"] = dict(Counter(row["reason"] for row in bad).most_common())
     facts |= {"without_images": sum(not row.sizes for row in good), "over_length": over}
     if lengths:
         facts["tokens"] = {"median": int(np.median(lengths)), "longest": max(lengths)}

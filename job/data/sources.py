@@ -258,7 +258,7 @@ def _hub(spec: DatasetSpec, path: str, split: str, cache: Path, field: str) -> D
 
 def undecoded(rows: Dataset) -> Dataset:
     """Embedded images stay bytes until a row is used, so that one broken image spoils one row."""
-    from datasets import Features, Image
+    from datasets import Dataset, Features, Image
 
     def plain(feature: Any) -> Any:
         if isinstance(feature, Image):
@@ -270,4 +270,7 @@ def undecoded(rows: Dataset) -> Dataset:
         inner = getattr(feature, "feature", None)
         return type(feature)(plain(inner)) if inner is not None else feature
 
-    return rows.cast(Features({name: plain(feature) for name, feature in rows.features.items()}))
+    features = Features({name: plain(feature) for name, feature in rows.features.items()})
+    info = rows.info.copy()
+    info.features = features
+    return Dataset(rows.data.cast(features.arrow_schema), info=info)  # `Dataset.cast` would copy every image

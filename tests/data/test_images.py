@@ -1,5 +1,6 @@
 """One image value → one RGB picture."""
 
+import contextlib
 import io
 
 import numpy as np
@@ -97,10 +98,8 @@ def test_absurd_shapes_are_refused(size: tuple[int, int], reason: str):
 def test_a_large_jpeg_is_shrunk_to_the_same_picture_as_a_png():
     noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     large = Image.fromarray(noise).resize((1600, 1200), Image.Resampling.BICUBIC)
-    found = [
-        decode(encoded(large, kind, **more), limits(image_max_side=200))
-        for kind, more in (("PNG", {}), ("JPEG", {"quality": 95}))
-    ]
+    files = [encoded(large), encoded(large, "JPEG", quality=95)]
+    found = [decode(data, limits(image_max_side=200)) for data in files]
     small = [np.asarray(shrink(picture, 200), dtype=int) for picture in found]
     assert small[0].shape == small[1].shape == (150, 200, 3)
     assert np.abs(small[0] - small[1]).mean() < 2
@@ -113,10 +112,8 @@ def test_a_damaged_file_is_a_picture_or_a_bad_row(kind: str, seed: int, hits: in
     data = bytearray(encoded(Image.fromarray(chance.integers(0, 256, (24, 24, 3), dtype=np.uint8)), kind))
     for place in chance.integers(0, len(data), hits):
         data[place] = chance.integers(0, 256)
-    try:
+    with contextlib.suppress(BadRow):
         assert decode(bytes(data), limits()).mode == "RGB"
-    except BadRow:
-        pass
 
 
 @pytest.mark.parametrize(
