@@ -10,6 +10,7 @@ from contextlib import ExitStack
 
 from job import output
 from job.attempt import Attempt
+from job.bundle import use_bundle
 from job.evaluate import measure
 from job.export import export
 from job.model import choose_backend, import_first, load_model
@@ -53,6 +54,7 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
         attempt = Attempt(spec, store, lease, scratch, record, preemption, number)
         with preemption.leave_at_once():
             with record.stage("stage in"):
+                use_bundle(spec, environment, scratch)
                 backend = choose_backend(spec.model, find_device(has_torch=True).kind == "cuda")
                 import_first(backend)
                 found = survey(spec, store, scratch, fetch=True)

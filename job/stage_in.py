@@ -10,15 +10,27 @@ from job.errors import DataError, JobError
 from job.store import Missing, download_folder, open_store
 
 HERE = ".listing.json"
+BUNDLE = "bundle"
+FOLDERS = {
+    "model.name_or_path": "model",
+    "lora.init_adapter": "adapter",
+    "dataset.path": "dataset",
+    "dataset.eval_path": "evaluation",
+    "dataset.eval_split": "evaluation",
+}
+"""Where a bundle in use (see `job.bundle`) has what a field names, below `BUNDLE` on scratch."""
 
 
 def local_path(name: str, scratch: Path, field: str, error: type[JobError] = DataError) -> Path:
     """A path for `name`: itself, what a `file://` URL says, or a folder below `scratch` that holds the `s3://` prefix (a file,
     where that is an object).
 
-    A prefix whose listing has not changed since it was fetched to this scratch is not fetched again. Raises `error`,
-    naming `field`, when there is nothing under the prefix.
+    What a bundle in use holds comes before all that. A prefix whose listing has not changed since it was fetched to this
+    scratch is not fetched again. Raises `error`, naming `field`, when there is nothing under the prefix.
     """
+    bundled = scratch / BUNDLE / FOLDERS.get(field, field)
+    if bundled.exists():
+        return bundled.resolve()
     if not name.startswith("s3://"):
         return Path(name.removeprefix("file://")).expanduser()
     store = open_store(name)

@@ -17,6 +17,7 @@ from job.plan import Device, Facts
 from job.record import watched
 from job.scratch import free_bytes
 from job.spec import JobSpec
+from job.stage_in import BUNDLE
 from job.store import Store
 
 if TYPE_CHECKING:
@@ -52,15 +53,16 @@ def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool, all_data:
     if fetch or device.kind == "cuda" or spec.model.backend != "unsloth":
         choose_backend(spec.model, device.kind == "cuda")
     base = data = example = None
-    if fetch or is_local(spec.model.name_or_path):
+    bundled = (scratch / BUNDLE).exists()
+    if fetch or bundled or is_local(spec.model.name_or_path):
         base = fetch_base(spec.model, scratch)
     else:
         notes.append(f"{spec.model.name_or_path} is not here yet: sizes are known after stage in")
     start = spec.lora.init_adapter
-    adapter = fetch_adapter(start, scratch) if start and (fetch or is_local(start)) else None
+    adapter = fetch_adapter(start, scratch) if start and (fetch or bundled or is_local(start)) else None
     if importlib.util.find_spec("datasets") is None:
         notes.append("the data was not looked at: install the train extra to do so")
-    elif fetch or all_data or is_local(spec.dataset.path):
+    elif fetch or bundled or all_data or is_local(spec.dataset.path):
         from job.data import prepare
 
         measure = ruler(spec, base) if base and has_torch else None

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from job.data.images import BadRow, Files
-from job.data.rows import Reading, choose_columns
+from job.data.rows import Reading, choose_columns, read_sample
 from job.data.shards import index_shards
 from job.errors import DataError, NotAllowed, Unavailable
 from job.spec import DatasetSpec
-from job.stage_in import local_path
+from job.stage_in import BUNDLE, local_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,6 +49,18 @@ class Source:
         """Values by column of a row of `rows`. Raises BadRow."""
         return read_line(row[LINE]) if LINE in row else row
 
+    def named_files(self, spec: DatasetSpec) -> Iterator[tuple[str, Path]]:
+        """Files below the base that good rows name: their relative names, and where they are."""
+        for row in self.rows:
+            try:
+                values = read_sample(self.read(row), spec, self.reading).images
+            except BadRow:
+                continue
+            for value in values:
+                path = value.get("path") or value.get("file") if isinstance(value, dict) else value
+                if isinstance(path, str) and isinstance(self.files.base, Path) and (self.files.base / path).is_file():
+                    yield path, self.files.base / path
+
 
 @dataclass(frozen=True)
 class Table:
@@ -66,7 +78,8 @@ def open_source(spec: DatasetSpec, path: str, split: str, scratch: Path, field: 
     table = _open(spec, path, split, scratch, field)
     columns = tuple(_columns(table.rows))
     reading = choose_columns(columns, spec, table.image_column)
-    files = Files(table.base, scratch / "fetched" / "images")
+    bundled = scratch / BUNDLE / "images"
+    files = Files(table.base, bundled if bundled.exists() else scratch / "fetched" / "images")
     what = f"conversations in {reading.messages}" if reading.messages else f"answers in {reading.answer}"
     if spec.answer and not reading.messages:
         what = "answers by template"
