@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,9 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
-from job.bundle import asked_for, use_bundle
+from job.bundle import asked_for, prefetch, use_bundle
+from job.data import prepare
 from job.errors import SpecError
 from job.specfile import validate
+from job.store import open_store
 from tests.conftest import ROOT, Job, job_environment
 from tests.data.test_data import png
 from tests.hub import Hub, serve
@@ -76,13 +77,6 @@ def test_a_bundle_runs_where_there_is_no_network(named: dict[str, Any], hub: Hub
     assert (tmp_path / "output" / "merged" / "config.json").exists()
 
 
-def test_a_gated_base_is_not_allowed_without_the_token(named: dict[str, Any], hub: Hub, job: Job, tmp_path: Path):
-    refused = job("run", JOB_SPEC=yaml.safe_dump(named), HF_ENDPOINT=hub.url)
-    assert refused.returncode == 77
-    page = "https://huggingface.co/lab/base"
-    assert f"lab/base is gated; accept its terms at {page} and set HF_TOKEN" in refused.stderr
-
-
 def bundle_of(folder: Path, spec: dict[str, Any], files: dict[str, bytes], places: dict[str, str]) -> None:
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +106,7 @@ def test_a_bundle_that_is_not_whole_or_for_another_spec_is_refused(tree: dict[st
 
 
 def test_a_bundle_in_a_bucket_holds_local_rows_with_their_images(
-    tree: dict[str, Any], tmp_path: Path, bucket: str, job: Job, demo: Path
+    tree: dict[str, Any], tmp_path: Path, bucket: str, demo: Path
 ):
     """A table alone brings the images that it names, and nothing else of its folder."""
     (tmp_path / "rows").mkdir()
@@ -122,15 +116,82 @@ def test_a_bundle_in_a_bucket_holds_local_rows_with_their_images(
     lines = [json.dumps({"image": f"{number}.png", "caption": f"c {number}"}) for number in range(5)]
     (tmp_path / "rows" / "table.jsonl").write_text("\n".join(lines))
     tree["model"]["name_or_path"] = str(demo / "base")
-    tree["dataset"]["path"] = str(tmp_path / "rows" / "table.jsonl")
-    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    gathered = job("prefetch", yaml.safe_dump(tree), f"s3://{bucket}/b", **environment)
-    assert gathered.returncode == 0, gathered.stderr
+    tree["dataset"] = {"path": str(tmp_path / "rows" / "table.jsonl"), "eval_fraction": 0}
+    spec, url = validate(tree), f"s3://{bucket}/b"
+    prefetch(spec, url, tmp_path / "here")
     shutil.rmtree(tmp_path / "rows")
-    checked = job("check", yaml.safe_dump(tree), "--bundle", f"s3://{bucket}/b", **environment)
-    assert checked.returncode == 0, checked.stderr
-    assert "data: 5 rows (json: 1 .jsonl file(s); answers in caption, images in image)" in checked.stdout
-    from job.store import open_store
-
-    names = [entry.key for entry in open_store(f"s3://{bucket}/b").list("dataset/")]
+    names = [entry.key for entry in open_store(url).list("dataset/")]
     assert names == [*(f"dataset/{number}.png" for number in range(5)), "dataset/table.jsonl"]
+    use_bundle(spec, {"JOB_BUNDLE": url}, tmp_path / "there")
+    rows = prepare(spec, tmp_path / "there").train
+    assert [row["images"][0].getpixel((0, 0))[0] for row in rows] == list(range(5))
+
+
+ENDINGS = """
+import sys
+from pathlib import Path
+from job.data.sources import open_source
+from job.errors import JobError
+from job.model.fetch import fetch_base
+from job.spec import DatasetSpec, ModelSpec
+for kind, name, revision in (line.split() for line in sys.stdin):
+    pinned = {} if revision == "-" else {"revision": revision}
+    try:
+        if kind == "model":
+            fetch_base(ModelSpec(name_or_path=name, **pinned), Path(sys.argv[1]))
+        else:
+            open_source(DatasetSpec(path=name, **pinned), name, "train", Path(sys.argv[1]))
+        print(0)
+    except JobError as error:
+        print(error.exit_code, error)
+"""
+
+
+def endings(hub: Hub, scratch: Path, asked: list[str], **environment: str) -> list[str]:
+    """How each line of `asked` (kind, name, revision) ends, in a process of its own: the libraries read settings once."""
+    said = subprocess.run(
+        [sys.executable, "-c", ENDINGS, str(scratch)],
+        input="\n".join(asked),
+        env=job_environment(scratch, HF_ENDPOINT=hub.url, HF_HOME=str(scratch / "hf"), **environment),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return said.stdout.splitlines()
+
+
+def test_what_the_hub_refuses_ends_as_the_contract_says(named: dict[str, Any], hub: Hub, tmp_path: Path):
+    hub.add("datasets", "lab/closed", tmp_path / "repo", gated=True)
+    asked = ["model lab/base -", "model lab/none -", "data lab/closed -", "data lab/none -", "data lab/rows -"]
+    found = endings(hub, tmp_path, asked)
+    assert found[0].startswith(
+        "77 model.name_or_path: lab/base is gated; accept its terms at https://huggingface.co/lab/base"
+    )
+    assert found[1] == "78 model.name_or_path: the hub has no lab/none that this token may see"
+    page = "https://huggingface.co/datasets/lab/closed"
+    assert found[2] == f"77 dataset.path: lab/closed is gated; ask for access at {page} and set HF_TOKEN"
+    assert found[3] == "65 dataset.path: there is no folder and no hub dataset lab/none that this token may see"
+    assert found[4] == "0"
+    found = endings(hub, tmp_path, ["model lab/base no-such", "data lab/rows no-such"], HF_TOKEN=hub.token)
+    assert found == [
+        "78 model.revision: lab/base has no revision no-such",
+        "65 dataset.revision: lab/rows has no revision no-such",
+    ]
+
+
+def test_offline_without_a_bundle_is_told_what_to_do(hub: Hub, tmp_path: Path):
+    found = endings(hub, tmp_path, ["model lab/base -", "data lab/rows -"], HF_HUB_OFFLINE="1")
+    assert [line[:3] for line in found] == ["78 ", "65 "]
+    assert all("HF_HUB_OFFLINE is set" in line and "job prefetch" in line for line in found)
+
+
+def test_a_hub_that_is_down_is_unavailable(named: dict[str, Any], hub: Hub, tmp_path: Path):
+    hub.down = True
+    try:
+        assert endings(hub, tmp_path, ["model lab/other -"])[0].startswith(
+            "69 model.name_or_path: lab/other is no folder"
+        )
+    finally:
+        hub.down = False

@@ -251,6 +251,7 @@ def _columns(rows: Dataset) -> list[str]:
 def _hub(spec: DatasetSpec, path: str, split: str, cache: Path, field: str) -> Dataset:
     from datasets import Dataset, load_dataset
     from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.constants import is_offline_mode
 
     try:
         rows = load_dataset(path, spec.name, split=split, revision=spec.revision, cache_dir=str(cache))
@@ -258,10 +259,16 @@ def _hub(spec: DatasetSpec, path: str, split: str, cache: Path, field: str) -> D
         if "gated" in str(error):
             page = f"https://huggingface.co/datasets/{path}"
             raise NotAllowed(f"{field}: {path} is gated; ask for access at {page} and set HF_TOKEN") from error
-        raise DataError(f"{field}: there is no folder and no hub dataset {path}") from error
+        if spec.revision and "evision" in f"{error} {error.__cause__}":
+            raise DataError(f"dataset.revision: {path} has no revision {spec.revision}") from error
+        raise DataError(f"{field}: there is no folder and no hub dataset {path} that this token may see") from error
     except ValueError as error:
         raise DataError(f"{field}: {path}: {str(error).splitlines()[0]}") from error
     except OSError as error:
+        if is_offline_mode():
+            raise DataError(
+                f"{field}: {path} is no folder here, and HF_HUB_OFFLINE is set; gather it with job prefetch"
+            ) from error
         raise Unavailable(
             f"{field}: neither a folder nor reachable on the hub: {path} ({type(error).__name__})"
         ) from error
