@@ -8,6 +8,7 @@ rendered conversation, its images expanded as the processor expands them, has be
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -56,7 +57,11 @@ class Collator:
         """Half-open token ranges that the loss is taken over."""
         if not self.responses_only:
             return [(0, length)]
-        return [answer_span(self.processor, messages, turn, text, expansions, length) for turn in _answers(messages)]
+        answers = _answers(messages)
+        if not any(part["type"] == "image" for message in messages[answers[0] :] for part in message["content"]):
+            expansions = [self.processor.image_token] * len(expansions)  # counted from the end, so they need not be spelled out
+        whole = tokens(self.processor, expand(self.processor, text, expansions))
+        return [answer_span(self.processor, messages, turn, whole, expansions, length) for turn in answers]
 
 
 def cut(batch: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
@@ -72,14 +77,13 @@ def _answers(messages: Messages) -> list[int]:
 
 
 def answer_span(
-    processor: Any, messages: Messages, turn: int, text: str, expansions: list[str], length: int
+    processor: Any, messages: Messages, turn: int, whole: list[int], expansions: list[str], length: int
 ) -> tuple[int, int]:
     """Where the answer of `turn` and its end-of-turn token lie among the `length` tokens of the conversation.
 
-    Images may stand before and behind it: `expansions` are what the processor puts for each. Raises DataError for a template
-    that rewrites earlier turns.
+    Counted from the end of `whole`, the ids of its text with `expansions` put for its images, which are what the processor puts
+    for each if images stand behind an answer. Raises DataError for a template that rewrites earlier turns.
     """
-    whole = tokens(processor, expand(processor, text, expansions))
     before = tokens(processor, expand(processor, render(processor, messages[:turn], prompt=True), expansions))
     said = finished(processor, messages[: turn + 1]).rstrip()
     after = tokens(processor, expand(processor, said, expansions))
@@ -126,8 +130,12 @@ def finished(processor: Any, messages: Messages) -> str:
     """The text of whole turns. Where the template ends no turn (LLaVA 1.5's), the end of text is put behind the last:
     a model that is never shown where an answer ends does not stop."""
     text = render(processor, messages)
-    special = tuple(token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special)
-    return text if text.rstrip().endswith(special) else text.rstrip() + str(processor.tokenizer.eos_token)
+    return text if text.rstrip().endswith(special_tokens(processor)) else text.rstrip() + str(processor.tokenizer.eos_token)
+
+
+@lru_cache(8)
+def special_tokens(processor: Any) -> tuple[str, ...]:
+    return tuple(token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special)
 
 
 def tokens(processor: Any, text: str) -> list[int]:
@@ -180,6 +188,7 @@ def _encode(
     return batch, [[each["replacement"] for each in row] for row in replaced]
 
 
+@lru_cache(8)  # a vocabulary of 200,000 takes a tenth of a second to list
 def never_learned(processor: Any) -> list[int]:
     """Ids of image placeholders and their fences, which no model shall learn to write. mllama's lies outside the vocabulary,
     and Gemma 3's processor calls by its name the fence only, so the tokenizer is asked too."""

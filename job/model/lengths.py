@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from job.errors import DataError
-from job.model.collator import Messages, expand, finished, render, replacement, tokens
+from job.model.collator import Messages, expand, finished, render, replacement, special_tokens, tokens
 
 Size = tuple[int, int]
 
@@ -29,8 +29,7 @@ class Ruler:
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
-        added = processor.tokenizer.added_tokens_decoder.values()
-        self.special = sorted({token.content for token in added if token.special} | {processor.image_token})
+        self.special = {*special_tokens(processor), processor.image_token}
         self.expansion = lru_cache(4096)(lambda size: replacement(processor, Image.new("RGB", size)))
 
     def __call__(self, messages: Messages, sizes: list[Size]) -> Length:
