@@ -91,7 +91,7 @@ def prefetch(spec: JobSpec, target: str, scratch: Path) -> None:
 
     Raises what fetching and looking raise; DataError for bad data.
     """
-    from job.data import prepare
+    from job.data.prepare import prepare
     from job.model.fetch import fetch_adapter, fetch_base
 
     remote = "://" in target and not target.startswith("file://")

@@ -134,8 +134,11 @@ class DatasetSpec(Section):
     """Larger images are bad rows (a decompression bomb is refused before it is decoded)."""
     max_aspect_ratio: float = Field(50.0, gt=1)
     """Images that are longer than so many times their width are bad rows."""
-    image_max_side: PositiveInt | None = None
-    """Shrink images so that the longer side is at most this many pixels, before the model's own processor."""
+    image_max_side: PositiveInt | Literal["auto"] | None = "auto"
+    """Shrink images before the model's own processor: the longer side to so many pixels; `auto` to what that processor keeps, and
+    so that a row's images take at most three quarters of training.max_length; null never."""
+    cache_gb: float = Field(20.0, ge=0)
+    """Shrunken images kept on scratch, so that large files are decoded once and not once an epoch: at most so many gigabytes."""
     over_length: Literal["drop", "fail", "truncate"] = "drop"
     """A row of more than training.max_length tokens: `drop` makes it a bad row, `fail` stops the job, `truncate` cuts its last
     answer, never its images or its prompt."""
@@ -296,6 +299,7 @@ class JobSpec(Section):
 HARMLESS = frozenset(
     {
         "name",
+        "dataset.cache_gb",
         "training.logging_steps",
         "training.dataloader_num_workers",
         "checkpoint.save_steps",

@@ -63,10 +63,13 @@ def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool, all_data:
     if importlib.util.find_spec("datasets") is None:
         notes.append("the data was not looked at: install the train extra to do so")
     elif fetch or bundled or all_data or is_local(spec.dataset.path):
-        from job.data import prepare
+        from job.data.images import Bounds
+        from job.data.prepare import prepare
 
         measure = ruler(spec, base) if base and has_torch else None
-        data = prepare(spec, scratch, _progress("look at data"), measure, None if fetch or all_data else QUICK_ROWS)
+        bounds = Bounds(**measure.room(spec.training.max_length * 3 // 4)) if measure else Bounds()
+        most = None if fetch or all_data else QUICK_ROWS
+        data = prepare(spec, scratch, _progress("look at data"), measure, most, bounds)
     else:
         notes.append(f"{spec.dataset.path} is not here yet: rows are counted after stage in")
     if data is not None and base is not None and has_torch:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from job.bundle import asked_for, prefetch, use_bundle
-from job.data import prepare
+from job.data.prepare import prepare
 from job.errors import SpecError
 from job.specfile import validate
 from job.store import open_store

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from typing import Any
 
 import numpy as np
@@ -40,17 +39,13 @@ def frames(data: bytes, value: Any, spec: DatasetSpec) -> list[Picture]:
     except ImportError as error:
         raise BadRow("DICOM: install the dicom extra to read it") from error
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            header = pydicom.dcmread(io.BytesIO(data))
-            if "Rows" not in header or "Columns" not in header:
-                raise BadRow("DICOM: no image in it")
-            check_size(int(header.Columns), int(header.Rows), spec)
-            count = int(header.get("NumberOfFrames") or 1)
-            chosen = (
-                [value["frame"]] if isinstance(value, dict) and "frame" in value else choose(count, spec.dicom.frames)
-            )
-            shown = [_frame(header, number, spec) for number in chosen]
+        header = pydicom.dcmread(io.BytesIO(data))
+        if "Rows" not in header or "Columns" not in header:
+            raise BadRow("DICOM: no image in it")
+        check_size(int(header.Columns), int(header.Rows), spec)
+        count = int(header.get("NumberOfFrames") or 1)
+        one = isinstance(value, dict) and "frame" in value
+        shown = [_frame(header, n, spec) for n in ([value["frame"]] if one else choose(count, spec.dicom.frames))]
     except BadRow:
         raise
     except Exception as error:  # what a decoder raises for a broken file is its own affair

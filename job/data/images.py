@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import math
 import os
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +14,15 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from job.data.remote import fetched
+from job.data.shelf import Shelf
 from job.spec import DatasetSpec
 
+Image.MAX_IMAGE_PIXELS = None  # `max_image_pixels` is our bound; Pillow's would warn in every thread
 MIN_SIDE = 4
 """Below it, processors mistake the height for the number of colours."""
+WORTH_KEEPING = 2
+"""A picture that was so many times larger before it was shrunk is kept: reading it again would take longer than reading that."""
+AREA = "pixels in the file"
 DEEP = ("I", "F")
 Picture = Image.Image
 
@@ -26,11 +31,37 @@ class BadRow(Exception):
     """Why a row is set aside. The text holds no content of the row."""
 
 
+class Bounds(NamedTuple):
+    """How large pictures may be, in pixels: the longer side; the area of one; its shorter side; the area of all of a row
+    together. What is larger is shrunk, its shape kept."""
+
+    side: float | None = None
+    area: float | None = None
+    short: float | None = None
+    row: float | None = None
+
+    def size(self, width: int, height: int, pictures: int) -> tuple[int, int]:
+        """The size to shrink one of a row's `pictures` to; its own where it is small enough."""
+        scales = [1.0]
+        scales += [self.side / max(width, height)] if self.side else []
+        scales += [math.sqrt(self.area / (width * height))] if self.area else []
+        scales += [self.short / min(width, height)] if self.short else []
+        scales += [math.sqrt(self.row / max(pictures, 1) / (width * height))] if self.row else []
+        scale = min(scales)
+        return (width, height) if scale >= 1 else (max(round(width * scale), 1), max(round(height * scale), 1))
+
+
+AS_IT_IS = Bounds()
+
+
 class Files(NamedTuple):
-    """Where paths in rows start from (a folder, or an `s3://` prefix), and where what is behind URLs in rows is kept."""
+    """Where paths in rows start from (a folder, or an `s3://` prefix), where what is behind URLs in rows is kept, where shrunk
+    pictures are, and how far they are shrunk."""
 
     base: Path | str | None = None
     fetched: Path | None = None
+    shelf: Shelf | None = None
+    bounds: Bounds = AS_IT_IS
 
 
 def image_bytes(value: Any, files: Files) -> bytes:
@@ -85,48 +116,59 @@ def _inline(url: str) -> bytes:
         raise BadRow("data: URL is not base64") from error
 
 
-def load(value: Any, files: Files, spec: DatasetSpec) -> tuple[list[bytes], list[Picture]]:
-    """The encoded files behind an image value, and its RGB pictures, upright by EXIF and shrunk to `spec.image_max_side`.
+def load(value: Any, files: Files, spec: DatasetSpec, pictures: int = 1) -> list[Picture]:
+    """The RGB pictures of an image value, upright by EXIF, shrunk to `files.bounds` as one of the row's `pictures`.
 
-    One picture, unless it is a DICOM file of which several frames are chosen. `{"montage": [values]}` is one picture of several.
+    One, unless it is a DICOM file of which several frames are chosen. `{"montage": [values]}` is one picture of several.
     Raises BadRow.
     """
+    place = files.shelf.place(value, files.base, pictures) if files.shelf else None
+    kept = files.shelf.take(place) if files.shelf and place else None
+    return [kept] if kept is not None else load_anew(value, files, spec, pictures)[1]
+
+
+def load_anew(value: Any, files: Files, spec: DatasetSpec, pictures: int = 1) -> tuple[list[bytes], list[Picture]]:
+    """The encoded files behind an image value, and its pictures. One that took long to make is kept on the shelf."""
     if isinstance(value, dict) and "montage" in value:
         from job.data.dicom import montage
 
-        parts = [load(part, files, spec) for part in value["montage"]]
+        parts = [load_anew(part, files._replace(shelf=None, bounds=AS_IT_IS), spec) for part in value["montage"]]
         found = [montage([picture for _, shown in parts for picture in shown])]
         data = [each for encoded, _ in parts for each in encoded]
         found[0].info |= parts[0][1][0].info
+        costly = True
     else:
         data = [image_bytes(value, files)]
-        if data[0][128:132] == b"DICM":
+        costly = data[0][128:132] == b"DICM"
+        if costly:
             from job.data.dicom import frames
 
             found = frames(data[0], value, spec)
         else:
-            found = [decode(data[0], spec)]
-    return data, [shrink(picture, spec.image_max_side) for picture in found]
+            found = [decode(data[0], spec, files.bounds, pictures)]
+    before = found[0].info.get(AREA, found[0].width * found[0].height)
+    found = [shrink(picture, files.bounds.size(*picture.size, pictures)) for picture in found]
+    if files.shelf and len(found) == 1 and (costly or before >= WORTH_KEEPING * found[0].width * found[0].height):
+        place = files.shelf.place(value, files.base, pictures)
+        if place is not None:
+            files.shelf.put(place, found[0])
+    return data, found
 
 
-def decode(data: bytes, spec: DatasetSpec) -> Picture:
+def decode(data: bytes, spec: DatasetSpec, bounds: Bounds = AS_IT_IS, pictures: int = 1) -> Picture:
     """RGB picture of shape (height, width), upright. Its size is looked at before any pixel is decoded. Raises BadRow."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # max_image_pixels is our bound; odd EXIF is no reason to refuse
-            with Image.open(io.BytesIO(data)) as image:
-                check_size(*image.size, spec)
-                if spec.image_max_side is not None and max(image.size) > spec.image_max_side:
-                    scale = spec.image_max_side / max(image.size)  # a JPEG is decoded at a half, a quarter or an eighth
-                    image.draft(None, (round(image.width * scale), round(image.height * scale)))
-                image.load()
-                return as_rgb(ImageOps.exif_transpose(image))
+        with Image.open(io.BytesIO(data)) as image:
+            check_size(*image.size, spec)
+            image.draft(
+                None, bounds.size(*image.size, pictures)
+            )  # a JPEG can be decoded at a half, a quarter or an eighth
+            image.load()
+            return as_rgb(ImageOps.exif_transpose(image))
     except BadRow:
         raise
     except UnidentifiedImageError as error:
         raise BadRow("image of no known format") from error
-    except Image.DecompressionBombError as error:
-        raise BadRow(f"image too large: over {spec.max_image_pixels} pixels") from error
     except Exception as error:  # what a decoder raises for a broken file is its own affair
         raise BadRow(f"image is broken: {type(error).__name__}") from error
 
@@ -162,7 +204,9 @@ def stretch(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return ((values - low) * (255 / max(high - low, 1e-9)) + 0.5).astype(np.uint8)
 
 
-def shrink(picture: Picture, max_side: int | None) -> Picture:
-    if max_side is not None and max(picture.size) > max_side:
-        picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    return picture
+def shrink(picture: Picture, size: tuple[int, int]) -> Picture:
+    if size == picture.size:
+        return picture
+    small = picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    small.info = picture.info
+    return small

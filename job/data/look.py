@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from job.data.images import BadRow, load
+from job.data.images import BadRow, load_anew
 from job.data.rows import Message, read_sample, repeat_images
 from job.data.similar import Bits, perceptual_hash
 from job.data.sources import PATIENT, Source
@@ -86,7 +87,8 @@ def look(
         except BadRow as reason:
             return str(reason)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="look") as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="look") as pool:
+        warnings.simplefilter("ignore")  # what Pillow and pydicom find odd in a file is no reason to refuse it
         for start in range(0, total, CHUNK):
             some = places[start : start + CHUNK]
             for done, (place, found) in enumerate(
@@ -112,7 +114,7 @@ def _examine(index: int, row: dict[str, Any], source: Source, spec: JobSpec, mea
     dataset = spec.dataset
     values = source.read(row)
     sample = read_sample(values, dataset, source.reading)
-    loaded = [load(value, source.files, dataset) for value in sample.images]
+    loaded = [load_anew(value, source.files, dataset, len(sample.images)) for value in sample.images]
     files, shown = [data for each, _ in loaded for data in each], [each for _, each in loaded]
     messages = repeat_images(sample.messages, [len(each) for each in shown])
     sizes = tuple(picture.size for each in shown for picture in each)

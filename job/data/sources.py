@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from job.data.images import BadRow, Files
+from job.data.images import AS_IT_IS, BadRow, Bounds, Files
 from job.data.rows import Reading, choose_columns, read_sample
 from job.data.shards import index_shards
+from job.data.shelf import Shelf
 from job.errors import DataError, NotAllowed, Unavailable
 from job.spec import DatasetSpec
 from job.stage_in import BUNDLE, local_path
@@ -73,13 +74,18 @@ class Table:
     patients: bool = False
 
 
-def open_source(spec: DatasetSpec, path: str, split: str, scratch: Path, field: str = "dataset.path") -> Source:
+def open_source(
+    spec: DatasetSpec, path: str, split: str, scratch: Path, field: str = "dataset.path", bounds: Bounds = AS_IT_IS
+) -> Source:
     """The rows at `path`, images not decoded. Raises DataError naming `field` when there is nothing to read."""
     table = _open(spec, path, split, scratch, field)
     columns = tuple(_columns(table.rows))
     reading = choose_columns(columns, spec, table.image_column)
     bundled = scratch / BUNDLE / "images"
-    files = Files(table.base, bundled if bundled.exists() else scratch / "fetched" / "images")
+    fetched = bundled if bundled.exists() else scratch / "fetched" / "images"
+    way = hashlib.sha256(f"{bounds} {spec.dicom}".encode()).hexdigest()[:16]
+    shelf = Shelf(scratch / "cache" / "pictures" / way, int(spec.cache_gb * 1e9)) if any(bounds) else None
+    files = Files(table.base, fetched, shelf, bounds)
     what = f"conversations in {reading.messages}" if reading.messages else f"answers in {reading.answer}"
     if spec.answer and not reading.messages:
         what = "answers by template"
@@ -100,7 +106,7 @@ def _open(spec: DatasetSpec, path: str, split: str, scratch: Path, field: str) -
     if path.startswith("s3://") and here.is_file():
         base = path.rpartition("/")[0]  # what lies beside it was not fetched with it
     if kind == "webdataset":
-        return Table(_lines(index_shards(chosen, field)), why, None, "image")
+        return Table(_lines(index_shards(chosen, field)), why, base, "image")
     if kind == "dicom":
         from job.data.studies import index_studies
 

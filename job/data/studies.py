@@ -70,7 +70,8 @@ def index_studies(
 
 
 def _headers(folder: Path, files: list[Path]) -> Iterator[Header | None]:
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        warnings.simplefilter("ignore")
         yield from pool.map(lambda file: _header(folder, file), files)
 
 
@@ -81,12 +82,10 @@ def _header(folder: Path, file: Path) -> Header | None:
     except ImportError as error:
         raise DataError("dataset: DICOM files need the dicom extra (pip install 'vision-lora-job[dicom]')") from error
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            read = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=ALL_TAGS)
-            if read.get("Rows") is None:
-                return None
-            frames = int(read.get("NumberOfFrames") or 1)
+        read = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=ALL_TAGS)
+        if read.get("Rows") is None:
+            return None
+        frames = int(read.get("NumberOfFrames") or 1)
     except Exception:  # what it raises for other files is its own affair
         return None
     tags = {name: str(read.get(name, "") or "").strip() for name in (*TAGS, "SeriesNumber")}

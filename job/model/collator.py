@@ -59,7 +59,9 @@ class Collator:
             return [(0, length)]
         answers = _answers(messages)
         if not any(part["type"] == "image" for message in messages[answers[0] :] for part in message["content"]):
-            expansions = [self.processor.image_token] * len(expansions)  # counted from the end, so they need not be spelled out
+            expansions = [self.processor.image_token] * len(
+                expansions
+            )  # counted from the end, so they need not be spelled out
         whole = tokens(self.processor, expand(self.processor, text, expansions))
         return [answer_span(self.processor, messages, turn, whole, expansions, length) for turn in answers]
 
@@ -130,7 +132,11 @@ def finished(processor: Any, messages: Messages) -> str:
     """The text of whole turns. Where the template ends no turn (LLaVA 1.5's), the end of text is put behind the last:
     a model that is never shown where an answer ends does not stop."""
     text = render(processor, messages)
-    return text if text.rstrip().endswith(special_tokens(processor)) else text.rstrip() + str(processor.tokenizer.eos_token)
+    return (
+        text
+        if text.rstrip().endswith(special_tokens(processor))
+        else text.rstrip() + str(processor.tokenizer.eos_token)
+    )
 
 
 @lru_cache(8)

@@ -42,3 +42,23 @@ class Ruler:
         counted = [len(tokens(self.processor, expand(self.processor, each, expansions))) for each in (whole, prompt)]
         bare = len(tokens(self.processor, whole)) if sizes else counted[0]
         return Length(counted[0], counted[1], counted[0] - bare + len(sizes))
+
+    def room(self, tokens: int) -> dict[str, float | None]:
+        """What of a picture this processor keeps, in pixels: `area` of the whole or its `short` side; and the area of all
+        pictures of a row (`row`) that together take so many tokens, where tokens depend on the size."""
+        size, tiles = (
+            dict(self.processor.image_processor.size),
+            getattr(self.processor.image_processor, "max_image_tiles", 0),
+        )
+        high, wide = size.get("height") or 0, size.get("width") or 0
+        area = tiles * high * wide or None
+        short = None if area else max(high, wide) or size.get("shortest_edge")
+        if size.get("longest_edge") and hasattr(self.processor.image_processor, "merge_size"):
+            area, short = size["longest_edge"], None  # Qwen's edges are areas
+        side = int(min(area or 1024**2, 1024**2) ** 0.5)
+        few, many = (len(self._placed((each, each))) for each in (side // 2, side))
+        row = tokens * (side**2 - (side // 2) ** 2) / (many - few) if many > few else None
+        return {"area": area, "short": short, "row": row}
+
+    def _placed(self, size: Size) -> list[int]:
+        return tokens(self.processor, self.expansion(size))

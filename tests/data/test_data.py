@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from job.data import Data, conversation, prepare
+from job.data import Data
+from job.data.prepare import prepare
+from job.data.rows import conversation
 from job.errors import DataError
 from job.specfile import validate
 
@@ -138,7 +140,7 @@ def test_a_bad_image_stops_the_job_with_its_row_and_reason(tmp_path: Path, prepa
 
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path, prepared):
     folder_of(rows_of(10), tmp_path / "data", {"3.png": bomb()})
-    with pytest.raises(DataError, match="image too large: over 50000000 pixels"):
+    with pytest.raises(DataError, match="image too large: 30000×30000 is over 50000000 pixels"):
         prepared()
 
 

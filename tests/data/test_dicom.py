@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from job.data import prepare
 from job.data.dicom import choose, frames, montage
-from job.data.images import BadRow, Files, load
+from job.data.images import BadRow, Files, load_anew
+from job.data.prepare import prepare
 from job.errors import DataError
 from job.spec import DatasetSpec
 from job.specfile import validate
@@ -193,17 +192,15 @@ def test_frames_are_chosen():
     ],
 )
 def test_what_cannot_be_shown_is_a_bad_row(name: str, reason: str):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with pytest.raises(BadRow, match=reason):
-            load({"bytes": theirs(name)}, Files(), spec())
+    with pytest.raises(BadRow, match=reason):
+        load_anew({"bytes": theirs(name)}, Files(), spec())
 
 
 def test_cut_files_are_bad_rows():
     data = theirs("CT_small.dcm")
     for size in (133, 400, 1500, 20000):
         with pytest.raises(BadRow):
-            load({"bytes": data[:size]}, Files(), spec())
+            load_anew({"bytes": data[:size]}, Files(), spec())
 
 
 SECRET = "Zebedee^Quackenbush"

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from job.data.images import BadRow, Files, decode, image_bytes, load, shrink
+from job.data.images import BadRow, Bounds, Files, decode, image_bytes, load, load_anew, shrink
+from job.data.shelf import Shelf
 from job.spec import DatasetSpec
 
 
@@ -99,8 +101,8 @@ def test_a_large_jpeg_is_shrunk_to_the_same_picture_as_a_png():
     noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     large = Image.fromarray(noise).resize((1600, 1200), Image.Resampling.BICUBIC)
     files = [encoded(large), encoded(large, "JPEG", quality=95)]
-    found = [decode(data, limits(image_max_side=200)) for data in files]
-    small = [np.asarray(shrink(picture, 200), dtype=int) for picture in found]
+    found = [decode(data, limits(), Bounds(side=200)) for data in files]
+    small = [np.asarray(shrink(picture, (200, 150)), dtype=int) for picture in found]
     assert small[0].shape == small[1].shape == (150, 200, 3)
     assert np.abs(small[0] - small[1]).mean() < 2
 
@@ -122,3 +124,59 @@ def test_a_damaged_file_is_a_picture_or_a_bad_row(kind: str, seed: int, hits: in
 def test_a_url_or_a_piece_that_holds_no_image_is_a_bad_row(value: object):
     with pytest.raises(BadRow):
         load(value, Files(), limits())
+
+
+def bounded(tmp_path: Path, **bounds: float) -> Files:
+    return Files(tmp_path, None, Shelf(tmp_path / "shelf", 10**6), Bounds(**bounds))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "pictures", "size"),
+    [
+        ({}, 1, (400, 200)),
+        ({"side": 100}, 1, (100, 50)),
+        ({"area": 20000}, 1, (200, 100)),
+        ({"short": 50}, 1, (100, 50)),
+        ({"row": 80000}, 4, (200, 100)),
+        ({"side": 1000, "area": 10**6, "short": 500, "row": 10**6}, 2, (400, 200)),
+    ],
+)
+def test_bounds_keep_the_shape_and_make_nothing_larger(bounds: dict[str, float], pictures: int, size: tuple[int, int]):
+    assert Bounds(**bounds).size(400, 200, pictures) == size
+
+
+def test_grey_pictures_are_kept_as_such(tmp_path: Path):
+    chance = np.random.default_rng(0)
+    for name, shape in (("colour", (300, 400, 3)), ("grey", (300, 400))):
+        Image.fromarray(chance.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / f"{name}.png")
+        load_anew(f"{name}.png", bounded(tmp_path, side=50), limits())
+    kinds = sorted(path.read_bytes()[25] for path in (tmp_path / "shelf").rglob("*.png"))
+    assert kinds == [0, 2]  # PNG's grey, PNG's colour
+
+
+def test_what_is_on_the_shelf_is_not_decoded_again(tmp_path: Path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    files = bounded(tmp_path, side=50)
+    (first,) = load_anew("a.png", files, limits())[1]
+    (again,) = load("a.png", files, limits())
+    assert first.tobytes() == again.tobytes()
+    (shelved,) = (tmp_path / "shelf").rglob("*.png")
+    Image.new("L", (50, 38), 9).save(shelved)
+    assert load("a.png", files, limits())[0].getpixel((0, 0)) == (9, 9, 9)
+    Image.new("L", (400, 300), 7).save(tmp_path / "a.png")  # another file of that name
+    assert load("a.png", files, limits())[0].getpixel((0, 0)) == (7, 7, 7)
+
+
+def test_the_shelf_holds_no_more_than_its_room(tmp_path: Path):
+    for number in range(6):
+        noise = np.random.default_rng(number).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{number}.png")
+    files = Files(tmp_path, None, Shelf(tmp_path / "shelf", 25_000), Bounds(side=50))
+    for number in range(6):
+        load_anew(f"{number}.png", files, limits())
+    sizes = [path.stat().st_size for path in (tmp_path / "shelf").rglob("*.png")]
+    assert 25_000 <= sum(sizes) < 25_000 + max(sizes)
+    small = Image.new("RGB", (50, 50))
+    small.save(tmp_path / "small.png")
+    load_anew("small.png", bounded(tmp_path, side=50), limits())
+    assert len(list((tmp_path / "shelf").rglob("*.png"))) == len(sizes)  # what is small enough is not kept

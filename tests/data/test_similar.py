@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from examples.radiographs import draw_cases, draw_images
-from job.data import prepare
+from job.data.prepare import prepare
 from job.data.similar import BITS, near_pairs, perceptual_hash
 from job.specfile import validate
 

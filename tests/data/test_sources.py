@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from job.data import Data, prepare
+from job.data import Data
+from job.data.prepare import prepare
 from job.errors import DataError, Unavailable
 from job.specfile import validate
 from tests.data.test_data import folder_of, png, rows_of

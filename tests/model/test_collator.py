@@ -246,3 +246,14 @@ def test_the_loss_is_the_cross_entropy_of_the_labels(loaded: Loaded) -> None:
     by_hand = cross_entropy(output.logits[:, :-1][wanted != IGNORE], wanted[wanted != IGNORE])
     assert torch.isfinite(output.loss)
     torch.testing.assert_close(output.loss, by_hand)
+
+
+def test_a_ruler_knows_what_a_processor_keeps(family: str, loaded: Loaded) -> None:
+    """Shrunk to `row`, a picture takes no more than the tokens that it is for, and not much less."""
+    ruler = Ruler(loaded.processor)
+    room = ruler.room(12)
+    assert bool(room["area"]) != bool(room["short"])
+    assert bool(room["row"]) == family.startswith("qwen")
+    if room["row"]:
+        side = int(room["row"] ** 0.5)
+        assert 8 <= ruler(row(1)["messages"], [(side, side)]).images <= 13
