@@ -59,9 +59,8 @@ class Collator:
             return [(0, length)]
         answers = _answers(messages)
         if not any(part["type"] == "image" for message in messages[answers[0] :] for part in message["content"]):
-            expansions = [self.processor.image_token] * len(
-                expansions
-            )  # counted from the end, so they need not be spelled out
+            # Answers are counted from the end, so what comes before them need not be spelled out.
+            expansions = [self.processor.image_token] * len(expansions)
         whole = tokens(self.processor, expand(self.processor, text, expansions))
         return [answer_span(self.processor, messages, turn, whole, expansions, length) for turn in answers]
 
