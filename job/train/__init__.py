@@ -28,6 +28,7 @@ from job.spec import JobSpec
 from job.train.callbacks import Numbers, Safety, lost
 from job.train.ladder import Ladder
 from job.train.order import EpochOrder
+from job.train.weights import WEIGHTS, sum_of_weights, weighted_loss
 
 log = logging.getLogger("job")
 
@@ -116,9 +117,18 @@ class LoraTrainer(SFTTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         inputs["use_cache"] = False
+        if WEIGHTS in inputs:
+            return weighted_loss(model, inputs, num_items_in_batch)
         return Trainer.compute_loss(
             self, model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """What the loss of a step is divided by: its answer tokens, each as often as its row's weight says."""
+        if not batch_samples or WEIGHTS not in batch_samples[0]:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        total = sum_of_weights(batch_samples).to(device)
+        return self.accelerator.gather(total).sum() if self.args.world_size > 1 else total
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if not self.finite:
@@ -145,6 +155,8 @@ class NumberedRows:
         if self.features is not None:
             batch, keys = self.features.recall(batch, images)
         numbers = [int(row["id"].removeprefix("row-")) for row in rows]
+        if "weight" in rows[0]:
+            batch[WEIGHTS] = torch.tensor([row["weight"] for row in rows], dtype=torch.float32)
         return {**batch, "rows": numbers, "pictures": [len(each) for each in images], "picture_keys": keys}
 
 
