@@ -9,9 +9,11 @@ import subprocess
 import sys
 
 
-def licence(name: str, metadata: "importlib.metadata.PackageMetadata") -> str:
+def licence(metadata: "importlib.metadata.PackageMetadata") -> str:
     """As its author says it: the expression, else the classifiers, else the first line of the free text."""
-    classifiers = [value.rpartition(" :: ")[2] for value in metadata.get_all("Classifier", []) if value.startswith("License")]
+    classifiers = [
+        value.rpartition(" :: ")[2] for value in metadata.get_all("Classifier", []) if value.startswith("License")
+    ]
     text = (metadata.get("License") or "unknown").strip().splitlines()
     return metadata.get("License-Expression") or ", ".join(classifiers) or (text[0] if text else "unknown")
 
@@ -25,7 +27,7 @@ def python_packages() -> list[dict[str, object]]:
             "name": name,
             "version": version,
             "purl": f"pkg:pypi/{name.lower()}@{version}",
-            "licenses": [{"license": {"name": licence(name, distribution.metadata)}}],
+            "licenses": [{"license": {"name": licence(distribution.metadata)}}],
         }
     return [found[name] for name in sorted(found)]
 
@@ -40,5 +42,10 @@ def debian_packages() -> list[dict[str, object]]:
     ]
 
 
-document = {"bomFormat": "CycloneDX", "specVersion": "1.5", "version": 1, "components": python_packages() + debian_packages()}
+document = {
+    "bomFormat": "CycloneDX",
+    "specVersion": "1.5",
+    "version": 1,
+    "components": python_packages() + debian_packages(),
+}
 json.dump(document, sys.stdout, indent=1)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from job.errors import SpecError
 from job.model.fetch import BaseFacts
 from job.model.lora import GROUPS, parameters, targets
 from job.model.memory import Memory
@@ -22,6 +23,7 @@ MOST_AT_ONCE = 16
 CHECKPOINT_BYTES_PER_LORA_PARAMETER = 12
 """fp32 weight and AdamW's two moments."""
 
+SIZES = ("smallest", "median", "largest")
 SERVING_NOTES = {
     "mllama": "Llama 3.2 Vision is no longer served by current vLLM (dropped with its V1 engine); serve it with "
     "transformers or text-generation-inference, or choose Qwen2.5-VL, Qwen3-VL or Gemma 3",
@@ -76,7 +78,8 @@ class Plan:
 
 
 def make_plan(spec: JobSpec, facts: Facts) -> Plan:
-    """The plan for these facts. Raises SpecError when the model has no layers of a group asked for."""
+    """The plan for these facts. Raises SpecError when the model has no layers of a group asked for, or cannot
+    have its rows in one batch."""
     groups: dict[str, int] = {}
     if facts.base is not None:
         counts = parameters(spec.lora.r, facts.base.linears, targets(spec.lora, facts.base.linears))
@@ -84,6 +87,7 @@ def make_plan(spec: JobSpec, facts: Facts) -> Plan:
     precision = held_precision(spec, facts, groups)
     memory = needed_memory(spec, facts, groups, precision)
     micro = micro_batch(spec, facts.device, memory)
+    _refuse_mixed_batches(spec, facts, micro)
     total = total_steps(spec, facts.data["train"], micro) if facts.data else None
     return Plan(
         stages=tuple(stages(spec, facts, total)),
@@ -116,6 +120,17 @@ def needed_memory(spec: JobSpec, facts: Facts, groups: dict[str, int], precision
 
 def fits(memory: Memory | None, device: Device, rows: int) -> bool:
     return memory is None or memory.of(rows) <= HEADROOM * device.memory
+
+
+def _refuse_mixed_batches(spec: JobSpec, facts: Facts, micro: int) -> None:
+    """mllama looks at images beside the text, not in it: a row without would look at what is padding."""
+    without = facts.data.get("without_images", 0) if facts.data else 0
+    mllama = facts.base is not None and facts.base.model_type == "mllama"
+    if mllama and facts.data and 0 < without < facts.data["train"] and max(micro, spec.evaluation.batch_size) > 1:
+        raise SpecError(
+            f"training.per_device_train_batch_size, evaluation.batch_size: {without} rows have no image and the others have, "
+            "which cannot share a batch of Llama 3.2 Vision; set both to 1"
+        )
 
 
 def micro_batch(spec: JobSpec, device: Device | None, memory: Memory | None) -> int:
@@ -210,12 +225,7 @@ def warnings(spec: JobSpec, facts: Facts, total: int | None, memory: Memory | No
             found.append("no rows are held out, so nothing will be measured")
         elif facts.data["evaluation"] < 20:
             found.append(f"only {facts.data['evaluation']} rows are held out: intervals will be wide")
-        if facts.data.get("same_in_both"):
-            found.append(f"{facts.data['same_in_both']} groups or images are in both training and held-out rows")
-        if spec.dataset.group_column is None and not (spec.dataset.eval_path or spec.dataset.eval_split):
-            found.append("dataset.group_column is not set: rows of one patient may be on both sides of the split")
-        if facts.data["quarantined"]:
-            found.append(f"{facts.data['quarantined']} bad rows are set aside (data/quarantine.jsonl)")
+        found += _data_warnings(spec, facts.data)
     if total is not None and spec.checkpoint.save_steps > total:
         found.append(
             f"checkpoint.save_steps {spec.checkpoint.save_steps} is over the {total} steps: one save, at the end"
@@ -236,16 +246,53 @@ def warnings(spec: JobSpec, facts: Facts, total: int | None, memory: Memory | No
     return found
 
 
+def _describe_data(data: dict[str, Any]) -> list[str]:
+    lines = [
+        f"data: {data['rows']} rows ({data['source']}): {data['train']} to train on, "
+        f"{data['evaluation']} held out, {data['quarantined']} set aside"
+    ]
+    if "looked_at" in data:
+        lines[0] += f"; of {data['looked_at']} rows looked at, and the rest in proportion (check --data looks at all)"
+    lines += [f"  set aside: {count} × {reason}" for reason, count in data.get("reasons", {}).items()]
+    if "images" in data:
+        sizes = ", ".join(f"{name} {data['images'][name][0]}×{data['images'][name][1]}" for name in SIZES)
+        lines.append(f"  images: {data['images']['count']}, {sizes}")
+    if "tokens" in data:
+        lines.append(f"  tokens a row: median {data['tokens']['median']}, longest {data['tokens']['longest']}")
+    return lines
+
+
+def _data_warnings(spec: JobSpec, data: dict[str, Any]) -> list[str]:
+    found = []
+    if data.get("same_in_both"):
+        found.append(f"{data['same_in_both']} groups or images are in both training and held-out rows")
+    if data.get("near_duplicates"):
+        found.append(
+            f"{data['near_duplicates']} held-out pictures are nearly the same as one to train on (data/near_duplicates.jsonl)"
+        )
+    if not (data.get("grouped") or spec.dataset.group_column) and not (
+        spec.dataset.eval_path or spec.dataset.eval_split
+    ):
+        found.append("dataset.group_column is not set: rows of one patient may be on both sides of the split")
+    if data["quarantined"]:
+        found.append(f"{data['quarantined']} bad rows are set aside (data/quarantine.jsonl)")
+    if data.get("over_length"):
+        found.append(f"{data['over_length']} rows are over training.max_length: their answers are cut there")
+    if data.get("burned_in_yes"):
+        found.append(f"{data['burned_in_yes']} rows say that words are burned into their pixels: look for names")
+    if data.get("burned_in_maybe"):
+        found.append(
+            f"{data['burned_in_maybe']} rows do not say whether names are burned into their pixels, and may have them"
+        )
+    return found
+
+
 def describe(spec: JobSpec, plan: Plan, facts: Facts) -> str:
     """The plan for people."""
     lines = [f"plan for {spec.name} → {spec.output.url}"]
     lines += [f"  {stage.name:<16} {stage.action:<7} {stage.detail}" for stage in plan.stages]
     if facts.data is not None:
-        data = facts.data
-        lines.append(
-            f"data: {data['rows']} rows ({data['source']}): {data['train']} to train on, "
-            f"{data['evaluation']} held out, {data['quarantined']} set aside"
-        )
+        lines += _describe_data(facts.data)
     batch = spec.training.effective_batch_size
     lines.append(f"batch: {batch} = {plan.micro_batch} at once × {plan.accumulation} accumulated")
     if facts.base is not None:

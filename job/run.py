@@ -10,6 +10,7 @@ from contextlib import ExitStack
 
 from job import output
 from job.attempt import Attempt
+from job.bundle import use_bundle
 from job.evaluate import measure
 from job.export import export
 from job.metrics import serving
@@ -56,6 +57,7 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
         stack.enter_context(serving(record, environment))
         with preemption.leave_at_once():
             with record.stage("stage in"):
+                use_bundle(spec, environment, scratch)
                 with arriving(spec, scratch):
                     device = find_device(has_torch=True)
                     compiled = restored_cache(spec, store, scratch.parent, device)

@@ -151,3 +151,36 @@ def test_what_is_not_known_is_left_out_and_said(tree):
     found = plan(tree, facts)
     assert found.total_steps is None
     assert "the data was not looked at" in found.warnings
+
+
+def test_rows_with_and_without_images_do_not_share_a_batch_of_mllama(tree):
+    mixed = replace(FACTS, data=DATA | {"without_images": 3}, base=replace(BASE, model_type="mllama"))
+    with pytest.raises(SpecError, match="3 rows have no image and the others have.*set both to 1"):
+        plan(tree, mixed)
+    one = {"training": {"per_device_train_batch_size": 1}, "evaluation": {"batch_size": 1}}
+    assert plan(tree, mixed, **one).micro_batch == 1
+    assert plan(tree, replace(mixed, base=BASE)).micro_batch > 1
+
+
+def test_what_the_data_is_like_is_told(tree):
+    data = DATA | {
+        "reasons": {"no caption": 2},
+        "quarantined": 2,
+        "near_duplicates": 4,
+        "over_length": 5,
+        "looked_at": 50,
+    }
+    data |= {"tokens": {"median": 300, "longest": 900}, "burned_in_yes": 1, "grouped": True}
+    data["images"] = {"count": 50, "smallest": (8, 9), "median": (512, 512), "largest": (3000, 2000)}
+    text = describe(validate(tree), plan(tree, replace(FACTS, data=data)), replace(FACTS, data=data))
+    for words in (
+        "of 50 rows looked at, and the rest in proportion (check --data looks at all)",
+        "set aside: 2 × no caption",
+        "images: 50, smallest 8×9, median 512×512, largest 3000×2000",
+        "tokens a row: median 300, longest 900",
+        "warning: 4 held-out pictures are nearly the same as one to train on",
+        "warning: 5 rows are over training.max_length: their answers are cut there",
+        "warning: 1 rows say that words are burned into their pixels",
+    ):
+        assert words in text
+    assert "group_column" not in text

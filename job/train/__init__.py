@@ -30,6 +30,7 @@ from job.train.callbacks import Numbers, Safety, lost
 from job.train.ladder import Ladder
 from job.train.order import EpochOrder
 from job.train.snapshot import Snapshot
+from job.train.weights import WEIGHTS, sum_of_weights, weighted_loss
 
 log = logging.getLogger("job")
 
@@ -123,9 +124,18 @@ class LoraTrainer(SFTTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         inputs["use_cache"] = False
+        if WEIGHTS in inputs:
+            return weighted_loss(model, inputs, num_items_in_batch)
         return Trainer.compute_loss(
             self, model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """What the loss of a step is divided by: its answer tokens, each as often as its row's weight says."""
+        if not batch_samples or WEIGHTS not in batch_samples[0]:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        total = sum_of_weights(batch_samples).to(device)
+        return self.accelerator.gather(total).sum() if self.args.world_size > 1 else total
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if not self.finite:
@@ -168,6 +178,8 @@ class NumberedRows:
         if self.features is not None:
             batch, keys = self.features.recall(batch, images)
         numbers = [int(row["id"].removeprefix("row-")) for row in rows]
+        if "weight" in rows[0]:
+            batch[WEIGHTS] = torch.tensor([row["weight"] for row in rows], dtype=torch.float32)
         return {**batch, "rows": numbers, "pictures": [len(each) for each in images], "picture_keys": keys}
 
 
@@ -201,7 +213,8 @@ def train(
     that cannot be used.
     """
     spec = attempt.spec
-    collator = Collator(loaded.processor, spec.training.max_length, spec.training.train_on_responses_only)
+    truncate = spec.dataset.over_length == "truncate"
+    collator = Collator(loaded.processor, spec.training.max_length, spec.training.train_on_responses_only, truncate)
     frozen = vision_kept(attempt, loaded)
     numbers = Numbers(attempt.record, spec.training.effective_batch_size)
     epochs = _Epochs()

@@ -44,10 +44,17 @@ def trained(rows: Path, tmp_path: Path) -> Trained:
     """`trained(base, fits, **training)` trains two steps of four rows on a card where `fits` rows fit, and returns the
     lines of metrics.jsonl."""
 
-    def run(base: Path, fits: int, name: str = "out", spoil_at: int = 0, **training: Any) -> list[dict[str, Any]]:
+    def run(
+        base: Path,
+        fits: int,
+        name: str = "out",
+        dataset: dict[str, Any] | None = None,
+        spoil_at: int = 0,
+        **training: Any,
+    ) -> list[dict[str, Any]]:
         spec = job_spec(
             model={"name_or_path": str(base)},
-            dataset={"path": str(rows), "eval_fraction": 0},
+            dataset={"path": str(rows), "eval_fraction": 0} | (dataset or {}),
             lora={"r": 4, "finetune_vision_layers": False},
             checkpoint={"save_steps": 1},
             training={"max_steps": 2, "effective_batch_size": 4, "learning_rate": 1e-2} | training,
@@ -89,6 +96,27 @@ def test_halves_have_the_loss_and_the_gradients_of_the_whole(
         assert len(one["rows"]) == 4
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+def test_weighted_rows_have_the_loss_of_the_whole_step_too(
+    tiny: Callable[..., Path], rows: Path, trained: Trained
+) -> None:
+    lines = [json.loads(line) for line in (rows / "metadata.jsonl").read_text().splitlines()]
+    weighted = [line | {"weight": 0.25 * number} for number, line in enumerate(lines)]
+    (rows / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in weighted))
+    plain = trained(tiny("qwen3_vl"), 4)
+    whole, halves, steps = (
+        trained(tiny("qwen3_vl"), fits, name, dataset={"weight_column": "weight"}, **training)
+        for fits, name, training in (
+            (4, "whole", {}),
+            (2, "halves", {}),
+            (4, "accumulated", {"per_device_train_batch_size": 2}),
+        )
+    )
+    assert whole[0]["loss"] != pytest.approx(plain[0]["loss"], rel=1e-3)
+    for one, half, step in zip(whole, halves, steps, strict=True):
+        assert half["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert step["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
 def test_a_failed_try_leaves_no_gradient_behind() -> None:
