@@ -11,6 +11,7 @@ from job.model.fetch import BaseFacts
 from job.model.lora import GROUPS, parameters, targets
 from job.model.memory import Memory
 from job.model.memory import memory as model_memory
+from job.preemption import DEFAULT_GRACE_SECONDS, FITS
 from job.record import bytes_text
 from job.spec import JobSpec
 
@@ -51,6 +52,9 @@ class Facts:
     scratch_free: int = 0
     example: str | None = None
     notes: tuple[str, ...] = ()
+    checkpoint_seconds: float | None = None
+    """From submitted to safe, as the last attempt measured it."""
+    grace_seconds: float = DEFAULT_GRACE_SECONDS
 
 
 @dataclass(frozen=True)
@@ -226,6 +230,11 @@ def warnings(spec: JobSpec, facts: Facts, total: int | None, memory: Memory | No
         elif facts.data["evaluation"] < 20:
             found.append(f"only {facts.data['evaluation']} rows are held out: intervals will be wide")
         found += _data_warnings(spec, facts.data)
+    if facts.checkpoint_seconds is not None and facts.checkpoint_seconds > FITS * facts.grace_seconds:
+        found.append(
+            f"a checkpoint took {facts.checkpoint_seconds:.0f} s to become safe in an earlier attempt, and a notice leaves "
+            f"{facts.grace_seconds:.0f} s (JOB_GRACE_SECONDS): give more time, or lower checkpoint.save_steps"
+        )
     if total is not None and spec.checkpoint.save_steps > total:
         found.append(
             f"checkpoint.save_steps {spec.checkpoint.save_steps} is over the {total} steps: one save, at the end"

@@ -17,8 +17,10 @@ from job.checkpoint import steps
 from job.model import choose_backend
 from job.model.compile_cache import CompileCache
 from job.model.fetch import base_facts, fetch_adapter, fetch_base
+from job.output import read_json
 from job.plan import Device, Facts
-from job.record import watched
+from job.preemption import grace_seconds
+from job.record import STATUS_KEY, watched
 from job.scratch import free_bytes
 from job.spec import JobSpec
 from job.stage_in import BUNDLE, local_path
@@ -87,6 +89,8 @@ def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool, all_data:
         scratch_free=free_bytes(scratch),
         example=example,
         notes=tuple(notes),
+        checkpoint_seconds=(read_json(store, STATUS_KEY) or {}).get("checkpoint_seconds"),
+        grace_seconds=grace_seconds(os.environ),
     )
     return Survey(facts, data, base, adapter)
 

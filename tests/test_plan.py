@@ -127,6 +127,12 @@ def test_no_held_out_rows_are_warned_about_and_nothing_is_measured(tree):
     assert any("nothing will be measured" in warning for warning in found.warnings)
 
 
+def test_a_save_that_does_not_fit_the_grace_is_warned_about(tree):
+    slow = replace(FACTS, checkpoint_seconds=25.0, grace_seconds=30.0)
+    assert any("took 25 s to become safe" in warning for warning in plan(tree, slow).warnings)
+    assert not any("become safe" in warning for warning in plan(tree, replace(slow, grace_seconds=60.0)).warnings)
+
+
 def test_a_split_without_patients_is_warned_about(tree):
     assert any("group_column is not set" in warning for warning in plan(tree).warnings)
     grouped = plan(tree, dataset={"path": "d", "group_column": "patient"})

@@ -17,14 +17,12 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from job.errors import DataError, JobError
-from job.preemption import Preemption
+from job.preemption import FITS, Preemption
 from job.record import Record, watched
 from job.train.watch import gpu_numbers
 
 log = logging.getLogger("job")
 
-FITS = 0.8
-"""Share of the grace that a save may take before we call it too slow."""
 EXPLODED = 3.0
 """Times the loss of guessing (the logarithm of the vocabulary's size) or of the first line: no run comes back from there."""
 LINE_SECONDS = 10.0
