@@ -77,7 +77,12 @@ class S3Store:
         self.prefix = prefix
         self.sse = sse
         self.sse_kms_key_id = sse_kms_key_id
-        self.client = connect()
+        try:
+            self.client = connect()
+        except (BotoCoreError, ValueError) as error:
+            raise SpecError(
+                f"{error}: {url} cannot be opened; see AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_DEFAULT_REGION and AWS_PROFILE."
+            ) from error
         self.endpoint = str(self.client.meta.endpoint_url)
         self.part_size = transfer.PART
         self.pool = ThreadPoolExecutor(transfer.WORKERS, thread_name_prefix="store")
@@ -219,11 +224,11 @@ class S3Store:
                 )
             except ClientError as error:
                 if code_of(error)[1] not in (400, 501):
-                    raise explain(error, "s3:PutObject", self.place(key), self.endpoint) from error
+                    raise explain(error, "s3:PutObject", self.place(key), self.endpoint, self.sse) from error
                 if not refused:
                     return False
             except BROKEN as error:
-                raise explain(error, "s3:PutObject", self.place(key), self.endpoint) from error
+                raise explain(error, "s3:PutObject", self.place(key), self.endpoint, self.sse) from error
             else:
                 if refused:
                     return False
@@ -237,7 +242,7 @@ class S3Store:
         except ClientError as error:
             return code_of(error)[1] == 412
         except BROKEN as error:
-            raise explain(error, "s3:PutObject", self.place(key), self.endpoint) from error
+            raise explain(error, "s3:PutObject", self.place(key), self.endpoint, self.sse) from error
         return False
 
     def _is(self, etag: str) -> dict[str, str]:
@@ -297,7 +302,7 @@ class S3Store:
         except JobError:
             raise
         except BROKEN as error:
-            raise explain(error, action, self.place(key), self.endpoint) from error
+            raise explain(error, action, self.place(key), self.endpoint, self.sse) from error
 
     def place(self, key: str) -> str:
         return f"s3://{self.bucket}/{self.prefix}{key}"
