@@ -61,6 +61,12 @@ def test_without_any_mount_and_with_a_bad_spec_it_ends_with_78(image: str, podma
     assert "dataset" in done.stderr.strip().splitlines()[-1]
 
 
+def test_where_the_box_is_the_container_it_runs_the_job_and_then_stops_the_box(image: str, podman: Podman):
+    options = ("--env", "JOB_SPEC=model: {name_or_path: m}", "--env", "JOB_STOP_COMMAND=echo stopping")
+    done = podman("run", "--rm", *NO_MOUNT, *options, "--entrypoint", "bash", image, "/opt/job/rented-box.sh")
+    assert (done.returncode, done.stdout) == (78, "stopping\n"), done.stderr
+
+
 def test_its_caches_all_lie_below_the_one_mount(image: str, podman: Podman, scratch: Path):
     program = (
         "import os, pathlib, tempfile; from job.scratch import CACHES, prepare_scratch; prepare_scratch(os.environ); "
