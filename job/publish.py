@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from job.attempt import Attempt
-from job.data import Data, quarantine_jsonl
+from job.data import Data, as_jsonl
 from job.errors import GateRefused
 from job.evaluate import Rows, pictures
 from job.evaluate.before import rows_digest
@@ -95,7 +95,8 @@ def publish(attempt: Attempt, data: Data, exported: Exported, facts: dict[str, A
 
     spec, store, record = attempt.spec, attempt.store, attempt.record
     with record.stage("publish") as said:
-        store.write("data/quarantine.jsonl", quarantine_jsonl(data))
+        store.write("data/quarantine.jsonl", as_jsonl(data.quarantined))
+        store.write("data/near_duplicates.jsonl", as_jsonl(data.near))
         if facts["metrics"]:
             store.write("evaluation/metrics.json", json.dumps(facts["metrics"], indent=1).encode())
         refused = refusal(spec, exported, unmet)

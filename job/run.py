@@ -10,13 +10,11 @@ from contextlib import ExitStack
 
 from job import output
 from job.attempt import Attempt
-from job.evaluate import judge, looked_at, measure, values
-from job.export import export
+from job.bundle import use_bundle
 from job.metrics import serving, writing
 from job.model import choose_backend, import_first, load_model
 from job.plan import describe, make_plan
 from job.preemption import Preemption
-from job.publish import publish, report_facts
 from job.record import Record
 from job.scratch import breathing, prepare_scratch
 from job.spec import JobSpec
@@ -57,6 +55,7 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
         stack.enter_context(writing(record, environment))
         with preemption.leave_at_once():
             with record.stage("stage in"):
+                use_bundle(spec, environment, scratch)
                 with arriving(spec, scratch):
                     device = find_device(has_torch=True)
                     compiled = restored_cache(spec, store, scratch.parent, device)
@@ -70,7 +69,10 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
             assert data is not None
             assert base is not None
             with record.stage("load"):
-                # Imported here: a published job, and `check` on a laptop, need no torch.
+                # Imported here: a published job, and one that waits for the lease, need none of the training libraries.
+                from job.evaluate import judge, looked_at, measure, values
+                from job.export import export
+                from job.publish import publish, report_facts
                 from job.train.fit import fit
 
                 loaded = load_model(spec, base, torch_device(), backend, plan.precision, found.adapter)

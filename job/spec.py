@@ -66,6 +66,20 @@ class LoraSpec(Section):
     """Start from an earlier adapter: a folder or `s3://` prefix in PEFT's format."""
 
 
+class DicomSpec(Section):
+    """How DICOM files become pictures, and which table holds their reports."""
+
+    reports: str | None = None
+    """The table of reports (CSV or JSONL), relative to `dataset.path`. Default: the only table there."""
+    report_key: str | None = None
+    """Its column that names the images, by study, series or instance UID, accession number, patient or path. Default: the one
+    with such a name."""
+    frames: Literal["middle", "montage"] | list[int] = "middle"
+    """Of a file with many frames, or a CT or MR series: the middle one, a grid of 16, or those at these places (from 0)."""
+    window: tuple[float, float] | None = None
+    """Center and width of the window, for all files. Default: each file's own."""
+
+
 class DatasetSpec(Section):
     """Rows of image and text, and how they are split."""
 
@@ -77,34 +91,57 @@ class DatasetSpec(Section):
     """Which split to train on."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
-    format: Literal["auto", "imagefolder", "json", "parquet", "hub"] = "auto"
-    """How `path` is read. `auto` looks and says what it took."""
-    image_column: str = "image"
-    """Column with the image: embedded, or a path relative to the file that names it."""
+    format: Literal["auto", "imagefolder", "json", "csv", "parquet", "webdataset", "dicom", "hub"] = "auto"
+    """How `path` is read. `auto` looks, and says what it took and why."""
+    image_column: str | list[str] | None = "image"
+    """Column with the image or a list of images: embedded, a URL, or a path relative to the file that names it. Several columns
+    give several images; null trains on text alone."""
     answer_column: str = "caption"
     """Column with the text to learn."""
+    answer: str | None = None
+    """A template for it instead: `Findings: {findings}`. Replaces `answer_column`."""
     instruction: str = RADIOGRAPHER
-    """What the user turn says beside the image."""
+    """What the user turn says beside the image. `{history}` puts in the column of that name; a line whose columns are all empty
+    in a row is left out of it."""
     instruction_column: str | None = None
     """Column with an instruction per row. Replaces `instruction`."""
+    messages_column: str | None = None
+    """Column with whole conversations, OpenAI's `messages` or ShareGPT's and LLaVA's `conversations`. Replaces the four above;
+    a column of one of these names is taken by itself unless an answer is named."""
     system_prompt: str | None = None
-    """Text of a system turn, where the model has one."""
+    """Text of a system turn, where the model has one and the row has none."""
+    weight_column: str | None = None
+    """Column with a number of at least 0 by which the row's loss is multiplied."""
     eval_path: str | None = None
     """Held-out rows of your own, in the same format. Without it, rows are held out of `path`."""
     eval_split: str | None = None
     """Held-out split of the same hub dataset."""
     eval_fraction: float = Field(0.1, ge=0, lt=1)
     """Share of rows (or groups) held out when there is no `eval_path` or `eval_split`. 0 switches measuring off."""
+    eval_rows: PositiveInt | None = None
+    """How many rows to hold out instead of a share; whole groups, so it may be a few more."""
+    stratify_column: str | None = None
+    """Hold out the same share of each value of this column."""
     group_column: str | None = None
     """Rows with the same value here (a patient) are never on both sides of the split."""
+    dicom: DicomSpec = DicomSpec()
+    """For DICOM files."""
     max_rows: PositiveInt | None = None
     """Use only the first so many rows. For trials."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Bad rows are set aside up to this share; above it the job stops with 65."""
     max_image_pixels: PositiveInt = 50_000_000
     """Larger images are bad rows (a decompression bomb is refused before it is decoded)."""
-    image_max_side: PositiveInt | None = None
-    """Shrink images so that the longer side is at most this many pixels, before the model's own processor."""
+    max_aspect_ratio: float = Field(50.0, gt=1)
+    """Images that are longer than so many times their width are bad rows."""
+    image_max_side: PositiveInt | Literal["auto"] | None = "auto"
+    """Shrink images before the model's own processor: the longer side to so many pixels; `auto` to what that processor keeps, and
+    so that a row's images take at most three quarters of training.max_length; null never."""
+    cache_gb: float = Field(20.0, ge=0)
+    """Shrunken images kept on scratch, so that large files are decoded once and not once an epoch: at most so many gigabytes."""
+    over_length: Literal["drop", "fail", "truncate"] = "drop"
+    """A row of more than training.max_length tokens: `drop` makes it a bad row, `fail` stops the job, `truncate` cuts its last
+    answer, never its images or its prompt."""
 
 
 class TrainingSpec(Section):
@@ -136,7 +173,7 @@ class TrainingSpec(Section):
     """Scratch for the features of a vision tower that is not trained, so that each picture goes through it once. `auto`
     takes up to half of what is free; 0 keeps none."""
     max_length: PositiveInt = 2048
-    """Tokens per sample, image tokens included. A longer sample is a bad row."""
+    """Tokens per sample, image tokens included. `dataset.over_length` says what becomes of a longer one."""
     train_on_responses_only: bool = True
     """Loss on the answer only, not on the prompt."""
     seed: int = Field(3407, ge=0, lt=2**32)
@@ -225,7 +262,7 @@ class EvaluationSpec(Section):
     eval_steps: PositiveInt | None = None
     """Optimizer steps between measurements of held-out loss while training; the last step is measured too. Without it, none
     are made."""
-    eval_rows: PositiveInt = 64
+    eval_loss_rows: PositiveInt = 64
     """Held-out rows for that, spread evenly over those that are generated for."""
     take: Literal["last", "best"] = "last"
     """Which step becomes the tuned model: the last, or the one with the lowest held-out loss."""
@@ -307,6 +344,7 @@ class JobSpec(Section):
 HARMLESS = frozenset(
     {
         "name",
+        "dataset.cache_gb",
         "training.logging_steps",
         "training.report_to",
         "training.dataloader_num_workers",
@@ -378,8 +416,16 @@ def contradictions(spec: JobSpec) -> list[str]:
         found.append("model: backend unsloth trains on a 4bit or 16bit base; precision is 32bit")
     if data.eval_path is not None and data.eval_split is not None:
         found.append("dataset: eval_path and eval_split both name held-out rows; keep one")
-    if (data.eval_path or data.eval_split) and "eval_fraction" in data.model_fields_set:
-        found.append("dataset: eval_fraction holds rows out of path, but held-out rows are named already; remove one")
+    for field in {"eval_fraction", "eval_rows", "stratify_column"} & data.model_fields_set:
+        if data.eval_path or data.eval_split:
+            found.append(f"dataset: {field} holds rows out of path, but held-out rows are named already; remove one")
+    if data.eval_rows is not None and "eval_fraction" in data.model_fields_set:
+        found.append("dataset: eval_fraction and eval_rows both say how much is held out; keep one")
+    if data.messages_column is not None:
+        for field in {"answer", "answer_column", "instruction", "instruction_column"} & data.model_fields_set:
+            found.append(f"dataset: {field} has no use beside messages_column; remove one")
+    if data.answer is not None and not re.search(r"\{\w", data.answer):
+        found.append("dataset.answer: has no column in braces, so every row would learn the same; write {findings}")
     micro = training.per_device_train_batch_size
     if micro != "auto" and training.effective_batch_size % micro:
         found.append(
@@ -391,10 +437,11 @@ def contradictions(spec: JobSpec) -> list[str]:
             found.append(f"evaluation.labels.{name}: give values or pattern, not both")
         if label.pattern is not None:
             found += _pattern_problem(f"evaluation.labels.{name}.pattern", label.pattern)
+    held = data.eval_fraction or data.eval_rows or data.eval_path or data.eval_split
     if spec.evaluation.eval_steps is None:
         needing = {"take: best": spec.evaluation.take == "best", "patience": spec.evaluation.patience}
         found += [f"evaluation: {name} needs eval_steps" for name, asked in needing.items() if asked]
-    elif not (data.eval_fraction or data.eval_path or data.eval_split):
+    elif not held:
         found.append("evaluation: eval_steps needs held-out rows, and dataset.eval_fraction is 0")
     known = {*METRICS, *(f"{name}_{kind}" for name in spec.evaluation.labels for kind in ("accuracy", "macro_f1"))}
     for metric, demand in spec.evaluation.require.items():
@@ -404,7 +451,7 @@ def contradictions(spec: JobSpec) -> list[str]:
             found.append(
                 f"evaluation.require.{metric}: says no bound; give min_change, max_change, min_value or max_value"
             )
-    if spec.evaluation.require and not (data.eval_fraction or data.eval_path or data.eval_split):
+    if spec.evaluation.require and not held:
         found.append(
             "evaluation.require: no rows are held out (dataset.eval_fraction is 0), so nothing can be required"
         )

@@ -1,114 +1,302 @@
-"""From what a user names (folder, file, bucket, hub id) to a lazy table of rows, through `datasets`."""
+"""From what a user names (folder, file, archive, bucket, hub id) to a lazy table of rows, and why it was read so."""
 
 from __future__ import annotations
 
-import logging
+import csv
+import hashlib
+import json
 import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, Any
 
+from job.data.images import AS_IT_IS, BadRow, Bounds, Files
+from job.data.rows import Reading, choose_columns, read_sample
+from job.data.shards import index_shards
+from job.data.shelf import Shelf
 from job.errors import DataError, NotAllowed, Unavailable
 from job.spec import DatasetSpec
-from job.stage_in import local_path
+from job.stage_in import BUNDLE, local_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-log = logging.getLogger("job")
-
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+FILE_NAMES = ("file_name", "file_names")
+LINE = "_line"
+"""The one column of a table whose rows are lines of JSON. They are parsed when they are used: no kind of value has to be guessed
+for a column, and one broken line spoils one row."""
+PATIENT = "_patient"
+"""A digest of DICOM's PatientID: it groups rows for the split, is no column that a spec can name, and is written nowhere."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 
 
-class Source(NamedTuple):
-    """Rows, the folder that relative image paths start from, and how that was decided."""
+@dataclass(frozen=True)
+class Source:
+    """`rows` is lazy. `columns` are what `read` gives of a row. `decided` says how it was read, and why."""
 
     rows: Dataset
-    base: Path | None
-    image_column: str
+    columns: tuple[str, ...]
+    files: Files
+    reading: Reading
     decided: str
+    patients: bool = False
+    """Whether the format itself says which rows are of one patient."""
+
+    def read(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Values by column of a row of `rows`. Raises BadRow."""
+        return read_line(row[LINE]) if LINE in row else row
+
+    def named_files(self, spec: DatasetSpec) -> Iterator[tuple[str, Path]]:
+        """Files below the base that good rows name: their relative names, and where they are."""
+        for row in self.rows:
+            try:
+                values = read_sample(self.read(row), spec, self.reading).images
+            except BadRow:
+                continue
+            for value in values:
+                path = value.get("path") or value.get("file") if isinstance(value, dict) else value
+                if isinstance(path, str) and isinstance(self.files.base, Path) and (self.files.base / path).is_file():
+                    yield path, self.files.base / path
 
 
-def open_source(spec: DatasetSpec, path: str, split: str, scratch: Path, field: str = "dataset.path") -> Source:
+@dataclass(frozen=True)
+class Table:
+    """Rows as some format has them; `image_column` where the format itself says which that is."""
+
+    rows: Dataset
+    decided: str
+    base: Path | str | None = None
+    image_column: str | None = None
+    patients: bool = False
+
+
+def open_source(
+    spec: DatasetSpec, path: str, split: str, scratch: Path, field: str = "dataset.path", bounds: Bounds = AS_IT_IS
+) -> Source:
     """The rows at `path`, images not decoded. Raises DataError naming `field` when there is nothing to read."""
+    table = _open(spec, path, split, scratch, field)
+    columns = tuple(_columns(table.rows))
+    reading = choose_columns(columns, spec, table.image_column)
+    bundled = scratch / BUNDLE / "images"
+    fetched = bundled if bundled.exists() else scratch / "fetched" / "images"
+    way = hashlib.sha256(f"{bounds} {spec.dicom}".encode()).hexdigest()[:16]
+    shelf = Shelf(scratch / "cache" / "pictures" / way, int(spec.cache_gb * 1e9)) if any(bounds) else None
+    files = Files(table.base, fetched, shelf, bounds)
+    what = f"conversations in {reading.messages}" if reading.messages else f"answers in {reading.answer}"
+    if spec.answer and not reading.messages:
+        what = "answers by template"
+    images = f"images in {', '.join(reading.images)}" if reading.images else "no images"
+    return Source(table.rows, columns, files, reading, f"{table.decided}; {what}, {images}", table.patients)
+
+
+def _open(spec: DatasetSpec, path: str, split: str, scratch: Path, field: str) -> Table:
     here = local_path(path, scratch, field)
-    cache = str(scratch / "cache" / "datasets")
+    cache = scratch / "cache" / "datasets"
     if not here.exists():
         if spec.format in ("auto", "hub") and HUB_ID.fullmatch(path):
-            return Source(_hub(spec, path, split, cache, field), None, spec.image_column, "hub dataset")
+            return Table(_hub(spec, path, split, cache, field), "hub dataset")
         raise DataError(f"{field}: {path} does not exist")
-    metadata = _metadata(here, split) if here.is_dir() and spec.format in ("auto", "imagefolder") else None
-    if metadata is not None:
-        rows = _load(BUILDERS[metadata.suffix], [metadata], cache, field)
-        column = "file_name" if "file_name" in rows.column_names else spec.image_column
-        return Source(_undecoded(rows, column), metadata.parent, column, f"image folder with {metadata.name}")
-    if spec.format == "imagefolder":
-        raise DataError(f"{field}: {path} holds none of {', '.join(METADATA)}")
-    files = [here] if here.is_file() else _files(here, split)
-    if spec.format != "auto":
-        files = [file for file in files if BUILDERS[file.suffix] == spec.format]
-    if not files or files[0].suffix not in BUILDERS:
-        raise DataError(f"{field}: {path} holds no metadata file with images beside it, no JSONL, CSV or parquet")
-    builder = BUILDERS[files[0].suffix]
-    files = [file for file in files if BUILDERS.get(file.suffix) == builder]
-    rows = _undecoded(_load(builder, files, cache, field), spec.image_column)
-    return Source(rows, here if here.is_dir() else here.parent, spec.image_column, f"{len(files)} {builder} file(s)")
+    files = [here] if here.is_file() else _files(here)
+    kind, chosen, why = _decide(spec, here, files, split, field)
+    base: Path | str = chosen[0].parent if kind == "imagefolder" or here.is_file() else here
+    if path.startswith("s3://") and here.is_file():
+        base = path.rpartition("/")[0]  # what lies beside it was not fetched with it
+    if kind == "webdataset":
+        return Table(_lines(index_shards(chosen, field)), why, base, "image")
+    if kind == "dicom":
+        from job.data.studies import index_studies
+
+        tables = [here / spec.dicom.reports] if spec.dicom.reports else [f for f in files if f.suffix.lower() in TABLES]
+        if len(tables) != 1 or not tables[0].is_file():
+            raise DataError(
+                f"{field}: {here} holds DICOM files and {len(tables)} tables; name the reports' in dataset.dicom.reports"
+            )
+        reports = _table(TABLES[tables[0].suffix.lower()], tables, cache, field)
+        read = (read_line(row[LINE]) if LINE in row else row for row in reports)
+        rows, why = index_studies(spec, here, chosen, read, field)
+        return Table(_lines(rows), why, here, "image", patients=True)
+    if kind == "imagefolder":
+        rows = _table(TABLES[chosen[0].suffix.lower()], chosen, cache, field)
+        return Table(rows, why, base, next((name for name in FILE_NAMES if name in _columns(rows)), None))
+    return Table(_table(kind, chosen, cache, field), why, base)
 
 
-def _metadata(folder: Path, split: str) -> Path | None:
-    return next((path for sub in (split, ".") for name in METADATA if (path := folder / sub / name).is_file()), None)
+def _decide(spec: DatasetSpec, here: Path, files: list[Path], split: str, field: str) -> tuple[str, list[Path], str]:
+    """The format, the files that make it up, and the reason in words."""
+    kinds = {
+        file: "webdataset" if file.suffix.lower() == ".tar" else TABLES.get(file.suffix.lower(), "") for file in files
+    }
+    found = Counter(kind for kind in kinds.values() if kind)
+    asked = spec.format
+    if asked in ("auto", "imagefolder") and here.is_dir():
+        for metadata in (here / sub / name for sub in (split, ".") for name in METADATA):
+            if metadata.is_file():
+                return "imagefolder", [metadata], f"image folder: it holds {metadata.relative_to(here)}"
+    if asked == "imagefolder":
+        raise DataError(f"{field}: {here} holds none of {', '.join(METADATA)}")
+    if asked == "dicom" or (
+        asked == "auto" and not found["webdataset"] and any(_is_dicom(file) for file in files[:200])
+    ):
+        dicom = [file for file in files if not kinds[file]]
+        return "dicom", dicom, ""
+    kind = asked if asked not in ("auto", "hub") else "webdataset" if found["webdataset"] else next(iter(found), "")
+    chosen = _of_split([file for file in files if kind and kinds[file] == kind], here, split)
+    if not chosen:
+        there = Counter(file.suffix.lower() or "no ending" for file in files).most_common(5)
+        listed = ", ".join(f"{count} × {suffix}" for suffix, count in there) or "nothing"
+        wanted = "metadata.jsonl or .csv, .jsonl, .json, .csv, .parquet, .tar or DICOM" if asked == "auto" else asked
+        raise DataError(f"{field}: {here} holds {listed}; wanted is {wanted}")
+    why = f"{kind}: {len(chosen)} {chosen[0].suffix} file(s)"
+    others = {name: count for name, count in found.items() if name != kind}
+    if others:
+        why += f" ({', '.join(f'{count} {name}' for name, count in others.items())} beside them not read)"
+    return kind, chosen, why
 
 
-def _files(folder: Path, split: str) -> list[Path]:
-    """Table files of one kind; those named after the split when there are any."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix in BUILDERS and path.is_file())
-    of_split = [
-        path for path in found if re.search(rf"(^|[/_.-]){re.escape(split)}[/_.-]", str(path.relative_to(folder)))
-    ]
-    found = of_split or found
-    return [path for path in found if path.suffix == found[0].suffix]
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
 
 
-def _load(builder: str, files: list[Path], cache: str, field: str) -> Dataset:
+def _of_split(files: list[Path], here: Path, split: str) -> list[Path]:
+    """Those named after the split, when there are any."""
+    named = re.compile(rf"(^|[/_.-]){re.escape(split)}[/_.-]")
+    return [file for file in files if named.search(str(file.relative_to(here)))] or files if here.is_dir() else files
+
+
+def _is_dicom(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
+
+
+def _table(kind: str, files: list[Path], cache: Path, field: str) -> Dataset:
     from datasets import Dataset, load_dataset
 
     if not any(file.stat().st_size for file in files):
         raise DataError(f"{field}: {files[0]} is empty")
+    options: dict[str, Any] = {}
     try:
-        rows = load_dataset(builder, data_files=[str(file) for file in files], split="train", cache_dir=cache)
+        if kind in ("json", "csv"):
+            files = [_as_lines(file, kind, cache / "lines") for file in files]
+            kind, options = "text", {"encoding": "utf-8-sig", "encoding_errors": "replace"}
+        names = [str(file) for file in files]
+        rows = load_dataset(kind, data_files=names, split="train", cache_dir=str(cache), **options)
     except Exception as error:  # what a parser raises for a broken file is its own affair
         cause = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0][:200]
-        raise DataError(f"{field}: {files[0]} cannot be read as {builder}: {cause}") from error
+        raise DataError(f"{field}: {files[0]} cannot be read as {kind}: {cause}") from error
     if not isinstance(rows, Dataset) or not len(rows):
         raise DataError(f"{field}: {files[0]} has no rows")
-    return rows
+    return rows.rename_column("text", LINE) if kind == "text" else undecoded(rows)
 
 
-def _hub(spec: DatasetSpec, path: str, split: str, cache: str, field: str) -> Dataset:
+def _as_lines(file: Path, kind: str, made: Path) -> Path:
+    """A file of JSON lines: itself, or what a CSV, or one long list, says line by line. The words of a CSV stay words: patient
+    007 is not 7."""
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
+        head = stream.read(4096)
+        stream.seek(0)
+        if kind == "json" and not head.lstrip().startswith("["):
+            return file
+        mark = file.stat()
+        name = hashlib.sha256(f"{file.resolve()} {mark.st_size} {mark.st_mtime_ns}".encode()).hexdigest()
+        lines = made / f"{name[:24]}.jsonl"
+        lines.parent.mkdir(parents=True, exist_ok=True)
+        rows = json.loads(stream.read().lstrip("\ufeff")) if kind == "json" else _csv(stream, head)
+        with lines.open("w", encoding="utf-8") as out:
+            out.writelines(f"{json.dumps(row)}\n" for row in rows)
+    return lines
+
+
+def _csv(stream: IO[str], head: str) -> Iterator[dict[str, str] | None]:
+    """Rows by the names in the first line; None for one with more fields than names."""
+    csv.field_size_limit(2**31 - 1)
+    try:
+        delimiter = csv.Sniffer().sniff(head.splitlines()[0], ",;\t|").delimiter
+    except csv.Error:
+        delimiter = ","
+    for row in csv.DictReader(stream, delimiter=delimiter):
+        yield None if None in row else row
+
+
+def _lines(rows: Iterable[dict[str, Any]]) -> Dataset:
+    from datasets import Dataset
+
+    return Dataset.from_dict({LINE: [json.dumps(row) for row in rows]})
+
+
+def read_line(line: str) -> dict[str, Any]:
+    """Raises BadRow."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadRow("line is not JSON") from error
+    if not isinstance(row, dict):
+        raise BadRow("line is not a JSON object")
+    if "\ufffd" in line:
+        raise BadRow("line is not UTF-8")
+    return row
+
+
+def _columns(rows: Dataset) -> list[str]:
+    """Names of the columns; of lines, all that any of them has."""
+    if rows.column_names != [LINE]:
+        return list(rows.column_names)
+    names: dict[str, None] = {}
+    for batch in rows.iter(1000):
+        for line in batch[LINE]:
+            try:
+                names |= dict.fromkeys(read_line(line))
+            except BadRow:
+                continue
+    return [name for name in names if name != PATIENT]
+
+
+def _hub(spec: DatasetSpec, path: str, split: str, cache: Path, field: str) -> Dataset:
     from datasets import Dataset, load_dataset
     from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.constants import is_offline_mode
 
     try:
-        rows = load_dataset(path, spec.name, split=split, revision=spec.revision, cache_dir=cache)
+        rows = load_dataset(path, spec.name, split=split, revision=spec.revision, cache_dir=str(cache))
     except DatasetNotFoundError as error:
         if "gated" in str(error):
             page = f"https://huggingface.co/datasets/{path}"
             raise NotAllowed(f"{field}: {path} is gated; ask for access at {page} and set HF_TOKEN") from error
-        raise DataError(f"{field}: there is no folder and no hub dataset {path}") from error
+        if spec.revision and "evision" in f"{error} {error.__cause__}":
+            raise DataError(f"dataset.revision: {path} has no revision {spec.revision}") from error
+        raise DataError(f"{field}: there is no folder and no hub dataset {path} that this token may see") from error
     except ValueError as error:
         raise DataError(f"{field}: {path}: {str(error).splitlines()[0]}") from error
     except OSError as error:
+        if is_offline_mode():
+            raise DataError(
+                f"{field}: {path} is no folder here, and HF_HUB_OFFLINE is set; gather it with job prefetch"
+            ) from error
         raise Unavailable(
             f"{field}: neither a folder nor reachable on the hub: {path} ({type(error).__name__})"
         ) from error
     assert isinstance(rows, Dataset)
-    return _undecoded(rows, spec.image_column)
+    return undecoded(rows)
 
 
-def _undecoded(rows: Dataset, column: str) -> Dataset:
+def undecoded(rows: Dataset) -> Dataset:
     """Embedded images stay bytes until a row is used, so that one broken image spoils one row."""
-    from datasets import Image
+    from datasets import Dataset, Features, Image
 
-    feature = rows.features.get(column)
-    return rows.cast_column(column, Image(decode=False)) if isinstance(feature, Image) else rows
+    def plain(feature: Any) -> Any:
+        if isinstance(feature, Image):
+            return Image(decode=False)
+        if isinstance(feature, dict):
+            return {name: plain(part) for name, part in feature.items()}
+        if isinstance(feature, list):
+            return [plain(part) for part in feature]
+        inner = getattr(feature, "feature", None)
+        return type(feature)(plain(inner)) if inner is not None else feature
+
+    features = Features({name: plain(feature) for name, feature in rows.features.items()})
+    info = rows.info.copy()
+    info.features = features
+    return Dataset(rows.data.cast(features.arrow_schema), info=info)  # `Dataset.cast` would copy every image

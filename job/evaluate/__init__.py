@@ -154,13 +154,16 @@ def values(measured: dict[str, Any] | None) -> dict[str, dict[str, float]]:
 
 
 def pictures(rows: Any, ids: Iterable[str], longest_side: int = 384) -> dict[str, bytes]:
-    """PNG files of held-out rows for the report, by id."""
+    """PNG files of held-out rows for the report, by id; of several images of a row, the first."""
     from job.evaluate.generate import rows_ids
 
     places = {identity: place for place, identity in enumerate(rows_ids(rows))}
     found = {}
     for identity in dict.fromkeys(ids):
-        image = rows[places[identity]]["images"][0]
+        images = rows[places[identity]]["images"]
+        if not images:
+            continue
+        image = images[0]
         image.thumbnail((longest_side, longest_side))
         stream = io.BytesIO()
         image.save(stream, "PNG", optimize=True)

@@ -88,7 +88,7 @@ def _batches(
 def _generate(loaded: Loaded, batch: list[dict[str, Any]], spec: JobSpec) -> list[Generation]:
     try:
         texts = answer(loaded, batch, spec.evaluation.max_new_tokens)
-        losses = answer_losses(loaded, batch, spec.training.max_length)
+        losses = answer_losses(loaded, batch, spec.training.max_length, spec.dataset.over_length == "truncate")
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(
             f"generation of {len(batch)} rows at once does not fit the GPU; lower evaluation.batch_size"
@@ -120,9 +120,11 @@ def _prompt(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
-def answer_losses(loaded: Loaded, batch: list[dict[str, Any]], max_length: int) -> list[tuple[float, int]]:
+def answer_losses(
+    loaded: Loaded, batch: list[dict[str, Any]], max_length: int, truncate: bool = False
+) -> list[tuple[float, int]]:
     """Mean cross-entropy (nats) of each row's true answer, and how many tokens it has."""
-    inputs = Collator(loaded.processor, max_length)(batch)
+    inputs = Collator(loaded.processor, max_length, truncate=truncate)(batch)
     labels = inputs.pop("labels")[:, 1:].to(loaded.device)
     logits = loaded.model(**to_device(inputs, loaded)).logits[:, :-1].float()
     losses = cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")

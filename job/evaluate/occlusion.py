@@ -51,11 +51,11 @@ def explain(
     loaded: Loaded, rows: Any, wanted: dict[str, str], spec: JobSpec, each: Callable[[], None]
 ) -> dict[str, list[list[float]]]:
     """Maps by row id of the answers `wanted`; `each` is called before every row. Rows without image or answer have none."""
-    size = spec.evaluation.batch_size
+    size, truncate = spec.evaluation.batch_size, spec.dataset.over_length == "truncate"
 
     def losses_of(batch: list[dict[str, Any]]) -> list[float]:
         parts = [batch[start : start + size] for start in range(0, len(batch), size)]
-        return [loss for part in parts for loss, _ in answer_losses(loaded, part, spec.training.max_length)]
+        return [loss for part in parts for loss, _ in answer_losses(loaded, part, spec.training.max_length, truncate)]
 
     found = {}
     to_generation(loaded)

@@ -156,7 +156,8 @@ def refuse(result: Verdict, spec: GateSpec) -> None:
 @torch.inference_mode()
 def answer_logits(loaded: Loaded, batch: list[dict[str, Any]], spec: JobSpec, *, tuned: bool) -> torch.Tensor:
     """Logits, float32 on the CPU, at the places that predict an answer token: shape (answer tokens, vocabulary)."""
-    inputs = Collator(loaded.processor, spec.training.max_length)(batch)
+    truncate = spec.dataset.over_length == "truncate"
+    inputs = Collator(loaded.processor, spec.training.max_length, truncate=truncate)(batch)
     wanted = inputs.pop("labels")[:, 1:] != IGNORE
     with base_or_tuned(loaded, tuned):
         logits = loaded.model(**to_device(inputs, loaded)).logits[:, :-1]

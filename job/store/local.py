@@ -54,6 +54,12 @@ def partial_name(name: str, mark: str) -> str:
     return f".{name.encode()[:200].decode(errors='ignore')}.{mark}.part"
 
 
+def _unless_gone(error: OSError) -> None:
+    """A folder that is not there holds nothing; one that cannot be read may hold anything."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
 class LocalStore:
     """Objects as files under a root folder."""
 
@@ -65,7 +71,7 @@ class LocalStore:
         start = self.root / prefix.rpartition("/")[0] if "/" in prefix else self.root
         found: list[Entry] = []
         with disk(start):
-            for folder, _, names in os.walk(start):
+            for folder, _, names in os.walk(start, onerror=_unless_gone):
                 for name in names:
                     key = (Path(folder) / name).relative_to(self.root).as_posix()
                     if key.startswith(prefix) and not _OURS.match(name):
@@ -179,15 +185,16 @@ class LocalStore:
         count = 0
         start = self.root / prefix.rpartition("/")[0]
         now = None
-        for folder, _, names in os.walk(start):
-            for path in (Path(folder) / name for name in names if name.endswith(".part") and _OURS.match(name)):
-                if now is None:
-                    with self._temporary(path) as (_, temporary):
-                        now = temporary.stat().st_mtime
-                with contextlib.suppress(FileNotFoundError):
-                    if now - path.stat().st_mtime >= older_than:
-                        path.unlink()
-                        count += 1
+        with disk(start):
+            for folder, _, names in os.walk(start):
+                for path in (Path(folder) / name for name in names if name.endswith(".part") and _OURS.match(name)):
+                    if now is None:
+                        with self._temporary(path) as (_, temporary):
+                            now = temporary.stat().st_mtime
+                    with contextlib.suppress(FileNotFoundError):
+                        if now - path.stat().st_mtime >= older_than:
+                            path.unlink()
+                            count += 1
         return count
 
     def _path(self, key: str) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -29,9 +30,12 @@ from job.train.callbacks import Numbers, Safety, lost
 from job.train.held_out import HeldOut, NoneBetter
 from job.train.ladder import Ladder
 from job.train.order import EpochOrder
+from job.train.snapshot import Snapshot
+from job.train.weights import WEIGHTS, sum_of_weights, weighted_loss
 
 log = logging.getLogger("job")
 
+ADAPTER = "adapter_model.safetensors"
 SHARED_BYTES = 500_000_000
 """Of /dev/shm for one loader: two batches of eight four-tile pictures in float32."""
 
@@ -65,6 +69,10 @@ class LoraTrainer(SFTTrainer):
         self.waited = 0.0
         self.paused = 0.0
         self.finite: torch.Tensor | bool = True
+        self.snapshot = Snapshot(Path(str(self.args.output_dir)) / "unchanging")
+        # Once, and by upstream's own hand; it writes all but weights and states, which `snapshot` does from copies.
+        SFTTrainer._save(self, str(self.snapshot.unchanging), state_dict={})
+        (self.snapshot.unchanging / ADAPTER).unlink()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
         rows = train_dataset if train_dataset is not None else self.train_dataset
@@ -131,14 +139,39 @@ class LoraTrainer(SFTTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         inputs["use_cache"] = False
+        if WEIGHTS in inputs:
+            return weighted_loss(model, inputs, num_items_in_batch)
         return Trainer.compute_loss(
             self, model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """What the loss of a step is divided by: its answer tokens, each as often as its row's weight says."""
+        if not batch_samples or WEIGHTS not in batch_samples[0]:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        total = sum_of_weights(batch_samples).to(device)
+        return self.accelerator.gather(total).sum() if self.args.world_size > 1 else total
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if not self.finite:
             raise DataError(lost(self.state.global_step, "the loss is no number any more", self.record))
         Trainer._save_checkpoint(self, model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
+        """Upstream's hook for weights and processor. Here only the folder: the next hook copies all states at once."""
+        Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self.snapshot.take(Path(output_dir), self.states())
+
+    def states(self) -> dict[str, Any]:
+        """What changes from step to step and is large, by upstream's file names."""
+        weights = get_peft_model_state_dict(self.model)
+        return {
+            ADAPTER: weights,
+            "optimizer.pt": self.optimizer.state_dict(),
+            "scheduler.pt": self.lr_scheduler.state_dict(),
+        }
 
     def save_state_now(self) -> None:
         """The trainer's own checkpoint of the last finished step, outside its schedule."""
@@ -160,6 +193,8 @@ class NumberedRows:
         if self.features is not None:
             batch, keys = self.features.recall(batch, images)
         numbers = [int(row["id"].removeprefix("row-")) for row in rows]
+        if "weight" in rows[0]:
+            batch[WEIGHTS] = torch.tensor([row["weight"] for row in rows], dtype=torch.float32)
         return {**batch, "rows": numbers, "pictures": [len(each) for each in images], "picture_keys": keys}
 
 
@@ -194,7 +229,8 @@ def train(
     that cannot be used.
     """
     spec = attempt.spec
-    collator = Collator(loaded.processor, spec.training.max_length, spec.training.train_on_responses_only)
+    truncate = spec.dataset.over_length == "truncate"
+    collator = Collator(loaded.processor, spec.training.max_length, spec.training.train_on_responses_only, truncate)
     frozen = vision_kept(attempt, loaded)
     numbers = Numbers(attempt.record, spec.training.effective_batch_size)
     epochs = _Epochs()

@@ -41,13 +41,13 @@ class NoneBetter(Exception):
 class HeldOut(TrainerCallback):
     """`losses` are those measured so far, nats over answer tokens by step; `best` is the folder with the best adapter.
 
-    `rows` are all that were held out; at most `evaluation.eval_rows` of them are looked at, always the same ones.
+    `rows` are all that were held out; at most `evaluation.eval_loss_rows` of them are looked at, always the same ones.
     """
 
     def __init__(self, attempt: Attempt, loaded: Loaded, rows: Any, ladder: Ladder) -> None:
         self.attempt, self.loaded, self.ladder = attempt, loaded, ladder
         self.spec = attempt.spec.evaluation
-        count = min(len(rows), self.spec.eval_rows)
+        count = min(len(rows), self.spec.eval_loss_rows)
         self.rows = rows.select([index * len(rows) // count for index in range(count)]) if count else rows
         self.losses: dict[int, float] = {}
         self.best: Path | None = None
@@ -151,7 +151,8 @@ class HeldOut(TrainerCallback):
     def _outside(self, rows: list[dict[str, Any]]) -> tuple[float, int]:
         """For the one case without a trainer: a notice came while the last step was measured."""
         with torch.no_grad():
-            found = answer_losses(self.loaded, rows, self.attempt.spec.training.max_length)
+            spec = self.attempt.spec
+            found = answer_losses(self.loaded, rows, spec.training.max_length, spec.dataset.over_length == "truncate")
         count = sum(tokens for _, tokens in found)
         return sum(loss * tokens for loss, tokens in found) / max(count, 1), count
 

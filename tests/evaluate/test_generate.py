@@ -12,7 +12,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageTextToText
 
-from job.data import Data, prepare
+from job.data import Data
+from job.data.prepare import prepare
 from job.evaluate.generate import answer, answer_losses, generations
 from job.model import Loaded
 from job.model.collator import IGNORE, Collator, encode, render

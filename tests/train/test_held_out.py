@@ -26,7 +26,7 @@ from job.train.fit import fit
 from tests.resume_proof import trajectory
 from tests.tiny import job_spec, picture
 
-STEPS = 6
+STEPS = 8
 RATE = {"learning_rate": 0.05, "lr_scheduler_type": "constant"}
 Weights = dict[str, torch.Tensor]
 Fitted = Callable[..., tuple[Weights, Path]]
@@ -101,32 +101,34 @@ def same(one: Weights, other: Weights) -> bool:
 
 def test_measuring_changes_neither_order_nor_dropout_and_the_best_step_is_taken(fitted: Fitted) -> None:
     plain, numbers = fitted("plain", {})
-    watched, with_losses = fitted("watched", {"eval_steps": 3})
+    watched, with_losses = fitted("watched", {"eval_steps": 1})
     assert same(plain, watched)
     assert trajectory(numbers.read_bytes()) == trajectory(with_losses.read_bytes())
     losses = measured(with_losses)
-    assert list(losses) == [3, 6]
-    best = min(losses, key=lambda step: losses[step])
-    assert best < STEPS  # else nothing is shown
-    taken, _ = fitted("taken", {"eval_steps": 3, "take": "best"})
-    until_then, _ = fitted("until then", {}, max_steps=best)
+    assert list(losses) == list(range(1, STEPS + 1))
+    last = first_worse(losses)
+    taken, _ = fitted("taken", {"eval_steps": 1, "take": "best"}, max_steps=last)
+    until_then, _ = fitted("until then", {}, max_steps=last - 1)
     assert same(taken, until_then)
 
 
-PATIENT = {"eval_steps": 1, "take": "best", "patience": 2}
+def first_worse(losses: dict[int, float]) -> int:
+    """The first step whose loss is no lower than that of the one before, which is so the best until then."""
+    return next(step for step in losses if step > 1 and losses[step] >= losses[step - 1])
 
 
 def test_a_notice_while_measuring_leaves_at_once_and_what_was_dropped_is_measured_again(fitted: Fitted) -> None:
-    whole, numbers = fitted("whole", PATIENT)
+    patient = {"eval_steps": 1, "take": "best", "patience": 1}
+    whole, numbers = fitted("whole", patient)
     losses = measured(numbers)
-    best = min(losses, key=lambda step: losses[step])
-    assert max(losses) == best + 2 < STEPS  # it stopped early
-    for stop in (3, 4):  # two batches a measurement: in the midst of step 2's, and at its end
+    assert max(losses) == first_worse(losses) < STEPS  # it stopped early
+    last = 2 * max(losses)  # two batches a measurement
+    for stop in (last - 1, last - 2):  # in the midst of the last, and at the end of the one before
         with pytest.raises(Preempted):
-            fitted(f"stopped {stop}", PATIENT, stop_at=stop)
-        again, resumed = fitted(f"stopped {stop}", PATIENT)
+            fitted(f"stopped {stop}", patient, stop_at=stop)
+        again, resumed = fitted(f"stopped {stop}", patient)
         assert measured(resumed) == losses
         assert trajectory(resumed.read_bytes()) == trajectory(numbers.read_bytes())
         assert same(again, whole)
-        once_more, _ = fitted(f"stopped {stop}", PATIENT)
-        assert same(once_more, whole)
+    once_more, _ = fitted(f"stopped {stop}", patient)
+    assert same(once_more, whole)
