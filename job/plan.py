@@ -9,15 +9,17 @@ from typing import Any, Literal
 from job.errors import SpecError
 from job.model.fetch import BaseFacts
 from job.model.lora import GROUPS, parameters, targets
+from job.model.memory import Memory
+from job.model.memory import memory as model_memory
 from job.record import bytes_text
 from job.spec import JobSpec
 
 Action = Literal["do", "resume", "skip"]
 
-BYTES_PER_WEIGHT = {"4bit": 0.6, "16bit": 2.0, "32bit": 4.0}
-"""nf4 with double quantisation holds 4.13 bits a weight; embeddings and the vision tower's norms stay in 16 bits."""
-BYTES_PER_LORA_PARAMETER = 16
-"""fp32 weight, gradient and AdamW's two moments."""
+HEADROOM = 0.9
+"""Share of the card's memory that the plan fills: the rest is for longer rows and for what fragments."""
+MOST_AT_ONCE = 16
+"""Rows; more at once gain nothing on any card we know."""
 CHECKPOINT_BYTES_PER_LORA_PARAMETER = 12
 """fp32 weight and AdamW's two moments."""
 
@@ -78,14 +80,15 @@ class Plan:
 def make_plan(spec: JobSpec, facts: Facts) -> Plan:
     """The plan for these facts. Raises SpecError when the model has no layers of a group asked for, or cannot
     have its rows in one batch."""
-    micro = micro_batch(spec, facts.device)
-    _refuse_mixed_batches(spec, facts, micro)
-    precision = held_precision(spec, facts)
-    total = total_steps(spec, facts.data["train"], micro) if facts.data else None
     groups: dict[str, int] = {}
     if facts.base is not None:
         counts = parameters(spec.lora.r, facts.base.linears, targets(spec.lora, facts.base.linears))
         groups = {name: counts[name] for name in (*GROUPS, "other") if name in counts}
+    precision = held_precision(spec, facts, groups)
+    memory = needed_memory(spec, facts, groups, precision)
+    micro = micro_batch(spec, facts.device, memory)
+    _refuse_mixed_batches(spec, facts, micro)
+    total = total_steps(spec, facts.data["train"], micro) if facts.data else None
     return Plan(
         stages=tuple(stages(spec, facts, total)),
         total_steps=total,
@@ -93,8 +96,8 @@ def make_plan(spec: JobSpec, facts: Facts) -> Plan:
         accumulation=spec.training.effective_batch_size // micro,
         precision=precision,
         groups=groups,
-        estimates=estimates(facts, precision, sum(groups.values()), spec.export.merged),
-        warnings=tuple(warnings(spec, facts, total)),
+        estimates=estimates(spec, facts, groups, memory, micro),
+        warnings=tuple(warnings(spec, facts, total, memory)),
     )
 
 
@@ -109,24 +112,46 @@ def _refuse_mixed_batches(spec: JobSpec, facts: Facts, micro: int) -> None:
         )
 
 
-def micro_batch(spec: JobSpec, device: Device | None) -> int:
-    """Samples per forward pass: the largest divisor of the effective batch that is at most 8 (2 on cards under 40 GB)."""
+def needed_memory(spec: JobSpec, facts: Facts, groups: dict[str, int], precision: str) -> Memory | None:
+    """What training will take, for the longest row; None when the base is not here to be measured."""
+    if facts.base is None:
+        return None
+    tokens = (facts.data or {}).get("tokens", {}).get("longest", spec.training.max_length)
+    return model_memory(
+        facts.base.config,
+        facts.base.linears,
+        facts.base.parameters,
+        groups,
+        precision=precision,
+        optim=spec.training.optim,
+        checkpointing_offloaded=spec.model.backend != "transformers",
+        tokens=min(tokens, spec.training.max_length),
+    )
+
+
+def fits(memory: Memory | None, device: Device, rows: int) -> bool:
+    return memory is None or memory.of(rows) <= HEADROOM * device.memory
+
+
+def micro_batch(spec: JobSpec, device: Device | None, memory: Memory | None) -> int:
+    """Rows per forward pass: the largest divisor of the effective batch that fits the card; at most 8 on a CPU."""
     given, effective = spec.training.per_device_train_batch_size, spec.training.effective_batch_size
     if given != "auto":
         return given
-    small = device is not None and device.kind == "cuda" and device.memory < 40e9
-    most = 2 if small else 8
-    return max(size for size in range(1, most + 1) if effective % size == 0)
+    if device is None or device.kind == "cpu":
+        return max(size for size in range(1, 9) if effective % size == 0)
+    sizes = [size for size in range(1, MOST_AT_ONCE + 1) if effective % size == 0]
+    return max((size for size in sizes if fits(memory, device, size)), default=1)
 
 
-def held_precision(spec: JobSpec, facts: Facts) -> str:
-    """`auto` resolved: 32bit on a CPU; 16bit on a GPU that holds it twice over, else 4bit."""
+def held_precision(spec: JobSpec, facts: Facts, groups: dict[str, int]) -> str:
+    """`auto` resolved: 32bit on a CPU; on a GPU 16bit, which is quicker, where four rows at once fit with it, else 4bit."""
     if spec.model.precision != "auto":
         return spec.model.precision
     if facts.device is None or facts.device.kind == "cpu":
         return "32bit"
-    weights = facts.base.parameters * BYTES_PER_WEIGHT["16bit"] if facts.base else 0
-    return "16bit" if weights * 2 < facts.device.memory else "4bit"
+    rows = min(4, spec.training.effective_batch_size)
+    return "16bit" if fits(needed_memory(spec, facts, groups, "16bit"), facts.device, rows) else "4bit"
 
 
 def total_steps(spec: JobSpec, rows: int, micro: int) -> int:
@@ -176,22 +201,21 @@ def _training(facts: Facts, total: int | None, done: bool) -> Stage:
     return Stage("train", "do", steps)
 
 
-def estimates(facts: Facts, precision: str, lora: int, merged: bool) -> dict[str, int]:
-    """Rough sizes in bytes, by the constants above; activations are not in them."""
-    if facts.base is None:
+def estimates(spec: JobSpec, facts: Facts, groups: dict[str, int], memory: Memory | None, micro: int) -> dict[str, int]:
+    """Sizes in bytes, as far as they are known before anything runs."""
+    if facts.base is None or memory is None:
         return {}
-    weights = int(facts.base.parameters * BYTES_PER_WEIGHT[precision])
-    sizes = {
-        "weights in memory": weights,
-        "adapter, gradients and optimizer": lora * BYTES_PER_LORA_PARAMETER,
-        "one checkpoint": lora * CHECKPOINT_BYTES_PER_LORA_PARAMETER,
-    }
-    if merged:
+    sizes = {"weights in memory": memory.weights}
+    if facts.device is not None and facts.device.kind == "cuda":
+        sizes |= {"adapters, gradients, optimizer, buffers": memory.training, "each row at once": memory.row}
+        sizes["GPU memory in all"] = memory.of(micro)
+    sizes["one checkpoint"] = sum(groups.values()) * CHECKPOINT_BYTES_PER_LORA_PARAMETER
+    if spec.export.merged:
         sizes["merged weights"] = facts.base.parameters * 2
     return sizes
 
 
-def warnings(spec: JobSpec, facts: Facts, total: int | None) -> list[str]:
+def warnings(spec: JobSpec, facts: Facts, total: int | None, memory: Memory | None) -> list[str]:
     """What a careful colleague would say before this runs."""
     found = list(facts.notes)
     if facts.base is not None and facts.base.model_type in SERVING_NOTES:
@@ -206,13 +230,14 @@ def warnings(spec: JobSpec, facts: Facts, total: int | None) -> list[str]:
         found.append(
             f"checkpoint.save_steps {spec.checkpoint.save_steps} is over the {total} steps: one save, at the end"
         )
-    sizes = estimates(facts, held_precision(spec, facts), 0, spec.export.merged)
-    if facts.device is not None and sizes and sizes["weights in memory"] > 0.9 * facts.device.memory:
+    device = facts.device
+    if device is not None and device.kind == "cuda" and memory is not None and not fits(memory, device, 1):
         found.append(
-            f"the weights ({bytes_text(sizes['weights in memory'])}) will not fit {facts.device.name} "
-            f"({bytes_text(facts.device.memory)}); set model.precision to 4bit or take a larger card"
+            f"one row at once needs about {bytes_text(memory.of(1))} ({bytes_text(memory.weights)} of it weights), and "
+            f"{device.name} has {bytes_text(device.memory)}; set model.precision to 4bit, shrink images with "
+            "dataset.image_max_side, or take a larger card"
         )
-    need = sizes.get("merged weights", 0)
+    need = facts.base.parameters * 2 if facts.base is not None and spec.export.merged else 0
     if facts.scratch_free and need > facts.scratch_free:
         found.append(
             f"merged weights need {bytes_text(need)} of scratch, {bytes_text(facts.scratch_free)} are free; "

@@ -92,12 +92,27 @@ def test_a_group_that_the_model_lacks_is_refused(tree):
         plan(tree, replace(FACTS, base=replace(BASE, linears=layers)))
 
 
-def test_a_base_that_fits_twice_is_held_in_16_bits_else_in_4(tree):
-    card = Device("cuda", "RTX A6000", 48 * 10**9)
+A6000 = Device("cuda", "RTX A6000", 48 * 10**9)
+
+
+def test_a_base_is_held_in_16_bits_where_four_rows_fit_with_it_else_in_4(tree):
     large = replace(BASE, parameters=30 * 10**9)
-    assert plan(tree, replace(FACTS, device=card)).precision == "16bit"
-    assert plan(tree, replace(FACTS, device=card, base=large)).precision == "4bit"
+    assert plan(tree, replace(FACTS, device=A6000)).precision == "16bit"
+    assert plan(tree, replace(FACTS, device=A6000, base=large)).precision == "4bit"
     assert plan(tree).precision == "32bit"
+
+
+def test_as_many_rows_go_through_at_once_as_fit_the_card_with_a_tenth_to_spare(tree):
+    rows = {"effective_batch_size": 16}
+    whole = plan(tree, replace(FACTS, device=A6000), training=rows)
+    assert whole.micro_batch == 16
+    for at_once in (8, 4, 1):
+        needed = whole.estimates["GPU memory in all"] - (16 - at_once) * whole.estimates["each row at once"]
+        card = Device("cuda", "small card", int(needed / 0.9) + 1000)
+        fitted = plan(
+            tree, replace(FACTS, device=card), training=rows, model={"name_or_path": "b", "precision": "16bit"}
+        )
+        assert (fitted.micro_batch, fitted.accumulation) == (at_once, 16 // at_once)
 
 
 def test_llama_vision_is_warned_about_and_qwen_is_not(tree):
@@ -120,7 +135,7 @@ def test_a_split_without_patients_is_warned_about(tree):
 
 def test_weights_that_do_not_fit_are_warned_about(tree):
     small = replace(FACTS, device=Device("cuda", "small card", 10**5))
-    assert any("will not fit small card" in warning for warning in plan(tree, small).warnings)
+    assert any("and small card has 100.0 kB; set model.precision" in warning for warning in plan(tree, small).warnings)
 
 
 def test_the_description_names_every_stage_and_the_cure_of_every_warning(tree):

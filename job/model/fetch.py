@@ -6,7 +6,7 @@ import json
 import os
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +79,15 @@ RENAMED = (
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What the files of a base model say: `parameters` counts all weights, `linears` the layers by the module's name."""
+    """What the files of a base model say: `parameters` counts all weights, `linears` the layers by the module's name,
+    `config` is config.json."""
 
     model_type: str
     architecture: str
     parameters: int
     bytes: int
     linears: dict[str, Linear]
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 def base_facts(folder: Path) -> BaseFacts:
@@ -115,6 +117,7 @@ def base_facts(folder: Path) -> BaseFacts:
         parameters=count,
         bytes=sum(file.stat().st_size for file in files),
         linears=linears,
+        config=config,
     )
 
 

@@ -127,6 +127,8 @@ def acquire(
     lease = Lease(store, holder, ttl, clock)
     version, there = _read(store)
     deadline = time.monotonic() + wait
+    if wait and version is not None and not _free(store, there):
+        log.info("waiting up to %.0f s to see whether %s, which holds the lease, is alive", wait, _holder(store))
     while version is not None and not _free(store, there):
         if time.monotonic() >= deadline:
             raise Preempted(_busy(store, there))

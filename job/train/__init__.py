@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -28,10 +29,12 @@ from job.spec import JobSpec
 from job.train.callbacks import Numbers, Safety, lost
 from job.train.ladder import Ladder
 from job.train.order import EpochOrder
+from job.train.snapshot import Snapshot
 from job.train.weights import WEIGHTS, sum_of_weights, weighted_loss
 
 log = logging.getLogger("job")
 
+ADAPTER = "adapter_model.safetensors"
 SHARED_BYTES = 500_000_000
 """Of /dev/shm for one loader: two batches of eight four-tile pictures in float32."""
 
@@ -63,6 +66,10 @@ class LoraTrainer(SFTTrainer):
         self.tokens_of_step = 0
         self.waited = 0.0
         self.finite: torch.Tensor | bool = True
+        self.snapshot = Snapshot(Path(str(self.args.output_dir)) / "unchanging")
+        # Once, and by upstream's own hand; it writes all but weights and states, which `snapshot` does from copies.
+        SFTTrainer._save(self, str(self.snapshot.unchanging), state_dict={})
+        (self.snapshot.unchanging / ADAPTER).unlink()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
         rows = train_dataset if train_dataset is not None else self.train_dataset
@@ -134,6 +141,22 @@ class LoraTrainer(SFTTrainer):
         if not self.finite:
             raise DataError(lost(self.state.global_step, "the loss is no number any more", self.record))
         Trainer._save_checkpoint(self, model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
+        """Upstream's hook for weights and processor. Here only the folder: the next hook copies all states at once."""
+        Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self.snapshot.take(Path(output_dir), self.states())
+
+    def states(self) -> dict[str, Any]:
+        """What changes from step to step and is large, by upstream's file names."""
+        weights = get_peft_model_state_dict(self.model)
+        return {
+            ADAPTER: weights,
+            "optimizer.pt": self.optimizer.state_dict(),
+            "scheduler.pt": self.lr_scheduler.state_dict(),
+        }
 
     def save_state_now(self) -> None:
         """The trainer's own checkpoint of the last finished step, outside its schedule."""

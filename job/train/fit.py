@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 from job import checkpoint
@@ -48,10 +49,10 @@ def fit(attempt: Attempt, plan: Plan, loaded: Loaded, data: Data) -> None:
             ladder.rows_at_once = min(plan.micro_batch, restored.manifest.extra.get("rows_at_once", plan.micro_batch))
         with uploader(attempt) as uploads:
 
-            def keep(saved: int, made: Path, epoch: float) -> None:
+            def keep(saved: int, made: Path, epoch: float, written: Future[None]) -> None:
                 record.copy_numbers(made)
                 extra = {"submitted": time.time(), "rows_at_once": ladder.rows_at_once}
-                uploads.submit(made, saved, epoch=epoch, extra=extra)
+                uploads.submit(made, saved, epoch=epoch, extra=extra, written=written)
 
             safety = Safety(preemption, keep, lambda: settle(uploads, preemption), record)
             last = train(attempt, plan, loaded, data.train, safety, ladder, restored.folder if restored else None)

@@ -38,8 +38,8 @@ class Message:
 class Proxy:
     """Between a client and the server at `upstream`. `fault` falls on request number `at`, counted from 1.
 
-    `rate` is bytes per second over all connections (0: no limit), `delay` seconds before each answer. `virtual_host`
-    sends every request to `upstream` whatever host it names, as an HTTP proxy would.
+    `rate` is bytes per second over all connections (0: no limit), `delay` seconds before each answer. An answer without
+    a body is truncated three bytes behind `cut`, in the middle where it has no such header.
     """
 
     upstream: tuple[str, int]
@@ -48,6 +48,7 @@ class Proxy:
     stall: float = 10.0
     rate: float = 0.0
     delay: float = 0.0
+    cut: bytes = b"etag: "
     before: Callable[[Message], bytes | None] | None = None
     seen: list[str] = field(default_factory=list)
     heads: list[bytes] = field(default_factory=list)
@@ -139,7 +140,9 @@ class Proxy:
         await asyncio.sleep(self.delay + (self.stall if fault == "stall" else 0.0))
         whole = answer.head + answer.body
         if fault == "truncated":
-            cut = len(answer.head) + len(answer.body) // 2 if answer.body else len(answer.head) // 2
+            found = answer.head.lower().find(self.cut)
+            within = found + len(self.cut) + 3 if found >= 0 else len(answer.head) // 2
+            cut = len(answer.head) + len(answer.body) // 2 if answer.body else within
             writer.write(whole[:cut])
             await writer.drain()
             return False

@@ -15,7 +15,7 @@ import boto3
 import pytest
 
 from job.errors import JobError, NotAllowed, SpecError, Unavailable
-from job.store import Missing, check_writable, download_folder, open_store
+from job.store import Conflict, Missing, check_writable, download_folder, open_store
 from job.store.s3 import S3Store
 from tests.s3 import ON_CEPH, SMALL_PART, address
 from tests.store.proxy import Message, Proxy, answer
@@ -75,6 +75,18 @@ def test_a_partial_file_that_is_not_a_true_beginning_is_fetched_anew(bucket: str
     for size in (SMALL_PART, 9 * SMALL_PART):
         (tmp_path / f".down.{mark}.part").write_bytes(b"?" * size)
         assert store.download("key", tmp_path / "down", sha256=digest.sha256) == digest
+
+
+@pytest.mark.parametrize("header", [b"etag: ", b"content-length: "])
+def test_a_head_that_was_cut_in_the_middle_of_a_value_is_not_believed(
+    bucket: str, proxy: Proxy, tmp_path: Path, header: bytes
+) -> None:
+    (tmp_path / "up").write_bytes(os.urandom(12345))
+    store = open_small(f"s3://{bucket}")
+    digest = store.upload(tmp_path / "up", "key")
+    proxy.fault, proxy.cut, proxy.at = "truncated", header, len(proxy.seen) + 1
+    assert store.download("key", tmp_path / "down", sha256=digest.sha256) == digest
+    assert "HEAD" in proxy.seen[proxy.at - 1]
 
 
 def test_an_object_that_changes_under_a_download_is_noticed(bucket: str, s3: str, proxy: Proxy, tmp_path: Path) -> None:
@@ -268,6 +280,20 @@ def test_a_store_without_conditional_writes_is_found_out_and_served(bucket: str,
     with pytest.raises(JobError):
         store.write("key", b"2", if_absent=True)
     store.write("key", b"2", if_match=version)
+    assert store.read("key") == b"2"
+
+
+@on_moto
+def test_a_store_that_takes_an_etag_only_without_its_quotes_still_has_one_writer(bucket: str, proxy: Proxy) -> None:
+    """As Ceph 16 does."""
+    failed = answer("412 Precondition Failed", "<Error><Code>PreconditionFailed</Code></Error>")
+    proxy.before = lambda request: failed if b'if-match: "' in request.head.lower() else None
+    store = open_small(f"s3://{bucket}")
+    assert check_writable(store).conditional
+    old = store.write("key", b"1", if_absent=True)
+    store.write("key", b"2", if_match=old)
+    with pytest.raises(Conflict):
+        store.write("key", b"3", if_match=old)
     assert store.read("key") == b"2"
 
 

@@ -118,12 +118,14 @@ def test_a_change_of_a_version_that_is_gone_is_a_conflict(store: Store) -> None:
     assert store.read("key") == b"2"
 
 
-def test_of_sixteen_racers_one_creates(store: Store) -> None:
+@pytest.mark.parametrize("there", [None, b"already"])
+def test_of_sixteen_racers_one_wins(store: Store, there: bytes | None) -> None:
     store.probe()
+    version = None if there is None else store.write("race", there)
 
     def race(number: int) -> int | None:
         try:
-            store.write("race", str(number).encode(), if_absent=True)
+            store.write("race", str(number).encode(), if_absent=version is None, if_match=version)
             return number
         except Conflict:
             return None

@@ -1,0 +1,112 @@
+#!/bin/bash
+# One job on a rented GPU box: run it, again after each interruption, then stop the box, so that it stops billing.
+#
+# On a machine with docker (Lambda, any cloud's virtual machine):
+#
+#     JOB_SPEC=s3://bucket/spec.yaml JOB_IMAGE=registry/vision-lora-job@sha256:… docker/rented-box.sh
+#
+# Where the box is itself a container (RunPod, vast.ai), take the image as the box's image, set JOB_SPEC and the store's
+# variables in its settings, and give it this start command:
+#
+#     bash /opt/job/rented-box.sh
+#
+# What stops the box: RunPod and vast.ai set their own variables inside it; for Lambda export LAMBDA_API_KEY and
+# LAMBDA_INSTANCE_ID (it can only be terminated, so use an output in a store); anywhere else give JOB_STOP_COMMAND, such
+# as "sudo shutdown -h now". JOB_STOP_COMMAND=true leaves the box running.
+set -u
+
+say() { echo "rented box: $*" >&2; }
+name=vision-lora child='' noticed=''
+python=/opt/venv/bin/python
+[ -x "$python" ] || python=python3
+
+request() { # METHOD URL TOKEN BODY
+    "$python" - "$@" <<'END'
+import sys, urllib.request
+method, url, token, body = sys.argv[1:]
+headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json", "User-Agent": "vision-lora-job"}
+urllib.request.urlopen(urllib.request.Request(url, body.encode(), headers, method=method), timeout=60)
+END
+}
+
+stop_box() {
+    if [ -n "${JOB_STOP_COMMAND:-}" ]; then
+        say "stopping the box: $JOB_STOP_COMMAND" && bash -c "$JOB_STOP_COMMAND"
+    elif [ -n "${RUNPOD_POD_ID:-}" ]; then
+        say "stopping RunPod's pod $RUNPOD_POD_ID"
+        if command -v runpodctl >/dev/null; then
+            runpodctl stop pod "$RUNPOD_POD_ID"
+        else
+            request POST "${RUNPOD_API:-https://rest.runpod.io}/v1/pods/$RUNPOD_POD_ID/stop" "${RUNPOD_API_KEY:-}" ''
+        fi
+    elif [ -n "${CONTAINER_ID:-}" ] && [ -n "${CONTAINER_API_KEY:-}" ]; then
+        say "stopping vast.ai's instance $CONTAINER_ID"
+        if command -v vastai >/dev/null; then
+            vastai stop instance "$CONTAINER_ID" --api-key "$CONTAINER_API_KEY"
+        else
+            request PUT "${VAST_API:-https://console.vast.ai}/api/v0/instances/$CONTAINER_ID/" "$CONTAINER_API_KEY" '{"state": "stopped"}'
+        fi
+    elif [ -n "${LAMBDA_INSTANCE_ID:-}" ]; then
+        say "terminating Lambda's instance $LAMBDA_INSTANCE_ID"
+        request POST "${LAMBDA_API:-https://cloud.lambda.ai}/api/v1/instance-operations/terminate" "${LAMBDA_API_KEY:-}" \
+            "{\"instance_ids\": [\"$LAMBDA_INSTANCE_ID\"]}"
+    else
+        say "no way to stop this box is known; set JOB_STOP_COMMAND. It may be billing"
+        return 1
+    fi
+}
+
+# shellcheck disable=SC2317  # the trap calls it
+hear() {
+    noticed=1
+    [ -z "$child" ] || pkill -TERM -P "$child"
+}
+trap hear TERM INT
+
+# One attempt; returns the job's exit code. The subshell outlives signals, to tell it.
+attempt() {
+    if [ "$python" = python3 ]; then
+        local pass=() variable
+        for variable in $(compgen -e); do
+            case $variable in JOB_SPEC | JOB__* | JOB_GRACE_SECONDS | JOB_LEASE_SECONDS | AWS_* | HF_* | *_proxy | *_PROXY) pass+=(--env "$variable") ;; esac
+        done
+        docker rm -f "$name" >/dev/null 2>&1
+        set -- docker run --rm --name "$name" --gpus all --read-only --tmpfs /tmp --shm-size 8g --cap-drop ALL \
+            --security-opt no-new-privileges --volume "$name-scratch:/scratch" --env JOB_IMAGE_DIGEST "${pass[@]}" "$JOB_IMAGE"
+    else
+        set -- "$python" -m job run
+    fi
+    local codes
+    codes=$(mktemp)
+    (
+        trap : TERM INT
+        "$@"
+        echo $? >"$codes"
+    ) &
+    child=$!
+    while kill -0 "$child" 2>/dev/null; do wait "$child"; done
+    child=''
+    return "$(cat "$codes"; rm "$codes")"
+}
+
+if [ "$python" = python3 ]; then
+    [ -n "${JOB_IMAGE:-}" ] || { say "JOB_IMAGE is empty; say which image to run"; exit 78; }
+    docker pull -q "$JOB_IMAGE" >/dev/null || say "$JOB_IMAGE cannot be pulled; an image that is here already will do"
+    JOB_IMAGE_DIGEST=$(docker image inspect --format '{{index .RepoDigests 0}}' "$JOB_IMAGE" 2>/dev/null)
+    export JOB_IMAGE_DIGEST
+fi
+for try in $(seq "${JOB_MAX_RESTARTS:-50}"); do
+    say "attempt $try"
+    attempt
+    code=$?
+    [ -z "$noticed" ] || { say "exit $code: the box is being taken away; start the same job elsewhere to go on"; exit "$code"; }
+    # By the table in job/errors.py; 137 is a kill, for want of memory say, and the job itself counts those.
+    case $code in
+        0 | 65 | 70 | 71 | 76 | 77 | 78 | 79) break ;;
+        69 | 75 | 137) sleep "${JOB_RESTART_SECONDS:-20}" ;;
+        *) break ;;
+    esac
+done
+say "exit $code"
+stop_box || code=$((code == 0 ? 1 : code))
+exit "$code"

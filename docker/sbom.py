@@ -1,0 +1,51 @@
+"""Prints what is in this image as a CycloneDX document: every Python distribution and every Debian package.
+
+Run by the Dockerfile, with the image's own Python, which has only the standard library for it.
+"""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+
+
+def licence(name: str, metadata: "importlib.metadata.PackageMetadata") -> str:
+    """As its author says it: the expression, else the classifiers, else the first line of the free text."""
+    classifiers = [
+        value.rpartition(" :: ")[2] for value in metadata.get_all("Classifier", []) if value.startswith("License")
+    ]
+    text = (metadata.get("License") or "unknown").strip().splitlines()
+    return metadata.get("License-Expression") or ", ".join(classifiers) or (text[0] if text else "unknown")
+
+
+def python_packages() -> list[dict[str, object]]:
+    found = {}
+    for distribution in importlib.metadata.distributions():
+        name, version = distribution.metadata["Name"], distribution.version
+        found[name.lower()] = {
+            "type": "library",
+            "name": name,
+            "version": version,
+            "purl": f"pkg:pypi/{name.lower()}@{version}",
+            "licenses": [{"license": {"name": licence(name, distribution.metadata)}}],
+        }
+    return [found[name] for name in sorted(found)]
+
+
+def debian_packages() -> list[dict[str, object]]:
+    form = "${Package}\t${Version}\t${Architecture}\n"
+    listing = subprocess.run(["dpkg-query", "-W", "-f", form], capture_output=True, text=True, check=True).stdout
+    rows = [line.split("\t") for line in listing.splitlines()]
+    return [
+        {"type": "library", "name": name, "version": version, "purl": f"pkg:deb/debian/{name}@{version}?arch={arch}"}
+        for name, version, arch in rows
+    ]
+
+
+document = {
+    "bomFormat": "CycloneDX",
+    "specVersion": "1.5",
+    "version": 1,
+    "components": python_packages() + debian_packages(),
+}
+json.dump(document, sys.stdout, indent=1)

@@ -1,0 +1,45 @@
+#!/bin/bash
+# A sweep: one spec, a table of overrides, one output for each of its lines. From the repository's folder:
+#
+#     export JOB_SPEC=spec.yaml JOB_SWEEP=sweep.tsv JOB_SWEEP_OUTPUT=s3://bucket/sweep
+#     sbatch --array=1-$(($(wc -l < $JOB_SWEEP) - 1)) slurm/array.sh          # add %4 for at most four at once
+#
+# The table's first line names fields of the spec, the others give values, with tabs between them:
+#
+#     training.learning_rate  lora.r
+#     1e-4                    16
+#     2e-4                    32
+#
+# The task of line 2 publishes to $JOB_SWEEP_OUTPUT/2. Each task is preempted, requeued and resumed on its own.
+# Edit below what your site wants; the settings are those of slurm/train.sh.
+#SBATCH --job-name=vision-lora-sweep
+#SBATCH --output=%x-%A-%a.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@180
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=64G
+#SBATCH --gres=gpu:1
+#SBATCH --time=24:00:00
+
+JOB_HOME=${JOB_HOME:-$SLURM_SUBMIT_DIR}
+[ -f "$JOB_HOME/slurm/start.sh" ] || { echo "slurm: submit from the repository's folder, or set JOB_HOME to it" >&2; exit 78; }
+# shellcheck source=slurm/start.sh
+. "$JOB_HOME/slurm/start.sh"
+
+task=${SLURM_ARRAY_TASK_ID:-}
+[ -n "$task" ] || fail "slurm/array.sh runs as an array; give sbatch --array=1-N"
+[ -f "${JOB_SWEEP:-}" ] || fail "JOB_SWEEP: there is no table ${JOB_SWEEP:-(it is empty)}"
+[ -n "${JOB_SWEEP_OUTPUT:-}" ] || fail "JOB_SWEEP_OUTPUT is empty; it is the folder or URL under which each task has its own"
+IFS=$'\t' read -ra fields < <(head -n 1 "$JOB_SWEEP")
+IFS=$'\t' read -ra values < <(sed -n "$((task + 1))p" "$JOB_SWEEP")
+[ "${#values[@]}" = "${#fields[@]}" ] || fail "JOB_SWEEP: line $task of $JOB_SWEEP has ${#values[@]} values for ${#fields[@]} fields"
+for i in "${!fields[@]}"; do
+    name=${fields[i]^^}
+    export "JOB__${name//./__}=${values[i]}"
+    say "${fields[i]}: ${values[i]}"
+done
+export JOB__OUTPUT__URL=${JOB_SWEEP_OUTPUT%/}/$task
+start payload

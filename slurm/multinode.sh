@@ -1,0 +1,52 @@
+#!/bin/bash
+# One job over several nodes, one process for each GPU. From the repository's folder:
+#
+#     JOB_SPEC=spec.yaml sbatch --nodes=2 slurm/multinode.sh
+#
+# srun starts the processes itself, with the variables that torchrun would set: torchrun ends with 1 whatever its
+# workers say, and the exit code is what tells Slurm whether to requeue. Each node needs a scratch folder and the image.
+# Edit below what your site wants: ntasks-per-node is the number of GPUs that gres asks for.
+#SBATCH --job-name=vision-lora
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@180
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=2
+#SBATCH --gres=gpu:2
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=128G
+#SBATCH --time=24:00:00
+
+JOB_HOME=${JOB_HOME:-$SLURM_SUBMIT_DIR}
+[ -f "$JOB_HOME/slurm/start.sh" ] || { echo "slurm: submit from the repository's folder, or set JOB_HOME to it" >&2; exit 78; }
+# shellcheck source=slurm/start.sh
+. "$JOB_HOME/slurm/start.sh"
+
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+export MASTER_ADDR MASTER_PORT JOB_HOME
+
+# A rank that has left may leave others waiting for it; after this many seconds they are ended too.
+patience=900
+
+# shellcheck disable=SC2016  # these are for the shell of each rank
+before='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
+    trap : USR1 TERM' # outlive them, to tell the code; srun signals the job itself too
+# srun tells the highest of all codes, and one that stops must win over 75; ranks can end before they listen.
+# shellcheck disable=SC2016
+after='case $? in 138 | 143) exit 75 ;; 65) exit 165 ;; 70) exit 170 ;; 71) exit 171 ;; *) exit $? ;; esac'
+
+# shellcheck disable=SC2317  # start calls it
+ranks() {
+    if [ "$JOB_RUNTIME" = pyxis ]; then
+        srun --ntasks-per-node=1 bash -c "umask 077; mkdir -p '$scratch'"
+        compose bash -c "$before; \"\$@\"; $after" rank "$python" -m job run
+        command=(srun --kill-on-bad-exit=0 --wait="$patience" "${command[@]:1}")
+    else
+        command=(srun --kill-on-bad-exit=0 --wait="$patience" bash -c "$before; . '$JOB_HOME/slurm/rank.sh'; $after")
+    fi
+    "${command[@]}"
+    case $? in 165) return 65 ;; 170) return 70 ;; 171) return 71 ;; *) return $? ;; esac
+}
+start ranks

@@ -1,0 +1,74 @@
+# shellcheck shell=bash disable=SC2034 # start.sh runs what `command` holds
+# How each container runtime starts the job: with the GPUs of the Slurm job, a scratch folder, the folders and the
+# variables that the site names, and nothing of the home. Sourced on the compute node; nothing to edit here.
+
+: "${JOB_RUNTIME:=apptainer}"
+[ -n "${JOB_IMAGE:-}" ] || fail "JOB_IMAGE is empty; say in slurm/site.env what to start"
+container=vision-lora-$SLURM_JOB_ID${RANK:+-$RANK}
+python=/opt/venv/bin/python
+[ "$JOB_RUNTIME" != venv ] || python=$JOB_IMAGE/bin/python
+
+# Variables that the job may see: its own, and what stores, hubs, proxies and NCCL are set up with.
+shopt -s extglob
+known='JOB_SPEC|JOB__*|JOB_SCRATCH|JOB_GRACE_SECONDS|JOB_LEASE_SECONDS|JOB_IMAGE_DIGEST|JOB_BUNDLE|AWS_*|HF_*'
+known+='|HUGGING_FACE_HUB_TOKEN|SSL_CERT_FILE|REQUESTS_CA_BUNDLE|@(http|https|no|HTTP|HTTPS|NO)_@(proxy|PROXY)|NCCL_*'
+known+='|SLURM_JOB_ID|SLURM_JOB_END_TIME|SLURM_RESTART_COUNT|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_@(ADDR|PORT)'
+[ -z "${JOB_PASS_ENV:-}" ] || known+="|${JOB_PASS_ENV// /|}"
+
+names() {
+    local name
+    for name in $(compgen -e); do if [[ $name == @($known) ]]; then echo "$name"; fi; done
+}
+
+# For runtimes that hand on their own environment: children see nothing else of ours from here on.
+keep_names() {
+    local name
+    for name in $(compgen -e); do
+        [[ $name == @($known|PATH|USER|HOME|LANG|LD_LIBRARY_PATH|CUDA_VISIBLE_DEVICES) ]] || export -n "${name?}"
+    done
+}
+
+# Set `command` to what runs PROGRAM ARGUMENTS under JOB_RUNTIME. Changes this shell's environment.
+compose() {
+    local name folder gpus=${SLURM_JOB_GPUS:-${SLURM_STEP_GPUS:-}}
+    local -a mounts=("$scratch:/scratch") options=()
+    export JOB_SCRATCH=/scratch
+    if [ -f "$JOB_IMAGE.digest" ]; then JOB_IMAGE_DIGEST=$(cat "$JOB_IMAGE.digest") && export JOB_IMAGE_DIGEST; fi
+    for folder in ${JOB_MOUNTS:-}; do
+        case $folder in *:ro) mounts+=("${folder%:ro}:$folder") ;; *) mounts+=("$folder:$folder") ;; esac
+    done
+    case $JOB_RUNTIME in
+        apptainer)
+            for name in $(names) CUDA_VISIBLE_DEVICES; do export "APPTAINERENV_$name=${!name-}"; done
+            for folder in "${mounts[@]:1}"; do options+=(--bind "$folder"); done
+            command=(apptainer exec ${gpus:+--nv} --contain --cleanenv --home "${mounts[0]}" --pwd /scratch "${options[@]}"
+                "$JOB_IMAGE" "$@") ;;
+        pyxis)
+            name=$(names | paste -sd ,),CUDA_VISIBLE_DEVICES
+            command=(srun --export="$name" --container-image="$JOB_IMAGE" --container-mounts="$(IFS=, && echo "${mounts[*]}")"
+                --no-container-mount-home --container-readonly --container-workdir=/scratch "$@") ;;
+        podman | docker)
+            for name in $(names); do options+=(--env "$name"); done
+            for folder in "${mounts[@]}"; do options+=(--volume "$folder"); done
+            case ${gpus:+$JOB_RUNTIME} in
+                docker) options+=(--gpus "\"device=$gpus\"") ;;
+                podman) for name in ${gpus//,/ }; do options+=(--device "nvidia.com/gpu=$name"); done ;;
+            esac
+            [ "$JOB_RUNTIME$(id -u)" = "docker$(id -u)" ] || [ "$(id -u)" = 0 ] || options+=(--userns keep-id)
+            command=("$JOB_RUNTIME" run --rm --name "$container" --user "$(id -u):$(id -g)" --read-only --tmpfs /tmp --shm-size 8g
+                --cap-drop ALL --security-opt no-new-privileges "${options[@]}" --entrypoint "$1" "$JOB_IMAGE" "${@:2}") ;;
+        charliecloud)
+            for folder in "${mounts[@]}"; do
+                name=${folder#*:} && mkdir -p "$JOB_IMAGE/${name%:ro}"
+                options+=(--bind "${folder%:ro}")
+            done
+            command=(ch-run --private-tmp --set-env=HOME=/scratch --set-env=TMPDIR=/scratch --cd /scratch "${options[@]}" "$JOB_IMAGE" --
+                "$@")
+            keep_names ;;
+        venv)
+            command=("$@")
+            JOB_SCRATCH=$scratch
+            keep_names ;;
+        *) fail "JOB_RUNTIME is $JOB_RUNTIME; it can be apptainer, pyxis, podman, docker, charliecloud or venv" ;;
+    esac
+}

@@ -1,0 +1,94 @@
+# shellcheck shell=bash
+# Shared by train.sh, array.sh and multinode.sh, which source it on the compute node: settings, signals, and what
+# becomes of the Slurm job after each exit code. Nothing to edit here; settings are in slurm/site.env.
+
+say() { echo "slurm: $*" >&2; }
+fail() {
+    say "$1"
+    exit 78
+}
+
+# The site's settings, under those of the environment.
+before=$(export -p)
+set -a
+# shellcheck disable=SC1090  # it is the site's
+if [ -f "${JOB_SITE:=$JOB_HOME/slurm/site.env}" ]; then . "$JOB_SITE"; fi
+eval "$before"
+scratch=${JOB_NODE_SCRATCH:-/tmp}/vision-lora-$SLURM_JOB_ID
+
+# The spec itself travels, so that nobody else need see its file.
+[ -n "${JOB_SPEC:-}" ] || fail "JOB_SPEC is empty; export it (a spec's path, URL or text) before sbatch"
+if [ -f "$JOB_SPEC" ]; then JOB_SPEC=$(cat "$JOB_SPEC"); fi
+
+# How long there is: Slurm kills KillWait seconds after its SIGTERM, and ends the job at its time limit.
+kill_wait=$(scontrol show config | sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p')
+: "${kill_wait:=30}" "${JOB_GRACE_SECONDS:=$((kill_wait > 8 ? kill_wait - 3 : 5))}"
+: "${SLURM_JOB_END_TIME:=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null)}"
+set +a
+# shellcheck source=slurm/runtimes.sh
+. "$JOB_HOME/slurm/runtimes.sh"
+
+# SIGUSR1 comes ahead of the time limit (--signal): the job saves, leaves with 75, and we requeue it. SIGTERM comes when
+# Slurm ends the job, and Slurm then decides what becomes of it: one that it preempted, or whose node broke, it requeues
+# by itself; one that was cancelled must stay so.
+child='' noticed='' ended=''
+hear() {
+    noticed=$1
+    [ "$1" = USR1 ] || ended=1
+    [ -z "$child" ] || pkill "-$1" -P "$child"
+}
+trap 'hear USR1' USR1
+trap 'hear TERM' TERM INT
+
+# Run the function given to its end, whatever signals come. Returns its exit code; 75 when a signal came before it.
+to_its_end() {
+    [ -z "$noticed" ] || return 75
+    (
+        trap : USR1 TERM INT # outlive them, to tell the code: bash's wait can lose it when a signal comes with the end
+        "$@"
+        echo $? >"$scratch.code"
+    ) &
+    child=$!
+    while kill -0 "$child" 2>/dev/null; do wait "$child"; done
+    return "$(cat "$scratch.code" || echo 137)"
+}
+
+payload() {
+    compose "$python" -m job run
+    "${command[@]}"
+}
+
+clean_up() {
+    case $JOB_RUNTIME in podman | docker) "$JOB_RUNTIME" rm -f "$container" >/dev/null 2>&1 ;; esac
+    rm -rf "$scratch" "$scratch.code"
+}
+
+# Run the function given and do with the Slurm job what its exit code says: the table in job/errors.py.
+start() {
+    (umask 077 && mkdir -p "$scratch") || fail "JOB_NODE_SCRATCH: $scratch cannot be made on $(hostname)"
+    trap clean_up EXIT
+    say "job $SLURM_JOB_ID on $(hostname) by $JOB_RUNTIME, restarts so far: ${SLURM_RESTART_COUNT:-0}"
+    to_its_end "$@"
+    local code=$?
+    case $code in
+        0) say "done" ;;
+        65 | 70 | 71 | 76 | 77 | 78 | 79) say "exit $code: the same would happen again, so it is not requeued" ;;
+        69 | 75) requeue "$code" ;;
+        138 | 143) requeue "$code" ;; # a signal came before the job listened
+        137) say "exit 137: killed; if Slurm says OUT_OF_MEMORY, raise --mem" ;;
+        *) say "exit $code is none of the job's: $JOB_RUNTIME or Python did not start it" ;;
+    esac
+    exit "$code"
+}
+
+requeue() {
+    if [ -n "$ended" ] && [ "$(date +%s)" -lt "${SLURM_JOB_END_TIME:-9999999999}" ]; then
+        say "exit $1: ended by Slurm, which requeues it by itself if it preempted it"
+    elif [ "${SLURM_RESTART_COUNT:-0}" -ge "${JOB_MAX_RESTARTS:-50}" ]; then
+        say "exit $1: JOB_MAX_RESTARTS is reached, so it is not requeued; submit it again to go on"
+    elif scontrol requeue "$SLURM_JOB_ID"; then
+        say "exit $1: requeued"
+    else
+        say "exit $1: Slurm does not requeue it; submit it again to go on"
+    fi
+}

@@ -1,0 +1,99 @@
+"""`slurm/array.sh` and `slurm/multinode.sh` on a real Slurm."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from job.specfile import load_spec
+from tests.cluster.conftest import Cluster
+
+ALL_REDUCE = """
+import json, os, signal, sys, time
+from pathlib import Path
+import torch, torch.distributed as dist
+signal.signal(signal.SIGUSR1, lambda *_: os._exit(75))
+dist.init_process_group("gloo")
+total = torch.tensor([dist.get_rank() + 1])
+dist.all_reduce(total)
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "JOB_SCRATCH", "SECRET")
+facts = {"total": int(total), "host": os.uname().nodename} | {name: os.environ.get(name) for name in names}
+Path(os.environ["JOB__OUTPUT__URL"], f"{dist.get_rank()}.json").write_text(json.dumps(facts))
+if os.environ["JOB_SPEC"] == "wait" and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+    time.sleep(600)
+sys.exit(int(os.environ["JOB_SPEC"]) if dist.get_rank() == 1 and os.environ["JOB_SPEC"] != "wait" else 0)
+"""
+
+
+def fake(folder: Path, program: str) -> Path:
+    """A virtual environment in which `python -m job run` is another program."""
+    (folder / "venv/bin").mkdir(parents=True)
+    (folder / "program.py").write_text(program)
+    python = folder / "venv/bin/python"
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} {folder}/program.py\n")
+    python.chmod(0o755)
+    return folder / "venv"
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> dict[str, str]:
+    return {
+        "JOB_RUNTIME": "venv",
+        "JOB_NODE_SCRATCH": str(tmp_path / "node"),
+        "SBATCH_OUTPUT": str(tmp_path / "%j.log"),
+        "SECRET": "of mine",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "JOB_PASS_ENV": "OMP_* GLOO_*",
+    }
+
+
+TELL = "import json, os, sys; json.dump(dict(os.environ), open(os.environ['JOB__OUTPUT__URL'] + '.json', 'w'))"
+
+
+def test_a_sweep_gives_each_line_of_its_table_an_output_of_its_own(
+    cluster: Cluster, site: dict[str, str], tmp_path: Path
+):
+    table = tmp_path / "sweep.tsv"
+    table.write_text(
+        "training.learning_rate\tlora.r\tlora.finetune_vision_layers\n1e-4\t16\ttrue\n2e-4\t32\tfalse\n5e-4\t8\n"
+    )
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("model: {name_or_path: m}\ndataset: {path: d}\noutput: {url: nowhere}\n")
+    more = {"JOB_IMAGE": str(fake(tmp_path, TELL)), "JOB_SPEC": str(spec)}
+    more |= {"JOB_SWEEP": str(table), "JOB_SWEEP_OUTPUT": str(tmp_path)}
+    array = cluster.submit("--mem=1G", "--array=1-3", "slurm/array.sh", **site | more)
+    states = [cluster.end(f"{array}_{task}")["ExitCode"] for task in (1, 2, 3)]
+    assert states == ["0:0", "0:0", "78:0"]  # the third line lacks a value
+    specs = [load_spec(json.loads((tmp_path / f"{task}.json").read_text())) for task in (1, 2)]
+    assert [(s.training.learning_rate, s.lora.r, s.lora.finetune_vision_layers) for s in specs] == [
+        (1e-4, 16, True),
+        (2e-4, 32, False),
+    ]
+    assert [s.output.url for s in specs] == [f"{tmp_path}/1", f"{tmp_path}/2"]
+    assert "SECRET" not in json.loads((tmp_path / "1.json").read_text())
+
+
+def test_ranks_of_two_nodes_meet_and_their_codes_reach_slurm(cluster: Cluster, site: dict[str, str], tmp_path: Path):
+    image = fake(tmp_path, ALL_REDUCE)
+    more = {"JOB_IMAGE": str(image), "JOB__OUTPUT__URL": str(tmp_path)}
+    two = ("--nodes=2", "--ntasks-per-node=1", "--mem=1G", "--gres=none", "slurm/multinode.sh")
+    job = cluster.submit(*two, **site | more | {"JOB_SPEC": "wait"})
+    cluster.until((tmp_path / "0.json").exists, "the ranks")
+    cluster.until((tmp_path / "1.json").exists, "the ranks")
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert [(r["RANK"], r["LOCAL_RANK"], r["WORLD_SIZE"], r["total"]) for r in ranks] == [
+        ("0", "0", "2", 3),
+        ("1", "0", "2", 3),
+    ]
+    assert {r["host"] for r in ranks} == {"node1", "node2"}
+    assert {r["SECRET"] for r in ranks} == {None}
+    cluster.run("scancel", "--batch", "--signal=USR1", job)  # as --signal=B:USR1@180 does
+    facts = cluster.end(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1")
+    assert list((tmp_path / "node").iterdir()) == []
+    failing = cluster.end(cluster.submit(*two, **site | more | {"JOB_SPEC": "70"}))
+    assert (failing["ExitCode"], failing["Restarts"]) == ("70:0", "0")
