@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.checkpoint import steps
+from job.data.shards import shards_to_stream
 from job.model import choose_backend
 from job.model.compile_cache import CompileCache
 from job.model.fetch import base_facts, fetch_adapter, fetch_base
@@ -99,7 +100,7 @@ def arriving(spec: JobSpec, scratch: Path) -> Iterator[None]:
     def fetch() -> None:
         try:
             fetch_base(spec.model, scratch)
-            if spec.dataset.path.startswith("s3://"):
+            if spec.dataset.path.startswith("s3://") and not shards_to_stream(spec.dataset, spec.dataset.path):
                 local_path(spec.dataset.path, scratch, "dataset.path")
         except BaseException as error:
             failed.append(error)

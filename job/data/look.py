@@ -23,6 +23,8 @@ from job.spec import JobSpec
 MAX_REASONS = 3
 CHUNK = 256
 """Rows read from the table at a time."""
+WAITING = 16
+"""Rows that wait for a store at a time, where images are fetched one by one."""
 
 
 class Length(Protocol):
@@ -87,7 +89,8 @@ def look(
         except BadRow as reason:
             return str(reason)
 
-    with warnings.catch_warnings(), ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="look") as pool:
+    threads = len(os.sched_getaffinity(0)) + (WAITING if source.streamed else 0)
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads, thread_name_prefix="look") as pool:
         warnings.simplefilter("ignore")  # what Pillow and pydicom find odd in a file is no reason to refuse it
         for start in range(0, total, CHUNK):
             some = places[start : start + CHUNK]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -120,7 +121,12 @@ def _transform(batch: dict[str, list[Any]], spec: JobSpec, source: Source) -> di
     columns = list(batch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = [_one(dict(zip(columns, row, strict=True)), spec, source) for row in zip(*batch.values(), strict=True)]
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+        if source.streamed:  # the rows of a batch wait for the store together
+            with ThreadPoolExecutor(len(rows)) as pool:
+                made = list(pool.map(lambda row: _one(row, spec, source), rows))
+        else:
+            made = [_one(row, spec, source) for row in rows]
     return {name: [row[name] for row in made] for name in made[0]}
 
 
