@@ -59,7 +59,7 @@ def test_corrupt_images_end_with_65_and_are_counted(job: Job, whole: dict[str, A
     assert "2 of 3 rows are bad, over max_bad_fraction 0.01: 2 × image of no known format (first: row 1)" in line
 
 
-@pytest.mark.parametrize("content", [None, "{}", '{"model_type": "bert"}'])
+@pytest.mark.parametrize("content", [None, "{}", '{"model_type": "mllama", "quantization_config": {}}'])
 def test_a_base_that_is_not_a_model_ends_with_78(job: Job, whole: dict[str, Any], tmp_path: Path, content: str | None):
     (tmp_path / "base").mkdir()
     if content is not None:
