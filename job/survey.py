@@ -63,6 +63,12 @@ def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool, all_data:
         base = fetch_base(spec.model, scratch)
     else:
         notes.append(f"{spec.model.name_or_path} is not here yet: sizes are known after stage in")
+    if (
+        spec.model.revision is None
+        and (base is None or base.parent.name == "snapshots")
+        and "://" not in spec.model.name_or_path
+    ):
+        notes.append("model.revision is not set: another attempt may find other weights on the hub; pin a commit")
     start = spec.lora.init_adapter
     adapter = fetch_adapter(start, scratch) if start and (fetch or bundled or is_local(start)) else None
     if importlib.util.find_spec("datasets") is None:

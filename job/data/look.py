@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from job.data import BadRows
 from job.data.images import BadRow, load_anew
 from job.data.rows import Message, read_sample, repeat_images
 from job.data.similar import Bits, perceptual_hash
@@ -103,7 +104,7 @@ def look(
                     good.append(found)
                 progress(done, total)
     if len(bad) > dataset.max_bad_fraction * total or not good:
-        raise DataError(_too_many(bad, total, dataset.max_bad_fraction))
+        raise BadRows(_too_many(bad, total, dataset.max_bad_fraction), bad)
     return Looked(good, bad, there, _facts(good, bad, spec) | ({"looked_at": total} if total < there else {}))
 
 

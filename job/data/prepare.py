@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from job.data import Data
-from job.data.images import AS_IT_IS, Bounds, load
+from job.data.images import AS_IT_IS, BadRow, Bounds, load
 from job.data.look import Measure, Seen, as_text, look
-from job.data.rows import last_answer, read_sample, repeat_images, require
+from job.data.rows import fixed, last_answer, read_sample, repeat_images, require
 from job.data.similar import near_pairs
 from job.data.sources import Source, open_source
 from job.data.split import hold_out, units
@@ -71,6 +71,7 @@ def prepare(
     part = looked.facts.get("looked_at", looked.total) / looked.total
     facts |= {"train": round(len(seen) / part), "evaluation": round(len(held) / part)}
     facts |= {"quarantined": len(bad), "near_duplicates": len(near)}
+    facts["instruction"] = None if source.reading.messages or not fixed(dataset) else dataset.instruction
     facts |= looked.facts | {"grouped": bool(dataset.group_column or source.patients)}
     values = {name: label.values or _values(seen + held, name) for name, label in spec.evaluation.labels.items()}
     return Data(train, evaluation, bad, facts, values, near)
@@ -132,9 +133,14 @@ def _transform(batch: dict[str, list[Any]], spec: JobSpec, source: Source) -> di
 
 def _one(row: dict[str, Any], spec: JobSpec, source: Source) -> dict[str, Any]:
     dataset, evaluation = spec.dataset, spec.evaluation
-    values = source.read(row)
-    sample = read_sample(values, dataset, source.reading)
-    images = [load(value, source.files, dataset, len(sample.images)) for value in sample.images]
+    try:
+        values = source.read(row)
+        sample = read_sample(values, dataset, source.reading)
+        images = [load(value, source.files, dataset, len(sample.images)) for value in sample.images]
+    except BadRow as reason:
+        raise DataError(
+            f"dataset: row {row['_row']} was good before and is not now: {reason}; was the data changed?"
+        ) from None
     messages = repeat_images(sample.messages, [len(each) for each in images])
     return {
         "id": f"row-{row['_row']}",

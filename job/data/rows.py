@@ -113,6 +113,11 @@ def repeat_images(messages: list[Message], counts: list[int]) -> list[Message]:
     ]
 
 
+def fixed(spec: DatasetSpec) -> bool:
+    """Whether every row is asked the same."""
+    return spec.instruction_column is None and not FIELD.search(spec.instruction)
+
+
 def fill(template: str, row: dict[str, Any]) -> str:
     """The template with columns put in. A line whose fields are all empty in this row is left out: not every patient has a
     history."""

@@ -6,6 +6,9 @@ import csv
 import hashlib
 import json
 import re
+import shutil
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +20,8 @@ from job.data.rows import Reading, choose_columns, read_sample
 from job.data.shards import index_remote_shards, index_shards, shards_to_stream
 from job.data.shelf import Shelf
 from job.errors import DataError, NotAllowed, Unavailable
+from job.record import bytes_text
+from job.scratch import free_bytes
 from job.spec import DatasetSpec
 from job.stage_in import BUNDLE, local_path
 from job.store import Entry
@@ -110,6 +115,8 @@ def _open(spec: DatasetSpec, path: str, split: str, scratch: Path, field: str) -
         if spec.format in ("auto", "hub") and HUB_ID.fullmatch(path):
             return Table(_hub(spec, path, split, cache, field), "hub dataset")
         raise DataError(f"{field}: {path} does not exist")
+    if here.suffix.lower() == ".zip":
+        here = _unpacked(here, scratch, field)
     files = [here] if here.is_file() else _files(here)
     kind, chosen, why = _decide(spec, here, files, split, field)
     base: Path | str = chosen[0].parent if kind == "imagefolder" or here.is_file() else here
@@ -165,6 +172,32 @@ def _decide(spec: DatasetSpec, here: Path, files: list[Path], split: str, field:
     if others:
         why += f" ({', '.join(f'{count} {name}' for name, count in others.items())} beside them not read)"
     return kind, chosen, why
+
+
+def _unpacked(archive: Path, scratch: Path, field: str) -> Path:
+    """The folder that a zip archive holds, on scratch. Names that lead out of it are made harmless by `zipfile`."""
+    mark = archive.stat()
+    name = hashlib.sha256(f"{archive.resolve()} {mark.st_size} {mark.st_mtime_ns}".encode()).hexdigest()[:24]
+    folder, partial = scratch / "fetched" / name, scratch / "fetched" / f"{name}.partial"
+    if not folder.exists():
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            with zipfile.ZipFile(archive) as packed:
+                need = sum(member.file_size for member in packed.infolist())
+                if need > free_bytes(scratch):
+                    raise DataError(f"{field}: {archive} unpacks to {bytes_text(need)}, more than scratch has room for")
+                packed.extractall(partial)
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+            OSError,
+            RuntimeError,
+        ) as error:  # encrypted ones are RuntimeErrors
+            raise DataError(f"{field}: {archive} cannot be unpacked: {error}") from error
+        partial.rename(folder)
+    inside = list(folder.iterdir())
+    return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
 
 
 def _files(folder: Path) -> list[Path]:

@@ -36,7 +36,10 @@ class Ruler:
         text = "\0".join(part["text"] for message in messages for part in message["content"] if part["type"] == "text")
         if any(token in text for token in self.special):
             raise DataError("text holds a special token of the model")
-        expansions = [self.expansion(size) for size in sizes]
+        try:
+            expansions = [self.expansion(size) for size in sizes]
+        except ValueError as error:
+            raise DataError("the model's processor refuses an image of this size") from error
         whole = finished(self.processor, messages)
         prompt = render(self.processor, messages[:-1], prompt=True)
         counted = [len(tokens(self.processor, expand(self.processor, each, expansions))) for each in (whole, prompt)]

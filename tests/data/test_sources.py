@@ -217,3 +217,14 @@ def test_shards_too_large_for_scratch_stay_in_their_bucket(tmp_path: Path, prepa
         (f"c{n}", n) for n in range(16)
     ]
     assert not list((tmp_path / "scratch").rglob("*.tar"))
+
+
+def test_a_zip_is_the_folder_in_it(tmp_path: Path, prepared):
+    import shutil
+
+    folder_of(rows_of(3), tmp_path / "x" / "chest")
+    archive = Path(shutil.make_archive(str(tmp_path / "chest"), "zip", tmp_path / "x"))
+    assert [answer for answer, _ in shades(prepared(archive))] == ["caption 0", "caption 1", "caption 2"]
+    archive.write_bytes(archive.read_bytes()[:200])
+    with pytest.raises(DataError, match=r"chest\.zip cannot be unpacked: File is not a zip file"):
+        prepared(archive)
