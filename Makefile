@@ -60,6 +60,8 @@ bench:
 	@.ci/venv train dev
 	@$(PYTHON_VENV) benchmarks/demo.py
 	@$(PYTHON_VENV) benchmarks/preemption.py
+	@$(PYTHON_VENV) benchmarks/loader.py
+	@$(PYTHON_VENV) benchmarks/near_duplicates.py
 	@$(PYTHON_VENV) benchmarks/record.py
 
 lint:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from job.attempt import Attempt
-from job.data import Data, as_jsonl
+from job.data import Data
 from job.errors import GateRefused
 from job.evaluate import Rows, metrics, pictures
 from job.export import Exported
@@ -26,7 +27,7 @@ def lineage(attempt: Attempt, survey: Survey) -> dict[str, Any]:
     return {
         "spec_digest": spec.digest,
         "base_model": spec.model.name_or_path,
-        "base_revision": spec.model.revision,
+        "base_revision": commit(survey.base) or spec.model.revision,
         "dataset": spec.dataset.path,
         "dataset_revision": spec.dataset.revision,
         "device": device.name if device else None,
@@ -35,6 +36,11 @@ def lineage(attempt: Attempt, survey: Survey) -> dict[str, Any]:
         "seconds": dict(attempt.record.seconds),
         "packages": versions(),
     }
+
+
+def commit(base: Path | None) -> str | None:
+    """The commit of a base from the hub: its cache has a folder for each."""
+    return base.name if base is not None and base.parent.name == "snapshots" else None
 
 
 def report_facts(
@@ -68,7 +74,7 @@ def report_facts(
             "name_or_path": spec.model.name_or_path,
             "model_type": survey.facts.base.model_type if survey.facts.base else None,
         },
-        "instruction": spec.dataset.instruction,
+        "instruction": data.facts.get("instruction"),
     }
 
 
@@ -82,8 +88,6 @@ def publish(attempt: Attempt, data: Data, exported: Exported, facts: dict[str, A
 
     spec, store, record = attempt.spec, attempt.store, attempt.record
     with record.stage("publish") as said:
-        store.write("data/quarantine.jsonl", as_jsonl(data.quarantined))
-        store.write("data/near_duplicates.jsonl", as_jsonl(data.near))
         if facts["metrics"]:
             store.write("evaluation/metrics.json", json.dumps(facts["metrics"], indent=1).encode())
         refused = refusal(spec, exported)

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from job import output
 from job.attempt import Attempt
 from job.bundle import use_bundle
+from job.data import NEAR_KEY, QUARANTINE_KEY, BadRows, as_jsonl
 from job.metrics import serving
 from job.model import choose_backend, import_first, load_model
 from job.plan import describe, make_plan
@@ -60,13 +61,19 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
                     compiled = restored_cache(spec, store, scratch.parent, device)
                     backend = choose_backend(spec.model, device.kind == "cuda")
                     import_first(backend)
-                found = survey(spec, store, scratch, fetch=True)
+                try:
+                    found = survey(spec, store, scratch, fetch=True)
+                except BadRows as error:
+                    store.write(QUARANTINE_KEY, as_jsonl(error.rows))
+                    raise
             attempt = Attempt(spec, store, lease, scratch, record, preemption, number, compiled)
             plan = make_plan(spec, found.facts)
             log.info("%s", describe(spec, plan, found.facts))
             data, base = found.data, found.base
             assert data is not None
             assert base is not None
+            store.write(QUARANTINE_KEY, as_jsonl(data.quarantined))
+            store.write(NEAR_KEY, as_jsonl(data.near))
             with record.stage("load"):
                 # Imported here: a published job, and one that waits for the lease, need none of the training libraries.
                 from job.evaluate import measure

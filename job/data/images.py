@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from job.data.remote import fetched
+from job.data.remote import fetched, piece
 from job.data.shelf import Shelf
+from job.errors import DataError
 from job.spec import DatasetSpec
 
 Image.MAX_IMAGE_PIXELS = None  # `max_image_pixels` is our bound; Pillow's would warn in every thread
@@ -98,6 +99,13 @@ def image_bytes(value: Any, files: Files) -> bytes:
 
 
 def _piece(value: dict[str, Any]) -> bytes:
+    if not value["size"]:
+        return b""
+    if value["file"].startswith("s3://"):
+        try:
+            return piece(value["file"], value["offset"], value["size"])
+        except DataError as error:
+            raise BadRow("archive is gone from its store") from error
     try:
         with Path(value["file"]).open("rb", buffering=0) as file:
             data = os.pread(file.fileno(), value["size"], value["offset"])

@@ -6,6 +6,9 @@ import csv
 import hashlib
 import json
 import re
+import shutil
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,11 +17,14 @@ from typing import IO, TYPE_CHECKING, Any
 
 from job.data.images import AS_IT_IS, BadRow, Bounds, Files
 from job.data.rows import Reading, choose_columns, read_sample
-from job.data.shards import index_shards
+from job.data.shards import index_remote_shards, index_shards, shards_to_stream
 from job.data.shelf import Shelf
 from job.errors import DataError, NotAllowed, Unavailable
+from job.record import bytes_text
+from job.scratch import free_bytes
 from job.spec import DatasetSpec
 from job.stage_in import BUNDLE, local_path
+from job.store import Entry
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,6 +51,8 @@ class Source:
     decided: str
     patients: bool = False
     """Whether the format itself says which rows are of one patient."""
+    streamed: bool = False
+    """Whether each image is fetched when its row is used."""
 
     def read(self, row: dict[str, Any]) -> dict[str, Any]:
         """Values by column of a row of `rows`. Raises BadRow."""
@@ -72,6 +80,7 @@ class Table:
     base: Path | str | None = None
     image_column: str | None = None
     patients: bool = False
+    streamed: bool = False
 
 
 def open_source(
@@ -90,16 +99,24 @@ def open_source(
     if spec.answer and not reading.messages:
         what = "answers by template"
     images = f"images in {', '.join(reading.images)}" if reading.images else "no images"
-    return Source(table.rows, columns, files, reading, f"{table.decided}; {what}, {images}", table.patients)
+    return Source(
+        table.rows, columns, files, reading, f"{table.decided}; {what}, {images}", table.patients, table.streamed
+    )
 
 
 def _open(spec: DatasetSpec, path: str, split: str, scratch: Path, field: str) -> Table:
-    here = local_path(path, scratch, field)
     cache = scratch / "cache" / "datasets"
+    streamed = [] if (scratch / BUNDLE).exists() else _of_split_keys(shards_to_stream(spec, path), split)
+    if streamed:
+        why = f"webdataset: {len(streamed)} .tar file(s), read from their store since they are over cache_gb {spec.cache_gb:g}"
+        return Table(_lines(index_remote_shards(path, streamed, scratch, field)), why, None, "image", streamed=True)
+    here = local_path(path, scratch, field)
     if not here.exists():
         if spec.format in ("auto", "hub") and HUB_ID.fullmatch(path):
             return Table(_hub(spec, path, split, cache, field), "hub dataset")
         raise DataError(f"{field}: {path} does not exist")
+    if here.suffix.lower() == ".zip":
+        here = _unpacked(here, scratch, field)
     files = [here] if here.is_file() else _files(here)
     kind, chosen, why = _decide(spec, here, files, split, field)
     base: Path | str = chosen[0].parent if kind == "imagefolder" or here.is_file() else here
@@ -157,14 +174,49 @@ def _decide(spec: DatasetSpec, here: Path, files: list[Path], split: str, field:
     return kind, chosen, why
 
 
+def _unpacked(archive: Path, scratch: Path, field: str) -> Path:
+    """The folder that a zip archive holds, on scratch. Names that lead out of it are made harmless by `zipfile`."""
+    mark = archive.stat()
+    name = hashlib.sha256(f"{archive.resolve()} {mark.st_size} {mark.st_mtime_ns}".encode()).hexdigest()[:24]
+    folder, partial = scratch / "fetched" / name, scratch / "fetched" / f"{name}.partial"
+    if not folder.exists():
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            with zipfile.ZipFile(archive) as packed:
+                need = sum(member.file_size for member in packed.infolist())
+                if need > free_bytes(scratch):
+                    raise DataError(f"{field}: {archive} unpacks to {bytes_text(need)}, more than scratch has room for")
+                packed.extractall(partial)
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+            OSError,
+            RuntimeError,
+        ) as error:  # encrypted ones are RuntimeErrors
+            raise DataError(f"{field}: {archive} cannot be unpacked: {error}") from error
+        partial.rename(folder)
+    inside = list(folder.iterdir())
+    return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
 
 
 def _of_split(files: list[Path], here: Path, split: str) -> list[Path]:
     """Those named after the split, when there are any."""
-    named = re.compile(rf"(^|[/_.-]){re.escape(split)}[/_.-]")
-    return [file for file in files if named.search(str(file.relative_to(here)))] or files if here.is_dir() else files
+    if not here.is_dir():
+        return files
+    return [file for file in files if _named(split, str(file.relative_to(here)))] or files
+
+
+def _of_split_keys(shards: list[Entry], split: str) -> list[Entry]:
+    return [shard for shard in shards if _named(split, shard.key)] or shards
+
+
+def _named(split: str, name: str) -> bool:
+    return re.search(rf"(^|[/_.-]){re.escape(split)}[/_.-]", name) is not None
 
 
 def _is_dicom(file: Path) -> bool:

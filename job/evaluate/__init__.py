@@ -82,13 +82,16 @@ def metrics(spec: JobSpec, data: Data, before: Rows, after: Rows) -> dict[str, A
 
 
 def pictures(rows: Any, ids: Iterable[str], longest_side: int = 384) -> dict[str, bytes]:
-    """PNG files of held-out rows for the report, by id."""
+    """PNG files of held-out rows for the report, by id: the first picture of each that has one."""
     from job.evaluate.generate import rows_ids
 
     places = {identity: place for place, identity in enumerate(rows_ids(rows))}
     found = {}
     for identity in dict.fromkeys(ids):
-        image = rows[places[identity]]["images"][0]
+        images = rows[places[identity]]["images"]
+        if not images:
+            continue
+        image = images[0]
         image.thumbnail((longest_side, longest_side))
         stream = io.BytesIO()
         image.save(stream, "PNG", optimize=True)

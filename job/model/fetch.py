@@ -96,6 +96,11 @@ def base_facts(folder: Path) -> BaseFacts:
     Raises SpecError naming the file that is missing or broken.
     """
     config = _json(folder / "config.json")
+    if "quantization_config" in config:
+        raise SpecError(
+            f"model.name_or_path: {folder} is quantised already; name its 16-bit base, which merging needs (model.precision 4bit "
+            "quantises it while it is loaded)"
+        )
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise SpecError(f"model.name_or_path: {folder} holds no .safetensors weights")

@@ -88,6 +88,16 @@ class LocalStore:
             except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
                 raise Missing(f"There is no {key} in {self.url}.") from None
 
+    def read_piece(self, key: str, offset: int, size: int) -> bytes:
+        path = self._path(key)
+        with disk(path):
+            try:
+                with path.open("rb") as stream:
+                    stream.seek(offset)
+                    return stream.read(size)
+            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+                raise Missing(f"There is no {key} in {self.url}.") from None
+
     def version(self, key: str) -> str:
         return hashlib.sha256(self.read(key)).hexdigest()
 

@@ -56,6 +56,9 @@ class Store(Protocol):
     def read(self, key: str) -> bytes:
         """A small object, whole. Raises Missing."""
 
+    def read_piece(self, key: str, offset: int, size: int) -> bytes:
+        """`size` bytes of an object from `offset` on; fewer where it ends. Raises Missing."""
+
     def version(self, key: str) -> str:
         """The version of an object, as `write` returned it. Raises Missing."""
 
