@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from job import output
 from job.attempt import Attempt
 from job.evaluate import measure
-from job.export import export
+from job.export import check_mergeable, export, hub
 from job.model import choose_backend, import_first, load_model
 from job.plan import describe, make_plan
 from job.preemption import Preemption
@@ -53,6 +53,7 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
         attempt = Attempt(spec, store, lease, scratch, record, preemption, number)
         with preemption.leave_at_once():
             with record.stage("stage in"):
+                hub.check_token(spec.export.hub)
                 backend = choose_backend(spec.model, find_device(has_torch=True).kind == "cuda")
                 import_first(backend)
                 found = survey(spec, store, scratch, fetch=True)
@@ -66,6 +67,7 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
                 from job.train.fit import fit
 
                 loaded = load_model(spec, base, torch_device(), backend, plan.precision, found.adapter)
+                check_mergeable(spec, loaded)
         before = measure(attempt, loaded, data, "before")
         fit(attempt, plan, loaded, data)
         after = measure(attempt, loaded, data, "after")
