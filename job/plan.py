@@ -9,6 +9,7 @@ from typing import Any, Literal
 from job.model.fetch import BaseFacts
 from job.model.lora import GROUPS, parameters, targets
 from job.record import bytes_text
+from job.serving import servers
 from job.spec import JobSpec
 
 Action = Literal["do", "resume", "skip"]
@@ -19,11 +20,6 @@ BYTES_PER_LORA_PARAMETER = 16
 """fp32 weight, gradient and AdamW's two moments."""
 CHECKPOINT_BYTES_PER_LORA_PARAMETER = 12
 """fp32 weight and AdamW's two moments."""
-
-SERVING_NOTES = {
-    "mllama": "Llama 3.2 Vision is no longer served by current vLLM (dropped with its V1 engine); serve it with "
-    "transformers or text-generation-inference, or choose Qwen2.5-VL, Qwen3-VL or Gemma 3",
-}
 
 
 @dataclass(frozen=True)
@@ -129,7 +125,8 @@ def stages(spec: JobSpec, facts: Facts, total: int | None) -> list[Stage]:
         return [Stage(name, "skip", "published already") for name in names]
     measured = facts.data is None or facts.data["evaluation"] > 0
     done = total is not None and total in facts.checkpoints
-    what = "adapter and merged weights" if spec.export.merged else "adapter"
+    asked = {"merged weights": spec.export.merged, "merged weights in 4 bits": spec.export.merged_4bit}
+    what = " and ".join(["adapter", *(name for name, on in asked.items() if on)])
     return [
         Stage("stage in", "do", "base model and data"),
         Stage("load", "do", spec.model.name_or_path),
@@ -172,15 +169,13 @@ def estimates(facts: Facts, precision: str, lora: int, merged: bool) -> dict[str
         "one checkpoint": lora * CHECKPOINT_BYTES_PER_LORA_PARAMETER,
     }
     if merged:
-        sizes["merged weights"] = facts.base.parameters * 2
+        sizes["merged weights"] = facts.base.bytes
     return sizes
 
 
 def warnings(spec: JobSpec, facts: Facts, total: int | None) -> list[str]:
     """What a careful colleague would say before this runs."""
     found = list(facts.notes)
-    if facts.base is not None and facts.base.model_type in SERVING_NOTES:
-        found.append(SERVING_NOTES[facts.base.model_type])
     if facts.data is not None:
         if facts.data["evaluation"] == 0:
             found.append("no rows are held out, so nothing will be measured")
@@ -202,11 +197,11 @@ def warnings(spec: JobSpec, facts: Facts, total: int | None) -> list[str]:
             f"the weights ({bytes_text(sizes['weights in memory'])}) will not fit {facts.device.name} "
             f"({bytes_text(facts.device.memory)}); set model.precision to 4bit or take a larger card"
         )
-    need = sizes.get("merged weights", 0)
+    need = sizes.get("merged weights", 0) if spec.export.scratch_copy else 0
     if facts.scratch_free and need > facts.scratch_free:
         found.append(
             f"merged weights need {bytes_text(need)} of scratch, {bytes_text(facts.scratch_free)} are free; "
-            "point JOB_SCRATCH at a larger disk"
+            "set export.scratch_copy to false, or point JOB_SCRATCH at a larger disk"
         )
     return found
 
@@ -226,6 +221,7 @@ def describe(spec: JobSpec, plan: Plan, facts: Facts) -> str:
     if facts.base is not None:
         base = facts.base
         lines.append(f"base: {base.architecture}, {base.parameters:,} parameters, held in {plan.precision}")
+        lines.append(f"merged weights are served by: {servers(base.model_type)}")
     if plan.groups:
         trained = sum(plan.groups.values())
         share = f" ({100 * trained / facts.base.parameters:.2f} % of the base)" if facts.base else ""

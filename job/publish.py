@@ -15,7 +15,6 @@ from job.export import Exported
 from job.output import REPORT_KEY, RESULT_KEY
 from job.plan import Plan
 from job.record import now, versions
-from job.spec import JobSpec
 from job.store import Digest, Store, upload_folder
 from job.survey import Survey
 

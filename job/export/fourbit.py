@@ -16,7 +16,7 @@ from job.spec import ModelSpec
 
 def held_weights(model: Any) -> dict[str, Callable[[], Tensor]]:
     """For each weight that the model holds in 4 bits, by its name in the base: what it stands for, made when asked for."""
-    found = {}
+    found: dict[str, Callable[[], Tensor]] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         state = getattr(weight, "quant_state", None)

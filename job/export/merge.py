@@ -148,7 +148,7 @@ def pieces(recipe: Recipe, file: str) -> Iterator[memoryview]:
                 weight = recipe.held[key]().to(weight)
             if key in recipe.changes:
                 weight = changed(weight, recipe.changes[key])
-            yield memoryview(weight.contiguous().cpu().view(-1).view(torch.uint8).numpy())
+            yield weight.contiguous().cpu().view(-1).view(torch.uint8).numpy().data
         while piece := source.read(PIECE):
             yield memoryview(piece)
 

@@ -87,7 +87,7 @@ def loaded_names(folder: Path, keys: list[str], trust_remote_code: bool) -> tupl
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if getattr(config, "quantization_config", None) is not None:
             raise SpecError(
-                f"export.merged: the base {folder.name} is stored quantised, and an adapter cannot be folded into such files; "
+                f"export.merged: the base in {folder} is stored quantised, and an adapter cannot be folded into such files; "
                 "name the base in 16 bits (model.precision: 4bit holds it in 4 bits while training), or set merged to false"
             )
         model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)

@@ -38,13 +38,15 @@ def read_back(
             weights = load_file(part, device=str(device))
             # On a CPU these are views of the file, which would then stay on scratch.
             state |= {name: weight.clone() if device.type == "cpu" else weight for name, weight in weights.items()}
-    model = AutoModelForImageTextToText.from_pretrained(
+    config = AutoConfig.from_pretrained(rest, trust_remote_code=spec.trust_remote_code)
+    with torch.device("meta"):  # the automatic class takes weights from a folder only
+        made = type(AutoModelForImageTextToText.from_config(config, trust_remote_code=spec.trust_remote_code))
+    model = made.from_pretrained(
         None,
-        config=AutoConfig.from_pretrained(rest, trust_remote_code=spec.trust_remote_code),
+        config=config,
         state_dict=state,
         dtype=DTYPES[precision],
         attn_implementation=spec.attn_implementation,
-        trust_remote_code=spec.trust_remote_code,
         device_map={"": device},
     )
     return model.eval()

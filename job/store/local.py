@@ -244,7 +244,7 @@ def copy(source: BinaryIO | RawIOBase, target: BinaryIO) -> Digest:
     digest = hashlib.sha256()
     size = 0
     buffer = memoryview(bytearray(CHUNK))
-    while count := source.readinto(buffer):  # type: ignore[attr-defined]
+    while count := source.readinto(buffer):  # type: ignore[union-attr]
         digest.update(buffer[:count])
         target.write(buffer[:count])
         size += count
