@@ -293,7 +293,9 @@ def test_everything_can_live_in_a_bucket(
     keys = {entry.key for entry in store.list("output/")}
     assert {"output/RESULT.json", "output/report.html", "output/adapter/adapter_model.safetensors"} <= keys
     files = json.loads(store.read("output/RESULT.json"))["files"]
-    assert {f"output/{key}" for key in files} == {key for key in keys if key.startswith(("output/adapter", "output/merged"))}
+    assert {f"output/{key}" for key in files} == {
+        key for key in keys if key.startswith(("output/adapter", "output/merged"))
+    }
     merged = store.read("output/merged/model.safetensors")
     assert hashlib.sha256(merged).hexdigest() == files["merged/model.safetensors"]["sha256"]
     assert not list(tmp_path.glob("scratch/*/export/merged/*.safetensors"))

@@ -66,20 +66,18 @@ def patiently(ask: Callable[[], T], what: str) -> T:
             return ask()
         except OfflineModeIsEnabled as error:
             raise SpecError("export.hub: HF_HUB_OFFLINE is set, so nothing can be pushed; unset it") from error
-        except (HfHubHTTPError, TransportError, OSError) as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
+        except (HfHubHTTPError, TransportError, OSError, RuntimeError) as error:
+            cause = error.__cause__ if type(error) is RuntimeError else error  # it wraps what became of one file
+            if not isinstance(cause, HfHubHTTPError | TransportError | OSError):
+                raise
+            status = getattr(getattr(cause, "response", None), "status_code", None)
+            said = one_line(cause)[:200]
             if status in (401, 403, 404):
                 raise NotAllowed(
-                    f"export.hub: the hub refuses {what} ({status}): {one_line(error)[:200]}; set HF_TOKEN to a token that may "
-                    "write there"
+                    f"export.hub: the hub refuses {what} ({status}): {said}; set HF_TOKEN to a token that may write there"
                 ) from error
             if status is not None and status < 500 and status not in (408, 429):
-                raise SpecError(
-                    f"export.hub: the hub does not take {what} ({status}): {one_line(error)[:200]}"
-                ) from error
-            log.warning(
-                "the hub did not answer for %s (%s); try %d of %d", what, type(error).__name__, attempt + 1, TRIES
-            )
-            last = error
+                raise SpecError(f"export.hub: the hub does not take {what} ({status}): {said}") from error
+            log.warning("the hub did not answer for %s: %s; try %d of %d", what, said, attempt + 1, TRIES)
         time.sleep(PAUSE * 2**attempt)
-    raise Unavailable(f"export.hub: the hub did not answer for {what} after {TRIES} tries: {one_line(last)[:200]}")
+    raise Unavailable(f"export.hub: the hub did not answer for {what} in {TRIES} tries: {said}")
