@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, Job, job_environment
+from tests.hub import TOKEN, serve
 from tests.resume_proof import trajectory
 
 
@@ -244,8 +245,12 @@ def test_a_checkpoint_with_a_flipped_byte_is_passed_over_for_the_older(
 
 def test_a_gate_that_refuses_publishes_no_merged_weights(accumulating: dict[str, Any], tmp_path: Path, job: Job):
     gate = {"max_mean_logit_difference": 1e-9, "rounding_allowance": 0}
-    export = {"merged": True, "scratch_copy": False, "gate": gate}
-    result = job("run", JOB_SPEC=to(accumulating, tmp_path / "output", export=export))
+    pushed = {"adapter_repo": "clinic/adapter", "merged_repo": "clinic/merged"}
+    export = {"merged": True, "gate": gate, "hub": pushed}
+    with serve() as hub:
+        token = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
+        result = job("run", JOB_SPEC=to(accumulating, tmp_path / "output", export=export), **token)
+        assert hub.requests == ["GET /api/whoami-v2"]
     assert result.returncode == 76, result.stderr
     assert "merged weights differ from base + adapter" in result.stderr.strip().splitlines()[-1]
     assert (tmp_path / "output" / "adapter" / "adapter_model.safetensors").exists()
@@ -261,8 +266,14 @@ def test_restart_deletes_the_run_of_the_other_spec(accumulating: dict[str, Any],
     assert job("run", JOB_SPEC=to(short, output)).returncode == 0
     other = yaml.safe_load(to(short | {"lora": {"r": 4}}, output))
     other["output"]["on_conflict"] = "restart"
-    result = job("run", JOB_SPEC=yaml.safe_dump(other))
+    other["export"]["hub"] = {"adapter_repo": "clinic/adapter"}
+    with serve() as hub:
+        token = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+        result = job("run", JOB_SPEC=yaml.safe_dump(other), **token)
     assert result.returncode == 0, result.stderr
+    assert read(output, "RESULT.json")["hub"] == {"adapter": f"{hub.url}/clinic/adapter/commit/1"}
+    there = {file.name: file.read_bytes() for file in (output / "adapter").iterdir()}
+    assert hub.repos["clinic/adapter"] == {"private": True, "files": there}
     assert read(output, "adapter/adapter_config.json")["r"] == 4
     assert (output / "notes" / "mine.txt").exists()
 
