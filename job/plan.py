@@ -125,8 +125,8 @@ def stages(spec: JobSpec, facts: Facts, total: int | None) -> list[Stage]:
         return [Stage(name, "skip", "published already") for name in names]
     measured = facts.data is None or facts.data["evaluation"] > 0
     done = total is not None and total in facts.checkpoints
-    asked = {"merged weights": spec.export.merged, "merged weights in 4 bits": spec.export.merged_4bit}
-    what = " and ".join(["adapter", *(name for name, on in asked.items() if on)])
+    kinds = {"merged weights": "merged", "the same in 4 bits": "merged_4bit", "the same in FP8": "merged_fp8"}
+    what = ", ".join(["adapter", *(name for name, field in kinds.items() if getattr(spec.export, field))])
     return [
         Stage("stage in", "do", "base model and data"),
         Stage("load", "do", spec.model.name_or_path),

@@ -230,6 +230,8 @@ class ExportSpec(Section):
     """Keep merged weights on scratch until they are published. False sends them straight to the output as they are made."""
     merged_4bit: bool = False
     """Also publish merged weights in 4 bits (bitsandbytes nf4). Needs a GPU."""
+    merged_fp8: bool = False
+    """Also publish merged weights in FP8 for vLLM and SGLang. Needs the fp8 extra."""
     gate: GateSpec = GateSpec()
     """When merged weights are refused."""
     hub: HubSpec = HubSpec()
@@ -359,7 +361,11 @@ def contradictions(spec: JobSpec) -> list[str]:
     export = spec.export
     if not (export.merged and export.scratch_copy):
         why = "set scratch_copy to true: it is made from that" if export.merged else "set merged to true"
-        asked = {"merged_4bit": export.merged_4bit, "hub.merged_repo": export.hub.merged_repo}
+        asked = {
+            "merged_4bit": export.merged_4bit,
+            "merged_fp8": export.merged_fp8,
+            "hub.merged_repo": export.hub.merged_repo,
+        }
         found += [f"export: {name} needs merged weights on scratch; {why}" for name, on in asked.items() if on]
     if export.fold_onto == "dequantised" and spec.model.precision in ("16bit", "32bit"):
         found.append(

@@ -66,20 +66,18 @@ def export(attempt: Attempt, loaded: Loaded, data: Data) -> Exported:
         exported = merged(attempt, loaded, base, folder, data)
         size = sum((base.folder / file).stat().st_size for file in base.files)
         facts += [f"merged {bytes_text(size)}", f"token agreement {exported.gate['token_agreement']:.4f}"]
-        if spec.export.merged_4bit and exported.refused is None:
-            measured = fourbit(spec, loaded, folder, data)
-            folders = exported.folders | {"merged_4bit": folder / "merged_4bit"}
-            exported = replace(exported, folders=folders, gate=exported.gate | measured)
+        if exported.refused is None:
+            exported = smaller(spec, loaded, exported, data)
     return exported
 
 
 def merged(attempt: Attempt, loaded: Loaded, base: Base, folder: Path, data: Data) -> Exported:
     """Fold, and judge what came out from where it lies."""
     from job.errors import GateRefused
-    from job.export.fourbit import held_weights
     from job.export.gate import compare, refuse
     from job.export.merge import copy_rest, merge_to_folder, merge_to_store, recipe
     from job.export.places import changes, read_adapter
+    from job.export.quantised import held_weights
     from job.export.served import read_back
     from job.model.transformers_backend import load_weights
 
@@ -107,16 +105,22 @@ def merged(attempt: Attempt, loaded: Loaded, base: Base, folder: Path, data: Dat
     return Exported({"adapter": adapter, "merged": into}, sent, verdict.facts(), refused)
 
 
-def fourbit(spec: JobSpec, loaded: Loaded, folder: Path, data: Data) -> dict[str, float]:
-    """Write `merged_4bit`, and measure it on the gate's rows."""
-    from job.export.fourbit import quantise
+def smaller(spec: JobSpec, loaded: Loaded, exported: Exported, data: Data) -> Exported:
+    """Write merged weights in fewer bits, where the spec asks for them, and measure them on the gate's rows."""
     from job.export.gate import answer_logits, loss, spread_rows
+    from job.export.quantised import write_fp8, write_nf4
 
-    shutil.rmtree(folder / "merged_4bit", ignore_errors=True)
-    model = quantise(spec.model, folder / "merged", folder / "merged_4bit", loaded.device)
-    small = replace(loaded, model=model, precision="4bit", backend="transformers")
+    kinds = (("merged_4bit", spec.export.merged_4bit, write_nf4), ("merged_fp8", spec.export.merged_fp8, write_fp8))
+    folders, gate = dict(exported.folders), dict(exported.gate)
     batches = spread_rows(rows_of(data), spec.export.gate.rows, spec.evaluation.batch_size)
-    return {"loss_merged_4bit": loss([answer_logits(small, batch, spec, tuned=True) for batch in batches])}
+    for name, asked, write in kinds:
+        if asked:
+            folders[name] = folders["merged"].with_name(name)
+            shutil.rmtree(folders[name], ignore_errors=True)
+            model = write(spec.model, folders["merged"], folders[name], loaded.device)
+            small = replace(loaded, model=model, precision="16bit", backend="transformers")
+            gate[f"loss_{name}"] = loss([answer_logits(small, batch, spec, tuned=True) for batch in batches])
+    return replace(exported, folders=folders, gate=gate)
 
 
 def rows_of(data: Data) -> Any:

@@ -18,6 +18,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 KINDS = {
     "adapter": "A LoRA adapter for",
     "merged": "Weights with a LoRA adapter folded in, in the precision and the files of",
+    "merged_fp8": "Weights in FP8 (compressed-tensors) with a LoRA adapter folded in, made from",
     "merged_4bit": "Weights in 4 bits (bitsandbytes nf4) with a LoRA adapter folded in, made from",
 }
 

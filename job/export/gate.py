@@ -34,8 +34,8 @@ from torch import Tensor
 from job.errors import GateRefused
 from job.evaluate.generate import base_or_tuned, to_device
 from job.export.fold import Lora, changed
-from job.export.fourbit import held_weights
 from job.export.places import DTYPES, Base
+from job.export.quantised import held_weights
 from job.model import Loaded
 from job.model.collator import IGNORE, Collator
 from job.model.lora import group_of

@@ -15,12 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from job.errors import GateRefused
-from job.export.fourbit import held_weights, quantise
+from job.evaluate.generate import to_device
 from job.export.gate import Verdict, compare, refuse
 from job.export.merge import copy_rest, merge_to_folder, merge_to_store, recipe
 from job.export.places import Base, changes, read_adapter, read_base
+from job.export.quantised import held_weights, write_fp8, write_nf4
 from job.export.served import read_back
 from job.model import Loaded
+from job.model.collator import Collator
 from job.model.transformers_backend import adapted, load_weights
 from job.spec import JobSpec
 from job.store import open_store
@@ -236,9 +238,31 @@ def test_merged_weights_in_4_bits_load_again(in_4_bits: Loaded, tmp_path: Path) 
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     made = merge(in_4_bits, tmp_path)
-    model = quantise(SPEC.model, made.merged, tmp_path / "merged_4bit", CPU)
+    model = write_nf4(SPEC.model, made.merged, tmp_path / "merged_4bit", CPU)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged_4bit")
     assert AutoProcessor.from_pretrained(tmp_path / "merged_4bit").chat_template
     first, second = held_weights(model), held_weights(again)
     assert len(first) > 20
     assert all(torch.equal(first[name](), second[name]()) for name in first)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl"], scope="module")
+def test_merged_weights_in_fp8_touch_the_language_layers_only_and_load_again(
+    family: str, made: Made, tmp_path: Path
+) -> None:
+    pytest.importorskip("llmcompressor")
+    model = write_fp8(SPEC.model, made.merged, tmp_path / "fp8", CPU)
+    whole, small = (load_file(folder / "model.safetensors") for folder in (made.merged, tmp_path / "fp8"))
+    layers = {name for name in adapted(made.loaded.model) if not is_vision(name)}
+    keys = {key for key, weight in small.items() if weight.dtype == torch.float8_e4m3fn}
+    assert {made.base.names[key] for key in keys} == {f"{name}.weight" for name in layers}
+    assert all(torch.equal(weight, small[key]) for key, weight in whole.items() if key not in keys)
+    for key in keys:
+        back = small[key].float() * small[f"{key}_scale"].float()
+        assert float((back - whole[key].float()).norm() / whole[key].float().norm()) < 0.04
+    inputs = to_device(Collator(made.loaded.processor, 2048)(batch()), replace(made.loaded, precision="16bit"))
+    inputs.pop("labels")
+    with torch.inference_mode():
+        right, found = made.loaded.model(**to_device(inputs, made.loaded)).logits, model(**inputs).logits.float()
+    assert float((right - found).abs().mean() / right.std()) < 0.2
