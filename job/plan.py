@@ -125,7 +125,12 @@ def stages(spec: JobSpec, facts: Facts, total: int | None) -> list[Stage]:
         return [Stage(name, "skip", "published already") for name in names]
     measured = facts.data is None or facts.data["evaluation"] > 0
     done = total is not None and total in facts.checkpoints
-    kinds = {"merged weights": "merged", "the same in 4 bits": "merged_4bit", "the same in FP8": "merged_fp8"}
+    kinds = {
+        "merged weights": "merged",
+        "the same in 4 bits": "merged_4bit",
+        "the same in FP8": "merged_fp8",
+        "GGUF": "gguf",
+    }
     what = ", ".join(["adapter", *(name for name, field in kinds.items() if getattr(spec.export, field))])
     return [
         Stage("stage in", "do", "base model and data"),

@@ -232,6 +232,8 @@ class ExportSpec(Section):
     """Also publish merged weights in 4 bits (bitsandbytes nf4). Needs a GPU."""
     merged_fp8: bool = False
     """Also publish merged weights in FP8 for vLLM and SGLang. Needs the fp8 extra."""
+    gguf: bool = False
+    """Also publish GGUF files for llama.cpp, made by the converter in the folder that LLAMA_CPP names."""
     gate: GateSpec = GateSpec()
     """When merged weights are refused."""
     hub: HubSpec = HubSpec()
@@ -364,6 +366,7 @@ def contradictions(spec: JobSpec) -> list[str]:
         asked = {
             "merged_4bit": export.merged_4bit,
             "merged_fp8": export.merged_fp8,
+            "gguf": export.gguf,
             "hub.merged_repo": export.hub.merged_repo,
         }
         found += [f"export: {name} needs merged weights on scratch; {why}" for name, on in asked.items() if on]

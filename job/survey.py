@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.checkpoint import steps
+from job.export import check_export
 from job.model import choose_backend
 from job.model.fetch import base_facts, fetch_adapter, fetch_base
 from job.plan import Device, Facts
@@ -48,6 +49,7 @@ def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool) -> Survey
     base = data = example = None
     if fetch or is_local(spec.model.name_or_path):
         base = fetch_base(spec.model, scratch)
+        check_export(spec.export, base)
     else:
         notes.append(f"{spec.model.name_or_path} is not here yet: sizes are known after stage in")
     start = spec.lora.init_adapter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from dataclasses import dataclass, field, replace
@@ -9,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from job.errors import GateRefused, SpecError
 from job.record import bytes_text
 from job.store import Digest
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from job.data import Data
     from job.export.places import Base
     from job.model import Loaded
-    from job.spec import JobSpec
+    from job.spec import ExportSpec, JobSpec
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,20 @@ class Exported:
     sent: dict[str, Digest] = field(default_factory=dict)
     gate: dict[str, Any] = field(default_factory=dict)
     refused: str | None = None
+
+
+def check_export(spec: ExportSpec, base: Path) -> None:
+    """Whether this base can become what the spec asks for, as far as its configuration tells. Raises SpecError."""
+    from job.export.gguf import converter
+
+    config = json.loads((base / "config.json").read_text())
+    if spec.merged and config.get("quantization_config"):
+        raise SpecError(
+            f"export.merged: the base in {base} is stored quantised, and an adapter cannot be folded into such files; name "
+            "the base in 16 bits (model.precision: 4bit holds it in 4 bits while training), or set merged to false"
+        )
+    if spec.gguf:
+        converter(str(config.get("model_type")))
 
 
 def check_mergeable(spec: JobSpec, loaded: Loaded) -> None:
@@ -73,7 +89,6 @@ def export(attempt: Attempt, loaded: Loaded, data: Data) -> Exported:
 
 def merged(attempt: Attempt, loaded: Loaded, base: Base, folder: Path, data: Data) -> Exported:
     """Fold, and judge what came out from where it lies."""
-    from job.errors import GateRefused
     from job.export.gate import compare, refuse
     from job.export.merge import copy_rest, merge_to_folder, merge_to_store, recipe
     from job.export.places import changes, read_adapter
@@ -108,6 +123,7 @@ def merged(attempt: Attempt, loaded: Loaded, base: Base, folder: Path, data: Dat
 def smaller(spec: JobSpec, loaded: Loaded, exported: Exported, data: Data) -> Exported:
     """Write merged weights in fewer bits, where the spec asks for them, and measure them on the gate's rows."""
     from job.export.gate import answer_logits, loss, spread_rows
+    from job.export.gguf import converter, write_gguf
     from job.export.quantised import write_fp8, write_nf4
 
     kinds = (("merged_4bit", spec.export.merged_4bit, write_nf4), ("merged_fp8", spec.export.merged_fp8, write_fp8))
@@ -120,6 +136,9 @@ def smaller(spec: JobSpec, loaded: Loaded, exported: Exported, data: Data) -> Ex
             model = write(spec.model, folders["merged"], folders[name], loaded.device)
             small = replace(loaded, model=model, precision="16bit", backend="transformers")
             gate[f"loss_{name}"] = loss([answer_logits(small, batch, spec, tuned=True) for batch in batches])
+    if spec.export.gguf:
+        folders["gguf"] = folders["merged"].with_name("gguf")
+        write_gguf(converter(loaded.model.config.model_type), folders["merged"], folders["gguf"])
     return replace(exported, folders=folders, gate=gate)
 
 

@@ -19,6 +19,7 @@ KINDS = {
     "adapter": "A LoRA adapter for",
     "merged": "Weights with a LoRA adapter folded in, in the precision and the files of",
     "merged_fp8": "Weights in FP8 (compressed-tensors) with a LoRA adapter folded in, made from",
+    "gguf": "Weights in GGUF for llama.cpp, of the base and of its vision tower, with a LoRA adapter folded in, made from",
     "merged_4bit": "Weights in 4 bits (bitsandbytes nf4) with a LoRA adapter folded in, made from",
 }
 
@@ -124,6 +125,8 @@ def _privacy(facts: Mapping[str, Any]) -> str:
 
 
 def _loading(facts: Mapping[str, Any], base: str, kind: str) -> str:
+    if kind == "gguf":
+        return "```sh\nllama-server -m gguf/model.gguf --mmproj gguf/mmproj.gguf\n```\n"
     pinned = (facts.get("lineage") or {}).get("base_revision")
     revision = f", revision={str(pinned)!r}" if pinned else ""
     source = f"{(base or 'BASE')!r}{revision}"

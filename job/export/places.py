@@ -60,7 +60,7 @@ class Base:
 
 
 def read_base(folder: Path, trust_remote_code: bool = False) -> Base:
-    """From headers and configuration; no weight is read. Raises SpecError for a base that is stored quantised."""
+    """From headers and configuration; no weight is read."""
     files = tuple(sorted(file.name for file in folder.glob("*.safetensors")))
     slots: dict[str, Slot] = {}
     for file in files:
@@ -85,11 +85,6 @@ def loaded_names(folder: Path, keys: list[str], trust_remote_code: bool) -> tupl
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        if getattr(config, "quantization_config", None) is not None:
-            raise SpecError(
-                f"export.merged: the base in {folder} is stored quantised, and an adapter cannot be folded into such files; "
-                "name the base in 16 bits (model.precision: 4bit holds it in 4 bits while training), or set merged to false"
-            )
         model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
     mapping = get_model_conversion_mapping(model)
     renamings = [step for step in mapping if isinstance(step, WeightRenaming)]

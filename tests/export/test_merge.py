@@ -230,15 +230,6 @@ def test_what_has_no_place_in_the_base_is_refused_by_name(
         changes(read_base(tiny("gemma3", torch.bfloat16)), PLAIN | config, tensors)
 
 
-def test_a_base_that_is_stored_quantised_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    shutil.copytree(tiny("llava", torch.bfloat16), tmp_path / "base")
-    config = json.loads((tmp_path / "base" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SpecError, match="is stored quantised, .* name the base in 16 bits"):
-        read_base(tmp_path / "base")
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 40),
