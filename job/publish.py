@@ -12,7 +12,7 @@ from job.data import Data, quarantine_jsonl
 from job.errors import GateRefused, Unavailable
 from job.evaluate import Rows, metrics, pictures
 from job.export import Exported
-from job.output import REPORT_KEY, RESULT_KEY
+from job.output import MADE_OF_MERGED, REPORT_KEY, RESULT_KEY
 from job.plan import Plan
 from job.record import now, versions
 from job.store import Digest, Store, upload_folder
@@ -101,7 +101,7 @@ def publish(attempt: Attempt, data: Data, exported: Exported, facts: dict[str, A
                 (folder / "README.md").write_text(card.render(facts, name))
                 files |= {f"{name}/{file}": digest for file, digest in upload_folder(store, folder, name).items()}
         if exported.refused is not None:
-            store.delete([entry.key for entry in store.list("merged")])
+            store.delete([entry.key for prefix in MADE_OF_MERGED for entry in store.list(prefix)])
             raise GateRefused(exported.refused)
         verify(store, files)
         pushed = hub.push(spec.export.hub, exported.folders)
@@ -123,7 +123,7 @@ def publish(attempt: Attempt, data: Data, exported: Exported, facts: dict[str, A
 
 def verify(store: Store, files: dict[str, Digest]) -> None:
     """Whether every published file lies in the store, whole. What it holds was checked as it was sent."""
-    there = {entry.key: entry.size for prefix in ("adapter/", "merged") for entry in store.list(prefix)}
+    there = {entry.key: entry.size for prefix in ("adapter/", *MADE_OF_MERGED) for entry in store.list(prefix)}
     for key, digest in files.items():
         if there.get(key) != digest.size:
             raise Unavailable(

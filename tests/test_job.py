@@ -245,8 +245,7 @@ def test_a_checkpoint_with_a_flipped_byte_is_passed_over_for_the_older(
 
 def test_a_gate_that_refuses_publishes_no_merged_weights(accumulating: dict[str, Any], tmp_path: Path, job: Job):
     gate = {"max_mean_logit_difference": 1e-9, "rounding_allowance": 0}
-    pushed = {"adapter_repo": "clinic/adapter", "merged_repo": "clinic/merged"}
-    export = {"merged": True, "gate": gate, "hub": pushed}
+    export = {"merged": True, "scratch_copy": False, "gate": gate, "hub": {"adapter_repo": "clinic/adapter"}}
     with serve() as hub:
         token = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
         result = job("run", JOB_SPEC=to(accumulating, tmp_path / "output", export=export), **token)

@@ -39,8 +39,9 @@ def changed(weight: Tensor, change: Change) -> Tensor:
         return change.weight.to(weight)
     device = weight.device
     a, b = (factor.detach().to(device, torch.float32).flatten(1) for factor in (change.a, change.b))
+    sum_ = weight.to(torch.float32, copy=True).flatten(1)
     with full_precision():
-        sum_ = torch.addmm(weight.float().flatten(1), b, a, alpha=change.scale)
+        sum_.addmm_(b, a, alpha=change.scale)
     if change.magnitude is not None:
         lengths = torch.linalg.vector_norm(sum_, dim=1, keepdim=True)
         sum_ *= change.magnitude.detach().to(device, torch.float32).unsqueeze(1) / lengths

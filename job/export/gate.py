@@ -17,6 +17,7 @@ at random, is moved to its neighbour in the files' dtype, adapters left unfolded
 of the same size in the same weights, and by construction nothing else. What it does to logits and first tokens is the
 floor, and the merged model may differ by `rounding_allowance` times as much (twice: two draws of one noise differ
 little, and folding also saves the roundings of the adapters' own products), or by the spec's bounds where they are wider.
+Where an adapter outweighs its base, folded weights are larger than the base's and round more coarsely than that floor.
 """
 
 from __future__ import annotations
