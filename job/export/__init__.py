@@ -84,6 +84,7 @@ def export(attempt: Attempt, loaded: Loaded, data: Data) -> Exported:
         facts += [f"merged {bytes_text(size)}", f"token agreement {exported.gate['token_agreement']:.4f}"]
         if exported.refused is None:
             exported = smaller(spec, loaded, exported, data)
+        attempt.preemption.check()  # a library on the way may have swallowed the notice
     return exported
 
 
