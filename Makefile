@@ -2,7 +2,7 @@
 PYTHON_VENV = .venv/bin/python
 DEMO = build/demo
 
-.PHONY: demo test lint clean kill-proof resume-proof test-store bench-store bench
+.PHONY: demo test lint clean kill-proof resume-proof test-gpu test-store bench-store bench-gpu bench
 
 demo:
 	@.ci/venv train
@@ -26,6 +26,11 @@ resume-proof:
 	@.ci/venv train dev
 	@$(PYTHON_VENV) -m tests.resume_proof $(or $(N),50)
 
+# On a machine with an NVIDIA GPU and the gpu extra; JOB_TEST_MODEL may name a checkpoint in its real size.
+PYTHON_GPU ?= python3
+test-gpu:
+	@$(PYTHON_GPU) -m pytest -c tests/gpu/pytest.ini --rootdir . --confcutdir tests/gpu tests/gpu
+
 # The store's tests on a real Ceph, over http and https; as root on Debian.
 test-store:
 	@.ci/venv train dev
@@ -37,6 +42,13 @@ bench-store:
 	@CEPH_SCHEMES=http CEPH_BYTES=11000000000 sh tests/store/ceph.sh $(abspath $(PYTHON_VENV)) benchmarks/transfer.py --folder /dev/shm
 	@$(PYTHON_VENV) benchmarks/checkpoint_stall.py
 	@$(PYTHON_VENV) benchmarks/record.py
+
+# On a GPU: MODEL is a Llama 3.2 Vision checkpoint, real or made by benchmarks/models.py.
+bench-gpu:
+	@$(PYTHON_GPU) benchmarks/throughput.py $(MODEL) --case language --restart --folder $(or $(FOLDER),/tmp/throughput)
+	@$(PYTHON_GPU) benchmarks/throughput.py $(MODEL) --case everywhere --generate 16 --folder $(or $(FOLDER),/tmp/throughput)
+	@$(PYTHON_GPU) benchmarks/merge.py $(or $(FOLDER),/tmp/merge)
+	@$(PYTHON_GPU) benchmarks/record.py
 
 bench:
 	@.ci/venv train dev

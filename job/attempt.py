@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from job.model.compile_cache import CompileCache
 from job.preemption import Preemption
 from job.record import Record
 from job.spec import JobSpec
@@ -14,7 +15,8 @@ from job.store.lease import Lease
 
 @dataclass(frozen=True)
 class Attempt:
-    """`number` counts from 1 over all attempts at this output; `scratch` is this job's own folder on the node."""
+    """`number` counts from 1 over all attempts at this output; `scratch` is this job's own folder on the node; `compiled`
+    is None where nothing is compiled (a CPU), or its keeping switched off."""
 
     spec: JobSpec
     store: Store
@@ -23,3 +25,4 @@ class Attempt:
     record: Record
     preemption: Preemption
     number: int
+    compiled: CompileCache | None = None

@@ -87,6 +87,48 @@ def schema() -> None:
     click.echo(json.dumps(JobSpec.model_json_schema(), indent=2))
 
 
+@main.group()
+def render() -> None:
+    """Print what a scheduler takes, made from a spec and the templates of k8s/ and slurm/."""
+
+
+@render.command()
+@click.argument("spec")
+@click.option("--image", required=True, help="The job's image, with a tag or, better, a digest.")
+@click.option("--output", help="Where everything goes; overrides output.url.")
+@click.option(
+    "--with", "components", multiple=True, metavar="NAME", help="A folder of k8s/components; may be repeated."
+)
+@click.option("--sweep", type=click.Path(path_type=Path), help="A table of overrides, a run per line.")
+def kubernetes(spec: str, image: str, output: str | None, components: tuple[str, ...], sweep: Path | None) -> None:
+    """Print a Kubernetes Job for SPEC, for `kubectl create -f -`. Overrides (JOB__…) set here go with it."""
+
+    def work(preemption: Preemption) -> None:
+        with preemption.leave_at_once():
+            from job import render
+
+            click.echo(render.kubernetes(render.read_run(os.environ, spec, output, sweep), image, components), nl=False)
+
+    finish(work)
+
+
+@render.command()
+@click.argument("spec")
+@click.option("--image", help="What the site's runtime starts, as JOB_IMAGE of slurm/site.env.")
+@click.option("--output", help="Where everything goes; overrides output.url.")
+def slurm(spec: str, image: str | None, output: str | None) -> None:
+    """Print a batch script for SPEC, for `sbatch`. Overrides (JOB__…) set here go with it."""
+
+    def work(preemption: Preemption) -> None:
+        with preemption.leave_at_once():
+            from job import render
+
+            settings = {} if image is None else {"JOB_IMAGE": image}
+            click.echo(render.slurm(render.read_run(os.environ, spec, output, None), settings), nl=False)
+
+    finish(work)
+
+
 def finish(work: Callable[[Preemption], None]) -> NoReturn:
     """Do the work under our signal handlers and end the process with the code for how it went."""
     from job.record import one_line, start_logging

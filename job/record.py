@@ -140,6 +140,11 @@ class Record:
         with self._lock:
             return self._status.get(field)
 
+    def snapshot(self) -> dict[str, Any]:
+        """All fields as they are now."""
+        with self._lock:
+            return dict(self._status)
+
     def write(self, **fields: Any) -> None:
         """Change fields and write the status now."""
         with self._lock:

@@ -12,17 +12,18 @@ from job import output
 from job.attempt import Attempt
 from job.evaluate import measure
 from job.export import check_mergeable, export, hub
+from job.metrics import serving
 from job.model import choose_backend, import_first, load_model
 from job.plan import describe, make_plan
 from job.preemption import Preemption
 from job.publish import publish, report_facts
 from job.record import Record
-from job.scratch import prepare_scratch
+from job.scratch import breathing, prepare_scratch
 from job.spec import JobSpec
 from job.spot import watching
 from job.store import check_writable
 from job.store.lease import acquire
-from job.survey import find_device, survey, torch_device
+from job.survey import arriving, find_device, restored_cache, survey, torch_device
 
 log = logging.getLogger("job")
 
@@ -35,9 +36,11 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
 
     Run again after any ending, it does what is missing and nothing else.
     """
-    scratch = prepare_scratch(environment) / spec.digest[:16]
+    root = prepare_scratch(environment)
+    scratch = root / spec.digest[:16]
     scratch.mkdir(exist_ok=True)
     with ExitStack() as stack:
+        stack.enter_context(breathing(root))
         with preemption.leave_at_once():
             store = output.open_output(spec)
             if output.is_published(store, spec):
@@ -50,13 +53,17 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
         stack.enter_context(watching(spec.preemption.spot_notices, preemption, environment))
         number = output.begin(store, spec)
         record = stack.enter_context(Record(store, scratch, name=spec.name, attempt=number).kept())
-        attempt = Attempt(spec, store, lease, scratch, record, preemption, number)
+        stack.enter_context(serving(record, environment))
         with preemption.leave_at_once():
             with record.stage("stage in"):
                 hub.check_token(spec.export.hub)
-                backend = choose_backend(spec.model, find_device(has_torch=True).kind == "cuda")
-                import_first(backend)
+                with arriving(spec, scratch):
+                    device = find_device(has_torch=True)
+                    compiled = restored_cache(spec, store, scratch.parent, device)
+                    backend = choose_backend(spec.model, device.kind == "cuda")
+                    import_first(backend)
                 found = survey(spec, store, scratch, fetch=True)
+            attempt = Attempt(spec, store, lease, scratch, record, preemption, number, compiled)
             plan = make_plan(spec, found.facts)
             log.info("%s", describe(spec, plan, found.facts))
             data, base = found.data, found.base

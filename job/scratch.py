@@ -6,11 +6,15 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, MutableMapping
+import threading
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from job.errors import NotAllowed, Unavailable
 
+HEARTBEAT = "heartbeat"
+BREATH_SECONDS = 15.0
 CACHES = {
     "HF_HOME": "huggingface",
     "HF_DATASETS_CACHE": "datasets",
@@ -57,12 +61,37 @@ def prepare_scratch(environment: MutableMapping[str, str]) -> Path:
         raise kind(f"scratch folder {scratch}: {error.strerror}; set JOB_SCRATCH to a folder with room") from error
     for variable, folder in CACHES.items():
         environment.setdefault(variable, str(scratch / "cache" / folder))
+        Path(environment[variable]).mkdir(parents=True, exist_ok=True)  # torch makes none of its own
     bars = (
         {} if sys.stderr.isatty() else {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     )
     for variable, value in (QUIET | bars).items():
         environment.setdefault(variable, value)
     return scratch
+
+
+@contextmanager
+def breathing(scratch: Path) -> Iterator[None]:
+    """Touch `heartbeat` in scratch every `BREATH_SECONDS` from a thread: what the probes of containers look at.
+
+    It asks nothing of the store, so a store that is away does not make the job look dead.
+    """
+    ended = threading.Event()
+
+    def breathe() -> None:
+        while True:
+            with suppress(OSError):
+                (scratch / HEARTBEAT).touch()
+            if ended.wait(BREATH_SECONDS):
+                return
+
+    thread = threading.Thread(target=breathe, name="breath", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def free_bytes(scratch: Path) -> int:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt
 
 HUB_ID = r"^[\w.-]+/[\w.-]+$"
 RADIOGRAPHER = "You are an expert radiographer. Describe accurately what you see in this image."
@@ -133,16 +133,22 @@ class TrainingSpec(Section):
     """Samples per forward pass on one device. `auto` fits it to the card; accumulation is derived."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations to save memory. `auto` does so on a GPU."""
+    vision_cache_gb: NonNegativeFloat | Literal["auto"] = "auto"
+    """Scratch for the features of a vision tower that is not trained, so that each picture goes through it once. `auto`
+    takes up to half of what is free; 0 keeps none."""
     max_length: PositiveInt = 2048
     """Tokens per sample, image tokens included. A longer sample is a bad row."""
     train_on_responses_only: bool = True
     """Loss on the answer only, not on the prompt."""
     seed: int = Field(3407, ge=0, lt=2**32)
     """Seed of adapters, order and dropout."""
-    dataloader_num_workers: int = Field(0, ge=0, le=64)
-    """Processes that prepare batches ahead."""
+    dataloader_num_workers: Annotated[int, Field(ge=0, le=64)] | Literal["auto"] = "auto"
+    """Processes that prepare batches ahead. `auto` is up to 4 with a GPU, none without."""
     logging_steps: PositiveInt = 1
     """Steps between lines of `logs/metrics.jsonl`; each holds the mean loss since the line before."""
+    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = []
+    """Also tell these, each with its own package and its own variables (`WANDB_API_KEY`, `MLFLOW_TRACKING_URI`).
+    TensorBoard's files are published under `logs/tensorboard/`."""
 
 
 class CheckpointSpec(Section):
@@ -154,6 +160,9 @@ class CheckpointSpec(Section):
     """Newest checkpoints to keep."""
     keep_every: PositiveInt | None = None
     """Also keep each checkpoint whose step is a multiple of this."""
+    compile_cache: bool = True
+    """Keep compiled GPU code in the output, so that a job resumed on a new node does not compile again. It is code: set
+    false where others than the job can write to the output."""
 
 
 class PreemptionSpec(Section):
@@ -287,10 +296,13 @@ HARMLESS = frozenset(
     {
         "name",
         "training.logging_steps",
+        "training.report_to",
         "training.dataloader_num_workers",
+        "training.vision_cache_gb",
         "checkpoint.save_steps",
         "checkpoint.keep",
         "checkpoint.keep_every",
+        "checkpoint.compile_cache",
         "preemption.spot_notices",
         "preemption.max_attempts_without_progress",
         "output.url",

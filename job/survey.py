@@ -6,6 +6,9 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 from job.checkpoint import steps
 from job.export import check_export
 from job.model import choose_backend
+from job.model.compile_cache import CompileCache
 from job.model.fetch import base_facts, fetch_adapter, fetch_base
 from job.plan import Device, Facts
 from job.record import watched
 from job.scratch import free_bytes
 from job.spec import JobSpec
+from job.stage_in import local_path
 from job.store import Store
 
 if TYPE_CHECKING:
@@ -75,6 +80,37 @@ def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool) -> Survey
         notes=tuple(notes),
     )
     return Survey(facts, data, base, adapter)
+
+
+@contextmanager
+def arriving(spec: JobSpec, scratch: Path) -> Iterator[None]:
+    """Model and data come from afar while the block runs (it imports the libraries). What they raise is raised behind it."""
+    failed = list[BaseException]()
+
+    def fetch() -> None:
+        try:
+            fetch_base(spec.model, scratch)
+            if spec.dataset.path.startswith("s3://"):
+                local_path(spec.dataset.path, scratch, "dataset.path")
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=fetch, name="stage in", daemon=True)
+    thread.start()
+    yield
+    while thread.is_alive():
+        thread.join(0.5)  # in short waits: a notice is heard between them
+    if failed:
+        raise failed[0]
+
+
+def restored_cache(spec: JobSpec, store: Store, scratch: Path, device: Device) -> CompileCache | None:
+    """What was compiled for this card by earlier attempts, back on scratch; None on a CPU or when switched off."""
+    if device.kind != "cuda" or not spec.checkpoint.compile_cache:
+        return None
+    cache = CompileCache(store, scratch / "cache", device.name)
+    cache.restore()
+    return cache
 
 
 def is_local(path: str) -> bool:

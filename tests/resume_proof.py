@@ -32,6 +32,7 @@ PATIENCE = 12  # attempts
 def trajectory(metrics: bytes) -> list[tuple[Any, ...]]:
     """Step, loss, learning rate, gradient norm and rows of every line of `logs/metrics.jsonl`."""
     lines = [json.loads(line) for line in metrics.decode().splitlines()]
+    assert all(line["rows"] for line in lines)
     return [(line["step"], line["loss"], line["learning_rate"], line["grad_norm"], line["rows"]) for line in lines]
 
 

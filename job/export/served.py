@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from job.model import tiles
 from job.model.transformers_backend import DTYPES
 from job.spec import ModelSpec
 from job.store import Digest, Store
@@ -49,4 +50,6 @@ def read_back(
         attn_implementation=spec.attn_implementation,
         device_map={"": device},
     )
+    if spec.attn_implementation == "sdpa":
+        tiles.install(model)  # as on base + adapter
     return model.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 from dataclasses import dataclass
@@ -138,6 +139,8 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
             if length > 100_000_000:
                 raise ValueError
             header: dict[str, Any] = json.loads(stream.read(length))
+    except PermissionError as error:
+        raise NotAllowed(f"model.name_or_path: {file} may not be read by user {os.geteuid()}") from error
     except (ValueError, struct.error, OSError) as error:
         raise SpecError(f"model.name_or_path: {file} is not a safetensors file") from error
     header.pop("__metadata__", None)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from job.errors import OutOfMemory, SpecError
-from job.model import Loaded
+from job.model import Loaded, tiles
 from job.model.lora import Linear, census, parameters, pattern, targets
 from job.spec import JobSpec, LoraSpec, ModelSpec
 
@@ -58,6 +58,8 @@ def load_weights(spec: ModelSpec, folder: Path, device: torch.device, precision:
         raise SpecError(f"model.name_or_path: {folder} is not a vision-language model: {first_line(error)}") from error
     except torch.OutOfMemoryError as error:
         raise OutOfMemory("the base model does not fit the GPU; set model.precision to 4bit") from error
+    if spec.attn_implementation == "sdpa":
+        tiles.install(model)
     return model.eval()
 
 

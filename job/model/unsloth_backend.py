@@ -10,7 +10,7 @@ import unsloth  # noqa: F401 - first, see above
 import torch  # isort: skip
 
 from job.errors import OutOfMemory, SpecError
-from job.model import Loaded
+from job.model import Loaded, tiles
 from job.model.lora import census, parameters, targets
 from job.model.transformers_backend import adapted, first_line, linears, load_adapter, load_processor, lora_settings
 from job.spec import JobSpec
@@ -40,6 +40,8 @@ def load(spec: JobSpec, folder: Path, device: torch.device, start: Path | None, 
         raise SpecError(
             f"model.name_or_path: {folder} is not a model that Unsloth loads: {first_line(error)}"
         ) from error
+    if spec.model.attn_implementation == "sdpa":
+        tiles.install(model)
     chosen = targets(spec.lora, linears(model))
     counts = parameters(spec.lora.r, linears(model), chosen)
     model = FastVisionModel.get_peft_model(

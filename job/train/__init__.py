@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,31 +16,101 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from trl import SFTConfig, SFTTrainer
 
 from job.attempt import Attempt
-from job.errors import DataError, JobError, OutOfMemory
+from job.errors import DataError, OutOfMemory
 from job.model import Loaded, to_generation, to_training
 from job.model.collator import Collator
+from job.model.frozen import Features, Frozen, base, frozen_vision
+from job.model.pictures import LAYOUTS, Layout, cut
 from job.plan import Plan
+from job.record import Record
+from job.scratch import free_bytes
 from job.spec import JobSpec
-from job.train.callbacks import Numbers, Safety
+from job.train.callbacks import Numbers, Safety, lost
+from job.train.ladder import Ladder
 from job.train.order import EpochOrder
 
 log = logging.getLogger("job")
 
+SHARED_BYTES = 500_000_000
+"""Of /dev/shm for one loader: two batches of eight four-tile pictures in float32."""
+
 
 class LoraTrainer(SFTTrainer):
-    """SFTTrainer less its model cards and entropy pass; with an order that resume cannot disturb.
+    """SFTTrainer less its model cards and entropy pass; with an order that resume cannot disturb, a frozen vision tower
+    that is asked once, and a way on when a micro-batch does not fit the card.
 
-    `rows_of_step` holds the numbers of the rows seen since the last line of numbers, one tensor a micro-batch.
+    Since the last line of numbers: `rows_of_step` holds the rows seen, `tokens_of_step` counts their tokens, `waited` the
+    seconds spent waiting for the loader. `finite` tells, without waiting for the GPU, whether every loss was a number.
     """
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        record: Record,
+        ladder: Ladder,
+        frozen: Frozen | None,
+        layout: Layout | None,
+        **named: Any,
+    ) -> None:
         super().__init__(*arguments, **named)
-        self.rows_of_step: list[torch.Tensor] = []
+        self.record, self.ladder, self.frozen, self.layout = record, ladder, frozen, layout
+        if layout is not None:
+            # Upstream calls some families unable to divide by the tokens of the whole step, though their forwards do it.
+            # Without, each micro-batch has the same weight, however few tokens it learns from.
+            self.model_accepts_loss_kwargs = True
+        self.rows_of_step: list[int] = []
+        self.tokens_of_step = 0
+        self.waited = 0.0
+        self.finite: torch.Tensor | bool = True
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
         rows = train_dataset if train_dataset is not None else self.train_dataset
         self.order = EpochOrder(len(rows), self.args.seed)
         return self.order
+
+    def get_batch_samples(self, *arguments: Any, **named: Any) -> Any:
+        began = time.monotonic()
+        try:
+            return super().get_batch_samples(*arguments, **named)
+        finally:
+            self.waited += time.monotonic() - began
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of one micro-batch, in as many parts as the ladder says. Returns the loss, detached."""
+        numbers, counts, keys = inputs.pop("rows"), inputs.pop("pictures"), inputs.pop("picture_keys")
+        tokens = int(inputs["attention_mask"].sum())
+
+        def part(start: int, stop: int) -> torch.Tensor:
+            cut_out = inputs
+            if (start, stop) != (0, len(counts)):
+                if self.layout is None:
+                    raise OutOfMemory(self._too_large(len(counts)))
+                cut_out = cut(inputs, self.layout, counts, start, stop)
+            named = keys[sum(counts[:start]) : sum(counts[:stop])]
+            loss: torch.Tensor = Trainer.training_step(
+                self, model, self._seen(dict(cut_out), named), num_items_in_batch
+            )
+            return loss
+
+        loss = self.ladder.climb(len(counts), model, part)
+        self.rows_of_step += numbers
+        self.tokens_of_step += tokens
+        self.finite = torch.isfinite(loss) & self.finite
+        return loss
+
+    def _seen(self, inputs: dict[str, torch.Tensor], keys: list[str]) -> dict[str, torch.Tensor]:
+        """What the model takes: with a frozen tower, features instead of pixels."""
+        if self.frozen is None:
+            return inputs
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            return self.frozen.inputs(self.frozen.look(inputs, keys))
+
+    def _too_large(self, rows: int) -> str:
+        return (
+            f"a micro-batch of {rows} does not fit the GPU, and pictures of a {self.model.config.model_type} model cannot "
+            "be taken apart here; lower training.per_device_train_batch_size"
+        )
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -48,6 +121,8 @@ class LoraTrainer(SFTTrainer):
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if not self.finite:
+            raise DataError(lost(self.state.global_step, "the loss is no number any more", self.record))
         Trainer._save_checkpoint(self, model, trial)
 
     def save_state_now(self) -> None:
@@ -57,13 +132,20 @@ class LoraTrainer(SFTTrainer):
 
 @dataclass(frozen=True)
 class NumberedRows:
-    """The collator's batch with the numbers of its rows, which `LoraTrainer` notes and takes out again."""
+    """The collator's batch with what `LoraTrainer` takes out again: the numbers of its rows, how many pictures each has,
+    and the pictures' keys. Where the features of all pictures are kept, it has no pixels."""
 
     collator: Collator
+    features: Features | None
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, torch.Tensor] = self.collator(rows)
+        images = [row["images"] for row in rows]
+        keys = list[str]()
+        if self.features is not None:
+            batch, keys = self.features.recall(batch, images)
         numbers = [int(row["id"].removeprefix("row-")) for row in rows]
-        return self.collator(rows) | {"rows": torch.tensor(numbers)}
+        return {**batch, "rows": numbers, "pictures": [len(each) for each in images], "picture_keys": keys}
 
 
 class _Epochs(TrainerCallback):
@@ -81,14 +163,23 @@ def steps_per_epoch(rows: int, args: Any) -> int:
     return int(-(-micro // args.gradient_accumulation_steps))
 
 
-def train(attempt: Attempt, plan: Plan, loaded: Loaded, rows: Any, safety: Safety, resume_from: Path | None) -> int:
+def train(
+    attempt: Attempt,
+    plan: Plan,
+    loaded: Loaded,
+    rows: Any,
+    safety: Safety,
+    ladder: Ladder,
+    resume_from: Path | None,
+) -> int:
     """Train to the end and return the last step. `loaded.model` then holds the tuned adapters.
 
-    Raises Preempted once the last finished step is safe, OutOfMemory when a micro-batch does not fit, DataError for
-    a row that cannot be used.
+    Raises Preempted once the last finished step is safe, OutOfMemory when one row does not fit, DataError for a row
+    that cannot be used.
     """
     spec = attempt.spec
     collator = Collator(loaded.processor, spec.training.max_length, spec.training.train_on_responses_only)
+    frozen = vision_kept(attempt, loaded)
     numbers = Numbers(attempt.record, spec.training.effective_batch_size)
     epochs = _Epochs()
     with warnings.catch_warnings():
@@ -97,33 +188,52 @@ def train(attempt: Attempt, plan: Plan, loaded: Loaded, rows: Any, safety: Safet
             model=loaded.model,
             args=arguments(spec, loaded, plan, attempt.scratch),
             train_dataset=rows,
-            data_collator=NumberedRows(collator),
+            data_collator=NumberedRows(collator, frozen.features if frozen else None),
             processing_class=loaded.processor,
             callbacks=[numbers, safety, epochs],
+            record=attempt.record,
+            ladder=ladder,
+            frozen=frozen,
+            layout=LAYOUTS.get(base(loaded.model).config.model_type),
         )
     for theirs in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(theirs)
     safety.trainer = epochs.trainer = numbers.trainer = trainer
     to_training(loaded)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(attempt.scratch / "tensorboard")
     try:
-        result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    except torch.OutOfMemoryError as error:
+        with frozen.given() if frozen else nullcontext():
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    except torch.OutOfMemoryError as error:  # in the optimizer: the ladder has the rest
         raise OutOfMemory(
-            f"a micro-batch of {plan.micro_batch} does not fit the GPU; lower training.per_device_train_batch_size, "
-            "set model.precision to 4bit, or shrink images with dataset.image_max_side"
+            "the optimizer's state does not fit the GPU; lower lora.r, set training.optim to adamw_8bit, or set "
+            "model.precision to 4bit"
         ) from error
-    except JobError:
-        raise
     finally:
         to_generation(loaded)
-    if not torch.isfinite(torch.tensor(result.training_loss)):
-        raise DataError("the loss became NaN or infinite; lower training.learning_rate, or look for empty answers")
     return int(trainer.state.global_step)
+
+
+def vision_kept(attempt: Attempt, loaded: Loaded) -> Frozen | None:
+    """A frozen tower with its features on scratch, which jobs on the same node share; None when the tower is trained."""
+    given = attempt.spec.training.vision_cache_gb
+    room = free_bytes(attempt.scratch) // 2 if given == "auto" else int(given * 1e9)
+    return frozen_vision(loaded, attempt.scratch.parent / "features", room, attempt.spec.lora.bias)
+
+
+def loader_workers(given: int | str, on_gpu: bool) -> int:
+    """`auto` is none on a CPU, where they would take cores from training; else up to four, as many as there are cores and
+    as /dev/shm, through which they hand on pixels, has room for."""
+    if isinstance(given, int):
+        return given
+    shared = free_bytes(Path("/dev/shm"))
+    return min(4, len(os.sched_getaffinity(0)) - 1, shared // SHARED_BYTES) if on_gpu else 0
 
 
 def arguments(spec: JobSpec, loaded: Loaded, plan: Plan, scratch: Path) -> SFTConfig:
     """Our spec in TRL's words."""
     training, on_gpu = spec.training, loaded.device.type == "cuda"
+    workers = loader_workers(training.dataloader_num_workers, on_gpu)
     checkpointing = on_gpu if training.gradient_checkpointing == "auto" else training.gradient_checkpointing
     return SFTConfig(
         output_dir=str(scratch / "trainer"),
@@ -144,7 +254,8 @@ def arguments(spec: JobSpec, loaded: Loaded, plan: Plan, scratch: Path) -> SFTCo
         max_length=None,
         seed=training.seed,
         data_seed=training.seed,
-        dataloader_num_workers=training.dataloader_num_workers,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -152,6 +263,7 @@ def arguments(spec: JobSpec, loaded: Loaded, plan: Plan, scratch: Path) -> SFTCo
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=spec.checkpoint.save_steps,
-        report_to=[],
+        report_to=training.report_to,
+        run_name=spec.name,
         disable_tqdm=True,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Callable
@@ -14,14 +15,17 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from job.errors import JobError
+from job.errors import DataError, JobError
 from job.preemption import Preemption
 from job.record import Record, watched
+from job.train.watch import gpu_numbers
 
 log = logging.getLogger("job")
 
 FITS = 0.8
 """Share of the grace that a save may take before we call it too slow."""
+EXPLODED = 3.0
+"""Times the loss of guessing (the logarithm of the vocabulary's size) or of the first line: no run comes back from there."""
 LINE_SECONDS = 10.0
 """Between lines of progress in the log; every `logging_steps` goes to metrics.jsonl."""
 
@@ -36,6 +40,7 @@ class Numbers(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.time, self.step, self.told = time.monotonic(), state.global_step, 0.0
+        self.worst_start: float | None = None
         self.record.update(step=state.global_step, steps=state.max_steps)
         if watched():
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step")
@@ -58,6 +63,7 @@ class Numbers(TrainerCallback):
         elapsed, steps = time.monotonic() - self.time, state.global_step - self.step
         self.time, self.step = time.monotonic(), state.global_step
         seconds = elapsed / max(steps, 1)
+        self._stop_when_lost(logs, state.global_step)
         self.record.numbers(
             step=state.global_step,
             epoch=round(state.epoch or 0, 4),
@@ -66,9 +72,14 @@ class Numbers(TrainerCallback):
             grad_norm=logs.get("grad_norm"),
             step_seconds=round(seconds, 4),
             samples_per_second=round(self.samples / seconds, 3) if seconds else None,
-            rows=[row for batch in self.trainer.rows_of_step for row in batch.tolist()],
+            tokens_per_second=round(self.trainer.tokens_of_step / elapsed, 1) if elapsed else None,
+            data_wait_seconds=round(self.trainer.waited / max(steps, 1), 4),
+            rows_at_once=self.trainer.ladder.rows_at_once,
+            rows=list(self.trainer.rows_of_step),
+            **gpu_numbers(),
         )
         self.trainer.rows_of_step.clear()
+        self.trainer.tokens_of_step, self.trainer.waited = 0, 0.0
         left = seconds * (state.max_steps - state.global_step)
         self.record.update(loss=logs["loss"], seconds_left=round(left))
         if self.bar is not None:
@@ -84,9 +95,29 @@ class Numbers(TrainerCallback):
                 left,
             )
 
+    def _stop_when_lost(self, logs: dict[str, float], step: int) -> None:
+        """Raise DataError when the loss is no number, or several times that of guessing (or of the first line)."""
+        loss, norm = logs["loss"], logs.get("grad_norm", 0.0)
+        vocabulary = self.trainer.model.get_input_embeddings().weight.shape[0]
+        if self.worst_start is None and math.isfinite(loss):
+            self.worst_start = EXPLODED * max(loss, math.log(vocabulary))
+        if math.isfinite(loss) and math.isfinite(norm) and self.worst_start is not None and loss < self.worst_start:
+            return
+        raise DataError(lost(step, f"the loss is {loss:.4g}, the gradient's norm {norm:.4g}", self.record))
+
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def lost(step: int, why: str, record: Record) -> str:
+    """The sentence for a training that has gone wrong for good."""
+    kept = record.read("last_checkpoint")
+    good = f"the last good checkpoint is that of step {kept}" if kept else "no checkpoint was made before"
+    return (
+        f"training was lost at step {step}: {why}; {good}. Lower training.learning_rate, or raise training.warmup_ratio, "
+        "and look at the rows of that step in logs/metrics.jsonl"
+    )
 
 
 class Safety(TrainerCallback):

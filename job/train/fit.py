@@ -16,8 +16,10 @@ from job.model.transformers_backend import load_adapter
 from job.plan import Plan
 from job.preemption import Preemption
 from job.record import versions
+from job.store.folders import upload_folder
 from job.train import train
 from job.train.callbacks import Safety
+from job.train.ladder import Ladder
 
 log = logging.getLogger("job")
 
@@ -35,6 +37,7 @@ def fit(attempt: Attempt, plan: Plan, loaded: Loaded, data: Data) -> None:
         restored = checkpoint.restore(attempt.store, folder, on_skip=passed_over)
     step = restored.manifest.step if restored else 0
     record.resume_numbers(restored.folder if restored else None)
+    ladder = Ladder(plan.micro_batch)
     with record.stage("train") as facts:
         if restored is not None and step == plan.total_steps:
             load_adapter(loaded.model, restored.folder)
@@ -42,15 +45,18 @@ def fit(attempt: Attempt, plan: Plan, loaded: Loaded, data: Data) -> None:
             return
         if restored is not None:
             log.info("resuming from step %d of attempt %d", step, restored.manifest.attempt)
+            ladder.rows_at_once = min(plan.micro_batch, restored.manifest.extra.get("rows_at_once", plan.micro_batch))
         with uploader(attempt) as uploads:
 
             def keep(saved: int, made: Path, epoch: float) -> None:
                 record.copy_numbers(made)
-                uploads.submit(made, saved, epoch=epoch, extra={"submitted": time.time()})
+                extra = {"submitted": time.time(), "rows_at_once": ladder.rows_at_once}
+                uploads.submit(made, saved, epoch=epoch, extra=extra)
 
             safety = Safety(preemption, keep, lambda: settle(uploads, preemption), record)
-            last = train(attempt, plan, loaded, data.train, safety, restored.folder if restored else None)
+            last = train(attempt, plan, loaded, data.train, safety, ladder, restored.folder if restored else None)
             settle(uploads, preemption)
+        publish_tensorboard(attempt)
         facts.append(f"{last} steps" + (f", the first {step} from an earlier attempt" if step else ""))
 
 
@@ -66,6 +72,8 @@ def uploader(attempt: Attempt) -> checkpoint.Uploader:
         seconds = round(time.time() - manifest.extra["submitted"], 1)
         record.update(last_checkpoint=manifest.step, checkpoint_failures=0, checkpoint_seconds=seconds)
         record.publish_numbers()
+        if attempt.compiled is not None:
+            attempt.compiled.keep()
 
     return checkpoint.Uploader(
         attempt.store,
@@ -78,6 +86,13 @@ def uploader(attempt: Attempt) -> checkpoint.Uploader:
         on_commit=committed,
         on_failure=lambda step, error, failures: record.update(checkpoint_failures=failures),
     )
+
+
+def publish_tensorboard(attempt: Attempt) -> None:
+    """Send TensorBoard's files, if there are any, to `logs/tensorboard/`."""
+    folder = attempt.scratch / "tensorboard"
+    if folder.exists():
+        upload_folder(attempt.store, folder, "logs/tensorboard")
 
 
 def settle(uploads: checkpoint.Uploader, preemption: Preemption) -> None:

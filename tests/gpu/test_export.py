@@ -1,14 +1,22 @@
-"""Folding, both ways of it, and the gate where they really run: on a GPU, the base held in 4 bits."""
+"""Folding, both ways of it, and the gate where they really run: `make test-gpu`. Skipped where there is no GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("there is no NVIDIA GPU here", allow_module_level=True)
+BACKEND = "unsloth" if importlib.util.find_spec("unsloth") else "transformers"
+
+from job.model import import_first  # isort: skip
+
+import_first(BACKEND)  # before transformers, which it patches
 
 from job.errors import GateRefused
 from job.export.fold import Lora, changed
@@ -16,16 +24,21 @@ from job.export.gate import Verdict, compare, refuse
 from job.export.merge import copy_rest, merge_to_folder, recipe
 from job.export.places import changes, read_adapter, read_base
 from job.export.quantised import held_weights, write_nf4
-from job.model import Loaded
-from job.model.transformers_backend import load, load_weights
+from job.model import Loaded, load_model
+from job.model.transformers_backend import load_weights
 from job.spec import JobSpec
-from tests.tiny import batch, job_spec, perturb
+from tests.tiny import batch, job_spec, make_model, perturb
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-    pytest.mark.filterwarnings("ignore"),  # bitsandbytes warns about torch's own names
-]
+FAMILIES = ("mllama", "qwen2_5_vl", "gemma3")
 GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        family: make_model(family, tmp_path_factory.mktemp(family), dtype=torch.bfloat16, device="cuda")
+        for family in FAMILIES
+    }
 
 
 def spec_of(**export: Any) -> JobSpec:
@@ -57,18 +70,18 @@ def test_the_gpu_folds_as_the_cpu_does() -> None:
     assert float((here != there).float().mean()) < 1e-3
 
 
-@pytest.mark.parametrize("family", ["mllama", "qwen2_5_vl", "gemma3"])
-def test_a_model_in_16_bits_is_merged_right(family: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
-    loaded = perturb(load(spec_of(), tiny(family, torch.bfloat16), GPU, precision="16bit"), 0.05)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_in_16_bits_is_merged_right(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    loaded = perturb(load_model(spec_of(), folders[family], GPU, BACKEND, "16bit", None), 0.05)
     verdict = judge(loaded, merged(loaded, tmp_path, {}), spec_of())
     assert verdict.wrong == []
     assert verdict.mean_logit_difference < 3 * verdict.rounding_logit_difference
 
 
-@pytest.mark.parametrize("family", ["mllama", "qwen2_5_vl", "gemma3"])
-def test_a_model_in_4_bits_is_folded_onto_both_ways(family: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_in_4_bits_is_folded_onto_both_ways(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    loaded = perturb(load(spec_of(), tiny(family, torch.bfloat16), GPU, precision="4bit"), 0.05)
+    loaded = perturb(load_model(spec_of(), folders[family], GPU, BACKEND, "4bit", None), 0.05)
     original = judge(loaded, merged(loaded, tmp_path / "original", {}), spec_of())
     folder = merged(loaded, tmp_path / "dequantised", held_weights(loaded.model))
     dequantised = judge(loaded, folder, spec_of(fold_onto="dequantised"))

@@ -127,7 +127,7 @@ def test_headers_give_the_names_of_modules(family: str, folder: Path, tmp_path: 
 def test_adapters_switched_off_give_the_base(folder: Path, loaded: Loaded) -> None:
     base = logits(AutoModelForImageTextToText.from_pretrained(folder).eval(), loaded)
     with base_or_tuned(loaded, tuned=False):
-        assert torch.equal(logits(loaded.model, loaded), base)
+        torch.testing.assert_close(logits(loaded.model, loaded), base, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(logits(loaded.model, loaded), base, atol=0.01)
 
 

@@ -1,0 +1,237 @@
+"""The job and Unsloth's notebook side by side on one GPU: the same model, images, order, start and effective batch.
+
+    python benchmarks/throughput.py MODEL [--case language|everywhere] [--rows 48] [--epochs 3] [--folder FOLDER]
+
+MODEL is a Llama 3.2 Vision checkpoint, real or made by models.py. Each flow is a process of its own, as a user starts it,
+with compile caches of its own; the job is then started once more as a scheduler would on a new node, from its last checkpoint
+and with nothing on scratch. With --generate N, N captions of 64 tokens are generated behind training: one by one as in the
+notebook, and by the job's measurement, which also takes the loss of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+from record import append
+
+ROOT = Path(__file__).resolve().parent.parent
+BATCH, TOKENS = 8, 64
+COMPILING = 2
+"""First steps left out of the speed: the first compiles, the second compiles again for another number of tokens."""
+WORDS = ("lung", "heart", "rib", "left", "right", "upper", "lower", "clear", "effusion", "opacity", "mild", "is", "no")
+GOALS = {"language": 4.0, "everywhere": 1.5}
+
+
+def make_data(folder: Path, rows: int, side: int = 512) -> Path:
+    """Noise in squares of `side` pixels, and captions of 20 to 60 words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    noise, chance = np.random.default_rng(0), random.Random(0)
+    lines = []
+    for number in range(rows):
+        small = noise.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+        caption = " ".join(chance.choice(WORDS) for _ in range(chance.randint(20, 60))) + "."
+        lines.append(json.dumps({"file_name": f"{number}.png", "caption": caption}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def caches(folder: Path) -> dict[str, str]:
+    """Compile caches of one flow alone."""
+    names = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "UNSLOTH_COMPILE_LOCATION": "unsloth"}
+    return {variable: str(folder / name) for variable, name in names.items()}
+
+
+def notebook(model: Path, data: Path, out: Path, case: str, epochs: int, generate: int) -> dict[str, Any]:
+    command = [sys.executable, str(ROOT / "benchmarks" / "notebook.py"), str(model), str(data), str(out)]
+    command += ["--vision", "true" if case == "everywhere" else "false", "--epochs", str(epochs)]
+    command += ["--generate", str(generate)]
+    started(command, os.environ | caches(out.parent / "notebook-caches"), out.with_suffix(".log"))
+    lines = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
+    return {**json.loads((out / "facts.json").read_text()), "steps": lines}
+
+
+def job(
+    model: Path, data: Path, out: Path, case: str, epochs: int, start: Path | None, scratch: Path, generate: int = 0
+) -> dict[str, Any]:
+    """One attempt of the job. `seconds` of a step count from the start of the process, as in the notebook's."""
+    spec: dict[str, Any] = {
+        "model": {"name_or_path": str(model), "precision": "4bit"},
+        "lora": {"r": 16, "lora_alpha": 16, "finetune_vision_layers": case == "everywhere"},
+        "dataset": {"path": str(data), "eval_fraction": 0},
+        "training": {
+            "num_train_epochs": epochs,
+            "learning_rate": 1e-4,
+            "lr_scheduler_type": "constant",
+            "warmup_ratio": 0,
+            "optim": "adamw_8bit",
+            "effective_batch_size": BATCH,
+        },
+        "checkpoint": {"save_steps": 10},
+        "export": {"merged": False},
+        "output": {"url": str(out)},
+    }
+    if generate:
+        spec["dataset"] = {"path": str(data), "eval_path": str(data)}
+        spec["evaluation"] = {"max_rows": generate, "batch_size": 16, "max_new_tokens": TOKENS}
+    if start is not None:
+        spec["lora"]["init_adapter"] = str(start)
+    settings = {name: value for name, value in os.environ.items() if not name.endswith(("_CACHE_DIR", "_LOCATION"))}
+    began = time.time()
+    started(
+        [sys.executable, "-m", "job", "run"],
+        settings | {"JOB_SPEC": yaml.safe_dump(spec), "JOB_SCRATCH": str(scratch)},
+        out.with_suffix(f".{scratch.name}.log"),
+    )
+    lines = [json.loads(line) for line in (out / "logs" / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:  # times of day are whole seconds; the steps' own are not
+        line["seconds"] = datetime.fromisoformat(line["time"].replace("Z", "+00:00")).timestamp() - began
+    for before, line in pairwise(lines):
+        line["seconds"] = before["seconds"] + line["step_seconds"] if line["seconds"] > 0 else line["seconds"]
+    said = re.search(r"evaluate after: ([\d.]+) s", out.with_suffix(f".{scratch.name}.log").read_text())
+    peak = max(line.get("gpu_memory_reserved_gb", 0) for line in lines)
+    return {"steps": lines, "peak_gb": peak, "generation": float(said[1]) if said else None}
+
+
+def started(command: list[str], environment: dict[str, str], log: Path) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as stream:
+        code = subprocess.run(command, env=environment, cwd=ROOT, stdout=stream, stderr=stream, check=False).returncode
+    if code:
+        print("\n".join(log.read_text().splitlines()[-40:]))
+        sys.exit(f"{' '.join(command[:4])}… ended with {code}; its output is in {log}")
+
+
+def speed(steps: list[dict[str, Any]]) -> float:
+    """Samples per second behind the steps that compile."""
+    rest = steps[COMPILING - 1 :]
+    return BATCH * (len(rest) - 1) / (rest[-1]["seconds"] - rest[0]["seconds"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--case", choices=tuple(GOALS), default="language")
+    parser.add_argument("--rows", type=int, default=48)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--generate", type=int, default=0)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument(
+        "--restart", action="store_true", help="also start again on a new node, from the last checkpoint"
+    )
+    given = parser.parse_args()
+    import torch
+
+    device = torch.cuda.get_device_name(0)
+    folder = given.folder or Path(tempfile.mkdtemp(prefix="throughput-"))
+    data = make_data(folder / "data", given.rows)
+    peer = notebook(given.model, data, folder / f"notebook-{given.case}", given.case, given.epochs, given.generate)
+    start = folder / f"notebook-{given.case}" / "start"
+    out = folder / f"job-{given.case}"
+    ours = job(given.model, data, out, given.case, given.epochs, start, folder / "scratch", given.generate)
+    report(given.case, peer, ours, device, cold=given.folder is None or given.restart)
+    if given.generate:
+        ratio = peer["generation"] / ours["generation"]
+        append(
+            "throughput",
+            f"{given.generate} captions: job over notebook",
+            ratio,
+            "times",
+            goal="at least 4",
+            meets=ratio >= 4,
+            device=device,
+        )
+    if given.restart:
+        restart(given, data, out, start, folder, ours["steps"][0]["seconds"], device)
+
+
+def report(case: str, peer: dict[str, Any], ours: dict[str, Any], device: str, *, cold: bool) -> None:
+    theirs, mine = speed(peer["steps"]), speed(ours["steps"])
+    goal = GOALS[case]
+    append("throughput", f"{case}: notebook", theirs, "samples/s", device=device)
+    append("throughput", f"{case}: job", mine, "samples/s", device=device)
+    append(
+        "throughput",
+        f"{case}: job over notebook",
+        mine / theirs,
+        "times",
+        goal=f"at least {goal:g}",
+        meets=mine >= goal * theirs,
+        device=device,
+    )
+    gaps = [abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(ours["steps"], peer["steps"], strict=True)]
+    append(
+        "throughput",
+        f"{case}: first loss apart",
+        100 * gaps[0],
+        "%",
+        goal="under 1",
+        meets=gaps[0] < 0.01,
+        device=device,
+    )
+    append("throughput", f"{case}: losses apart, median", 100 * statistics.median(gaps), "%", device=device)
+    append("throughput", f"{case}: losses apart, largest", 100 * max(gaps), "%", device=device)
+    append("throughput", f"{case}: notebook, GPU memory reserved", peer["peak_gb"], "GB", device=device)
+    append(
+        "throughput",
+        f"{case}: job, GPU memory reserved",
+        ours["peak_gb"],
+        "GB",
+        goal="under 44",
+        meets=ours["peak_gb"] < 44,
+        device=device,
+    )
+    if not cold:  # an earlier case compiled for this one
+        return
+    first, theirs = ours["steps"][0]["seconds"], peer["steps"][0]["seconds"]
+    append("throughput", f"{case}: notebook, start to first step, cold", theirs, "s", device=device)
+    append(
+        "throughput",
+        f"{case}: job, start to first step, cold",
+        first,
+        "s",
+        goal="no more than the notebook",
+        meets=first <= theirs,
+        device=device,
+    )
+
+
+def restart(given: Any, data: Path, out: Path, start: Path, folder: Path, cold: float, device: str) -> None:
+    """As on a new node behind a preemption: the result is not there yet, scratch is empty, one epoch is left."""
+    (out / "RESULT.json").unlink()
+    newest = sorted((out / "checkpoints").iterdir())
+    for checkpoint in newest[1:]:
+        shutil.rmtree(checkpoint)
+    first = int(newest[0].name.removeprefix("step-"))
+    again = job(given.model, data, out, given.case, given.epochs, start, folder / "scratch-of-a-new-node")
+    seconds = next(line["seconds"] for line in again["steps"] if line["step"] == first + 1)
+    append(
+        "throughput",
+        f"{given.case}: job, start to first step, on a new node",
+        seconds,
+        "s",
+        goal=f"at most 60 % of cold, {0.6 * cold:.0f} s",
+        meets=seconds <= 0.6 * cold,
+        device=device,
+    )
+
+
+if __name__ == "__main__":
+    main()

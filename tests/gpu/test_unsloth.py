@@ -1,0 +1,162 @@
+"""Unsloth behind the boundary, on a real GPU: `make test-gpu`. Skipped, with the reason, where there is none."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("there is no NVIDIA GPU here", allow_module_level=True)
+if importlib.util.find_spec("unsloth") is None:
+    pytest.skip("unsloth is not installed: pip install vision-lora-job[gpu]", allow_module_level=True)
+
+from job.model import unsloth_backend  # isort: skip - before transformers, which it patches
+
+from job.attempt import Attempt
+from job.data import prepare
+from job.model import to_training
+from job.model.collator import Collator
+from job.model.frozen import TOGETHER, frozen_vision, tower
+from job.model.pictures import FEATURES, cut
+from job.plan import Facts, make_plan
+from job.preemption import Preemption
+from job.record import Record
+from job.store import open_store
+from job.store.lease import acquire
+from job.train.fit import fit
+from tests.tiny import batch, job_spec, make_model, perturb, picture
+
+FAMILIES = ("mllama", "qwen2_5_vl", "qwen3_vl", "gemma3")
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        family: make_model(family, tmp_path_factory.mktemp(family), dtype=torch.bfloat16, device="cuda")
+        for family in FAMILIES
+    }
+
+
+def loaded_by_unsloth(folder: Path, start: Path | None = None, precision: str = "16bit", **lora: Any) -> Any:
+    return unsloth_backend.load(job_spec(lora={"r": 4} | lora), folder, GPU, start, precision)
+
+
+def on_gpu(loaded: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {name: tensor.cuda() for name, tensor in Collator(loaded.processor, 2048)(rows).items()}
+
+
+def loss_of(loaded: Any, inputs: dict[str, Any]) -> float:
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        return float(loaded.model(**inputs).loss)
+
+
+def test_labels_groups_and_loss_are_those_of_plain_transformers(folders: dict[str, Path], tmp_path: Path) -> None:
+    ours, arguments = {}, list[str]()
+    for family, folder in folders.items():
+        loaded = perturb(loaded_by_unsloth(folder))
+        loaded.model.save_pretrained(tmp_path / family)
+        inputs = on_gpu(loaded, batch())
+        ours[family] = (loss_of(loaded, inputs), inputs["labels"].tolist(), loaded.groups)
+        arguments += [str(folder), str(tmp_path / family)]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.plain", *arguments], check=True, capture_output=True, text=True
+    )
+    theirs = dict(zip(folders, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    for family, (loss, labels, groups) in ours.items():
+        assert labels == theirs[family]["labels"], family
+        assert groups == theirs[family]["groups"], family
+        assert loss == pytest.approx(theirs[family]["loss"], rel=0.01), family
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_of_a_frozen_tower_give_the_loss_of_the_pixels(
+    family: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    loaded = perturb(loaded_by_unsloth(folders[family], finetune_vision_layers=False))
+    frozen = frozen_vision(loaded, tmp_path, 10**9, "none")
+    assert frozen is not None
+    inputs = on_gpu(loaded, batch())
+    with torch.autocast("cuda", torch.bfloat16):
+        together = frozen.look(inputs, [])
+        alone = [frozen.look(cut(inputs, frozen.features.layout, [1, 1, 1], n, n + 1), [])[FEATURES] for n in range(3)]
+    assert torch.equal(together[FEATURES], torch.cat(alone)), f"groups of {TOGETHER} are not pure"
+    with frozen.given():
+        given = loss_of(loaded, frozen.inputs(together))
+    assert given == pytest.approx(loss_of(loaded, inputs), rel=0.01)
+
+
+def test_our_attention_is_upstreams_within_rounding(folders: dict[str, Path]) -> None:
+    loaded = perturb(loaded_by_unsloth(folders["mllama"]))
+    inputs, vision = on_gpu(loaded, batch()), tower(loaded.model)
+    ours = loss_of(loaded, inputs)
+    vision.config._attn_implementation = "sdpa"
+    for encoder in (vision.transformer, vision.global_transformer):
+        encoder._forward_pre_hooks.clear()
+        encoder._forward_pre_hooks_with_kwargs.clear()
+    assert ours == pytest.approx(loss_of(loaded, inputs), rel=0.005)
+
+
+def losses(folder: Path, rows: Path, out: Path, cap: float = 1.0, **training: Any) -> list[dict[str, Any]]:
+    """Train two steps of eight rows and return the lines of metrics.jsonl."""
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(cap)
+    spec = job_spec(
+        model={"name_or_path": str(folder), "precision": "16bit"},
+        dataset={"path": str(rows), "eval_fraction": 0},
+        lora={"r": 4},
+        training={"max_steps": 2, "effective_batch_size": 8, "dataloader_num_workers": 0} | training,
+        output={"url": str(out)},
+    )
+    store, scratch = open_store(spec.output.url), out.with_suffix(".scratch") / "job"
+    scratch.mkdir(parents=True)
+    data = prepare(spec, scratch)
+    loaded = unsloth_backend.load(spec, folder, GPU, None, "16bit")
+    try:
+        with acquire(store, "test", 60.0) as lease, Record(store, scratch).kept() as record:
+            attempt = Attempt(spec, store, lease, scratch, record, Preemption(), 1)
+            fit(attempt, make_plan(spec, Facts(data=data.facts)), loaded, data)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return [json.loads(line) for line in (scratch / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_card_too_small_for_the_step_makes_it_in_parts(folders: dict[str, Path], tmp_path: Path) -> None:
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    lines = [{"file_name": f"{n}.png", "caption": "There is a nodule. " * 250} for n in range(16)]
+    for number, line in enumerate(lines):
+        picture(number).save(rows / line["file_name"])
+    (rows / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    whole = losses(folders["mllama"], rows, tmp_path / "whole")
+    peak = 1e9 * max(line["gpu_memory_peak_gb"] for line in whole)
+    resting = torch.cuda.memory_allocated()
+    cap = (resting + 0.7 * (peak - resting)) / torch.cuda.get_device_properties(0).total_memory
+    capped = losses(folders["mllama"], rows, tmp_path / "capped", cap)
+    assert capped[0]["rows_at_once"] < 8
+    for one, other in zip(whole, capped, strict=True):
+        assert one["rows"] == other["rows"]
+        assert other["loss"] == pytest.approx(one["loss"], rel=0.01)
+
+
+def test_the_model_in_its_real_shape(tmp_path: Path) -> None:
+    """The loss of an 11B checkpoint, named by JOB_TEST_MODEL, through Unsloth in 4 bits: features against pixels."""
+    model = os.environ.get("JOB_TEST_MODEL")
+    if not model:
+        pytest.skip("JOB_TEST_MODEL names no checkpoint; benchmarks/models.py makes one")
+    loaded = loaded_by_unsloth(Path(model), precision="4bit", finetune_vision_layers=False)
+    to_training(loaded)
+    frozen = frozen_vision(loaded, tmp_path, 10**9, "none")
+    assert frozen is not None
+    inputs = on_gpu(loaded, batch())
+    with torch.autocast("cuda", torch.bfloat16):
+        seen = frozen.inputs(frozen.look(inputs, []))
+    assert loss_of(loaded, seen) == pytest.approx(loss_of(loaded, inputs), rel=0.01)

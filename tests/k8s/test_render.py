@@ -1,0 +1,224 @@
+"""`job render kubernetes`: the very Job that Kustomize would make, with the spec inside."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from job.errors import SpecError
+from job.render import kubernetes, read_job, read_run
+from job.specfile import load_spec
+from tests.conftest import ROOT, Job
+from tests.k8s.conftest import Strict, Tree, documents, of_kind
+from tests.k8s.kubelet import expand, variables
+from tests.k8s.test_schema import RELEASES
+
+IMAGE = "registry.example.com/vision-lora-job:0.1.0"
+SPEC: dict[str, Any] = {
+    "name": "Chest 1, größer",
+    "model": {"name_or_path": "s3://bucket/base"},
+    "dataset": {"path": "s3://bucket/chest", "instruction": "Costs $$5 at $(HOME); $(date) 'ünd' \"so\" #1"},
+    "output": {"url": "s3://bucket/runs/1"},
+}
+OVERLAYS = {
+    "spot": ("spot",),
+    "kueue": ("kueue",),
+    "airgapped": ("airgapped",),
+    "monitoring": ("monitoring",),
+    "multi-gpu": ("multi-gpu",),
+    "multi-node": ("multi-gpu", "multi-node"),
+    "sweep": ("sweep",),
+}
+
+
+def rendered(spec: Tree, *components: str, image: str = IMAGE, **environment: str) -> Tree:
+    run = read_run(environment, yaml.safe_dump(spec), None, None)
+    (job,) = documents(kubernetes(run, image, components))
+    return job
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_it_patches_as_kustomize_does(overlay: str):
+    (theirs,) = of_kind(f"overlays/{overlay}", "Job")
+    ours = read_job(OVERLAYS[overlay])
+    for entry in theirs["spec"]["template"]["spec"]["containers"][0]["env"]:
+        if reference := entry.get("valueFrom", {}).get("configMapKeyRef"):
+            reference["name"] = reference["name"].rpartition("-")[0]  # the hash of its content
+    assert ours == theirs
+
+
+def test_every_component_is_of_the_kind_that_it_reads():
+    for file in (ROOT / "k8s" / "components").glob("*/kustomization.yaml"):
+        tree = yaml.load(file.read_text(), Loader=Strict)
+        assert set(tree) == {"apiVersion", "kind", "patches"}, file
+        assert tree["patches"] == [{"path": "patch.yaml", "target": {"kind": "Job", "name": "vision-lora"}}], file
+
+
+def test_the_job_reads_the_spec_that_was_given():
+    """Through YAML twice and through the kubelet, which would take `$(HOME)` for a variable."""
+    job = rendered(SPEC, JOB__LORA__R="8", JOB__DATASET__SYSTEM_PROMPT="$(HOME) $$")
+    container = job["spec"]["template"]["spec"]["containers"][0]
+    seen = variables(container, {})
+    assert load_spec(seen) == load_spec(
+        {"JOB__LORA__R": "8", "JOB__DATASET__SYSTEM_PROMPT": "$(HOME) $$"}, yaml.safe_dump(SPEC)
+    )
+
+
+@pytest.mark.parametrize(
+    "components",
+    [(), ("spot", "kueue", "monitoring", "scratch-volume"), ("multi-gpu", "multi-node", "hub"), ("spot", "cpu")],
+)
+def test_components_go_together_and_the_api_takes_them(components: tuple[str, ...]):
+    job = rendered(SPEC, *components)
+    for release in RELEASES:
+        kubernetes_validate.validate(job, release, strict=True)
+    assert job["metadata"]["generateName"] == "chest-1-gr-er-"
+    assert "name" not in job["metadata"]
+    assert job["metadata"]["annotations"]["vision-lora-job/output"] == "s3://bucket/runs/1"
+
+
+@pytest.mark.parametrize(
+    ("components", "sentence"),
+    [
+        (("multi-node", "multi-gpu"), "--with multi-gpu: does not go together with multi-node"),
+        (("sweep", "multi-node"), "--with multi-node: does not go together with sweep"),
+        (("cpu", "spot"), "--with spot: does not go together with cpu"),
+        (("spots",), "--with spots: there is no such component; there are airgapped, cpu, hub,"),
+    ],
+)
+def test_components_that_do_not_go_together_are_refused(components: tuple[str, ...], sentence: str):
+    with pytest.raises(SpecError, match=f"^{sentence}"):
+        rendered(SPEC, *components)
+
+
+@pytest.mark.parametrize(
+    "image", ["vision-lora-job", "registry.example.com:5000/vision-lora-job", f"{IMAGE[:-6]}:latest"]
+)
+def test_an_image_that_may_change_is_refused(image: str):
+    with pytest.raises(SpecError, match="a tag other than latest, or a digest"):
+        rendered(SPEC, image=image)
+
+
+def test_the_image_s_digest_is_handed_on_for_the_lineage():
+    digest = f"sha256:{'a' * 64}"
+    env = rendered(SPEC, image=f"r.example.com/job@{digest}")["spec"]["template"]["spec"]["containers"][0]["env"]
+    assert {"name": "JOB_IMAGE_DIGEST", "value": digest} in env
+
+
+def test_the_hub_is_let_in_when_the_spec_names_it_and_not_otherwise():
+    def egress(spec: Tree) -> str:
+        return str(rendered(spec)["spec"]["template"]["metadata"]["labels"]["vision-lora-job/egress"])
+
+    assert egress(SPEC) == "store"
+    assert egress(SPEC | {"model": {"name_or_path": "unsloth/Llama-3.2-11B-Vision-Instruct"}}) == "hub"
+
+
+def test_folders_that_no_pod_sees_are_refused_all_at_once(tmp_path: Path):
+    spec = SPEC | {"model": {"name_or_path": str(tmp_path)}, "output": {"url": "/output/run"}}
+    with pytest.raises(SpecError) as caught:
+        rendered(spec)
+    assert "model.name_or_path: no pod sees" in str(caught.value)
+    assert "output.url: no pod sees /output/run; put it on s3://" in str(caught.value)
+    with pytest.raises(SpecError, match="put it below /bundle or /output"):
+        rendered(spec, "airgapped")
+    rendered(spec | {"model": {"name_or_path": "/bundle/base"}}, "airgapped")
+
+
+def sweep(tmp_path: Path, table: str) -> Tree:
+    (tmp_path / "table").write_text(table)
+    run = read_run({}, yaml.safe_dump(SPEC), None, tmp_path / "table")
+    (job,) = documents(kubernetes(run, IMAGE, ()))
+    return job
+
+
+def test_each_pod_of_a_sweep_gets_its_line(tmp_path: Path):
+    """The pod's own command, run by a real shell; a program that prints its environment stands where Python would."""
+    table = "# rank\nJOB__LORA__R=8 JOB__OUTPUT__URL=s3://b/r8\n\nJOB__LORA__TARGET_MODULES=.*[qk]_proj JOB__OUTPUT__URL=s3://b/qk\n"
+    job = sweep(tmp_path, table)
+    assert (job["spec"]["completions"], job["spec"]["completionMode"]) == (2, "Indexed")
+    container = job["spec"]["template"]["spec"]["containers"][0]
+    (tmp_path / "python").write_text("#!/bin/sh\nenv\n")
+    (tmp_path / "python").chmod(0o755)
+    (
+        tmp_path / "JOB__LORA__TARGET_MODULES=.xq_proj"
+    ).touch()  # what the shell would find for the pattern, were it asked
+    for index, expected in enumerate(
+        [("JOB__LORA__R=8", "s3://b/r8"), ("JOB__LORA__TARGET_MODULES=.*[qk]_proj", "s3://b/qk")]
+    ):
+        seen = variables(container, {"PATH": f"{tmp_path}:/usr/bin:/bin", "JOB_COMPLETION_INDEX": str(index)})
+        command = [expand(word, seen) for word in container["command"]]
+        said = subprocess.run(
+            command, env=seen, capture_output=True, text=True, check=True, cwd=tmp_path
+        ).stdout.splitlines()
+        assert expected[0] in said
+        assert f"JOB__OUTPUT__URL={expected[1]}" in said
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [
+        ("JOB__LORA__R=8\nJOB__LORA__R=16\n", "runs 1 and 2 both write to s3://bucket/runs/1"),
+        ("JOB__LORA__R=8\nJOB__LORA__RANK=16 JOB__OUTPUT__URL=s3://b/16\n", r"run 2: the spec has 1 problem"),
+        ("LORA_R=8\n", "run 1: LORA_R=8 is not JOB__SECTION__FIELD=value"),
+        ("# nothing\n", "holds no run"),
+    ],
+)
+def test_a_wrong_table_is_refused(tmp_path: Path, table: str, sentence: str):
+    with pytest.raises(SpecError, match=sentence):
+        sweep(tmp_path, table)
+
+
+def test_an_installed_package_finds_its_templates(tmp_path: Path, job: Job):
+    """The wheel alone, away from the checkout, as it is in an image."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "job", "k8s", "slurm"):
+        if (ROOT / name).exists():
+            (source / name).symlink_to(ROOT / name)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(source),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    arguments = [
+        "render",
+        "kubernetes",
+        yaml.safe_dump(SPEC),
+        "--image",
+        IMAGE,
+        "--with",
+        "spot",
+        "--output",
+        "s3://b/2",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    installed = subprocess.run(
+        [sys.executable, "-m", "job", *arguments],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert installed.returncode == 0, installed.stderr
+    assert installed.stdout == job(*arguments).stdout
+    (tree,) = documents(installed.stdout)
+    assert tree["metadata"]["annotations"] == {"vision-lora-job/output": "s3://b/2"}

@@ -1,0 +1,67 @@
+"""Our attention for Llama 3.2's vision tower gives upstream's numbers and upstream's gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from job.model import tiles
+from job.model.collator import Collator
+from job.model.frozen import tower
+from tests.tiny import batch, load_tiny, perturb
+
+
+@pytest.fixture(scope="module")
+def seen(tiny: Callable[..., Path]) -> Callable[[dict[str, torch.Tensor]], Any]:
+    """`seen(inputs)` = features and gradients by upstream's attention, then by ours."""
+    loaded = perturb(load_tiny(tiny("mllama"), finetune_language_layers=False))
+    vision = tower(loaded.model)
+    trained = [weight for weight in vision.parameters() if weight.requires_grad]
+
+    def run(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        out = vision(**{name: inputs[name] for name in PICTURE}).last_hidden_state
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+        return out.detach(), list(torch.autograd.grad((out * weights).mean(), trained))
+
+    def both(inputs: dict[str, torch.Tensor]) -> Any:
+        assert vision.config._attn_implementation == tiles.NAME
+        ours = run(inputs)
+        vision.config._attn_implementation = "sdpa"
+        for encoder in (vision.transformer, vision.global_transformer):
+            encoder._forward_pre_hooks.clear()
+        theirs = run(inputs)
+        tiles.install(loaded.model.get_base_model())
+        return theirs, ours
+
+    both.processor = loaded.processor
+    return both
+
+
+PICTURE = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+
+
+def test_features_and_gradients_are_those_of_the_masked_attention(seen: Any) -> None:
+    (theirs, their_gradients), (ours, gradients) = seen(Collator(seen.processor, 512)(batch()))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for mine, yours in zip(gradients, their_gradients, strict=True):
+        torch.testing.assert_close(mine, yours, rtol=1e-3, atol=1e-5)
+
+
+def test_a_place_without_a_picture_has_the_same_features(seen: Any) -> None:
+    inputs = Collator(seen.processor, 512)(batch())
+    inputs["aspect_ratio_mask"][1] = 0
+    (theirs, _), (ours, _) = seen(inputs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_is_told_from_the_mask() -> None:
+    from transformers.models.mllama.modeling_mllama import _prepare_aspect_ratio_attention_mask as mask
+
+    patterns = mask(torch.tensor([[1, 0], [1, 1], [1, 0]]), num_patches=3, target_length=4, dtype=torch.float32)
+    groups = tiles.tokens(patterns)
+    found = {tuple(group.rows.tolist()): (group.real.tolist(), group.padding.tolist()) for group in groups}
+    assert found == {(0, 2): ([0, 1, 2], [3, 4, 5, 6, 7]), (1,): ([0, 1, 2, 4, 5, 6], [3, 7])}

@@ -1,0 +1,40 @@
+"""`job render slurm`: slurm/train.sh with all that it needs inside."""
+
+import re
+import subprocess
+
+import pytest
+import yaml
+
+from job.render import read_run, slurm
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.skipif(not (ROOT / "slurm" / "train.sh").exists(), reason="slurm/train.sh is not here yet")
+
+SPEC = {
+    "model": {"name_or_path": "m"},
+    "dataset": {"path": "d", "instruction": 'It\'s $HOME, "$(date)" and `date`\n\\n'},
+    "output": {"url": "o"},
+}
+
+
+def test_the_script_stands_alone_and_is_train_sh():
+    script = slurm(read_run({}, yaml.safe_dump(SPEC), None, None), {})
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert "$JOB_HOME/slurm/" not in re.sub(r"\$JOB_HOME/slurm/site.env", "", script)
+    ours = set(script.splitlines())
+    for path in (ROOT / "slurm" / "train.sh", *sorted((ROOT / "slurm").glob("start.sh"))):
+        for line in path.read_text().splitlines():
+            assert line in ours or "$JOB_HOME/slurm/" in line or line.startswith("# shellcheck source"), line
+
+
+def test_slurm_still_finds_its_directives_and_bash_the_very_spec():
+    text = yaml.safe_dump(SPEC)
+    script = slurm(read_run({"JOB__LORA__R": "8"}, text, "s3://b/o", None), {"JOB_IMAGE": "it's.sif"})
+    head, _, _ = script.partition("\nJOB_HOME=")
+    assert script.startswith("#!/bin/bash\n")
+    before = head.partition("\nexport ")[0]
+    assert before.count("#SBATCH") == script.count("#SBATCH") > 5
+    asked = head + '\nprintf \'%s|\' "$JOB_SPEC" "$JOB__LORA__R" "$JOB__OUTPUT__URL" "$JOB_IMAGE"'
+    said = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=True).stdout
+    assert said == f"{text}|8|s3://b/o|it's.sif|"

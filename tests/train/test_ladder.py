@@ -1,0 +1,114 @@
+"""Out of memory inside a step: the same rows in halves, the same gradients, and the run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from job.attempt import Attempt
+from job.errors import OutOfMemory
+from job.model.transformers_backend import load
+from job.plan import make_plan
+from job.preemption import Preemption
+from job.record import Record
+from job.store import open_store
+from job.store.lease import acquire
+from job.survey import survey
+from job.train.fit import fit
+from job.train.ladder import Ladder
+from tests.conftest import FAMILIES
+from tests.tiny import job_spec, picture
+
+Trained = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    lines = [{"file_name": f"{n}.png", "caption": "There is a nodule. " * (1 + n % 3)} for n in range(8)]
+    for number, line in enumerate(lines):
+        picture(number, 60, 60 + 10 * number).save(folder / line["file_name"])
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def trained(rows: Path, tmp_path: Path) -> Trained:
+    """`trained(base, fits, **training)` trains two steps of four rows on a card where `fits` rows fit, and returns the
+    lines of metrics.jsonl."""
+
+    def run(base: Path, fits: int, name: str = "out", **training: Any) -> list[dict[str, Any]]:
+        spec = job_spec(
+            model={"name_or_path": str(base)},
+            dataset={"path": str(rows), "eval_fraction": 0},
+            lora={"r": 4, "finetune_vision_layers": False},
+            training={"max_steps": 2, "effective_batch_size": 4, "learning_rate": 1e-2} | training,
+            output={"url": str(tmp_path / name)},
+        )
+        store, scratch = open_store(spec.output.url), tmp_path / f"scratch-{name}" / "job"
+        scratch.mkdir(parents=True)
+        found = survey(spec, store, scratch, fetch=True)
+        loaded = load(spec, base, torch.device("cpu"))
+
+        def card(_: Any, arguments: Any, named: dict[str, Any]) -> None:
+            if named["input_ids"].shape[0] > fits:
+                raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+
+        # It runs out behind the layers, so that a failed try leaves gradients of its first part behind.
+        loaded.model.get_base_model().register_forward_pre_hook(card, with_kwargs=True)
+        assert found.data is not None
+        with acquire(store, "test", 60.0) as lease, Record(store, scratch).kept() as record:
+            attempt = Attempt(spec, store, lease, scratch, record, Preemption(), 1)
+            fit(attempt, make_plan(spec, found.facts), loaded, found.data)
+        return [json.loads(line) for line in (scratch / "metrics.jsonl").read_text().splitlines()]
+
+    return run
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_halves_have_the_loss_and_the_gradients_of_the_whole(
+    family: str, tiny: Callable[..., Path], trained: Trained
+) -> None:
+    whole, halves = trained(tiny(family), 4), trained(tiny(family), 2, "halves")
+    for one, other in zip(whole, halves, strict=True):
+        assert one["rows"] == other["rows"]
+        assert len(one["rows"]) == 4
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+def test_a_failed_try_leaves_no_gradient_behind() -> None:
+    weight = torch.nn.Linear(1, 1, bias=False)
+    rows = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+
+    def part(start: int, stop: int) -> torch.Tensor:
+        loss = weight(rows[start:stop]).sum()
+        loss.backward()
+        if stop - start > 1 and stop == 4:
+            raise torch.OutOfMemoryError
+        return loss.detach()
+
+    ladder = Ladder(2)
+    weight(rows[:1]).sum().backward()  # of the micro-batch before
+    ladder.climb(4, weight, part)
+    assert weight.weight.grad is not None
+    assert weight.weight.grad.item() == 1 + 1 + 2 + 3 + 4
+    assert ladder.rows_at_once == 1
+
+
+def test_one_row_that_does_not_fit_ends_with_71(tiny: Callable[..., Path], trained: Trained) -> None:
+    with pytest.raises(OutOfMemory, match="one row at a time does not fit the GPU; shrink images") as caught:
+        trained(tiny("mllama"), 0)
+    assert caught.value.exit_code == 71
+
+
+def test_what_fits_is_remembered_in_the_checkpoint(tiny: Callable[..., Path], trained: Trained, tmp_path: Path) -> None:
+    trained(tiny("mllama"), 1)
+    manifests = list((tmp_path / "out" / "checkpoints").glob("*/MANIFEST.json"))
+    assert [json.loads(manifest.read_text())["extra"]["rows_at_once"] for manifest in manifests] == [1]
