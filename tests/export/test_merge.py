@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from job.errors import SpecError
+from job.export import check_mergeable
 from job.export.fold import Lora, changed
 from job.export.merge import Recipe, copy_rest, merge_to_folder, merge_to_store, recipe
 from job.export.places import Base, changes, read_adapter, read_base
@@ -32,7 +33,7 @@ from job.model.transformers_backend import adapted
 from job.store import open_store
 from tests.conftest import ROOT
 from tests.export import stalling
-from tests.tiny import CPU, batch, load_tiny, perturb
+from tests.tiny import CPU, batch, job_spec, load_tiny, perturb
 
 
 @dataclass(frozen=True)
@@ -302,3 +303,13 @@ def test_files_sent_straight_to_a_bucket_are_the_same(family: str, made: Made, b
     for file in made.base.files:
         assert store.read(f"merged/{file}") == (made.merged / file).read_bytes()
     assert merge_to_store(todo, store, "merged", lambda: pytest.fail("a file was made again")) == sent
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_an_adapter_without_a_place_is_refused_before_it_is_trained(tiny: Callable[..., Path]) -> None:
+    base = tiny("gemma3", torch.bfloat16)
+    check_mergeable(job_spec(), load_tiny(base))
+    head = load_tiny(base, target_modules=["lm_head", "q_proj"])
+    with pytest.raises(SpecError, match="lm_head.weight, which shares its weights"):
+        check_mergeable(job_spec(), head)
+    check_mergeable(job_spec(export={"merged": False}), head)
