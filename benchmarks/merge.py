@@ -279,7 +279,7 @@ def fault(work: Path, *_: str) -> Facts:
 def gate4(work: Path, *_: str) -> Facts:
     import torch
 
-    from job.export.gate import answer_logits, loss, spread_rows
+    from job.export.answers import answer_logits, loss, spread_rows
     from job.export.merge import copy_rest, merge_to_folder
     from job.export.quantised import held_weights, write_fp8, write_nf4
 

@@ -123,7 +123,7 @@ def merged(attempt: Attempt, loaded: Loaded, base: Base, folder: Path, data: Dat
 
 def smaller(spec: JobSpec, loaded: Loaded, exported: Exported, data: Data) -> Exported:
     """Write merged weights in fewer bits, where the spec asks for them, and measure them on the gate's rows."""
-    from job.export.gate import answer_logits, loss, spread_rows
+    from job.export.answers import answer_logits, loss, spread_rows
     from job.export.gguf import converter, write_gguf
     from job.export.quantised import write_fp8, write_nf4
 

@@ -33,12 +33,11 @@ import torch
 from torch import Tensor
 
 from job.errors import GateRefused
-from job.evaluate.generate import base_or_tuned, to_device
+from job.export.answers import Answers, agreement, answer_logits, apart, loss, spread, spread_rows
 from job.export.fold import Lora, changed
 from job.export.places import DTYPES, Base
 from job.export.quantised import held_weights
 from job.model import Loaded
-from job.model.collator import IGNORE, Collator
 from job.model.lora import group_of
 from job.model.transformers_backend import load_weights
 from job.spec import GateSpec, JobSpec
@@ -131,13 +130,6 @@ def compare(
         compared=len(samples),
         wrong=wrong,
     )
-
-
-def spread_rows(rows: Any, most: int, size: int) -> list[list[dict[str, Any]]]:
-    """At most so many rows, spread evenly over all of them, in batches of `size`."""
-    count = min(len(rows), most)
-    chosen = [rows[index * len(rows) // count] for index in range(count)]
-    return [chosen[start : start + size] for start in range(0, count, size)]
 
 
 def refuse(result: Verdict, spec: GateSpec) -> None:
@@ -263,54 +255,3 @@ def _flip(weights: list[tuple[str, Tensor]], dtypes: dict[str, torch.dtype]) -> 
         dice = torch.randint(FLIPPED, weight.shape, dtype=torch.uint8, device=weight.device, generator=generator)
         integers = weight.data.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
         integers ^= (dice == 0).to(integers.dtype) * bit
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Of one batch: logits (answer tokens, vocabulary) in the model's dtype on the CPU, and the true tokens."""
-
-    logits: Tensor
-    targets: Tensor
-
-
-@torch.inference_mode()
-def answer_logits(loaded: Loaded, batch: list[dict[str, Any]], spec: JobSpec, *, tuned: bool) -> Answers:
-    """At the places that predict a token of the true answers."""
-    inputs = Collator(loaded.processor, spec.training.max_length)(batch)
-    labels = inputs.pop("labels")[:, 1:]
-    with base_or_tuned(loaded, tuned):
-        logits = loaded.model(**to_device(inputs, loaded)).logits[:, :-1]
-    wanted = labels != IGNORE
-    return Answers(logits[wanted.to(logits.device)].cpu(), labels[wanted])
-
-
-def spread(answers: list[Answers]) -> float:
-    """Standard deviation of all logits."""
-    count = sum(batch.logits.numel() for batch in answers)
-    mean = sum(float(batch.logits.sum(dtype=torch.float64)) for batch in answers) / count
-    squares = sum(float((batch.logits.float() - mean).square().sum(dtype=torch.float64)) for batch in answers)
-    return float((squares / count) ** 0.5)
-
-
-def apart(one: list[Answers], other: list[Answers]) -> tuple[float, float]:
-    """Mean and largest |a − b|."""
-    gaps = [(a.logits.float() - b.logits.float()).abs() for a, b in zip(one, other, strict=True)]
-    count = sum(gap.numel() for gap in gaps)
-    return sum(float(gap.sum(dtype=torch.float64)) for gap in gaps) / count, float(
-        torch.stack([gap.amax() for gap in gaps]).amax()
-    )
-
-
-def agreement(one: list[Answers], other: list[Answers], near: float) -> float:
-    """Share of tokens at which the other's first is the one's, or within `near` of it by the one's logits."""
-    lost = [
-        a.logits.float().amax(-1) - a.logits.float().gather(-1, b.logits.argmax(-1, keepdim=True)).squeeze(-1)
-        for a, b in zip(one, other, strict=True)
-    ]
-    return float((torch.cat(lost) <= near).float().mean())
-
-
-def loss(answers: list[Answers]) -> float:
-    """Mean cross-entropy of the true tokens, in nats."""
-    losses = [torch.nn.functional.cross_entropy(a.logits.float(), a.targets, reduction="sum") for a in answers]
-    return float(sum(losses)) / sum(len(a.targets) for a in answers)
