@@ -305,6 +305,7 @@ HARMLESS = frozenset(
         "checkpoint.compile_cache",
         "preemption.spot_notices",
         "preemption.max_attempts_without_progress",
+        "export.scratch_copy",
         "output.url",
         "output.on_conflict",
         "privacy.report_images",
