@@ -54,6 +54,7 @@ bench-store:
 bench-gpu:
 	@$(PYTHON_GPU) benchmarks/throughput.py $(MODEL) --case language --restart --folder $(or $(FOLDER),/tmp/throughput)
 	@$(PYTHON_GPU) benchmarks/throughput.py $(MODEL) --case everywhere --generate 16 --folder $(or $(FOLDER),/tmp/throughput)
+	@$(PYTHON_GPU) benchmarks/merge.py $(or $(FOLDER),/tmp/merge)
 	@$(PYTHON_GPU) benchmarks/record.py
 
 bench:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -9,22 +10,26 @@ from typing import Any
 
 from job.attempt import Attempt
 from job.data import Data
-from job.errors import GateRefused
+from job.errors import GateRefused, Unavailable
 from job.evaluate import Rows, metrics, pictures
 from job.export import Exported
-from job.output import REPORT_KEY, RESULT_KEY
+from job.output import MADE_OF_MERGED, REPORT_KEY, RESULT_KEY
 from job.plan import Plan
 from job.record import now, versions
-from job.spec import JobSpec
 from job.store import Digest, Store, upload_folder
 from job.survey import Survey
 
 
 def lineage(attempt: Attempt, survey: Survey) -> dict[str, Any]:
-    """Where a result comes from."""
+    """Where a result comes from; with the adapter that it began from, if it did."""
     spec = attempt.spec
     device = survey.facts.device
-    return {
+    parent = {}
+    if survey.adapter is not None:
+        with (survey.adapter / "adapter_model.safetensors").open("rb") as weights:
+            digest = hashlib.file_digest(weights, "sha256").hexdigest()
+        parent = {"parent_adapter": spec.lora.init_adapter, "parent_sha256": digest}
+    return parent | {
         "spec_digest": spec.digest,
         "base_model": spec.model.name_or_path,
         "base_revision": commit(survey.base) or spec.model.revision,
@@ -79,30 +84,32 @@ def report_facts(
 
 
 def publish(attempt: Attempt, data: Data, exported: Exported, facts: dict[str, Any]) -> None:
-    """Adapter, measurements and report; then, if the gate lets them, merged weights; `RESULT.json` last.
+    """Adapter, measurements and report; then, if the gate lets them, merged weights and hub; `RESULT.json` last.
 
     Raises GateRefused, with everything but `merged/` and `RESULT.json` in its place.
     """
     from job.evaluate.report import gallery_ids, render
-    from job.export import card
+    from job.export import card, hub
 
     spec, store, record = attempt.spec, attempt.store, attempt.record
     with record.stage("publish") as said:
         if facts["metrics"]:
             store.write("evaluation/metrics.json", json.dumps(facts["metrics"], indent=1).encode())
-        refused = refusal(spec, exported)
-        if refused is not None:
-            facts["gate"] = facts["gate"] | {"refused": str(refused)}
+        if exported.refused is not None:
+            facts["gate"] = facts["gate"] | {"refused": exported.refused}
         images = pictures(data.evaluation, gallery_ids(facts)) if facts["after"] else {}
         store.write(REPORT_KEY, render(facts, images).encode())
         record.publish_numbers()
-        (exported.adapter / "README.md").write_text(card.render(facts, "adapter"))
-        files = _upload(store, exported.adapter, "adapter")
-        if refused is not None:
-            raise refused
-        if exported.merged is not None:
-            (exported.merged / "README.md").write_text(card.render(facts, "merged"))
-            files |= _upload(store, exported.merged, "merged")
+        files = {f"merged/{name}": digest for name, digest in exported.sent.items()}
+        for name, folder in exported.folders.items():
+            if name == "adapter" or exported.refused is None:
+                (folder / "README.md").write_text(card.render(facts, name))
+                files |= {f"{name}/{file}": digest for file, digest in upload_folder(store, folder, name).items()}
+        if exported.refused is not None:
+            store.delete([entry.key for prefix in MADE_OF_MERGED for entry in store.list(prefix)])
+            raise GateRefused(exported.refused)
+        verify(store, files)
+        pushed = hub.push(spec.export.hub, exported.folders)
         attempt.lease.confirm()
         result = {
             "name": spec.name,
@@ -112,24 +119,18 @@ def publish(attempt: Attempt, data: Data, exported: Exported, facts: dict[str, A
             "metrics": facts["metrics"] and {k: facts["metrics"][k] for k in ("before", "after", "change")},
             "gate": exported.gate,
             "lineage": facts["lineage"],
+            "hub": pushed,
             "files": {key: digest._asdict() for key, digest in files.items()},
         }
         store.write(RESULT_KEY, json.dumps(result, indent=1).encode())
         said.append(f"{len(files)} files")
 
 
-def refusal(spec: JobSpec, exported: Exported) -> GateRefused | None:
-    """Why merged weights are not published; None when they may be, or when there are none."""
-    from job.export.gate import Verdict, refuse
-
-    if exported.merged is None:
-        return None
-    try:
-        refuse(Verdict(**exported.gate), spec.export.gate)
-    except GateRefused as error:
-        return error
-    return None
-
-
-def _upload(store: Store, folder: Any, prefix: str) -> dict[str, Digest]:
-    return {f"{prefix}/{name}": digest for name, digest in upload_folder(store, folder, prefix).items()}
+def verify(store: Store, files: dict[str, Digest]) -> None:
+    """Whether every published file lies in the store, whole. What it holds was checked as it was sent."""
+    there = {entry.key: entry.size for prefix in ("adapter/", *MADE_OF_MERGED) for entry in store.list(prefix)}
+    for key, digest in files.items():
+        if there.get(key) != digest.size:
+            raise Unavailable(
+                f"{store.url}: {key} was sent with {digest.size} bytes and lies there with {there.get(key)}"
+            )

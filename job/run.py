@@ -12,6 +12,7 @@ from job import output
 from job.attempt import Attempt
 from job.bundle import use_bundle
 from job.data import NEAR_KEY, QUARANTINE_KEY, BadRows, as_jsonl
+from job.export import check_mergeable, hub
 from job.metrics import serving
 from job.model import choose_backend, import_first, load_model
 from job.plan import describe, make_plan
@@ -56,6 +57,7 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
         with preemption.leave_at_once():
             with record.stage("stage in"):
                 use_bundle(spec, environment, scratch)
+                hub.check_token(spec.export.hub)
                 with arriving(spec, scratch):
                     device = find_device(has_torch=True)
                     compiled = restored_cache(spec, store, scratch.parent, device)
@@ -82,6 +84,7 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
                 from job.train.fit import fit
 
                 loaded = load_model(spec, base, torch_device(), backend, plan.precision, found.adapter)
+                check_mergeable(spec, loaded)
         before = measure(attempt, loaded, data, "before")
         fit(attempt, plan, loaded, data)
         after = measure(attempt, loaded, data, "after")

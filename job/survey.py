@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from job.checkpoint import steps
 from job.data.shards import shards_to_stream
+from job.export import check_export
 from job.model import choose_backend
 from job.model.compile_cache import CompileCache
 from job.model.fetch import base_facts, fetch_adapter, fetch_base
@@ -63,6 +64,7 @@ def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool, all_data:
     bundled = (scratch / BUNDLE).exists()
     if fetch or bundled or is_local(spec.model.name_or_path):
         base = fetch_base(spec.model, scratch)
+        check_export(spec.export, base)
     else:
         notes.append(f"{spec.model.name_or_path} is not here yet: sizes are known after stage in")
     if (
