@@ -170,6 +170,8 @@ def stages(spec: JobSpec, facts: Facts, total: int | None) -> list[Stage]:
         return [Stage(name, "skip", "published already") for name in names]
     measured = facts.data is None or facts.data["evaluation"] > 0
     done = total is not None and total in facts.checkpoints
+    if spec.evaluation.patience and "evaluation/after.jsonl" in facts.keys:
+        done = True  # training was over before its last step
     kinds = {
         "merged weights": "merged",
         "the same in 4 bits": "merged_4bit",
@@ -202,7 +204,7 @@ def _evaluation(when: str, facts: Facts, measured: bool) -> Stage:
 def _training(facts: Facts, total: int | None, done: bool) -> Stage:
     steps = f"{total} steps" if total is not None else "steps not known yet"
     if done:
-        return Stage("train", "skip", f"step {total} is saved")
+        return Stage("train", "skip", f"step {max(facts.checkpoints, default=total)} is saved")
     if facts.checkpoints:
         return Stage("train", "resume", f"from step {max(facts.checkpoints)} of {steps}")
     return Stage("train", "do", steps)
@@ -231,6 +233,11 @@ def warnings(spec: JobSpec, facts: Facts, total: int | None, memory: Memory | No
         elif facts.data["evaluation"] < 20:
             found.append(f"only {facts.data['evaluation']} rows are held out: intervals will be wide")
         found += _data_warnings(spec, facts.data)
+    if spec.evaluation.take == "best" or spec.evaluation.patience:
+        found.append(
+            "the step is chosen by its loss on rows that the result is measured on too, which flatters it a little; keep "
+            "rows apart that this job never sees"
+        )
     if facts.checkpoint_seconds is not None and facts.checkpoint_seconds > FITS * facts.grace_seconds:
         found.append(
             f"a checkpoint took {facts.checkpoint_seconds:.0f} s to become safe in an earlier attempt, and a notice leaves "

@@ -11,11 +11,13 @@ from typing import Any
 from job.attempt import Attempt
 from job.data import Data
 from job.errors import GateRefused, Unavailable
-from job.evaluate import Rows, metrics, pictures
+from job.evaluate import Rows, pictures
+from job.evaluate.before import rows_digest
 from job.export import Exported
 from job.output import MADE_OF_MERGED, REPORT_KEY, RESULT_KEY
 from job.plan import Plan
 from job.record import now, versions
+from job.report import FACTS_KEY, IMAGES, KEPT
 from job.store import Digest, Store, upload_folder
 from job.survey import Survey
 
@@ -37,6 +39,8 @@ def lineage(attempt: Attempt, survey: Survey) -> dict[str, Any]:
         "dataset_revision": spec.dataset.revision,
         "device": device.name if device else None,
         "image": os.environ.get("JOB_IMAGE_DIGEST"),
+        "price_per_hour": os.environ.get("JOB_PRICE_PER_HOUR"),
+        "held_out_sha256": rows_digest(survey.data.evaluation) if survey.data else None,
         "attempts": attempt.number,
         "seconds": dict(attempt.record.seconds),
         "packages": versions(),
@@ -49,7 +53,14 @@ def commit(base: Path | None) -> str | None:
 
 
 def report_facts(
-    attempt: Attempt, survey: Survey, plan: Plan, before: Rows, after: Rows, exported: Exported
+    attempt: Attempt,
+    survey: Survey,
+    plan: Plan,
+    before: Rows,
+    after: Rows,
+    measured: dict[str, Any] | None,
+    exported: Exported,
+    seen: dict[str, Any],
 ) -> dict[str, Any]:
     """All that report and cards are made of."""
     spec = attempt.spec
@@ -57,7 +68,7 @@ def report_facts(
     assert data is not None
     return {
         "name": spec.name,
-        "metrics": metrics(spec, data, before, after) if after else None,
+        "metrics": measured,
         "before": before,
         "after": after,
         "log": attempt.record.read_numbers(),
@@ -73,6 +84,7 @@ def report_facts(
         },
         "lineage": lineage(attempt, survey),
         "gate": exported.gate,
+        "occlusion": seen,
         "data": data.facts,
         "privacy": {"report_images": spec.privacy.report_images},
         "base": {
@@ -83,10 +95,11 @@ def report_facts(
     }
 
 
-def publish(attempt: Attempt, data: Data, exported: Exported, facts: dict[str, Any]) -> None:
-    """Adapter, measurements and report; then, if the gate lets them, merged weights and hub; `RESULT.json` last.
+def publish(attempt: Attempt, data: Data, exported: Exported, facts: dict[str, Any], unmet: list[str]) -> None:
+    """Adapter, measurements and report; then, if measurement and gate let them, merged weights and hub; `RESULT.json` last.
 
-    Raises GateRefused, with everything but `merged/` and `RESULT.json` in its place.
+    `unmet` says which demands of `evaluation.require` are not met. Raises GateRefused, with everything but `merged/` and
+    `RESULT.json` in its place.
     """
     from job.evaluate.report import gallery_ids, render
     from job.export import card, hub
@@ -95,19 +108,21 @@ def publish(attempt: Attempt, data: Data, exported: Exported, facts: dict[str, A
     with record.stage("publish") as said:
         if facts["metrics"]:
             store.write("evaluation/metrics.json", json.dumps(facts["metrics"], indent=1).encode())
-        if exported.refused is not None:
-            facts["gate"] = facts["gate"] | {"refused": exported.refused}
+        refused = unmet_demands(unmet) or exported.refused
+        if refused is not None:
+            facts["gate"] = facts["gate"] | {"refused": refused}
         images = pictures(data.evaluation, gallery_ids(facts)) if facts["after"] else {}
         store.write(REPORT_KEY, render(facts, images).encode())
+        keep_for_reports(store, facts, images)
         record.publish_numbers()
         files = {f"merged/{name}": digest for name, digest in exported.sent.items()}
         for name, folder in exported.folders.items():
-            if name == "adapter" or exported.refused is None:
+            if name == "adapter" or refused is None:
                 (folder / "README.md").write_text(card.render(facts, name))
                 files |= {f"{name}/{file}": digest for file, digest in upload_folder(store, folder, name).items()}
-        if exported.refused is not None:
+        if refused is not None:
             store.delete([entry.key for prefix in MADE_OF_MERGED for entry in store.list(prefix)])
-            raise GateRefused(exported.refused)
+            raise GateRefused(refused)
         verify(store, files)
         pushed = hub.push(spec.export.hub, exported.folders)
         attempt.lease.confirm()
@@ -134,3 +149,19 @@ def verify(store: Store, files: dict[str, Digest]) -> None:
             raise Unavailable(
                 f"{store.url}: {key} was sent with {digest.size} bytes and lies there with {there.get(key)}"
             )
+
+
+def keep_for_reports(store: Store, facts: dict[str, Any], images: dict[str, bytes]) -> None:
+    """What `job report` needs beside the files that are there anyway; no image where privacy keeps them out."""
+    store.write(FACTS_KEY, json.dumps({name: facts[name] for name in KEPT}, indent=1).encode())
+    there = {f"{IMAGES}{identity}.png": content for identity, content in images.items()}
+    store.delete([entry.key for entry in store.list(IMAGES) if entry.key not in there])
+    for key, content in there.items():
+        store.write(key, content)
+
+
+def unmet_demands(unmet: list[str]) -> str | None:
+    """The sentence for a model that is not as good as demanded; None for one that is."""
+    if not unmet:
+        return None
+    return f"the tuned model is not as good as the spec demands: {'; '.join(unmet)}; only the adapter is kept"

@@ -26,7 +26,7 @@ from job.record import STATUS_KEY, watched
 from job.scratch import free_bytes
 from job.spec import JobSpec
 from job.stage_in import BUNDLE, local_path
-from job.store import Store
+from job.store import Store, open_store
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +60,8 @@ def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool, all_data:
     device = find_device(has_torch)
     if fetch or device.kind == "cuda" or spec.model.backend != "unsloth":
         choose_backend(spec.model, device.kind == "cuda")
+    if spec.evaluation.cache:
+        open_store(spec.evaluation.cache)
     base = data = example = None
     bundled = (scratch / BUNDLE).exists()
     if fetch or bundled or is_local(spec.model.name_or_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -144,6 +145,15 @@ def test_status_shows_the_change_and_the_report(finished: Path, job: Job):
     assert f"report: {finished}/report.html" in shown
 
 
+def test_the_report_is_made_again_from_the_output_alone_without_torch(finished: Path, tmp_path: Path, job: Job):
+    result = job("report", str(finished), "--to", str(tmp_path / "again.html"), PYTHONPROFILEIMPORTTIME="1")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "again.html").read_bytes() == (finished / "report.html").read_bytes()
+    assert b"data:image/" in (tmp_path / "again.html").read_bytes()
+    for heavy in ("torch", "transformers", "datasets"):
+        assert f"| {heavy}\n" not in result.stderr.replace("  ", "")
+
+
 def test_another_spec_on_the_same_output_is_refused_by_field(finished: Path, spec: dict[str, Any], job: Job):
     changed = to(spec, finished, lora={"r": 8, "lora_alpha": 32})
     for command in ("run", "check"):
@@ -187,7 +197,7 @@ def accumulating(spec: dict[str, Any]) -> dict[str, Any]:
         "lora": spec["lora"] | {"lora_dropout": 0.1},
         "checkpoint": {"save_steps": 10, "keep": 3},
         "export": {"merged": False},
-        "evaluation": spec["evaluation"] | {"max_rows": 10},
+        "evaluation": spec["evaluation"] | {"max_rows": 10, "explained_rows": 0},
     }
 
 
@@ -205,6 +215,7 @@ def test_a_job_stopped_and_resumed_cannot_be_told_from_one_that_was_not(
     code, stderr = ended(process)
     assert code == 75, stderr
     assert stderr.strip().splitlines()[-1] == "exit 75: stopped on SIGTERM; run again to continue"
+    assert "before has from an earlier run" in stderr  # the whole run's, through the scratch that both have
     assert read(output, "status.json")["state"] == "preempted"
     assert read(output, f"{committed(output)[-1].relative_to(output)}")["step"] >= 10
 
@@ -255,6 +266,29 @@ def test_a_gate_that_refuses_publishes_no_merged_weights(accumulating: dict[str,
     assert (tmp_path / "output" / "adapter" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "output" / "merged").exists()
     assert not (tmp_path / "output" / "RESULT.json").exists()
+
+
+def test_a_model_that_is_not_as_good_as_demanded_is_not_published_until_the_demand_is_lowered(
+    accumulating: dict[str, Any], tmp_path: Path, job: Job
+):
+    output = tmp_path / "output"
+    short = accumulating | {"training": accumulating["training"] | {"max_steps": 2}, "export": {"merged": True}}
+
+    def demanding(least: float) -> str:
+        return to(short, output, evaluation=short["evaluation"] | {"require": {"rougeL": {"min_change": least}}})
+
+    result = job("run", JOB_SPEC=demanding(0.99))
+    assert result.returncode == 76, result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert re.search(r"rougeL changed by .+ interval .+ under evaluation.require.rougeL.min_change 0.99; only", last)
+    assert "Refused." in (output / "report.html").read_text()
+    assert (output / "adapter" / "adapter_model.safetensors").exists()
+    assert not (output / "merged").exists()
+    assert not (output / "RESULT.json").exists()
+    lowered = job("run", JOB_SPEC=demanding(-1))
+    assert lowered.returncode == 0, lowered.stderr
+    assert "step 2 was saved already" in lowered.stderr
+    assert (output / "merged" / "config.json").exists()
 
 
 def test_restart_deletes_the_run_of_the_other_spec(accumulating: dict[str, Any], tmp_path: Path, job: Job):

@@ -64,8 +64,9 @@ def check_mergeable(spec: JobSpec, loaded: Loaded) -> None:
         changes(base, loaded.model.peft_config["default"].to_dict(), tensors)
 
 
-def export(attempt: Attempt, loaded: Loaded, data: Data) -> Exported:
-    """Write what the spec asks for, to scratch or straight to the output, and measure merged weights against the adapter."""
+def export(attempt: Attempt, loaded: Loaded, data: Data, *, fold: bool) -> Exported:
+    """Write the adapter to scratch and, where it shall `fold` it in, what the spec asks for of merged weights, to scratch or
+    straight to the output, measured against the adapter."""
     from job.export.places import read_base
 
     spec, record = attempt.spec, attempt.record
@@ -76,7 +77,7 @@ def export(attempt: Attempt, loaded: Loaded, data: Data) -> Exported:
         shutil.rmtree(adapter, ignore_errors=True)
         loaded.model.save_pretrained(adapter)
         loaded.processor.save_pretrained(adapter)
-        if not spec.export.merged:
+        if not fold:
             return Exported({"adapter": adapter})
         base = read_base(loaded.folder, spec.model.trust_remote_code)
         exported = merged(attempt, loaded, base, folder, data)

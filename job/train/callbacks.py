@@ -59,7 +59,7 @@ class Numbers(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs:
             return
-        elapsed, steps = time.monotonic() - self.time, state.global_step - self.step
+        elapsed, steps = time.monotonic() - self.time - self.trainer.paused, state.global_step - self.step
         self.time, self.step = time.monotonic(), state.global_step
         seconds = elapsed / max(steps, 1)
         self._stop_when_lost(logs, state.global_step)
@@ -78,7 +78,7 @@ class Numbers(TrainerCallback):
             **gpu_numbers(),
         )
         self.trainer.rows_of_step.clear()
-        self.trainer.tokens_of_step, self.trainer.waited = 0, 0.0
+        self.trainer.tokens_of_step, self.trainer.waited, self.trainer.paused = 0, 0.0, 0.0
         left = seconds * (state.max_steps - state.global_step)
         self.record.update(loss=logs["loss"], seconds_left=round(left))
         if self.bar is not None:
