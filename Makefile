@@ -46,7 +46,7 @@ test-store:
 # Each benchmark appends to benchmarks/results.jsonl; the last line renders benchmarks/RESULTS.md.
 bench-store:
 	@.ci/venv train dev
-	@CEPH_SCHEMES=http CEPH_BYTES=11000000000 sh tests/store/ceph.sh $(abspath $(PYTHON_VENV)) benchmarks/transfer.py --folder /dev/shm
+	@CEPH_SCHEMES=http CEPH_BYTES=11000000000 nice -n -10 sh tests/store/ceph.sh $(abspath $(PYTHON_VENV)) benchmarks/transfer.py --folder /dev/shm
 	@$(PYTHON_VENV) benchmarks/checkpoint_stall.py
 	@$(PYTHON_VENV) benchmarks/record.py
 
