@@ -2,7 +2,7 @@
 PYTHON_VENV = .venv/bin/python
 DEMO = build/demo
 
-.PHONY: demo test lint clean kill-proof resume-proof test-gpu test-store bench-store bench-gpu bench
+.PHONY: demo test lint clean kill-proof resume-proof test-gpu test-image test-store bench-store bench-gpu bench
 
 demo:
 	@.ci/venv train
@@ -11,11 +11,12 @@ demo:
 	@$(PYTHON_VENV) -m job status $(DEMO)/output
 
 test:
+	@.ci/system
 	@.ci/venv train dev
 	@$(PYTHON_VENV) -m ruff check .
 	@$(PYTHON_VENV) -m ruff format --check .
 	@$(PYTHON_VENV) -m mypy
-	@$(PYTHON_VENV) -m pytest
+	@$(PYTHON_VENV) -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 # Long proofs; a smaller sample of each is in the suite.
 kill-proof:
@@ -30,6 +31,12 @@ resume-proof:
 PYTHON_GPU ?= python3
 test-gpu:
 	@$(PYTHON_GPU) -m pytest -c tests/gpu/pytest.ini --rootdir . --confcutdir tests/gpu tests/gpu
+
+# The image in the variant that can run the demo, built without a daemon; as root on Debian.
+test-image:
+	@.ci/system
+	@.ci/venv train dev
+	@TEST_IMAGE_VARIANT=cpu $(PYTHON_VENV) -m pytest tests/docker
 
 # The store's tests on a real Ceph, over http and https; as root on Debian.
 test-store:
@@ -47,6 +54,7 @@ bench-store:
 bench-gpu:
 	@$(PYTHON_GPU) benchmarks/throughput.py $(MODEL) --case language --restart --folder $(or $(FOLDER),/tmp/throughput)
 	@$(PYTHON_GPU) benchmarks/throughput.py $(MODEL) --case everywhere --generate 16 --folder $(or $(FOLDER),/tmp/throughput)
+	@$(PYTHON_GPU) benchmarks/merge.py $(or $(FOLDER),/tmp/merge)
 	@$(PYTHON_GPU) benchmarks/record.py
 
 bench:

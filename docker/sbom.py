@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 
-def licence(name: str, metadata: "importlib.metadata.PackageMetadata") -> str:
+def licence(metadata: "importlib.metadata.PackageMetadata") -> str:
     """As its author says it: the expression, else the classifiers, else the first line of the free text."""
     classifiers = [
         value.rpartition(" :: ")[2] for value in metadata.get_all("Classifier", []) if value.startswith("License")
@@ -27,7 +27,7 @@ def python_packages() -> list[dict[str, object]]:
             "name": name,
             "version": version,
             "purl": f"pkg:pypi/{name.lower()}@{version}",
-            "licenses": [{"license": {"name": licence(name, distribution.metadata)}}],
+            "licenses": [{"license": {"name": licence(distribution.metadata)}}],
         }
     return [found[name] for name in sorted(found)]
 

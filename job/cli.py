@@ -111,6 +111,31 @@ def status(output: str) -> None:
 
 
 @main.command()
+@click.argument("output")
+@click.option(
+    "--to", type=click.Path(path_type=Path, dir_okay=False), help="A file here, instead of OUTPUT/report.html."
+)
+def report(output: str, to: Path | None) -> None:
+    """Make the report of the job at OUTPUT again from its stored files. Needs no GPU and no model."""
+
+    def work(preemption: Preemption) -> None:
+        with preemption.leave_at_once():
+            from job.output import REPORT_KEY
+            from job.report import rebuild
+            from job.store import open_store
+
+            store = open_store(output)
+            page = rebuild(store).encode()
+            if to is None:
+                store.write(REPORT_KEY, page)
+            else:
+                to.write_bytes(page)
+            click.echo(str(to or f"{store.url.rstrip('/')}/{REPORT_KEY}"))
+
+    finish(work)
+
+
+@main.command()
 def schema() -> None:
     """Print the spec's JSON schema, for editors."""
     from job.spec import JobSpec

@@ -11,7 +11,9 @@ from job.model.fetch import BaseFacts
 from job.model.lora import GROUPS, parameters, targets
 from job.model.memory import Memory
 from job.model.memory import memory as model_memory
+from job.preemption import DEFAULT_GRACE_SECONDS, FITS
 from job.record import bytes_text
+from job.serving import servers
 from job.spec import JobSpec
 
 Action = Literal["do", "resume", "skip"]
@@ -24,10 +26,6 @@ CHECKPOINT_BYTES_PER_LORA_PARAMETER = 12
 """fp32 weight and AdamW's two moments."""
 
 SIZES = ("smallest", "median", "largest")
-SERVING_NOTES = {
-    "mllama": "Llama 3.2 Vision is no longer served by current vLLM (dropped with its V1 engine); serve it with "
-    "transformers or text-generation-inference, or choose Qwen2.5-VL, Qwen3-VL or Gemma 3",
-}
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,9 @@ class Facts:
     scratch_free: int = 0
     example: str | None = None
     notes: tuple[str, ...] = ()
+    checkpoint_seconds: float | None = None
+    """From submitted to safe, as the last attempt measured it."""
+    grace_seconds: float = DEFAULT_GRACE_SECONDS
 
 
 @dataclass(frozen=True)
@@ -101,17 +102,6 @@ def make_plan(spec: JobSpec, facts: Facts) -> Plan:
     )
 
 
-def _refuse_mixed_batches(spec: JobSpec, facts: Facts, micro: int) -> None:
-    """mllama looks at images beside the text, not in it: a row without would look at what is padding."""
-    without = facts.data.get("without_images", 0) if facts.data else 0
-    mllama = facts.base is not None and facts.base.model_type == "mllama"
-    if mllama and facts.data and 0 < without < facts.data["train"] and max(micro, spec.evaluation.batch_size) > 1:
-        raise SpecError(
-            f"training.per_device_train_batch_size, evaluation.batch_size: {without} rows have no image and the others have, "
-            "which cannot share a batch of Llama 3.2 Vision; set both to 1"
-        )
-
-
 def needed_memory(spec: JobSpec, facts: Facts, groups: dict[str, int], precision: str) -> Memory | None:
     """What training will take, for the longest row; None when the base is not here to be measured."""
     if facts.base is None:
@@ -131,6 +121,17 @@ def needed_memory(spec: JobSpec, facts: Facts, groups: dict[str, int], precision
 
 def fits(memory: Memory | None, device: Device, rows: int) -> bool:
     return memory is None or memory.of(rows) <= HEADROOM * device.memory
+
+
+def _refuse_mixed_batches(spec: JobSpec, facts: Facts, micro: int) -> None:
+    """mllama looks at images beside the text, not in it: a row without would look at what is padding."""
+    without = facts.data.get("without_images", 0) if facts.data else 0
+    mllama = facts.base is not None and facts.base.model_type == "mllama"
+    if mllama and facts.data and 0 < without < facts.data["train"] and max(micro, spec.evaluation.batch_size) > 1:
+        raise SpecError(
+            f"training.per_device_train_batch_size, evaluation.batch_size: {without} rows have no image and the others have, "
+            "which cannot share a batch of Llama 3.2 Vision; set both to 1"
+        )
 
 
 def micro_batch(spec: JobSpec, device: Device | None, memory: Memory | None) -> int:
@@ -169,7 +170,15 @@ def stages(spec: JobSpec, facts: Facts, total: int | None) -> list[Stage]:
         return [Stage(name, "skip", "published already") for name in names]
     measured = facts.data is None or facts.data["evaluation"] > 0
     done = total is not None and total in facts.checkpoints
-    what = "adapter and merged weights" if spec.export.merged else "adapter"
+    if spec.evaluation.patience and "evaluation/after.jsonl" in facts.keys:
+        done = True  # training was over before its last step
+    kinds = {
+        "merged weights": "merged",
+        "the same in 4 bits": "merged_4bit",
+        "the same in FP8": "merged_fp8",
+        "GGUF": "gguf",
+    }
+    what = ", ".join(["adapter", *(name for name, field in kinds.items() if getattr(spec.export, field))])
     return [
         Stage("stage in", "do", "base model and data"),
         Stage("load", "do", spec.model.name_or_path),
@@ -195,7 +204,7 @@ def _evaluation(when: str, facts: Facts, measured: bool) -> Stage:
 def _training(facts: Facts, total: int | None, done: bool) -> Stage:
     steps = f"{total} steps" if total is not None else "steps not known yet"
     if done:
-        return Stage("train", "skip", f"step {total} is saved")
+        return Stage("train", "skip", f"step {max(facts.checkpoints, default=total)} is saved")
     if facts.checkpoints:
         return Stage("train", "resume", f"from step {max(facts.checkpoints)} of {steps}")
     return Stage("train", "do", steps)
@@ -211,21 +220,29 @@ def estimates(spec: JobSpec, facts: Facts, groups: dict[str, int], memory: Memor
         sizes["GPU memory in all"] = memory.of(micro)
     sizes["one checkpoint"] = sum(groups.values()) * CHECKPOINT_BYTES_PER_LORA_PARAMETER
     if spec.export.merged:
-        sizes["merged weights"] = facts.base.parameters * 2
+        sizes["merged weights"] = facts.base.bytes
     return sizes
 
 
 def warnings(spec: JobSpec, facts: Facts, total: int | None, memory: Memory | None) -> list[str]:
     """What a careful colleague would say before this runs."""
     found = list(facts.notes)
-    if facts.base is not None and facts.base.model_type in SERVING_NOTES:
-        found.append(SERVING_NOTES[facts.base.model_type])
     if facts.data is not None:
         if facts.data["evaluation"] == 0:
             found.append("no rows are held out, so nothing will be measured")
         elif facts.data["evaluation"] < 20:
             found.append(f"only {facts.data['evaluation']} rows are held out: intervals will be wide")
         found += _data_warnings(spec, facts.data)
+    if spec.evaluation.take == "best" or spec.evaluation.patience:
+        found.append(
+            "the step is chosen by its loss on rows that the result is measured on too, which flatters it a little; keep "
+            "rows apart that this job never sees"
+        )
+    if facts.checkpoint_seconds is not None and facts.checkpoint_seconds > FITS * facts.grace_seconds:
+        found.append(
+            f"a checkpoint took {facts.checkpoint_seconds:.0f} s to become safe in an earlier attempt, and a notice leaves "
+            f"{facts.grace_seconds:.0f} s (JOB_GRACE_SECONDS): give more time, or lower checkpoint.save_steps"
+        )
     if total is not None and spec.checkpoint.save_steps > total:
         found.append(
             f"checkpoint.save_steps {spec.checkpoint.save_steps} is over the {total} steps: one save, at the end"
@@ -237,11 +254,12 @@ def warnings(spec: JobSpec, facts: Facts, total: int | None, memory: Memory | No
             f"{device.name} has {bytes_text(device.memory)}; set model.precision to 4bit, shrink images with "
             "dataset.image_max_side, or take a larger card"
         )
-    need = facts.base.parameters * 2 if facts.base is not None and spec.export.merged else 0
+    needed = facts.base is not None and spec.export.merged and spec.export.scratch_copy
+    need = facts.base.bytes if facts.base is not None and needed else 0
     if facts.scratch_free and need > facts.scratch_free:
         found.append(
             f"merged weights need {bytes_text(need)} of scratch, {bytes_text(facts.scratch_free)} are free; "
-            "point JOB_SCRATCH at a larger disk"
+            "set export.scratch_copy to false, or point JOB_SCRATCH at a larger disk"
         )
     return found
 
@@ -298,6 +316,7 @@ def describe(spec: JobSpec, plan: Plan, facts: Facts) -> str:
     if facts.base is not None:
         base = facts.base
         lines.append(f"base: {base.architecture}, {base.parameters:,} parameters, held in {plan.precision}")
+        lines.append(f"merged weights are served by: {servers(base.model_type)}")
     if plan.groups:
         trained = sum(plan.groups.values())
         share = f" ({100 * trained / facts.base.parameters:.2f} % of the base)" if facts.base else ""

@@ -17,6 +17,8 @@ from types import FrameType
 from job.errors import Preempted
 
 DEFAULT_GRACE_SECONDS = 30.0
+FITS = 0.8
+"""Share of the grace that a save may take before we call it too slow."""
 LAST_SECONDS = 1.0
 """Left of the grace when a stage that has not noticed yet (a compile, a hung store) is left as it is."""
 NOTICES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

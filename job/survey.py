@@ -15,15 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from job.checkpoint import steps
 from job.data.shards import shards_to_stream
+from job.export import check_export
 from job.model import choose_backend
 from job.model.compile_cache import CompileCache
 from job.model.fetch import base_facts, fetch_adapter, fetch_base
+from job.output import read_json
 from job.plan import Device, Facts
-from job.record import watched
+from job.preemption import grace_seconds
+from job.record import STATUS_KEY, watched
 from job.scratch import free_bytes
 from job.spec import JobSpec
 from job.stage_in import BUNDLE, local_path
-from job.store import Store
+from job.store import Store, open_store
 
 if TYPE_CHECKING:
     import torch
@@ -57,10 +60,13 @@ def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool, all_data:
     device = find_device(has_torch)
     if fetch or device.kind == "cuda" or spec.model.backend != "unsloth":
         choose_backend(spec.model, device.kind == "cuda")
+    if spec.evaluation.cache:
+        open_store(spec.evaluation.cache)
     base = data = example = None
     bundled = (scratch / BUNDLE).exists()
     if fetch or bundled or is_local(spec.model.name_or_path):
         base = fetch_base(spec.model, scratch)
+        check_export(spec.export, base)
     else:
         notes.append(f"{spec.model.name_or_path} is not here yet: sizes are known after stage in")
     if (
@@ -94,6 +100,8 @@ def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool, all_data:
         scratch_free=free_bytes(scratch),
         example=example,
         notes=tuple(notes),
+        checkpoint_seconds=(read_json(store, STATUS_KEY) or {}).get("checkpoint_seconds"),
+        grace_seconds=grace_seconds(os.environ),
     )
     return Survey(facts, data, base, adapter)
 

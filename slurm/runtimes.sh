@@ -54,7 +54,8 @@ compose() {
                 docker) options+=(--gpus "\"device=$gpus\"") ;;
                 podman) for name in ${gpus//,/ }; do options+=(--device "nvidia.com/gpu=$name"); done ;;
             esac
-            [ "$JOB_RUNTIME$(id -u)" = "docker$(id -u)" ] || [ "$(id -u)" = 0 ] || options+=(--userns keep-id)
+            [ "$JOB_RUNTIME" = docker ] || [ "$(id -u)" = 0 ] || options+=(--userns keep-id)
+            "$JOB_RUNTIME" rm -f "$container" >/dev/null 2>&1 # of a start that was killed here
             command=("$JOB_RUNTIME" run --rm --name "$container" --user "$(id -u):$(id -g)" --read-only --tmpfs /tmp --shm-size 8g
                 --cap-drop ALL --security-opt no-new-privileges "${options[@]}" --entrypoint "$1" "$JOB_IMAGE" "${@:2}") ;;
         charliecloud)

@@ -104,6 +104,9 @@ def make_bucket() -> str:
 
 
 def address(url: str) -> tuple[str, int]:
+    """Where the proxy finds the server. A test with it is left out where the server speaks https, which it does not."""
+    if url.startswith("https:"):
+        pytest.skip("the proxy speaks http")
     parts = urlsplit(url)
     return str(parts.hostname), int(parts.port or 80)
 

@@ -42,7 +42,7 @@ def light(tmp_path: Path):
 
 def test_spec_plan_store_checkpoint_and_command_line_import(light):
     modules = "job.spec, job.specfile, job.plan, job.store, job.checkpoint, job.cli, job.status, job.survey, job.output"
-    assert light("-c", f"import {modules}, job.render, job.metrics").stderr == ""
+    assert light("-c", f"import {modules}, job.render, job.metrics, job.run").stderr == ""
 
 
 def test_check_prints_the_plan_and_says_what_it_could_not_see(light, tree: dict[str, Any]):

@@ -186,6 +186,8 @@ class Uploader:
         if self.on_commit:
             self.on_commit(manifest)
         try:
+            if self.lease:
+                self.lease.check()  # the next writer decides what it needs
             prune(self.store, keep=self.keep, keep_every=self.keep_every, verified=snapshot.step)
         except JobError as error:
             log.warning("Old checkpoints could not be removed: %s", error)

@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from job.errors import OutOfMemory
+from job.evaluate.before import OWN
 from job.model import Loaded, to_generation
 from job.model.collator import IGNORE, Collator, encode, render
 from job.spec import JobSpec
@@ -34,19 +35,22 @@ def generations(
     spec: JobSpec,
     *,
     tuned: bool,
+    order: Sequence[int],
     known: Sequence[Generation] = (),
     each: Callable[[list[Generation]], None] = lambda batch: None,
 ) -> list[Generation]:
     """One record a row, in the order of `rows`: `id, reference, generated, labels, groups, unit,
     tokens, loss, answer_tokens`.
 
-    `tuned` False silences the adapters, which gives the base model. `known` are records of an earlier attempt, which
-    are not made again; `each` is called with every finished batch. `loss` is the mean over the answer's tokens, nats.
+    `tuned` False silences the adapters, which gives the base model. Batches are cut from `order`, places of all rows,
+    whatever is `known`: records of an earlier attempt, which are not made again. So a row has the same neighbours, and the
+    same answer, however often the job was stopped. `each` is called with every finished batch. `loss` is the mean over
+    the answer's tokens, nats.
     """
     finished = {record["id"]: record for record in known}
     to_generation(loaded)
     with base_or_tuned(loaded, tuned), torch.inference_mode():
-        for batch in _batches(rows, spec.evaluation.batch_size, finished):
+        for batch in _batches(rows, order, spec.evaluation.batch_size, finished):
             made = _generate(loaded, batch, spec)
             finished |= {record["id"]: record for record in made}
             each(made)
@@ -70,10 +74,15 @@ def base_or_tuned(loaded: Loaded, tuned: bool) -> Iterator[None]:
         yield
 
 
-def _batches(rows: Any, size: int, finished: dict[str, Generation]) -> Iterator[list[dict[str, Any]]]:
-    missing = [index for index, identity in enumerate(rows_ids(rows)) if identity not in finished]
-    for start in range(0, len(missing), size):
-        yield [rows[index] for index in missing[start : start + size]]
+def _batches(
+    rows: Any, order: Sequence[int], size: int, finished: dict[str, Generation]
+) -> Iterator[list[dict[str, Any]]]:
+    """Whole batches, as long as any row of them is missing."""
+    ids, done = rows_ids(rows), set(finished)
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        if any(ids[place] not in done for place in batch):
+            yield [rows[place] for place in batch]
 
 
 def _generate(loaded: Loaded, batch: list[dict[str, Any]], spec: JobSpec) -> list[Generation]:
@@ -85,17 +94,8 @@ def _generate(loaded: Loaded, batch: list[dict[str, Any]], spec: JobSpec) -> lis
             f"generation of {len(batch)} rows at once does not fit the GPU; lower evaluation.batch_size"
         ) from error
     return [
-        {
-            "id": row["id"],
-            "reference": row["reference"],
-            "generated": text,
-            "labels": row["labels"],
-            "groups": row["groups"],
-            "unit": row["unit"],
-            "tokens": count,
-            "loss": loss,
-            "answer_tokens": answer_tokens,
-        }
+        {name: row[name] for name in OWN}
+        | {"generated": text, "tokens": count, "loss": loss, "answer_tokens": answer_tokens}
         for row, (text, count), (loss, answer_tokens) in zip(batch, texts, losses, strict=True)
     ]
 

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 from job.attempt import Attempt
 from job.errors import DataError, OutOfMemory
 from job.model import Loaded, to_generation, to_training
-from job.model.collator import Collator
+from job.model.collator import IGNORE, Collator
 from job.model.frozen import Features, Frozen, base, frozen_vision
 from job.model.pictures import LAYOUTS, Layout, cut
 from job.plan import Plan
@@ -27,6 +27,7 @@ from job.record import Record
 from job.scratch import free_bytes
 from job.spec import JobSpec
 from job.train.callbacks import Numbers, Safety, lost
+from job.train.held_out import HeldOut, NoneBetter
 from job.train.ladder import Ladder
 from job.train.order import EpochOrder
 from job.train.snapshot import Snapshot
@@ -44,7 +45,8 @@ class LoraTrainer(SFTTrainer):
     that is asked once, and a way on when a micro-batch does not fit the card.
 
     Since the last line of numbers: `rows_of_step` holds the rows seen, `tokens_of_step` counts their tokens, `waited` the
-    seconds spent waiting for the loader. `finite` tells, without waiting for the GPU, whether every loss was a number.
+    seconds spent waiting for the loader, `paused` those in which nothing was trained. `finite` tells, without waiting for
+    the GPU, whether every loss was a number.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class LoraTrainer(SFTTrainer):
         self.rows_of_step: list[int] = []
         self.tokens_of_step = 0
         self.waited = 0.0
+        self.paused = 0.0
         self.finite: torch.Tensor | bool = True
         self.snapshot = Snapshot(Path(str(self.args.output_dir)) / "unchanging")
         # Once, and by upstream's own hand; it writes all but weights and states, which `snapshot` does from copies.
@@ -113,6 +116,18 @@ class LoraTrainer(SFTTrainer):
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             return self.frozen.inputs(self.frozen.look(inputs, keys))
+
+    @torch.no_grad()
+    def loss_of(self, rows: list[dict[str, Any]]) -> tuple[float, int]:
+        """Mean loss of rows that are not trained on, as training takes it, and over how many answer tokens."""
+        inputs = self.data_collator(rows)
+        for name in ("rows", "pictures"):
+            inputs.pop(name)
+        keys = inputs.pop("picture_keys")
+        count = int((inputs["labels"][:, 1:] != IGNORE).sum())
+        inputs = self._seen(self._prepare_inputs(inputs), keys)
+        with self.compute_loss_context_manager():
+            return float(self.compute_loss(self.model, inputs)), count
 
     def _too_large(self, rows: int) -> str:
         return (
@@ -205,6 +220,7 @@ def train(
     rows: Any,
     safety: Safety,
     ladder: Ladder,
+    held_out: HeldOut,
     resume_from: Path | None,
 ) -> int:
     """Train to the end and return the last step. `loaded.model` then holds the tuned adapters.
@@ -226,7 +242,7 @@ def train(
             train_dataset=rows,
             data_collator=NumberedRows(collator, frozen.features if frozen else None),
             processing_class=loaded.processor,
-            callbacks=[numbers, safety, epochs],
+            callbacks=[numbers, safety, epochs, held_out],
             record=attempt.record,
             ladder=ladder,
             frozen=frozen,
@@ -234,11 +250,11 @@ def train(
         )
     for theirs in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(theirs)
-    safety.trainer = epochs.trainer = numbers.trainer = trainer
+    safety.trainer = epochs.trainer = numbers.trainer = held_out.trainer = trainer
     to_training(loaded)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(attempt.scratch / "tensorboard")
     try:
-        with frozen.given() if frozen else nullcontext():
+        with frozen.given() if frozen else nullcontext(), suppress(NoneBetter):
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     except torch.OutOfMemoryError as error:  # in the optimizer: the ladder has the rest
         raise OutOfMemory(

@@ -17,14 +17,12 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from job.errors import DataError, JobError
-from job.preemption import Preemption
+from job.preemption import FITS, Preemption
 from job.record import Record, watched
 from job.train.watch import gpu_numbers
 
 log = logging.getLogger("job")
 
-FITS = 0.8
-"""Share of the grace that a save may take before we call it too slow."""
 EXPLODED = 3.0
 """Times the loss of guessing (the logarithm of the vocabulary's size) or of the first line: no run comes back from there."""
 LINE_SECONDS = 10.0
@@ -61,7 +59,7 @@ class Numbers(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs:
             return
-        elapsed, steps = time.monotonic() - self.time, state.global_step - self.step
+        elapsed, steps = time.monotonic() - self.time - self.trainer.paused, state.global_step - self.step
         self.time, self.step = time.monotonic(), state.global_step
         seconds = elapsed / max(steps, 1)
         self._stop_when_lost(logs, state.global_step)
@@ -80,7 +78,7 @@ class Numbers(TrainerCallback):
             **gpu_numbers(),
         )
         self.trainer.rows_of_step.clear()
-        self.trainer.tokens_of_step, self.trainer.waited = 0, 0.0
+        self.trainer.tokens_of_step, self.trainer.waited, self.trainer.paused = 0, 0.0, 0.0
         left = seconds * (state.max_steps - state.global_step)
         self.record.update(loss=logs["loss"], seconds_left=round(left))
         if self.bar is not None:

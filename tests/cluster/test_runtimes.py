@@ -1,0 +1,103 @@
+"""slurm/runtimes.sh: what each runtime is asked to do. Those that can run here run in tests/docker/test_in_slurm.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+RUNTIMES = ("apptainer", "pyxis", "podman", "docker", "charliecloud", "venv")
+SHOW = """
+fail() { echo "$1" >&2; exit 78; }
+scratch=/local/vision-lora-7
+. slurm/runtimes.sh
+compose "$python" -m job run
+printf '%s\\n' "${command[@]}"
+echo ---
+env
+"""
+
+
+def ask(runtime: str, tmp_path: Path, **more: str) -> tuple[list[str], dict[str, str]]:
+    """The command's words, and the environment that it inherits."""
+    for name in ("podman", "docker"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "HOME": "/home/me",
+        "JOB_RUNTIME": runtime,
+        "JOB_IMAGE": str(tmp_path / "image"),
+        "JOB_MOUNTS": "/lustre/runs /lustre/data:ro",
+        "JOB_PASS_ENV": "OMP_* WANDB_MODE",
+        "JOB_SPEC": "name: a 'b' $(c)\nmodel: {}\n",
+        "JOB__LORA__R": "8",
+        "AWS_SECRET_ACCESS_KEY": "do-not-show",
+        "HTTPS_PROXY": "http://proxy:3128",
+        "OMP_NUM_THREADS": "4",
+        "PASSWORD": "of mine",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_GPUS": "2,3",
+        "CUDA_VISIBLE_DEVICES": "0,1",
+    }
+    done = subprocess.run(
+        ["bash", "-c", SHOW], cwd=ROOT, env=environment | more, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    words, _, inherited = done.stdout.partition("---\n")
+    return words.splitlines(), dict(line.split("=", 1) for line in inherited.splitlines() if "=" in line)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_no_value_of_the_environment_is_on_a_command_line(runtime: str, tmp_path: Path):
+    """Anyone on the node can read it there."""
+    words, _ = ask(runtime, tmp_path)
+    assert not any("do-not-show" in word or "of mine" in word or "name: a" in word for word in words)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_the_job_sees_its_own_variables_and_those_that_the_site_names(runtime: str, tmp_path: Path):
+    words, inherited = ask(runtime, tmp_path)
+    if runtime == "apptainer":
+        prefix = "APPTAINERENV_"
+        seen = {name.removeprefix(prefix) for name in inherited if name.startswith(prefix)}
+        assert "--cleanenv" in words
+    elif runtime == "pyxis":
+        seen = set(next(word for word in words if word.startswith("--export=")).removeprefix("--export=").split(","))
+    elif runtime in ("podman", "docker"):
+        seen = {words[place + 1] for place, word in enumerate(words) if word == "--env"}
+    else:
+        seen = set(inherited)
+    wanted = {"JOB_SPEC", "JOB__LORA__R", "AWS_SECRET_ACCESS_KEY", "HTTPS_PROXY", "OMP_NUM_THREADS", "JOB_SCRATCH"}
+    assert wanted <= seen
+    assert not {"PASSWORD", "JOB_IMAGE", "JOB_MOUNTS", "JOB_PASS_ENV"} & seen
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES[:-1])
+def test_folders_and_gpus_of_the_job_are_there_and_the_home_is_not(runtime: str, tmp_path: Path):
+    for folder in ("scratch", "lustre/runs", "lustre/data"):  # Charliecloud makes its mount points in the image
+        (tmp_path / "image" / folder).mkdir(parents=True)
+    words, inherited = ask(runtime, tmp_path)
+    text = " ".join(words)
+    assert "/local/vision-lora-7:/scratch" in text
+    assert "/lustre/runs:/lustre/runs" in text
+    assert "/home/me" not in text
+    if runtime != "charliecloud":  # which mounts as it is told and makes nothing read-only but the image
+        assert "/lustre/data:/lustre/data:ro" in text
+    gpus = {"apptainer": "--nv", "docker": '--gpus "device=2,3"', "podman": "nvidia.com/gpu=3"}
+    assert gpus.get(runtime, "") in text
+    if runtime == "apptainer":
+        assert inherited["APPTAINERENV_CUDA_VISIBLE_DEVICES"] == "0,1"
+    without, _ = ask(runtime, tmp_path, SLURM_JOB_GPUS="")
+    assert not any(gpu in " ".join(without) for gpu in gpus.values())
+
+
+def test_an_unknown_runtime_or_no_image_is_told(tmp_path: Path):
+    with pytest.raises(AssertionError, match="it can be apptainer, pyxis"):
+        ask("singularity", tmp_path)
+    with pytest.raises(AssertionError, match="JOB_IMAGE is empty"):
+        ask("venv", tmp_path, JOB_IMAGE="")

@@ -1,0 +1,91 @@
+"""`sbatch slurm/train.sh` with container runtimes: the image of these tests on the Slurm of tests/cluster."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from job.store import open_store
+from job.store.lease import acquire
+from tests.cluster.conftest import Cluster, cluster
+from tests.cluster.test_train import codes
+from tests.docker.test_image import spec
+
+__all__ = ["cluster"]
+
+
+@pytest.fixture(scope="module")
+def unpacked(image: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The image as a folder, which is what Charliecloud starts."""
+    folder = tmp_path_factory.mktemp("unpacked") / "image"
+    container = subprocess.run(["buildah", "from", image], capture_output=True, text=True, check=True).stdout.strip()
+    mounted = subprocess.run(["buildah", "mount", container], capture_output=True, text=True, check=True).stdout.strip()
+    subprocess.run(["cp", "-a", mounted, folder], check=True)
+    subprocess.run(["buildah", "rm", container], capture_output=True, check=True)
+    return folder
+
+
+@pytest.fixture(params=["charliecloud", "podman"])
+def site(
+    request: pytest.FixtureRequest, image: str, unpacked: Path, podman_environment: dict[str, str], tmp_path: Path
+) -> dict[str, str]:
+    program = {"charliecloud": "ch-run"}.get(request.param, request.param)
+    if shutil.which(program) is None:
+        pytest.skip(f"there is no {program}")
+    return podman_environment | {
+        "JOB_RUNTIME": request.param,
+        "JOB_IMAGE": str(unpacked) if request.param == "charliecloud" else image,
+        "JOB_NODE_SCRATCH": str(tmp_path / "node"),
+        "JOB_MOUNTS": str(tmp_path),
+        "JOB_LEASE_SECONDS": "300",
+        "SBATCH_OUTPUT": str(tmp_path / "%j.log"),
+        "SECRET": "of mine",
+        "AWS_REGION": "eu-central-1",
+    }
+
+
+def test_the_job_in_a_container_hears_slurm_and_sees_only_what_it_may(
+    cluster: Cluster, site: dict[str, str], tmp_path: Path
+):
+    output = tmp_path / "output"
+    job_spec = tmp_path / "home" / "spec.yaml"
+    job_spec.parent.mkdir()
+    job_spec.write_text(spec(str(output)))
+    with acquire(open_store(str(output)), "another writer", 300, wait=0):
+        options = ("--gres=none", "--mem=1G", "--nodelist=node2", "slurm/train.sh")
+        job = cluster.submit(*options, **site | {"JOB_SPEC": str(job_spec)})
+        log = tmp_path / f"{job}.log"
+        cluster.until(lambda: log.exists() and "waiting up to" in log.read_text(), "the wait for the lease")
+        process = inside(cluster)
+        seen = process_environment(process)
+        assert (seen["JOB_SCRATCH"], seen["AWS_REGION"], seen["SLURM_JOB_ID"]) == ("/scratch", "eu-central-1", job)
+        assert "SECRET" not in seen
+        mounted = {line.split()[1] for line in Path(f"/proc/{process}/mounts").read_text().splitlines()}
+        assert {"/scratch", str(tmp_path)} <= mounted
+        assert not {"/root", "/home", "/home/root", str(Path.home())} & mounted
+        assert (tmp_path / f"node/vision-lora-{job}/heartbeat").exists()
+        cluster.run("scancel", "--batch", "--signal=USR1", job)  # as --signal=B:USR1@180 does
+        cluster.until(lambda: cluster.facts(job)["Restarts"] == "1", "the requeue")
+        cluster.until(lambda: log.read_text().count("waiting up to") == 2, "the second start")
+        cluster.run("scancel", job)
+        facts = cluster.end(job)
+        cluster.until(lambda: inside(cluster) is None, "the end of its processes", 20)
+    assert facts["JobState"] == "CANCELLED"
+    assert codes(facts) == [75, 75]
+    cluster.until(lambda: not list((tmp_path / "node").iterdir()), "the removal of scratch", 20)
+
+
+def inside(cluster: Cluster) -> int | None:
+    """The number of the job's own process, as the host counts."""
+    found = subprocess.run(
+        ["pgrep", "-f", "^/opt/venv/bin/python -m job run"], capture_output=True, text=True, check=False
+    )
+    return int(found.stdout.split()[-1]) if found.stdout else None
+
+
+def process_environment(process: int | None) -> dict[str, str]:
+    lines = Path(f"/proc/{process}/environ").read_bytes().decode().split("\0")
+    return dict(line.split("=", 1) for line in lines if "=" in line)
