@@ -125,7 +125,7 @@ def rows_of() -> list[Facts]:
     import numpy as np
     from PIL import Image
 
-    from job.data import conversation
+    from job.data.rows import conversation
     from job.spec import RADIOGRAPHER
 
     rows = []

@@ -68,6 +68,7 @@ class Files(NamedTuple):
 def image_bytes(value: Any, files: Files) -> bytes:
     """The encoded file behind a row's image value: embedded bytes, `{"bytes", "path"}`, a `data:`, http or s3 URL, a path
     relative to `files.base`, or a piece `{"file", "offset", "size"}` of an archive. Raises BadRow when there is none."""
+    bare = isinstance(value, str)
     if isinstance(value, dict):
         if "offset" in value:
             return _piece(value)
@@ -88,6 +89,10 @@ def image_bytes(value: Any, files: Files) -> bytes:
             raise BadRow("image cannot be fetched: there is none at its URL")
     else:
         path = Path(value.removeprefix("file://"))
+        if (
+            files.base is None and bare
+        ):  # a hub's own files come as {"path"}; a word in a row of a stranger's names no file here
+            raise BadRow("image is a path, and there is no folder that it starts from")
         if isinstance(files.base, Path):
             path = files.base / path
             if not path.resolve().is_relative_to(files.base.resolve()):

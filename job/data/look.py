@@ -17,7 +17,8 @@ from job.data import BadRows
 from job.data.images import BadRow, load_anew
 from job.data.rows import Message, read_sample, repeat_images
 from job.data.similar import Bits, perceptual_hash
-from job.data.sources import PATIENT, Source
+from job.data.sources import Source
+from job.data.tables import PATIENT
 from job.errors import DataError
 from job.spec import JobSpec
 
