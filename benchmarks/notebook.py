@@ -29,7 +29,7 @@ from trl import SFTConfig, SFTTrainer
 from unsloth import FastVisionModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from job.data import conversation
+from job.data.rows import conversation
 from job.model.collator import Collator
 from job.spec import RADIOGRAPHER
 from job.train.order import EpochOrder

@@ -13,6 +13,7 @@ from job.model.memory import Memory
 from job.model.memory import memory as model_memory
 from job.preemption import DEFAULT_GRACE_SECONDS, FITS
 from job.record import bytes_text
+from job.serving import servers
 from job.spec import JobSpec
 
 Action = Literal["do", "resume", "skip"]
@@ -25,10 +26,6 @@ CHECKPOINT_BYTES_PER_LORA_PARAMETER = 12
 """fp32 weight and AdamW's two moments."""
 
 SIZES = ("smallest", "median", "largest")
-SERVING_NOTES = {
-    "mllama": "Llama 3.2 Vision is no longer served by current vLLM (dropped with its V1 engine); serve it with "
-    "transformers or text-generation-inference, or choose Qwen2.5-VL, Qwen3-VL or Gemma 3",
-}
 
 
 @dataclass(frozen=True)
@@ -175,7 +172,13 @@ def stages(spec: JobSpec, facts: Facts, total: int | None) -> list[Stage]:
     done = total is not None and total in facts.checkpoints
     if spec.evaluation.patience and "evaluation/after.jsonl" in facts.keys:
         done = True  # training was over before its last step
-    what = "adapter and merged weights" if spec.export.merged else "adapter"
+    kinds = {
+        "merged weights": "merged",
+        "the same in 4 bits": "merged_4bit",
+        "the same in FP8": "merged_fp8",
+        "GGUF": "gguf",
+    }
+    what = ", ".join(["adapter", *(name for name, field in kinds.items() if getattr(spec.export, field))])
     return [
         Stage("stage in", "do", "base model and data"),
         Stage("load", "do", spec.model.name_or_path),
@@ -217,15 +220,13 @@ def estimates(spec: JobSpec, facts: Facts, groups: dict[str, int], memory: Memor
         sizes["GPU memory in all"] = memory.of(micro)
     sizes["one checkpoint"] = sum(groups.values()) * CHECKPOINT_BYTES_PER_LORA_PARAMETER
     if spec.export.merged:
-        sizes["merged weights"] = facts.base.parameters * 2
+        sizes["merged weights"] = facts.base.bytes
     return sizes
 
 
 def warnings(spec: JobSpec, facts: Facts, total: int | None, memory: Memory | None) -> list[str]:
     """What a careful colleague would say before this runs."""
     found = list(facts.notes)
-    if facts.base is not None and facts.base.model_type in SERVING_NOTES:
-        found.append(SERVING_NOTES[facts.base.model_type])
     if facts.data is not None:
         if facts.data["evaluation"] == 0:
             found.append("no rows are held out, so nothing will be measured")
@@ -253,11 +254,12 @@ def warnings(spec: JobSpec, facts: Facts, total: int | None, memory: Memory | No
             f"{device.name} has {bytes_text(device.memory)}; set model.precision to 4bit, shrink images with "
             "dataset.image_max_side, or take a larger card"
         )
-    need = facts.base.parameters * 2 if facts.base is not None and spec.export.merged else 0
+    needed = facts.base is not None and spec.export.merged and spec.export.scratch_copy
+    need = facts.base.bytes if facts.base is not None and needed else 0
     if facts.scratch_free and need > facts.scratch_free:
         found.append(
             f"merged weights need {bytes_text(need)} of scratch, {bytes_text(facts.scratch_free)} are free; "
-            "point JOB_SCRATCH at a larger disk"
+            "set export.scratch_copy to false, or point JOB_SCRATCH at a larger disk"
         )
     return found
 
@@ -314,6 +316,7 @@ def describe(spec: JobSpec, plan: Plan, facts: Facts) -> str:
     if facts.base is not None:
         base = facts.base
         lines.append(f"base: {base.architecture}, {base.parameters:,} parameters, held in {plan.precision}")
+        lines.append(f"merged weights are served by: {servers(base.model_type)}")
     if plan.groups:
         trained = sum(plan.groups.values())
         share = f" ({100 * trained / facts.base.parameters:.2f} % of the base)" if facts.base else ""

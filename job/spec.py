@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
+HUB_ID = r"^[\w.-]+/[\w.-]+$"
 RADIOGRAPHER = "You are an expert radiographer. Describe accurately what you see in this image."
 
 
@@ -285,17 +286,40 @@ class GateSpec(Section):
     """Mean absolute difference of logits over answer tokens, as a share of the logits' standard deviation."""
     min_token_agreement: float = Field(0.97, gt=0, le=1)
     """Share of answer tokens at which both put the same token first; one within the logit bound of the first counts."""
+    rounding_allowance: float = Field(2.0, ge=0)
+    """A model that amplifies rounding may cross both bounds, by so many times what rounding alone does to it."""
+
+
+class HubSpec(Section):
+    """Where else to publish: a model hub. Needs a token that may write, in `HF_TOKEN`."""
+
+    adapter_repo: str | None = Field(None, pattern=HUB_ID)
+    """Hub id to push the adapter to."""
+    merged_repo: str | None = Field(None, pattern=HUB_ID)
+    """Hub id to push merged weights to, once the gate has let them through."""
+    private: bool = True
+    """Make the repositories private. One that is public already is then refused."""
 
 
 class ExportSpec(Section):
     """What is published. The adapter always is."""
 
     merged: bool = True
-    """Also publish 16-bit weights with the adapter folded in."""
-    max_shard_size: str = "5GB"
-    """Largest weight file."""
+    """Also publish the base's weights with the adapter folded in, in the base's own precision, names and files."""
+    fold_onto: Literal["original", "dequantised"] = "original"
+    """For a base held in 4bit: fold onto its files, or onto what its 4 bits stand for, which is what was trained on."""
+    scratch_copy: bool = True
+    """Keep merged weights on scratch until they are published. False sends them straight to the output as they are made."""
+    merged_4bit: bool = False
+    """Also publish merged weights in 4 bits (bitsandbytes nf4). Needs a GPU."""
+    merged_fp8: bool = False
+    """Also publish merged weights in FP8 for vLLM and SGLang. Needs the fp8 extra."""
+    gguf: bool = False
+    """Also publish GGUF files for llama.cpp, made by the converter in the folder that LLAMA_CPP names."""
     gate: GateSpec = GateSpec()
     """When merged weights are refused."""
+    hub: HubSpec = HubSpec()
+    """Where else to publish."""
 
 
 class OutputSpec(Section):
@@ -355,6 +379,7 @@ HARMLESS = frozenset(
         "checkpoint.compile_cache",
         "preemption.spot_notices",
         "preemption.max_attempts_without_progress",
+        "export.scratch_copy",
         "evaluation.cache",
         "evaluation.explained_rows",
         "evaluation.require",
@@ -437,6 +462,20 @@ def contradictions(spec: JobSpec) -> list[str]:
             found.append(f"evaluation.labels.{name}: give values or pattern, not both")
         if label.pattern is not None:
             found += _pattern_problem(f"evaluation.labels.{name}.pattern", label.pattern)
+    export = spec.export
+    if not (export.merged and export.scratch_copy):
+        why = "set scratch_copy to true: it is made from that" if export.merged else "set merged to true"
+        asked = {
+            "merged_4bit": export.merged_4bit,
+            "merged_fp8": export.merged_fp8,
+            "gguf": export.gguf,
+            "hub.merged_repo": export.hub.merged_repo,
+        }
+        found += [f"export: {name} needs merged weights on scratch; {why}" for name, on in asked.items() if on]
+    if export.fold_onto == "dequantised" and spec.model.precision in ("16bit", "32bit"):
+        found.append(
+            f"export: fold_onto dequantised is for a base held in 4bit; model.precision is {spec.model.precision}"
+        )
     held = data.eval_fraction or data.eval_rows or data.eval_path or data.eval_split
     if spec.evaluation.eval_steps is None:
         needing = {"take: best": spec.evaluation.take == "best", "patience": spec.evaluation.patience}

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.checkpoint import steps
+from job.data.shards import shards_to_stream
+from job.export import check_export
 from job.model import choose_backend
 from job.model.compile_cache import CompileCache
 from job.model.fetch import base_facts, fetch_adapter, fetch_base
@@ -64,8 +66,15 @@ def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool, all_data:
     bundled = (scratch / BUNDLE).exists()
     if fetch or bundled or is_local(spec.model.name_or_path):
         base = fetch_base(spec.model, scratch)
+        check_export(spec.export, base)
     else:
         notes.append(f"{spec.model.name_or_path} is not here yet: sizes are known after stage in")
+    if (
+        spec.model.revision is None
+        and (base is None or base.parent.name == "snapshots")
+        and "://" not in spec.model.name_or_path
+    ):
+        notes.append("model.revision is not set: another attempt may find other weights on the hub; pin a commit")
     start = spec.lora.init_adapter
     adapter = fetch_adapter(start, scratch) if start and (fetch or bundled or is_local(start)) else None
     if importlib.util.find_spec("datasets") is None:
@@ -105,7 +114,7 @@ def arriving(spec: JobSpec, scratch: Path) -> Iterator[None]:
     def fetch() -> None:
         try:
             fetch_base(spec.model, scratch)
-            if spec.dataset.path.startswith("s3://"):
+            if spec.dataset.path.startswith("s3://") and not shards_to_stream(spec.dataset, spec.dataset.path):
                 local_path(spec.dataset.path, scratch, "dataset.path")
         except BaseException as error:
             failed.append(error)

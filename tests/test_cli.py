@@ -57,9 +57,11 @@ def test_corrupt_images_end_with_65_and_are_counted(job: Job, whole: dict[str, A
     code, line = ending(job("run", JOB_SPEC=yaml.safe_dump(whole)))
     assert code == 65
     assert "2 of 3 rows are bad, over max_bad_fraction 0.01: 2 × image of no known format (first: row 1)" in line
+    kept = (tmp_path / "output" / "data" / "quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(row)["row"] for row in kept] == [1, 2]
 
 
-@pytest.mark.parametrize("content", [None, "{}", '{"model_type": "bert"}'])
+@pytest.mark.parametrize("content", [None, "{}", '{"model_type": "mllama", "quantization_config": {}}'])
 def test_a_base_that_is_not_a_model_ends_with_78(job: Job, whole: dict[str, Any], tmp_path: Path, content: str | None):
     (tmp_path / "base").mkdir()
     if content is not None:

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, Job, job_environment
+from tests.push_hub import TOKEN, serve
 from tests.resume_proof import trajectory
 
 
@@ -93,6 +94,10 @@ def test_the_gate_saw_the_adapter_in_the_merged_weights(finished: Path):
     gate = read(finished, "RESULT.json")["gate"]
     assert gate["token_agreement"] >= 0.97
     assert gate["mean_logit_difference"] < 0.05 < gate["mean_difference_from_base"]
+    assert gate["wrong"] == []
+    assert gate["loss_merged"] < gate["loss_base"] - 0.5
+    assert "Proof of the merge" in (finished / "merged" / "README.md").read_text()
+    assert "Rounding logit difference" in (finished / "report.html").read_text()
 
 
 def test_merged_weights_load_without_us_and_answer_as_measured(finished: Path, demo: Path):
@@ -101,7 +106,7 @@ def test_merged_weights_load_without_us_and_answer_as_measured(finished: Path, d
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModelForImageTextToText.from_pretrained(finished / "merged", dtype=torch.float32).eval()
-    assert read(finished, "merged/config.json")["dtype"] == "bfloat16"
+    assert (finished / "merged" / "config.json").read_bytes() == (demo / "base" / "config.json").read_bytes()
     processor = AutoProcessor.from_pretrained(finished / "merged")
     rows = [json.loads(line) for line in (demo / "data" / "metadata.jsonl").read_text().splitlines()]
     measured = [json.loads(line) for line in (finished / "evaluation" / "after.jsonl").read_text().splitlines()][:8]
@@ -250,8 +255,12 @@ def test_a_checkpoint_with_a_flipped_byte_is_passed_over_for_the_older(
 
 
 def test_a_gate_that_refuses_publishes_no_merged_weights(accumulating: dict[str, Any], tmp_path: Path, job: Job):
-    export = {"merged": True, "gate": {"max_mean_logit_difference": 1e-9}}
-    result = job("run", JOB_SPEC=to(accumulating, tmp_path / "output", export=export))
+    gate = {"max_mean_logit_difference": 1e-9, "rounding_allowance": 0}
+    export = {"merged": True, "scratch_copy": False, "gate": gate, "hub": {"adapter_repo": "clinic/adapter"}}
+    with serve() as hub:
+        token = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
+        result = job("run", JOB_SPEC=to(accumulating, tmp_path / "output", export=export), **token)
+        assert hub.requests == ["GET /api/whoami-v2"]
     assert result.returncode == 76, result.stderr
     assert "merged weights differ from base + adapter" in result.stderr.strip().splitlines()[-1]
     assert (tmp_path / "output" / "adapter" / "adapter_model.safetensors").exists()
@@ -290,8 +299,14 @@ def test_restart_deletes_the_run_of_the_other_spec(accumulating: dict[str, Any],
     assert job("run", JOB_SPEC=to(short, output)).returncode == 0
     other = yaml.safe_load(to(short | {"lora": {"r": 4}}, output))
     other["output"]["on_conflict"] = "restart"
-    result = job("run", JOB_SPEC=yaml.safe_dump(other))
+    other["export"]["hub"] = {"adapter_repo": "clinic/adapter"}
+    with serve() as hub:
+        token = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+        result = job("run", JOB_SPEC=yaml.safe_dump(other), **token)
     assert result.returncode == 0, result.stderr
+    assert read(output, "RESULT.json")["hub"] == {"adapter": f"{hub.url}/clinic/adapter/commit/1"}
+    there = {file.name: file.read_bytes() for file in (output / "adapter").iterdir()}
+    assert hub.repos["clinic/adapter"] == {"private": True, "files": there}
     assert read(output, "adapter/adapter_config.json")["r"] == 4
     assert (output / "notes" / "mine.txt").exists()
 
@@ -309,6 +324,7 @@ def test_everything_can_live_in_a_bucket(
     spec = yaml.safe_load(to(accumulating, f"{url}/output"))
     spec["model"]["name_or_path"], spec["dataset"]["path"] = f"{url}/base", f"{url}/data"
     spec["training"]["max_steps"] = 15
+    spec["export"] = {"scratch_copy": False}
     store.write("spec.yaml", yaml.safe_dump(spec).encode())
     process = start(f"{url}/spec.yaml", tmp_path)
     wait_for(lambda: any("0010/MANIFEST" in entry.key for entry in store.list("output/checkpoints/")), process)
@@ -320,6 +336,13 @@ def test_everything_can_live_in_a_bucket(
     assert "small demo: published" in job("status", f"{url}/output").stdout
     keys = {entry.key for entry in store.list("output/")}
     assert {"output/RESULT.json", "output/report.html", "output/adapter/adapter_model.safetensors"} <= keys
+    files = json.loads(store.read("output/RESULT.json"))["files"]
+    assert {f"output/{key}" for key in files} == {
+        key for key in keys if key.startswith(("output/adapter", "output/merged"))
+    }
+    merged = store.read("output/merged/model.safetensors")
+    assert hashlib.sha256(merged).hexdigest() == files["merged/model.safetensors"]["sha256"]
+    assert not list(tmp_path.glob("scratch/*/export/merged/*.safetensors"))
 
 
 def test_a_published_adapter_is_a_start_for_the_next_job(
@@ -336,6 +359,9 @@ def test_a_published_adapter_is_a_start_for_the_next_job(
     earlier, later = (read(folder, "evaluation/metrics.json") for folder in (finished, tmp_path / "output"))
     assert later["after"]["rougeL"]["value"] > 0.9 < earlier["after"]["rougeL"]["value"]
     assert later["before"]["rougeL"]["value"] < 0.5
+    lineage = read(tmp_path / "output", "RESULT.json")["lineage"]
+    assert lineage["parent_adapter"] == url
+    assert lineage["parent_sha256"] == digest(finished / "adapter" / "adapter_model.safetensors")
 
 
 def test_an_adapter_for_other_layers_is_refused(accumulating: dict[str, Any], finished: Path, tmp_path: Path, job: Job):

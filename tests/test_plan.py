@@ -115,10 +115,14 @@ def test_as_many_rows_go_through_at_once_as_fit_the_card_with_a_tenth_to_spare(t
         assert (fitted.micro_batch, fitted.accumulation) == (at_once, 16 // at_once)
 
 
-def test_llama_vision_is_warned_about_and_qwen_is_not(tree):
-    llama = plan(tree, replace(FACTS, base=replace(BASE, model_type="mllama")))
-    assert any("no longer served by current vLLM" in warning for warning in llama.warnings)
-    assert not any("vLLM" in warning for warning in plan(tree).warnings)
+def test_the_plan_says_who_serves_the_family(tree):
+    def said(model_type):
+        facts = replace(FACTS, base=replace(BASE, model_type=model_type))
+        return describe(validate(tree), plan(tree, facts), facts)
+
+    assert "vLLM up to 0.10.2, SGLang" in said("mllama")
+    assert "llama.cpp does not (its converter does not know MllamaForConditionalGeneration)" in said("mllama")
+    assert "vLLM 0.11.0 and newer" in said("qwen3_vl")
 
 
 def test_no_held_out_rows_are_warned_about_and_nothing_is_measured(tree):

@@ -9,8 +9,22 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from job.errors import DataError
+
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+QUARANTINE_KEY = "data/quarantine.jsonl"
+NEAR_KEY = "data/near_duplicates.jsonl"
+
+
+class BadRows(DataError):
+    """More rows are bad than the spec allows; `rows` are they, `{"row", "reason"}`."""
+
+    def __init__(self, message: str, rows: list[dict[str, Any]]) -> None:
+        super().__init__(message)
+        self.rows = rows
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from job.data.remote import fetched
+from job.data.remote import fetched, piece
 from job.data.shelf import Shelf
+from job.errors import DataError
 from job.spec import DatasetSpec
 
 Image.MAX_IMAGE_PIXELS = None  # `max_image_pixels` is our bound; Pillow's would warn in every thread
@@ -67,6 +68,7 @@ class Files(NamedTuple):
 def image_bytes(value: Any, files: Files) -> bytes:
     """The encoded file behind a row's image value: embedded bytes, `{"bytes", "path"}`, a `data:`, http or s3 URL, a path
     relative to `files.base`, or a piece `{"file", "offset", "size"}` of an archive. Raises BadRow when there is none."""
+    bare = isinstance(value, str)
     if isinstance(value, dict):
         if "offset" in value:
             return _piece(value)
@@ -87,6 +89,10 @@ def image_bytes(value: Any, files: Files) -> bytes:
             raise BadRow("image cannot be fetched: there is none at its URL")
     else:
         path = Path(value.removeprefix("file://"))
+        if (
+            files.base is None and bare
+        ):  # a hub's own files come as {"path"}; a word in a row of a stranger's names no file here
+            raise BadRow("image is a path, and there is no folder that it starts from")
         if isinstance(files.base, Path):
             path = files.base / path
             if not path.resolve().is_relative_to(files.base.resolve()):
@@ -98,6 +104,13 @@ def image_bytes(value: Any, files: Files) -> bytes:
 
 
 def _piece(value: dict[str, Any]) -> bytes:
+    if not value["size"]:
+        return b""
+    if value["file"].startswith("s3://"):
+        try:
+            return piece(value["file"], value["offset"], value["size"])
+        except DataError as error:
+            raise BadRow("archive is gone from its store") from error
     try:
         with Path(value["file"]).open("rb", buffering=0) as file:
             data = os.pread(file.fileno(), value["size"], value["offset"])

@@ -13,16 +13,20 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from job.data import BadRows
 from job.data.images import BadRow, load_anew
 from job.data.rows import Message, read_sample, repeat_images
 from job.data.similar import Bits, perceptual_hash
-from job.data.sources import PATIENT, Source
+from job.data.sources import Source
+from job.data.tables import PATIENT
 from job.errors import DataError
 from job.spec import JobSpec
 
 MAX_REASONS = 3
 CHUNK = 256
 """Rows read from the table at a time."""
+WAITING = 16
+"""Rows that wait for a store at a time, where images are fetched one by one."""
 
 
 class Length(Protocol):
@@ -87,7 +91,8 @@ def look(
         except BadRow as reason:
             return str(reason)
 
-    with warnings.catch_warnings(), ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="look") as pool:
+    threads = len(os.sched_getaffinity(0)) + (WAITING if source.streamed else 0)
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads, thread_name_prefix="look") as pool:
         warnings.simplefilter("ignore")  # what Pillow and pydicom find odd in a file is no reason to refuse it
         for start in range(0, total, CHUNK):
             some = places[start : start + CHUNK]
@@ -100,7 +105,7 @@ def look(
                     good.append(found)
                 progress(done, total)
     if len(bad) > dataset.max_bad_fraction * total or not good:
-        raise DataError(_too_many(bad, total, dataset.max_bad_fraction))
+        raise BadRows(_too_many(bad, total, dataset.max_bad_fraction), bad)
     return Looked(good, bad, there, _facts(good, bad, spec) | ({"looked_at": total} if total < there else {}))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from job.data import Data
-from job.data.images import AS_IT_IS, Bounds, load
+from job.data.images import AS_IT_IS, BadRow, Bounds, load
 from job.data.look import Measure, Seen, as_text, look
-from job.data.rows import last_answer, read_sample, repeat_images, require
+from job.data.rows import fixed, last_answer, read_sample, repeat_images, require
 from job.data.similar import near_pairs
 from job.data.sources import Source, open_source
 from job.data.split import hold_out, units
@@ -70,6 +71,7 @@ def prepare(
     part = looked.facts.get("looked_at", looked.total) / looked.total
     facts |= {"train": round(len(seen) / part), "evaluation": round(len(held) / part)}
     facts |= {"quarantined": len(bad), "near_duplicates": len(near)}
+    facts["instruction"] = None if source.reading.messages or not fixed(dataset) else dataset.instruction
     facts |= looked.facts | {"grouped": bool(dataset.group_column or source.patients)}
     values = {name: label.values or _values(seen + held, name) for name, label in spec.evaluation.labels.items()}
     return Data(train, evaluation, bad, facts, values, near)
@@ -120,15 +122,25 @@ def _transform(batch: dict[str, list[Any]], spec: JobSpec, source: Source) -> di
     columns = list(batch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = [_one(dict(zip(columns, row, strict=True)), spec, source) for row in zip(*batch.values(), strict=True)]
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+        if source.streamed:  # the rows of a batch wait for the store together
+            with ThreadPoolExecutor(len(rows)) as pool:
+                made = list(pool.map(lambda row: _one(row, spec, source), rows))
+        else:
+            made = [_one(row, spec, source) for row in rows]
     return {name: [row[name] for row in made] for name in made[0]}
 
 
 def _one(row: dict[str, Any], spec: JobSpec, source: Source) -> dict[str, Any]:
     dataset, evaluation = spec.dataset, spec.evaluation
-    values = source.read(row)
-    sample = read_sample(values, dataset, source.reading)
-    images = [load(value, source.files, dataset, len(sample.images)) for value in sample.images]
+    try:
+        values = source.read(row)
+        sample = read_sample(values, dataset, source.reading)
+        images = [load(value, source.files, dataset, len(sample.images)) for value in sample.images]
+    except BadRow as reason:
+        raise DataError(
+            f"dataset: row {row['_row']} was good before and is not now: {reason}; was the data changed?"
+        ) from None
     messages = repeat_images(sample.messages, [len(each) for each in images])
     return {
         "id": f"row-{row['_row']}",

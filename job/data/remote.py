@@ -1,4 +1,4 @@
-"""Images behind URLs in rows: fetched once, kept on scratch."""
+"""Images that are elsewhere: behind URLs in rows, fetched once and kept on scratch; and in shards too large to bring here."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import os
 import time
 import urllib.error
 import urllib.request
+from functools import lru_cache
 from http.client import HTTPException, InvalidURL
 from pathlib import Path
 
 from job.errors import Unavailable
-from job.store import Missing, open_store
+from job.store import Missing, Store, open_store
 
 TRIES = 4
 TIMEOUT = 30.0
@@ -39,6 +40,18 @@ def fetched(url: str, folder: Path) -> Path | None:
     partial.write_bytes(data)
     partial.rename(path)
     return path
+
+
+def piece(url: str, offset: int, size: int) -> bytes:
+    """Bytes of an object of an `s3://` store. Raises Unavailable when it does not answer, DataError when it is gone."""
+    root, _, key = url.rpartition("/")
+    return _store(root, os.getpid()).read_piece(key, offset, size)
+
+
+@lru_cache(16)
+def _store(root: str, _process: int) -> Store:
+    """One a process: a connection must not be shared with the process that forked this one."""
+    return open_store(root)
 
 
 def _get(url: str) -> bytes | None:

@@ -53,7 +53,7 @@ def choose_columns(columns: Iterable[str], spec: DatasetSpec, image_column: str 
         messages = next((name for name in ("messages", "conversations") if name in present), None)
     names = [spec.image_column] if isinstance(spec.image_column, str) else list(spec.image_column or [])
     if "image_column" not in given:
-        usual = [image_column, *names, "images"]
+        usual = [image_column, *names, "images", "jpg", "png", "jpeg", "webp"]
         names = [next((name for name in usual if name in present), "" if messages else names[0])]
     answer = spec.answer_column
     if "answer_column" not in given and answer not in present:
@@ -111,6 +111,11 @@ def repeat_images(messages: list[Message], counts: list[int]) -> list[Message]:
         | {"content": [same for part in message["content"] for same in [part] * (next(left) if _is_image(part) else 1)]}
         for message in messages
     ]
+
+
+def fixed(spec: DatasetSpec) -> bool:
+    """Whether every row is asked the same."""
+    return spec.instruction_column is None and not FIELD.search(spec.instruction)
 
 
 def fill(template: str, row: dict[str, Any]) -> str:

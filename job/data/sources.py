@@ -1,24 +1,29 @@
-"""From what a user names (folder, file, archive, bucket, hub id) to a lazy table of rows, and why it was read so."""
+"""What a user names (folder, file, archive, bucket, hub id), as a lazy table of rows, and why it was read so."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 import re
+import shutil
+import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from job.data.images import AS_IT_IS, BadRow, Bounds, Files
 from job.data.rows import Reading, choose_columns, read_sample
-from job.data.shards import index_shards
+from job.data.shards import index_remote_shards, index_shards, shards_to_stream
 from job.data.shelf import Shelf
-from job.errors import DataError, NotAllowed, Unavailable
+from job.data.tables import LINE, as_table, columns_of, from_hub, read_line, read_table
+from job.errors import DataError
+from job.record import bytes_text
+from job.scratch import free_bytes
 from job.spec import DatasetSpec
 from job.stage_in import BUNDLE, local_path
+from job.store import Entry
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,11 +31,6 @@ if TYPE_CHECKING:
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 FILE_NAMES = ("file_name", "file_names")
-LINE = "_line"
-"""The one column of a table whose rows are lines of JSON. They are parsed when they are used: no kind of value has to be guessed
-for a column, and one broken line spoils one row."""
-PATIENT = "_patient"
-"""A digest of DICOM's PatientID: it groups rows for the split, is no column that a spec can name, and is written nowhere."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 
 
@@ -45,6 +45,8 @@ class Source:
     decided: str
     patients: bool = False
     """Whether the format itself says which rows are of one patient."""
+    streamed: bool = False
+    """Whether each image is fetched when its row is used."""
 
     def read(self, row: dict[str, Any]) -> dict[str, Any]:
         """Values by column of a row of `rows`. Raises BadRow."""
@@ -72,6 +74,7 @@ class Table:
     base: Path | str | None = None
     image_column: str | None = None
     patients: bool = False
+    streamed: bool = False
 
 
 def open_source(
@@ -79,7 +82,7 @@ def open_source(
 ) -> Source:
     """The rows at `path`, images not decoded. Raises DataError naming `field` when there is nothing to read."""
     table = _open(spec, path, split, scratch, field)
-    columns = tuple(_columns(table.rows))
+    columns = tuple(columns_of(table.rows))
     reading = choose_columns(columns, spec, table.image_column)
     bundled = scratch / BUNDLE / "images"
     fetched = bundled if bundled.exists() else scratch / "fetched" / "images"
@@ -90,23 +93,31 @@ def open_source(
     if spec.answer and not reading.messages:
         what = "answers by template"
     images = f"images in {', '.join(reading.images)}" if reading.images else "no images"
-    return Source(table.rows, columns, files, reading, f"{table.decided}; {what}, {images}", table.patients)
+    return Source(
+        table.rows, columns, files, reading, f"{table.decided}; {what}, {images}", table.patients, table.streamed
+    )
 
 
 def _open(spec: DatasetSpec, path: str, split: str, scratch: Path, field: str) -> Table:
-    here = local_path(path, scratch, field)
     cache = scratch / "cache" / "datasets"
+    streamed = [] if (scratch / BUNDLE).exists() else _of_split_keys(shards_to_stream(spec, path), split)
+    if streamed:
+        why = f"webdataset: {len(streamed)} .tar file(s), read from their store since they are over cache_gb {spec.cache_gb:g}"
+        return Table(as_table(index_remote_shards(path, streamed, scratch, field)), why, None, "image", streamed=True)
+    here = local_path(path, scratch, field)
     if not here.exists():
         if spec.format in ("auto", "hub") and HUB_ID.fullmatch(path):
-            return Table(_hub(spec, path, split, cache, field), "hub dataset")
+            return Table(from_hub(spec, path, split, cache, field), "hub dataset")
         raise DataError(f"{field}: {path} does not exist")
+    if here.suffix.lower() == ".zip":
+        here = _unpacked(here, scratch, field)
     files = [here] if here.is_file() else _files(here)
     kind, chosen, why = _decide(spec, here, files, split, field)
     base: Path | str = chosen[0].parent if kind == "imagefolder" or here.is_file() else here
     if path.startswith("s3://") and here.is_file():
         base = path.rpartition("/")[0]  # what lies beside it was not fetched with it
     if kind == "webdataset":
-        return Table(_lines(index_shards(chosen, field)), why, base, "image")
+        return Table(as_table(index_shards(chosen, field)), why, base, "image")
     if kind == "dicom":
         from job.data.studies import index_studies
 
@@ -115,14 +126,14 @@ def _open(spec: DatasetSpec, path: str, split: str, scratch: Path, field: str) -
             raise DataError(
                 f"{field}: {here} holds DICOM files and {len(tables)} tables; name the reports' in dataset.dicom.reports"
             )
-        reports = _table(TABLES[tables[0].suffix.lower()], tables, cache, field)
+        reports = read_table(TABLES[tables[0].suffix.lower()], tables, cache, field)
         read = (read_line(row[LINE]) if LINE in row else row for row in reports)
         rows, why = index_studies(spec, here, chosen, read, field)
-        return Table(_lines(rows), why, here, "image", patients=True)
+        return Table(as_table(rows), why, here, "image", patients=True)
     if kind == "imagefolder":
-        rows = _table(TABLES[chosen[0].suffix.lower()], chosen, cache, field)
-        return Table(rows, why, base, next((name for name in FILE_NAMES if name in _columns(rows)), None))
-    return Table(_table(kind, chosen, cache, field), why, base)
+        rows = read_table(TABLES[chosen[0].suffix.lower()], chosen, cache, field)
+        return Table(rows, why, base, next((name for name in FILE_NAMES if name in columns_of(rows)), None))
+    return Table(read_table(kind, chosen, cache, field), why, base)
 
 
 def _decide(spec: DatasetSpec, here: Path, files: list[Path], split: str, field: str) -> tuple[str, list[Path], str]:
@@ -157,146 +168,48 @@ def _decide(spec: DatasetSpec, here: Path, files: list[Path], split: str, field:
     return kind, chosen, why
 
 
+def _unpacked(archive: Path, scratch: Path, field: str) -> Path:
+    """The folder that a zip archive holds, on scratch. Names that lead out of it are made harmless by `zipfile`."""
+    mark = archive.stat()
+    name = hashlib.sha256(f"{archive.resolve()} {mark.st_size} {mark.st_mtime_ns}".encode()).hexdigest()[:24]
+    folder, partial = scratch / "fetched" / name, scratch / "fetched" / f"{name}.partial"
+    if not folder.exists():
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            with zipfile.ZipFile(archive) as packed:
+                need = sum(member.file_size for member in packed.infolist())
+                if need > free_bytes(scratch):
+                    raise DataError(f"{field}: {archive} unpacks to {bytes_text(need)}, more than scratch has room for")
+                packed.extractall(partial)
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:  # the last: encrypted
+            raise DataError(f"{field}: {archive} cannot be unpacked: {error}") from error
+        partial.rename(folder)
+    inside = list(folder.iterdir())
+    return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
 
 
 def _of_split(files: list[Path], here: Path, split: str) -> list[Path]:
     """Those named after the split, when there are any."""
-    named = re.compile(rf"(^|[/_.-]){re.escape(split)}[/_.-]")
-    return [file for file in files if named.search(str(file.relative_to(here)))] or files if here.is_dir() else files
+    if not here.is_dir():
+        return files
+    return [file for file in files if _named(split, str(file.relative_to(here)))] or files
+
+
+def _of_split_keys(shards: list[Entry], split: str) -> list[Entry]:
+    return [shard for shard in shards if _named(split, shard.key)] or shards
+
+
+def _named(split: str, name: str) -> bool:
+    return re.search(rf"(^|[/_.-]){re.escape(split)}[/_.-]", name) is not None
 
 
 def _is_dicom(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return stream.read(132)[128:] == b"DICM"
-
-
-def _table(kind: str, files: list[Path], cache: Path, field: str) -> Dataset:
-    from datasets import Dataset, load_dataset
-
-    if not any(file.stat().st_size for file in files):
-        raise DataError(f"{field}: {files[0]} is empty")
-    options: dict[str, Any] = {}
     try:
-        if kind in ("json", "csv"):
-            files = [_as_lines(file, kind, cache / "lines") for file in files]
-            kind, options = "text", {"encoding": "utf-8-sig", "encoding_errors": "replace"}
-        names = [str(file) for file in files]
-        rows = load_dataset(kind, data_files=names, split="train", cache_dir=str(cache), **options)
-    except Exception as error:  # what a parser raises for a broken file is its own affair
-        cause = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0][:200]
-        raise DataError(f"{field}: {files[0]} cannot be read as {kind}: {cause}") from error
-    if not isinstance(rows, Dataset) or not len(rows):
-        raise DataError(f"{field}: {files[0]} has no rows")
-    return rows.rename_column("text", LINE) if kind == "text" else undecoded(rows)
-
-
-def _as_lines(file: Path, kind: str, made: Path) -> Path:
-    """A file of JSON lines: itself, or what a CSV, or one long list, says line by line. The words of a CSV stay words: patient
-    007 is not 7."""
-    with file.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
-        head = stream.read(4096)
-        stream.seek(0)
-        if kind == "json" and not head.lstrip().startswith("["):
-            return file
-        mark = file.stat()
-        name = hashlib.sha256(f"{file.resolve()} {mark.st_size} {mark.st_mtime_ns}".encode()).hexdigest()
-        lines = made / f"{name[:24]}.jsonl"
-        lines.parent.mkdir(parents=True, exist_ok=True)
-        rows = json.loads(stream.read().lstrip("\ufeff")) if kind == "json" else _csv(stream, head)
-        with lines.open("w", encoding="utf-8") as out:
-            out.writelines(f"{json.dumps(row)}\n" for row in rows)
-    return lines
-
-
-def _csv(stream: IO[str], head: str) -> Iterator[dict[str, str] | None]:
-    """Rows by the names in the first line; None for one with more fields than names."""
-    csv.field_size_limit(2**31 - 1)
-    try:
-        delimiter = csv.Sniffer().sniff(head.splitlines()[0], ",;\t|").delimiter
-    except csv.Error:
-        delimiter = ","
-    for row in csv.DictReader(stream, delimiter=delimiter):
-        yield None if None in row else row
-
-
-def _lines(rows: Iterable[dict[str, Any]]) -> Dataset:
-    from datasets import Dataset
-
-    return Dataset.from_dict({LINE: [json.dumps(row) for row in rows]})
-
-
-def read_line(line: str) -> dict[str, Any]:
-    """Raises BadRow."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadRow("line is not JSON") from error
-    if not isinstance(row, dict):
-        raise BadRow("line is not a JSON object")
-    if "\ufffd" in line:
-        raise BadRow("line is not UTF-8")
-    return row
-
-
-def _columns(rows: Dataset) -> list[str]:
-    """Names of the columns; of lines, all that any of them has."""
-    if rows.column_names != [LINE]:
-        return list(rows.column_names)
-    names: dict[str, None] = {}
-    for batch in rows.iter(1000):
-        for line in batch[LINE]:
-            try:
-                names |= dict.fromkeys(read_line(line))
-            except BadRow:
-                continue
-    return [name for name in names if name != PATIENT]
-
-
-def _hub(spec: DatasetSpec, path: str, split: str, cache: Path, field: str) -> Dataset:
-    from datasets import Dataset, load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.constants import is_offline_mode
-
-    try:
-        rows = load_dataset(path, spec.name, split=split, revision=spec.revision, cache_dir=str(cache))
-    except DatasetNotFoundError as error:
-        if "gated" in str(error):
-            page = f"https://huggingface.co/datasets/{path}"
-            raise NotAllowed(f"{field}: {path} is gated; ask for access at {page} and set HF_TOKEN") from error
-        if spec.revision and "evision" in f"{error} {error.__cause__}":
-            raise DataError(f"dataset.revision: {path} has no revision {spec.revision}") from error
-        raise DataError(f"{field}: there is no folder and no hub dataset {path} that this token may see") from error
-    except ValueError as error:
-        raise DataError(f"{field}: {path}: {str(error).splitlines()[0]}") from error
-    except OSError as error:
-        if is_offline_mode():
-            raise DataError(
-                f"{field}: {path} is no folder here, and HF_HUB_OFFLINE is set; gather it with job prefetch"
-            ) from error
-        raise Unavailable(
-            f"{field}: neither a folder nor reachable on the hub: {path} ({type(error).__name__})"
-        ) from error
-    assert isinstance(rows, Dataset)
-    return undecoded(rows)
-
-
-def undecoded(rows: Dataset) -> Dataset:
-    """Embedded images stay bytes until a row is used, so that one broken image spoils one row."""
-    from datasets import Dataset, Features, Image
-
-    def plain(feature: Any) -> Any:
-        if isinstance(feature, Image):
-            return Image(decode=False)
-        if isinstance(feature, dict):
-            return {name: plain(part) for name, part in feature.items()}
-        if isinstance(feature, list):
-            return [plain(part) for part in feature]
-        inner = getattr(feature, "feature", None)
-        return type(feature)(plain(inner)) if inner is not None else feature
-
-    features = Features({name: plain(feature) for name, feature in rows.features.items()})
-    info = rows.info.copy()
-    info.features = features
-    return Dataset(rows.data.cast(features.arrow_schema), info=info)  # `Dataset.cast` would copy every image
+        with file.open("rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except OSError:
+        return False

@@ -15,7 +15,7 @@ from typing import Any
 
 from job.data.dicom import TECHNICAL, choose
 from job.data.images import BadRow
-from job.data.sources import PATIENT
+from job.data.tables import PATIENT
 from job.errors import DataError
 from job.spec import DatasetSpec
 

@@ -154,7 +154,7 @@ def values(measured: dict[str, Any] | None) -> dict[str, dict[str, float]]:
 
 
 def pictures(rows: Any, ids: Iterable[str], longest_side: int = 384) -> dict[str, bytes]:
-    """PNG files of held-out rows for the report, by id; of several images of a row, the first."""
+    """PNG files of held-out rows for the report, by id: the first picture of each that has one."""
     from job.evaluate.generate import rows_ids
 
     places = {identity: place for place, identity in enumerate(rows_ids(rows))}

@@ -7,12 +7,16 @@ rendered conversation, its images expanded as the processor expands them, has be
 
 from __future__ import annotations
 
+import ctypes
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from torch.utils.data import get_worker_info
 
 from job.errors import DataError
 
@@ -37,6 +41,8 @@ class Collator:
     truncate: bool = False
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if get_worker_info() is not None:
+            reuse_memory(os.getpid())
         texts = [finished(self.processor, row["messages"]) for row in rows]
         batch, expansions = _encode(self.processor, texts, [row["images"] for row in rows], side="right")
         labels = torch.full_like(batch["input_ids"], IGNORE)
@@ -63,6 +69,16 @@ class Collator:
             expansions = [self.processor.image_token] * len(expansions)
         whole = tokens(self.processor, expand(self.processor, text, expansions))
         return [answer_span(self.processor, messages, turn, whole, expansions, length) for turn in answers]
+
+
+@lru_cache(1)
+def reuse_memory(_process: int) -> None:
+    """In a loader's process: what is freed is kept for the next batch. glibc maps blocks of over 32 MB anew each time, and the
+    kernel clears every page of them: half of the time that images take (benchmarks/loader.py)."""
+    with suppress(AttributeError, OSError):  # another C library
+        settings = ctypes.CDLL(None).mallopt
+        settings(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
+        settings(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the top of the heap is not given back
 
 
 def cut(batch: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:

@@ -96,12 +96,17 @@ def base_facts(folder: Path) -> BaseFacts:
     Raises SpecError naming the file that is missing or broken.
     """
     config = _json(folder / "config.json")
+    if "quantization_config" in config:
+        raise SpecError(
+            f"model.name_or_path: {folder} is quantised already; name its 16-bit base, which merging needs (model.precision 4bit "
+            "quantises it while it is loaded)"
+        )
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise SpecError(f"model.name_or_path: {folder} holds no .safetensors weights")
     count, linears = 0, dict[str, Linear]()
     for file in files:
-        for name, tensor in _header(file).items():
+        for name, tensor in read_header(file)[0].items():
             shape = tensor["shape"]
             size = 1
             for length in shape:
@@ -140,8 +145,9 @@ def _json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _header(file: Path) -> dict[str, Any]:
-    """The header of a safetensors file: 8 bytes of length, then JSON (the format's own specification)."""
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and where its data begin: 8 bytes of length, then JSON (the format's own
+    specification)."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
@@ -153,4 +159,4 @@ def _header(file: Path) -> dict[str, Any]:
     except (ValueError, struct.error, OSError) as error:
         raise SpecError(f"model.name_or_path: {file} is not a safetensors file") from error
     header.pop("__metadata__", None)
-    return header
+    return header, 8 + length

@@ -36,12 +36,15 @@ class Ruler:
         text = "\0".join(part["text"] for message in messages for part in message["content"] if part["type"] == "text")
         if any(token in text for token in self.special):
             raise DataError("text holds a special token of the model")
-        expansions = [self.expansion(size) for size in sizes]
-        whole = finished(self.processor, messages)
-        prompt = render(self.processor, messages[:-1], prompt=True)
-        counted = [len(tokens(self.processor, expand(self.processor, each, expansions))) for each in (whole, prompt)]
-        bare = len(tokens(self.processor, whole)) if sizes else counted[0]
-        return Length(counted[0], counted[1], counted[0] - bare + len(sizes))
+        try:
+            expansions = [self.expansion(size) for size in sizes]
+        except ValueError as error:
+            raise DataError("the model's processor refuses an image of this size") from error
+        text = finished(self.processor, messages)
+        bare = len(tokens(self.processor, text))
+        whole = len(tokens(self.processor, expand(self.processor, text, expansions))) if sizes else bare
+        before = len(tokens(self.processor, render(self.processor, messages[:-1], prompt=True)))
+        return Length(whole, whole - bare + before, whole - bare + len(sizes))  # all images come before the last answer
 
     def room(self, tokens: int) -> dict[str, float | None]:
         """What of a picture this processor keeps, in pixels: `area` of the whole or its `short` side; and the area of all

@@ -125,6 +125,16 @@ class S3Store:
                 before = data
         raise Unavailable(f"Reading {self.place(key)} broke off again and again.")
 
+    def read_piece(self, key: str, offset: int, size: int) -> bytes:
+        wanted = f"bytes={offset}-{offset + size - 1}"
+        for _ in range(transfer.ATTEMPTS):
+            with contextlib.suppress(HTTPError, BotoCoreError, OSError):
+                answer = self.call("get_object", "s3:GetObject", checked_key(key), Range=wanted)
+                data: bytes = answer["Body"].read()
+                if len(data) == answer["ContentLength"]:
+                    return data
+        raise Unavailable(f"Reading {self.place(key)} broke off again and again.")
+
     def version(self, key: str) -> str:
         return str(self.call("head_object", "s3:GetObject", checked_key(key))["ETag"])
 
@@ -158,6 +168,9 @@ class S3Store:
 
     def upload(self, path: Path, key: str) -> Digest:
         return transfer.upload(self, path, checked_key(key))
+
+    def upload_stream(self, source: io.RawIOBase, size: int, key: str) -> Digest:
+        return transfer.upload_stream(self, source, size, checked_key(key))
 
     def download(self, key: str, path: Path, *, sha256: str | None = None) -> Digest:
         return transfer.download(self, checked_key(key), path, sha256)

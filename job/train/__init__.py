@@ -202,8 +202,14 @@ class _Epochs(TrainerCallback):
     """Tells the order which epoch begins; upstream reaches the sampler on some paths only."""
 
     trainer: LoraTrainer
+    begun = False
 
     def on_epoch_begin(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
+        if self.begun and args.dataloader_persistent_workers:
+            torch.empty(
+                (), dtype=torch.int64
+            ).random_()  # the seed that a fresh loader draws, for dropout to go on alike
+        self.begun = True
         self.trainer.order.set_epoch(state.global_step // steps_per_epoch(len(self.trainer.order), args))
 
 

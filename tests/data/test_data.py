@@ -281,3 +281,13 @@ def test_embedded_images_are_not_copied_by_the_split(tmp_path: Path, prepared):
     stored = sum(file.stat().st_size for file in (tmp_path / "scratch").rglob("*.arrow"))
     assert stored < 1.1 * sum(len(row["image"]["bytes"]) for row in rows)
     assert data.train._indices is not None  # a choice of rows, not a copy of them
+
+
+def test_a_row_that_went_bad_after_the_look_names_itself(tmp_path: Path, prepared):
+    folder_of(rows_of(4), tmp_path / "data")
+    data = prepared(eval_fraction=0)
+    (tmp_path / "data" / "2.png").unlink()
+    with pytest.raises(
+        DataError, match="row 2 was good before and is not now: image cannot be read.*was the data changed"
+    ):
+        list(data.train)

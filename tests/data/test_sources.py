@@ -195,3 +195,36 @@ def test_a_bucket_holds_shards_or_a_table_with_its_images(tmp_path: Path, prepar
     assert shades(prepared(f"s3://{bucket}/d/shards")) == [("A", [1])]
     assert shades(prepared(f"s3://{bucket}/d/table")) == [("C", [3])]
     assert shades(prepared(f"s3://{bucket}/d/one/rows.jsonl")) == [("C", [3])]
+
+
+def test_shards_too_large_for_scratch_stay_in_their_bucket(tmp_path: Path, prepared, bucket: str):
+    from torch.utils.data import DataLoader
+
+    from job.store import open_store
+
+    store = open_store(f"s3://{bucket}/d")
+    for number in range(2):
+        members: dict[str, bytes] = {}
+        for n in range(8 * number, 8 * number + 8):
+            members |= {f"{n:02d}.png": png(n, (64, 64)), f"{n:02d}.txt": f"c{n}".encode()}
+        store.upload(shard(tmp_path / f"train-{number}.tar", members), f"s/train-{number}.tar")
+        (tmp_path / f"train-{number}.tar").unlink()
+    data = prepared(f"s3://{bucket}/d/s", cache_gb=1e-6)
+    assert "read from their store since they are over cache_gb 1e-06" in data.facts["source"]
+    loader = DataLoader(data.train, batch_size=4, num_workers=1, collate_fn=list)  # a process of its own
+    rows = [row for batch in loader for row in batch]
+    assert [(row["reference"], row["images"][0].getpixel((0, 0))[0]) for row in rows] == [
+        (f"c{n}", n) for n in range(16)
+    ]
+    assert not list((tmp_path / "scratch").rglob("*.tar"))
+
+
+def test_a_zip_is_the_folder_in_it(tmp_path: Path, prepared):
+    import shutil
+
+    folder_of(rows_of(3), tmp_path / "x" / "chest")
+    archive = Path(shutil.make_archive(str(tmp_path / "chest"), "zip", tmp_path / "x"))
+    assert [answer for answer, _ in shades(prepared(archive))] == ["caption 0", "caption 1", "caption 2"]
+    archive.write_bytes(archive.read_bytes()[:200])
+    with pytest.raises(DataError, match=r"chest\.zip cannot be unpacked: File is not a zip file"):
+        prepared(archive)

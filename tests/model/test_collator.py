@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 
 from job.errors import DataError
 from job.model import Loaded
@@ -257,3 +258,11 @@ def test_a_ruler_knows_what_a_processor_keeps(family: str, loaded: Loaded) -> No
     if room["row"]:
         side = int(room["row"] ** 0.5)
         assert 8 <= ruler(row(1)["messages"], [(side, side)]).images <= 13
+
+
+def test_a_loaders_process_makes_the_same_batches(loaded: Loaded) -> None:
+    rows = [*batch(), *batch()]
+    loader = DataLoader(rows, batch_size=3, num_workers=1, collate_fn=Collator(loaded.processor, 2048))  # type: ignore[arg-type]
+    for made in loader:
+        for name, each in collate(loaded, batch()).items():
+            assert torch.equal(made[name], each)

@@ -67,6 +67,14 @@ def test_bad_keys_are_refused_by_every_method(store: Store, key: str, tmp_path: 
             act()
 
 
+def test_a_piece_is_what_a_slice_is(store: Store) -> None:
+    store.write("whole", bytes(range(100)))
+    assert store.read_piece("whole", 10, 20) == bytes(range(10, 30))
+    assert store.read_piece("whole", 90, 20) == bytes(range(90, 100))
+    with pytest.raises(Missing):
+        store.read_piece("not there", 0, 1)
+
+
 def test_missing_objects_raise_missing(store: Store, tmp_path: Path) -> None:
     for act in (
         lambda: store.read("not there"),

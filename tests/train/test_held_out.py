@@ -51,7 +51,7 @@ def fitted(tmp_path: Path, tiny: Callable[..., Path]) -> Fitted:
     def run(name: str, evaluation: dict[str, Any], stop_at: int = 0, **training: Any) -> tuple[Weights, Path]:
         spec = job_spec(
             model={"name_or_path": str(tiny("llava"))},
-            dataset={"path": str(tmp_path / "rows"), "eval_path": str(tmp_path / "held")},
+            dataset={"path": str(tmp_path / "rows"), "eval_path": str(tmp_path / "held"), "image_max_side": None},
             lora={"r": 4, "lora_dropout": 0.2, "finetune_vision_layers": False},
             training={
                 "max_steps": STEPS,

@@ -48,8 +48,8 @@ def trained(rows: Path, tmp_path: Path) -> Trained:
         base: Path,
         fits: int,
         name: str = "out",
-        dataset: dict[str, Any] | None = None,
         spoil_at: int = 0,
+        dataset: dict[str, Any] | None = None,
         **training: Any,
     ) -> list[dict[str, Any]]:
         spec = job_spec(
