@@ -56,5 +56,6 @@ def test_the_report_shows_the_map_and_says_what_it_is(facts: dict[str, Any]) -> 
     page = render(facts, {identity: content.getvalue()})
     assert page.count("Where it looked") == 1
     assert '<rect x="0" y="1" width="1" height="1" fill-opacity="0.35"/>' in page
+    assert "raised the answer's loss by 1 nats a token" in page
     assert "It shows what the answer depends on, not whether it is right" in page
     assert "Where it looked" not in render(facts | {"privacy": {"report_images": False}})
