@@ -16,7 +16,7 @@ test:
 	@$(PYTHON_VENV) -m ruff check .
 	@$(PYTHON_VENV) -m ruff format --check .
 	@$(PYTHON_VENV) -m mypy
-	@$(PYTHON_VENV) -m pytest
+	@$(PYTHON_VENV) -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 # Long proofs; a smaller sample of each is in the suite.
 kill-proof:
@@ -46,7 +46,7 @@ test-store:
 # Each benchmark appends to benchmarks/results.jsonl; the last line renders benchmarks/RESULTS.md.
 bench-store:
 	@.ci/venv train dev
-	@CEPH_SCHEMES=http CEPH_BYTES=11000000000 sh tests/store/ceph.sh $(abspath $(PYTHON_VENV)) benchmarks/transfer.py --folder /dev/shm
+	@CEPH_SCHEMES=http CEPH_BYTES=11000000000 nice -n -10 sh tests/store/ceph.sh $(abspath $(PYTHON_VENV)) benchmarks/transfer.py --folder /dev/shm
 	@$(PYTHON_VENV) benchmarks/checkpoint_stall.py
 	@$(PYTHON_VENV) benchmarks/record.py
 
@@ -54,12 +54,15 @@ bench-store:
 bench-gpu:
 	@$(PYTHON_GPU) benchmarks/throughput.py $(MODEL) --case language --restart --folder $(or $(FOLDER),/tmp/throughput)
 	@$(PYTHON_GPU) benchmarks/throughput.py $(MODEL) --case everywhere --generate 16 --folder $(or $(FOLDER),/tmp/throughput)
+	@$(PYTHON_GPU) benchmarks/merge.py $(or $(FOLDER),/tmp/merge)
 	@$(PYTHON_GPU) benchmarks/record.py
 
 bench:
 	@.ci/venv train dev
 	@$(PYTHON_VENV) benchmarks/demo.py
 	@$(PYTHON_VENV) benchmarks/preemption.py
+	@$(PYTHON_VENV) benchmarks/loader.py
+	@$(PYTHON_VENV) benchmarks/near_duplicates.py
 	@$(PYTHON_VENV) benchmarks/record.py
 
 lint:

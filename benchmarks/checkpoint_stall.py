@@ -2,11 +2,12 @@
 
     python benchmarks/checkpoint_stall.py
 
-A loop trains a model of 67 M parameters with AdamW on the CPU (0.8 GB of state). Every few steps it saves: as the trainer
-does, files into a folder on scratch that is handed to the uploader; or as a copy in memory which the uploader's thread
-writes to the folder. The store is moto's server, or that of
-AWS_ENDPOINT_URL_S3, behind a wire of 1 Gbit/s where each answer takes 0.2 s, then behind one of a quarter of it with
-0.8 s. Measured is what the thread that steps spends in the save; the wait for the last upload is not part of it.
+A loop trains a model of 67 M parameters with AdamW on one core (0.8 GB of state). Every few steps it saves: as this job
+does, a copy in host memory that another thread writes to scratch; and as transformers does, straight to scratch. Either
+way the uploader's thread then sends the files. The store is moto's server behind a wire of 1 Gbit/s where each answer
+takes 0.2 s, then behind one of a quarter of it with 0.8 s. Store and wire run at nice 15, since a real store is another
+machine; hashing and sending share the two cores with training. Measured is what the thread that steps spends in a save,
+and, beside it, by how much the steps behind a save are slower than before the first.
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -34,55 +34,73 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.record import append
 from job.checkpoint import Uploader, steps
 from job.store import open_store
+from job.train.snapshot import Snapshot
 from tests.s3 import address, make_bucket, moto, point_at
 from tests.store.proxy import Proxy
 
 WIRES = {"1 Gbit/s, answers after 0.2 s": (125e6, 0.2), "0.25 Gbit/s, answers after 0.8 s": (31e6, 0.8)}
+ASIDE = ("nice", "-n", "15")
 
 
-def clone(state: Any) -> Any:
-    """A copy of nested dictionaries and lists with every tensor copied."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().clone()
-    if isinstance(state, dict):
-        return {key: clone(value) for key, value in state.items()}
-    return [clone(value) for value in state] if isinstance(state, list) else state
+class Held(NamedTuple):
+    """Seconds that each save took from the thread, and that steps were slower on top, by save."""
+
+    saves: list[float]
+    slower: float
 
 
-def write(state: tuple[Any, Any], folder: Path) -> None:
-    """The two large files of a trainer's checkpoint."""
-    save_file(state[0], folder / "model.safetensors")
-    torch.save(state[1], folder / "optimizer.pt")
+class Training:
+    """The loop, and what it knows of its steps."""
 
+    def __init__(self) -> None:
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(4096, 4096, bias=False) for _ in range(4)])
+        self.optimizer = torch.optim.AdamW(self.layers.parameters(), lr=1e-4)
+        self.steps: list[float] = []
 
-def train(scratch: Path, uploader: Uploader, saves: int, pause: float, copy: bool) -> list[float]:
-    """Step and save. Returns the seconds that each save took from the thread."""
-    layers = torch.nn.ModuleList([torch.nn.Linear(4096, 4096, bias=False) for _ in range(4)])
-    optimizer = torch.optim.AdamW(layers.parameters(), lr=1e-4)
-    held: list[float] = []
-    step = 0
-    for number in range(saves):
-        until = time.perf_counter() + pause
-        while time.perf_counter() < until:
-            step += 1
+    def train(self, seconds: float) -> None:
+        until = time.perf_counter() + seconds
+        while (began := time.perf_counter()) < until:
             hidden = torch.ones(1, 4096)
-            for layer in layers:
+            for layer in self.layers:
                 hidden = torch.tanh(layer(hidden))
             hidden.sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.steps.append(time.perf_counter() - began)
+
+    def states(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {"adapter_model.safetensors": self.layers.state_dict(), "optimizer.pt": self.optimizer.state_dict()}
+
+
+def run(scratch: Path, uploader: Uploader, saves: int, pause: float, ours: bool) -> Held:
+    """Step and save."""
+    (scratch / "unchanging").mkdir()
+    training, snapshot = Training(), Snapshot(scratch / "unchanging")
+    training.train(0.1)
+    if ours:
+        snapshot.prepare(training.states())
+        snapshot.written.result()
+    training.steps.clear()
+    training.train(pause)
+    quiet = statistics.median(training.steps)
+    training.steps.clear()
+    held: list[float] = []
+    for number in range(saves):
         folder = scratch / f"snapshot-{number}"
         began = time.perf_counter()
-        if copy:
-            state = (clone(layers.state_dict()), clone(optimizer.state_dict()))
-            uploader.submit(folder, step, epoch=0.0, write=partial(write, state))
+        folder.mkdir()
+        if ours:
+            snapshot.take(folder, training.states())
+            uploader.submit(folder, number + 1, epoch=0.0, written=snapshot.written)
         else:
-            folder.mkdir()
-            write((layers.state_dict(), optimizer.state_dict()), folder)
-            uploader.submit(folder, step, epoch=0.0)
+            states = training.states()
+            save_file(states["adapter_model.safetensors"], folder / "adapter_model.safetensors")
+            torch.save(states["optimizer.pt"], folder / "optimizer.pt")
+            uploader.submit(folder, number + 1, epoch=0.0)
         held.append(time.perf_counter() - began)
-        print(f"step {step}: the save held the thread for {held[-1]:.2f} s", flush=True)
-    return held
+        print(f"the save held the thread for {held[-1]:.2f} s", flush=True)
+        training.train(pause)
+    return Held(held, sum(step - quiet for step in training.steps) / saves)
 
 
 @contextlib.contextmanager
@@ -90,7 +108,7 @@ def slow_wire(server: str, rate: float, delay: float) -> Iterator[str]:
     """The proxy, in a process of its own: in this one it would take the interpreter's lock from the training thread."""
     here = Path(__file__).resolve()
     process = subprocess.Popen(
-        [sys.executable, str(here), "--wire", server, str(rate), str(delay)], stdout=subprocess.PIPE, text=True
+        [*ASIDE, sys.executable, str(here), "--wire", server, str(rate), str(delay)], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     try:
@@ -103,25 +121,31 @@ def slow_wire(server: str, rate: float, delay: float) -> Iterator[str]:
 def main(saves: int, pause: float, scratch: Path | None) -> None:
     torch.set_num_threads(1)
     medians: dict[bool, list[float]] = {False: [], True: []}
-    with moto() as server, pytest.MonkeyPatch.context() as patch:
-        for (name, (rate, delay)), copy in itertools.product(WIRES.items(), medians):
+    with moto(*ASIDE) as server, pytest.MonkeyPatch.context() as patch:
+        for (name, (rate, delay)), ours in itertools.product(WIRES.items(), medians):
             point_at(server, patch)
             bucket = make_bucket()
             with tempfile.TemporaryDirectory(dir=scratch) as work, slow_wire(server, rate, delay) as wire:
                 patch.setenv("AWS_ENDPOINT_URL_S3", wire)
                 store = open_store(f"s3://{bucket}/out")
                 with Uploader(store, spec_digest="bench", attempt=0, lease=None, keep=1) as uploader:
-                    held = train(Path(work), uploader, saves, pause, copy)
+                    held = run(Path(work), uploader, saves, pause, ours)
                     began = time.perf_counter()
                     assert uploader.wait(900)
                     print(f"the last upload took {time.perf_counter() - began:.0f} s more; committed {steps(store)}")
-            medians[copy].append(statistics.median(held))
-            case = f"{name}, {'copied in memory' if copy else 'written to scratch'}"
-            for which, value in (("median", medians[copy][-1]), (f"worst of {saves}", max(held))):
-                append("checkpoint_stall", f"{case}, {which}", value, "s", goal="under 0.5", meets=value < 0.5)
-    for copy, (fast, slow) in medians.items():
-        case = f"slow store over fast store, {'copied in memory' if copy else 'written to scratch'}"
-        append("checkpoint_stall", case, slow / fast, "×", goal="at most 1.25", meets=slow / fast <= 1.25)
+            medians[ours].append(statistics.median(held.saves))
+            case = (
+                f"{name}, {'copied, written by another thread' if ours else 'written to scratch as transformers does'}"
+            )
+            goal = "under 0.5" if ours else ""
+            for which, value in (("median", medians[ours][-1]), (f"worst of {saves}", max(held.saves))):
+                append(
+                    "checkpoint_stall", f"{case}, {which}", value, "s", goal=goal, meets=value < 0.5 if ours else None
+                )
+            append("checkpoint_stall", f"{case}, steps slower while it is written and sent, a save", held.slower, "s")
+    fast, slow = medians[True]
+    goal = "at most 1.25"
+    append("checkpoint_stall", "slow store over fast store", slow / fast, "×", goal=goal, meets=slow / fast <= 1.25)
 
 
 if __name__ == "__main__":
@@ -131,7 +155,7 @@ if __name__ == "__main__":
             threading.Event().wait()
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--saves", type=int, default=6)
-    arguments.add_argument("--pause", type=float, default=4.0, help="seconds of training between saves")
+    arguments.add_argument("--pause", type=float, default=8.0, help="seconds of training between saves")
     arguments.add_argument("--scratch", type=Path, help="where snapshots are written; default: the temporary folder")
     given = arguments.parse_args()
     main(given.saves, given.pause, given.scratch)

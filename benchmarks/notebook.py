@@ -2,9 +2,10 @@
 
     python benchmarks/notebook.py MODEL DATA OUT --vision true --epochs 3 [--micro 2 --accumulation 4]
 
-Run by throughput.py. Rows come in the job's own order, and the loss is taken over answers only (the notebook takes it over
-the prompt too), so that losses can be compared step by step; the fresh adapter is saved to OUT/start for the job to begin
-with. Writes OUT/steps.jsonl: seconds since the process began and loss of each step; OUT/facts.json: the rest.
+Run by throughput.py. Rows come in the job's own order and through its collator, which takes the loss over answers only (the
+notebook's takes it over the prompt too), so that losses can be compared step by step; the fresh adapter is saved to
+OUT/start for the job to begin with. Writes OUT/steps.jsonl: seconds since the process began and loss of each step;
+OUT/facts.json: the rest.
 """
 
 from __future__ import annotations
@@ -26,16 +27,12 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from unsloth import FastVisionModel
-from unsloth.trainer import UnslothVisionDataCollator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from job.data.rows import conversation
+from job.model.collator import Collator
 from job.spec import RADIOGRAPHER
 from job.train.order import EpochOrder
-
-PARTS = {
-    "instruction_part": "<|start_header_id|>user<|end_header_id|>\n\n",
-    "response_part": "<|start_header_id|>assistant<|end_header_id|>\n\n",
-}
 
 
 class InOrder(SFTTrainer):
@@ -86,21 +83,12 @@ def main() -> None:
     lines = [json.loads(line) for line in (given.data / "metadata.jsonl").read_text().splitlines()]
     rows = [
         {
-            "messages": [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "text", "text": RADIOGRAPHER},
-                        {"type": "image", "image": Image.open(given.data / line["file_name"]).convert("RGB")},
-                    ],
-                },
-                {"role": "assistant", "content": [{"type": "text", "text": line["caption"]}]},
-            ]
+            "messages": conversation(RADIOGRAPHER, line["caption"], None),
+            "images": [Image.open(given.data / line["file_name"]).convert("RGB")],
+            "id": f"row-{number}",
         }
-        for line in lines
+        for number, line in enumerate(lines)
     ]
-    for row in rows:  # the notebook puts the text first; the job the image: the same, so that losses compare
-        row["messages"][0]["content"].reverse()
     order, chosen = EpochOrder(len(rows), 3407), []
     for epoch in range(given.epochs):
         order.set_epoch(epoch)
@@ -109,7 +97,7 @@ def main() -> None:
     trainer = InOrder(
         model=model,
         processing_class=processor,
-        data_collator=UnslothVisionDataCollator(model, processor, train_on_responses_only=True, **PARTS),
+        data_collator=Collator(processor, 2048),
         train_dataset=chosen,
         callbacks=[Clock(given.out / "steps.jsonl")],
         args=SFTConfig(
@@ -143,11 +131,8 @@ def main() -> None:
         FastVisionModel.for_inference(model)
         began = time.time()
         for row in rows[: given.generate]:
-            content = row["messages"][0]["content"]
-            text = processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}, content[1]]}], add_generation_prompt=True
-            )
-            inputs = processor(content[0]["image"], text, add_special_tokens=False, return_tensors="pt").to("cuda")
+            text = processor.apply_chat_template(row["messages"][:-1], add_generation_prompt=True)
+            inputs = processor(row["images"], text, add_special_tokens=False, return_tensors="pt").to("cuda")
             model.generate(**inputs, max_new_tokens=64, use_cache=True, do_sample=False)
         facts["generation"] = time.time() - began
     (given.out / "facts.json").write_text(json.dumps(facts))

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +101,13 @@ def job(
         out.with_suffix(f".{scratch.name}.log"),
     )
     lines = [json.loads(line) for line in (out / "logs" / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
+    for line in lines:  # times of day are whole seconds; the steps' own are not
         line["seconds"] = datetime.fromisoformat(line["time"].replace("Z", "+00:00")).timestamp() - began
-    result = json.loads((out / "RESULT.json").read_text())
+    for before, line in pairwise(lines):
+        line["seconds"] = before["seconds"] + line["step_seconds"] if line["seconds"] > 0 else line["seconds"]
+    said = re.search(r"evaluate after: ([\d.]+) s", out.with_suffix(f".{scratch.name}.log").read_text())
     peak = max(line.get("gpu_memory_reserved_gb", 0) for line in lines)
-    return {"steps": lines, "peak_gb": peak, "generation": result["seconds"].get("evaluate after")}
+    return {"steps": lines, "peak_gb": peak, "generation": float(said[1]) if said else None}
 
 
 def started(command: list[str], environment: dict[str, str], log: Path) -> None:

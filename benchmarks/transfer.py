@@ -3,7 +3,8 @@
     python benchmarks/transfer.py --gib 2 --rounds 3
 
 The store is the one in AWS_ENDPOINT_URL_S3 (`sh tests/store/ceph.sh python benchmarks/transfer.py` brings up a Ceph).
-Each contestant runs in a process of its own, all of them one after the other in each round. A ratio is the median over
+Each contestant runs in a process of its own, all of them one after the other in each round, which begins with
+another. A ratio is the median over
 the rounds of times taken in the same round. The floor is http.client with presigned urls, sendfile up and recv_into
 down over as many connections as we use: no hashing; `floor+sha` reads and hashes the file once beside it.
 Contestants that are not installed (aws, awscrt) are left out.
@@ -170,7 +171,7 @@ def connection(local: threading.local, url: Any) -> http.client.HTTPConnection:
 
 
 def run(name: str, way: str, bucket: str, key: str, path: Path) -> None:
-    """One contestant, in this process. Prints seconds and peak memory in MB."""
+    """One contestant, in this process. Prints seconds, peak memory in MB and seconds of processor."""
     calls: dict[str, Any] = {"ours": ours, "boto3": boto3_defaults, "crt": crt, "aws": aws}
     began = time.perf_counter()
     if name.startswith("floor"):
@@ -179,13 +180,16 @@ def run(name: str, way: str, bucket: str, key: str, path: Path) -> None:
         calls[name](way, bucket, key, path)
     seconds = time.perf_counter() - began
     who = resource.RUSAGE_CHILDREN if name == "aws" else resource.RUSAGE_SELF
-    print(json.dumps([seconds, resource.getrusage(who).ru_maxrss / 1000]))
+    used = resource.getrusage(who)
+    print(json.dumps([seconds, used.ru_maxrss / 1000, used.ru_utime + used.ru_stime]))
 
 
-def measure(name: str, way: str, bucket: str, key: str, path: Path) -> tuple[float, float]:
+def measure(name: str, way: str, bucket: str, key: str, path: Path) -> tuple[float, float, float]:
     command = [sys.executable, __file__, "--run", name, way, bucket, key, str(path)]
-    seconds, memory = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
-    return seconds, memory
+    seconds, memory, busy = json.loads(
+        subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1]
+    )
+    return seconds, memory, busy
 
 
 def installed(name: str) -> bool:
@@ -207,36 +211,45 @@ def main(gib: float, rounds: int, folder: Path) -> None:
             stream.write(os.urandom(PART))
     names = [name for name in NAMES if installed(name)]
     seconds: dict[tuple[str, str], list[float]] = {(way, name): [] for way in ("up", "down") for name in names}
+    processor: dict[tuple[str, str], list[float]] = {case: [] for case in seconds}
     memory = dict.fromkeys(("up", "down"), 0.0)
-    for _ in range(rounds):
+    for turn in range(rounds):
         for way in ("up", "down"):
-            for name in names:
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:  # none always follows the same one
                 key = name if way == "up" else "ours"
-                took, used = measure(name, way, bucket, key, source if way == "up" else target)
+                took, used, busy = measure(name, way, bucket, key, source if way == "up" else target)
                 seconds[way, name].append(took)
+                processor[way, name].append(busy)
                 if name == "ours":
                     memory[way] = max(memory[way], used)
                 if way == "up" and name != "ours":
                     client.delete_object(Bucket=bucket, Key=key)
                 target.unlink(missing_ok=True)
-                print(f"{way:5s}{name:10s}{gib * 1024 / took:8.0f} MiB/s{used:8.0f} MB", flush=True)
+                print(f"{way:5s}{name:10s}{gib * 1024 / took:8.0f} MiB/s{used:8.0f} MB{busy:8.1f} s busy", flush=True)
                 time.sleep(3)  # let the store clean up what was deleted
     client.delete_object(Bucket=bucket, Key="ours")
-    report(gib, seconds, memory)
+    report(gib, seconds, processor, memory)
 
 
-def report(gib: float, seconds: dict[tuple[str, str], list[float]], memory: dict[str, float]) -> None:
+Times = dict[tuple[str, str], list[float]]
+
+
+def report(gib: float, seconds: Times, processor: Times, memory: dict[str, float]) -> None:
     for way in ("up", "down"):
         for name in (name for direction, name in seconds if direction == way):
             append(
                 "transfer", f"{gib:g} GiB {way}, {name}", gib * 1024 / statistics.median(seconds[way, name]), "MiB/s"
             )
 
-        def ratio(slow: str, fast: str, way: str = way) -> float:
-            return statistics.median(a / b for a, b in zip(seconds[way, slow], seconds[way, fast], strict=True))
+        def ratio(slow: str, fast: str, times: Times = seconds, way: str = way) -> float:
+            return statistics.median(a / b for a, b in zip(times[way, slow], times[way, fast], strict=True))
 
         times = ratio("boto3", "ours")
         append("transfer", f"{gib:g} GiB {way}, ours over boto3", times, "×", goal="at least 1.4", meets=times >= 1.4)
+        for fast in ("floor", "floor+sha"):  # what a client that does nothing else could be
+            append("transfer", f"{gib:g} GiB {way}, {fast} over boto3", ratio("boto3", fast), "×")
+        busy = ratio("ours", "boto3", processor)
+        append("transfer", f"{gib:g} GiB {way}, processor time of ours over that of boto3", busy, "×")
         behind = ratio("ours", "floor+sha")
         append(
             "transfer",

@@ -29,15 +29,23 @@ def main() -> None:
     """Fine-tune a vision-language model with LoRA, measured before and after, resumable at any moment."""
 
 
+bundle_option = click.option(
+    "--bundle",
+    help="Take base and data from what `prefetch` gathered, and nothing from a network (default: the variable JOB_BUNDLE).",
+)
+
+
 @main.command()
 @click.argument("spec", required=False)
-def run(spec: str | None) -> None:
+@bundle_option
+def run(spec: str | None, bundle: str | None) -> None:
     """Run the job of SPEC (default: the variable JOB_SPEC; text, path, file:// or s3:// URL)."""
 
     def work(preemption: Preemption) -> None:
         from job.run import run as run_job
         from job.specfile import load_spec
 
+        os.environ.update({"JOB_BUNDLE": bundle} if bundle else {})
         run_job(load_spec(os.environ, spec), os.environ, preemption)
 
     finish(work)
@@ -45,22 +53,45 @@ def run(spec: str | None) -> None:
 
 @main.command()
 @click.argument("spec", required=False)
-def check(spec: str | None) -> None:
+@click.option("--data", is_flag=True, help="Fetch the data and look at every row, not at a sample of a large dataset.")
+@bundle_option
+def check(spec: str | None, data: bool, bundle: str | None) -> None:
     """Print the plan that `run` would execute, with all that can be known here. Changes nothing."""
 
     def work(preemption: Preemption) -> None:
         with preemption.leave_at_once():
+            from job.bundle import use_bundle
             from job.output import check_owner, open_output
             from job.plan import describe, make_plan
             from job.scratch import prepare_scratch
             from job.specfile import load_spec
             from job.survey import survey
 
+            os.environ.update({"JOB_BUNDLE": bundle} if bundle else {})
             loaded = load_spec(os.environ, spec)
             store = open_output(loaded)
             check_owner(store, loaded)
-            found = survey(loaded, store, prepare_scratch(os.environ), fetch=False)
+            scratch = prepare_scratch(os.environ)
+            use_bundle(loaded, os.environ, scratch)
+            found = survey(loaded, store, scratch, fetch=False, all_data=data)
             click.echo(describe(loaded, make_plan(loaded, found.facts), found.facts))
+
+    finish(work)
+
+
+@main.command()
+@click.argument("spec")
+@click.argument("folder")
+def prefetch(spec: str, folder: str) -> None:
+    """Gather base, processor and data of SPEC into FOLDER (or an s3:// prefix), for `run --bundle` where there is no network."""
+
+    def work(preemption: Preemption) -> None:
+        with preemption.leave_at_once():
+            from job.bundle import prefetch as gather
+            from job.scratch import prepare_scratch
+            from job.specfile import load_spec
+
+            gather(load_spec(os.environ, spec), folder, prepare_scratch(os.environ))
 
     finish(work)
 
@@ -75,6 +106,31 @@ def status(output: str) -> None:
         from job.store import open_store
 
         click.echo(describe_status(open_store(output)))
+
+    finish(work)
+
+
+@main.command()
+@click.argument("output")
+@click.option(
+    "--to", type=click.Path(path_type=Path, dir_okay=False), help="A file here, instead of OUTPUT/report.html."
+)
+def report(output: str, to: Path | None) -> None:
+    """Make the report of the job at OUTPUT again from its stored files. Needs no GPU and no model."""
+
+    def work(preemption: Preemption) -> None:
+        with preemption.leave_at_once():
+            from job.output import REPORT_KEY
+            from job.report import rebuild
+            from job.store import open_store
+
+            store = open_store(output)
+            page = rebuild(store).encode()
+            if to is None:
+                store.write(REPORT_KEY, page)
+            else:
+                to.write_bytes(page)
+            click.echo(str(to or f"{store.url.rstrip('/')}/{REPORT_KEY}"))
 
     finish(work)
 

@@ -1,4 +1,5 @@
-"""What the run says to Prometheus: a few numbers over HTTP, where `JOB_METRICS_PORT` asks for them.
+"""What the run says to Prometheus: a few numbers over HTTP, where `JOB_METRICS_PORT` asks for them, or in the file that
+`JOB_METRICS_FILE` names, for the textfile collector of a node exporter.
 
 The text is Prometheus' exposition format, version 0.0.4. There is nothing in it that a status does not hold.
 """
@@ -7,10 +8,12 @@ from __future__ import annotations
 
 import http.server
 import logging
+import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from job.errors import SpecError
@@ -18,10 +21,13 @@ from job.record import Record
 
 log = logging.getLogger("job")
 
+FILE_SECONDS = 15.0
 GAUGES = {
     "step": "Optimizer steps done.",
     "steps": "Optimizer steps planned.",
     "loss": "Loss of the last step that was logged.",
+    "eval_loss": "Held-out loss when it was last measured.",
+    "best_step": "Step with the lowest held-out loss so far.",
     "seconds_left": "Estimated seconds until training ends.",
     "last_checkpoint": "Step of the newest checkpoint that is safe in the store.",
     "checkpoint_seconds": "How long its upload took.",
@@ -65,6 +71,43 @@ def serving(record: Record, environment: Mapping[str, str]) -> Iterator[None]:
         server.server_close()
 
 
+@contextmanager
+def writing(record: Record, environment: Mapping[str, str]) -> Iterator[None]:
+    """Write `JOB_METRICS_FILE` (`…/metrics.prom`) every `FILE_SECONDS` while the block runs; nothing where it is not set.
+
+    Raises SpecError where it cannot be written. The file appears by a rename, so that nobody reads half of it.
+    """
+    name = environment.get("JOB_METRICS_FILE", "").strip()
+    if not name:
+        yield
+        return
+    path, ended = Path(name), threading.Event()
+
+    def write() -> None:
+        made = path.with_name(f".{path.name}.{os.getpid()}")
+        made.write_text(exposition(record.snapshot()))
+        made.replace(path)
+
+    def repeat() -> None:
+        while not ended.wait(FILE_SECONDS):
+            with suppress(OSError):  # a full disk here is no reason to stop training
+                write()
+
+    try:
+        write()
+    except OSError as error:
+        raise SpecError(f"JOB_METRICS_FILE: {path}: {error.strerror}; name a file in a folder that is there") from None
+    thread = threading.Thread(target=repeat, name="metrics file", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        with suppress(OSError):
+            write()
+
+
 def exposition(status: dict[str, Any]) -> str:
     """A status as Prometheus reads it; numbers that are not known yet are left out."""
     labels = ",".join(f'{name}="{_escaped(status.get(name, ""))}"' for name in ("name", "stage", "state"))
@@ -77,6 +120,15 @@ def exposition(status: dict[str, Any]) -> str:
         if isinstance(value, (int, float)):
             lines += [f"# HELP vision_lora_job_{name} {text}", f"# TYPE vision_lora_job_{name} gauge"]
             lines.append(f"vision_lora_job_{name} {value}")
+    measured = status.get("measured") or {}
+    if measured:
+        lines += [
+            "# HELP vision_lora_job_metric What was measured on held-out rows.",
+            "# TYPE vision_lora_job_metric gauge",
+        ]
+    for metric, values in measured.items():
+        for when, value in values.items():
+            lines.append(f'vision_lora_job_metric{{metric="{_escaped(metric)}",when="{when}"}} {value}')
     return "\n".join(lines) + "\n"
 
 

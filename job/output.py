@@ -15,7 +15,8 @@ from job.specfile import parse, validate
 from job.store import Store, open_store
 
 RESULT_KEY, SPEC_KEY, REPORT_KEY = "RESULT.json", "spec.yaml", "report.html"
-OURS = ("checkpoints/", "evaluation/", "adapter/", "merged/", "data/", "logs/")
+MADE_OF_MERGED = ("merged/", "merged_4bit/", "merged_fp8/", "gguf/")
+OURS = ("checkpoints/", "evaluation/", "adapter/", *MADE_OF_MERGED, "data/", "logs/")
 ATTEMPTS_KEY = "attempts.json"
 TRIED_AGAIN = {row.code for row in EXIT_CODES if row.kubernetes == "Count"}
 OUR_FILES = (RESULT_KEY, REPORT_KEY, STATUS_KEY, SPEC_KEY, ATTEMPTS_KEY)

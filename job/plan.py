@@ -6,24 +6,26 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from job.errors import SpecError
 from job.model.fetch import BaseFacts
 from job.model.lora import GROUPS, parameters, targets
+from job.model.memory import Memory
+from job.model.memory import memory as model_memory
+from job.preemption import DEFAULT_GRACE_SECONDS, FITS
 from job.record import bytes_text
+from job.serving import servers
 from job.spec import JobSpec
 
 Action = Literal["do", "resume", "skip"]
 
-BYTES_PER_WEIGHT = {"4bit": 0.6, "16bit": 2.0, "32bit": 4.0}
-"""nf4 with double quantisation holds 4.13 bits a weight; embeddings and the vision tower's norms stay in 16 bits."""
-BYTES_PER_LORA_PARAMETER = 16
-"""fp32 weight, gradient and AdamW's two moments."""
+HEADROOM = 0.9
+"""Share of the card's memory that the plan fills: the rest is for longer rows and for what fragments."""
+MOST_AT_ONCE = 16
+"""Rows; more at once gain nothing on any card we know."""
 CHECKPOINT_BYTES_PER_LORA_PARAMETER = 12
 """fp32 weight and AdamW's two moments."""
 
-SERVING_NOTES = {
-    "mllama": "Llama 3.2 Vision is no longer served by current vLLM (dropped with its V1 engine); serve it with "
-    "transformers or text-generation-inference, or choose Qwen2.5-VL, Qwen3-VL or Gemma 3",
-}
+SIZES = ("smallest", "median", "largest")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class Facts:
     scratch_free: int = 0
     example: str | None = None
     notes: tuple[str, ...] = ()
+    checkpoint_seconds: float | None = None
+    """From submitted to safe, as the last attempt measured it."""
+    grace_seconds: float = DEFAULT_GRACE_SECONDS
 
 
 @dataclass(frozen=True)
@@ -74,14 +79,17 @@ class Plan:
 
 
 def make_plan(spec: JobSpec, facts: Facts) -> Plan:
-    """The plan for these facts. Raises SpecError when the model has no layers of a group asked for."""
-    micro = micro_batch(spec, facts.device)
-    precision = held_precision(spec, facts)
-    total = total_steps(spec, facts.data["train"], micro) if facts.data else None
+    """The plan for these facts. Raises SpecError when the model has no layers of a group asked for, or cannot
+    have its rows in one batch."""
     groups: dict[str, int] = {}
     if facts.base is not None:
         counts = parameters(spec.lora.r, facts.base.linears, targets(spec.lora, facts.base.linears))
         groups = {name: counts[name] for name in (*GROUPS, "other") if name in counts}
+    precision = held_precision(spec, facts, groups)
+    memory = needed_memory(spec, facts, groups, precision)
+    micro = micro_batch(spec, facts.device, memory)
+    _refuse_mixed_batches(spec, facts, micro)
+    total = total_steps(spec, facts.data["train"], micro) if facts.data else None
     return Plan(
         stages=tuple(stages(spec, facts, total)),
         total_steps=total,
@@ -89,29 +97,62 @@ def make_plan(spec: JobSpec, facts: Facts) -> Plan:
         accumulation=spec.training.effective_batch_size // micro,
         precision=precision,
         groups=groups,
-        estimates=estimates(facts, precision, sum(groups.values()), spec.export.merged),
-        warnings=tuple(warnings(spec, facts, total)),
+        estimates=estimates(spec, facts, groups, memory, micro),
+        warnings=tuple(warnings(spec, facts, total, memory)),
     )
 
 
-def micro_batch(spec: JobSpec, device: Device | None) -> int:
-    """Samples per forward pass: the largest divisor of the effective batch that is at most 8 (2 on cards under 40 GB)."""
+def needed_memory(spec: JobSpec, facts: Facts, groups: dict[str, int], precision: str) -> Memory | None:
+    """What training will take, for the longest row; None when the base is not here to be measured."""
+    if facts.base is None:
+        return None
+    tokens = (facts.data or {}).get("tokens", {}).get("longest", spec.training.max_length)
+    return model_memory(
+        facts.base.config,
+        facts.base.linears,
+        facts.base.parameters,
+        groups,
+        precision=precision,
+        optim=spec.training.optim,
+        checkpointing_offloaded=spec.model.backend != "transformers",
+        tokens=min(tokens, spec.training.max_length),
+    )
+
+
+def fits(memory: Memory | None, device: Device, rows: int) -> bool:
+    return memory is None or memory.of(rows) <= HEADROOM * device.memory
+
+
+def _refuse_mixed_batches(spec: JobSpec, facts: Facts, micro: int) -> None:
+    """mllama looks at images beside the text, not in it: a row without would look at what is padding."""
+    without = facts.data.get("without_images", 0) if facts.data else 0
+    mllama = facts.base is not None and facts.base.model_type == "mllama"
+    if mllama and facts.data and 0 < without < facts.data["train"] and max(micro, spec.evaluation.batch_size) > 1:
+        raise SpecError(
+            f"training.per_device_train_batch_size, evaluation.batch_size: {without} rows have no image and the others have, "
+            "which cannot share a batch of Llama 3.2 Vision; set both to 1"
+        )
+
+
+def micro_batch(spec: JobSpec, device: Device | None, memory: Memory | None) -> int:
+    """Rows per forward pass: the largest divisor of the effective batch that fits the card; at most 8 on a CPU."""
     given, effective = spec.training.per_device_train_batch_size, spec.training.effective_batch_size
     if given != "auto":
         return given
-    small = device is not None and device.kind == "cuda" and device.memory < 40e9
-    most = 2 if small else 8
-    return max(size for size in range(1, most + 1) if effective % size == 0)
+    if device is None or device.kind == "cpu":
+        return max(size for size in range(1, 9) if effective % size == 0)
+    sizes = [size for size in range(1, MOST_AT_ONCE + 1) if effective % size == 0]
+    return max((size for size in sizes if fits(memory, device, size)), default=1)
 
 
-def held_precision(spec: JobSpec, facts: Facts) -> str:
-    """`auto` resolved: 32bit on a CPU; 16bit on a GPU that holds it twice over, else 4bit."""
+def held_precision(spec: JobSpec, facts: Facts, groups: dict[str, int]) -> str:
+    """`auto` resolved: 32bit on a CPU; on a GPU 16bit, which is quicker, where four rows at once fit with it, else 4bit."""
     if spec.model.precision != "auto":
         return spec.model.precision
     if facts.device is None or facts.device.kind == "cpu":
         return "32bit"
-    weights = facts.base.parameters * BYTES_PER_WEIGHT["16bit"] if facts.base else 0
-    return "16bit" if weights * 2 < facts.device.memory else "4bit"
+    rows = min(4, spec.training.effective_batch_size)
+    return "16bit" if fits(needed_memory(spec, facts, groups, "16bit"), facts.device, rows) else "4bit"
 
 
 def total_steps(spec: JobSpec, rows: int, micro: int) -> int:
@@ -129,7 +170,15 @@ def stages(spec: JobSpec, facts: Facts, total: int | None) -> list[Stage]:
         return [Stage(name, "skip", "published already") for name in names]
     measured = facts.data is None or facts.data["evaluation"] > 0
     done = total is not None and total in facts.checkpoints
-    what = "adapter and merged weights" if spec.export.merged else "adapter"
+    if spec.evaluation.patience and "evaluation/after.jsonl" in facts.keys:
+        done = True  # training was over before its last step
+    kinds = {
+        "merged weights": "merged",
+        "the same in 4 bits": "merged_4bit",
+        "the same in FP8": "merged_fp8",
+        "GGUF": "gguf",
+    }
+    what = ", ".join(["adapter", *(name for name, field in kinds.items() if getattr(spec.export, field))])
     return [
         Stage("stage in", "do", "base model and data"),
         Stage("load", "do", spec.model.name_or_path),
@@ -155,58 +204,103 @@ def _evaluation(when: str, facts: Facts, measured: bool) -> Stage:
 def _training(facts: Facts, total: int | None, done: bool) -> Stage:
     steps = f"{total} steps" if total is not None else "steps not known yet"
     if done:
-        return Stage("train", "skip", f"step {total} is saved")
+        return Stage("train", "skip", f"step {max(facts.checkpoints, default=total)} is saved")
     if facts.checkpoints:
         return Stage("train", "resume", f"from step {max(facts.checkpoints)} of {steps}")
     return Stage("train", "do", steps)
 
 
-def estimates(facts: Facts, precision: str, lora: int, merged: bool) -> dict[str, int]:
-    """Rough sizes in bytes, by the constants above; activations are not in them."""
-    if facts.base is None:
+def estimates(spec: JobSpec, facts: Facts, groups: dict[str, int], memory: Memory | None, micro: int) -> dict[str, int]:
+    """Sizes in bytes, as far as they are known before anything runs."""
+    if facts.base is None or memory is None:
         return {}
-    weights = int(facts.base.parameters * BYTES_PER_WEIGHT[precision])
-    sizes = {
-        "weights in memory": weights,
-        "adapter, gradients and optimizer": lora * BYTES_PER_LORA_PARAMETER,
-        "one checkpoint": lora * CHECKPOINT_BYTES_PER_LORA_PARAMETER,
-    }
-    if merged:
-        sizes["merged weights"] = facts.base.parameters * 2
+    sizes = {"weights in memory": memory.weights}
+    if facts.device is not None and facts.device.kind == "cuda":
+        sizes |= {"adapters, gradients, optimizer, buffers": memory.training, "each row at once": memory.row}
+        sizes["GPU memory in all"] = memory.of(micro)
+    sizes["one checkpoint"] = sum(groups.values()) * CHECKPOINT_BYTES_PER_LORA_PARAMETER
+    if spec.export.merged:
+        sizes["merged weights"] = facts.base.bytes
     return sizes
 
 
-def warnings(spec: JobSpec, facts: Facts, total: int | None) -> list[str]:
+def warnings(spec: JobSpec, facts: Facts, total: int | None, memory: Memory | None) -> list[str]:
     """What a careful colleague would say before this runs."""
     found = list(facts.notes)
-    if facts.base is not None and facts.base.model_type in SERVING_NOTES:
-        found.append(SERVING_NOTES[facts.base.model_type])
     if facts.data is not None:
         if facts.data["evaluation"] == 0:
             found.append("no rows are held out, so nothing will be measured")
         elif facts.data["evaluation"] < 20:
             found.append(f"only {facts.data['evaluation']} rows are held out: intervals will be wide")
-        if facts.data.get("same_in_both"):
-            found.append(f"{facts.data['same_in_both']} groups or images are in both training and held-out rows")
-        if spec.dataset.group_column is None and not (spec.dataset.eval_path or spec.dataset.eval_split):
-            found.append("dataset.group_column is not set: rows of one patient may be on both sides of the split")
-        if facts.data["quarantined"]:
-            found.append(f"{facts.data['quarantined']} bad rows are set aside (data/quarantine.jsonl)")
+        found += _data_warnings(spec, facts.data)
+    if spec.evaluation.take == "best" or spec.evaluation.patience:
+        found.append(
+            "the step is chosen by its loss on rows that the result is measured on too, which flatters it a little; keep "
+            "rows apart that this job never sees"
+        )
+    if facts.checkpoint_seconds is not None and facts.checkpoint_seconds > FITS * facts.grace_seconds:
+        found.append(
+            f"a checkpoint took {facts.checkpoint_seconds:.0f} s to become safe in an earlier attempt, and a notice leaves "
+            f"{facts.grace_seconds:.0f} s (JOB_GRACE_SECONDS): give more time, or lower checkpoint.save_steps"
+        )
     if total is not None and spec.checkpoint.save_steps > total:
         found.append(
             f"checkpoint.save_steps {spec.checkpoint.save_steps} is over the {total} steps: one save, at the end"
         )
-    sizes = estimates(facts, held_precision(spec, facts), 0, spec.export.merged)
-    if facts.device is not None and sizes and sizes["weights in memory"] > 0.9 * facts.device.memory:
+    device = facts.device
+    if device is not None and device.kind == "cuda" and memory is not None and not fits(memory, device, 1):
         found.append(
-            f"the weights ({bytes_text(sizes['weights in memory'])}) will not fit {facts.device.name} "
-            f"({bytes_text(facts.device.memory)}); set model.precision to 4bit or take a larger card"
+            f"one row at once needs about {bytes_text(memory.of(1))} ({bytes_text(memory.weights)} of it weights), and "
+            f"{device.name} has {bytes_text(device.memory)}; set model.precision to 4bit, shrink images with "
+            "dataset.image_max_side, or take a larger card"
         )
-    need = sizes.get("merged weights", 0)
+    needed = facts.base is not None and spec.export.merged and spec.export.scratch_copy
+    need = facts.base.bytes if facts.base is not None and needed else 0
     if facts.scratch_free and need > facts.scratch_free:
         found.append(
             f"merged weights need {bytes_text(need)} of scratch, {bytes_text(facts.scratch_free)} are free; "
-            "point JOB_SCRATCH at a larger disk"
+            "set export.scratch_copy to false, or point JOB_SCRATCH at a larger disk"
+        )
+    return found
+
+
+def _describe_data(data: dict[str, Any]) -> list[str]:
+    lines = [
+        f"data: {data['rows']} rows ({data['source']}): {data['train']} to train on, "
+        f"{data['evaluation']} held out, {data['quarantined']} set aside"
+    ]
+    if "looked_at" in data:
+        lines[0] += f"; of {data['looked_at']} rows looked at, and the rest in proportion (check --data looks at all)"
+    lines += [f"  set aside: {count} × {reason}" for reason, count in data.get("reasons", {}).items()]
+    if "images" in data:
+        sizes = ", ".join(f"{name} {data['images'][name][0]}×{data['images'][name][1]}" for name in SIZES)
+        lines.append(f"  images: {data['images']['count']}, {sizes}")
+    if "tokens" in data:
+        lines.append(f"  tokens a row: median {data['tokens']['median']}, longest {data['tokens']['longest']}")
+    return lines
+
+
+def _data_warnings(spec: JobSpec, data: dict[str, Any]) -> list[str]:
+    found = []
+    if data.get("same_in_both"):
+        found.append(f"{data['same_in_both']} groups or images are in both training and held-out rows")
+    if data.get("near_duplicates"):
+        found.append(
+            f"{data['near_duplicates']} held-out pictures are nearly the same as one to train on (data/near_duplicates.jsonl)"
+        )
+    if not (data.get("grouped") or spec.dataset.group_column) and not (
+        spec.dataset.eval_path or spec.dataset.eval_split
+    ):
+        found.append("dataset.group_column is not set: rows of one patient may be on both sides of the split")
+    if data["quarantined"]:
+        found.append(f"{data['quarantined']} bad rows are set aside (data/quarantine.jsonl)")
+    if data.get("over_length"):
+        found.append(f"{data['over_length']} rows are over training.max_length: their answers are cut there")
+    if data.get("burned_in_yes"):
+        found.append(f"{data['burned_in_yes']} rows say that words are burned into their pixels: look for names")
+    if data.get("burned_in_maybe"):
+        found.append(
+            f"{data['burned_in_maybe']} rows do not say whether names are burned into their pixels, and may have them"
         )
     return found
 
@@ -216,16 +310,13 @@ def describe(spec: JobSpec, plan: Plan, facts: Facts) -> str:
     lines = [f"plan for {spec.name} → {spec.output.url}"]
     lines += [f"  {stage.name:<16} {stage.action:<7} {stage.detail}" for stage in plan.stages]
     if facts.data is not None:
-        data = facts.data
-        lines.append(
-            f"data: {data['rows']} rows ({data['source']}): {data['train']} to train on, "
-            f"{data['evaluation']} held out, {data['quarantined']} set aside"
-        )
+        lines += _describe_data(facts.data)
     batch = spec.training.effective_batch_size
     lines.append(f"batch: {batch} = {plan.micro_batch} at once × {plan.accumulation} accumulated")
     if facts.base is not None:
         base = facts.base
         lines.append(f"base: {base.architecture}, {base.parameters:,} parameters, held in {plan.precision}")
+        lines.append(f"merged weights are served by: {servers(base.model_type)}")
     if plan.groups:
         trained = sum(plan.groups.values())
         share = f" ({100 * trained / facts.base.parameters:.2f} % of the base)" if facts.base else ""

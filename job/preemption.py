@@ -17,6 +17,8 @@ from types import FrameType
 from job.errors import Preempted
 
 DEFAULT_GRACE_SECONDS = 30.0
+FITS = 0.8
+"""Share of the grace that a save may take before we call it too slow."""
 LAST_SECONDS = 1.0
 """Left of the grace when a stage that has not noticed yet (a compile, a hung store) is left as it is."""
 NOTICES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -60,11 +62,17 @@ class Preemption:
 
     @contextmanager
     def leave_at_once(self) -> Iterator[None]:
-        """A block with nothing to keep: a notice inside it, or before it, raises Preempted at once."""
+        """A block with nothing to keep: a notice inside it, or before it, raises Preempted at once. So it does where a
+        library caught what we raised in the middle of its import, and went on, or made an error of its own of it."""
         self._raising += 1
         try:
             self.check()
             yield
+            self.check()
+        except Exception as error:
+            if isinstance(error, Preempted) or not self.requested:
+                raise
+            raise Preempted(f"stopped on {self.reason}; run again to continue") from error
         finally:
             self._raising -= 1
 

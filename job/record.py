@@ -153,6 +153,8 @@ class Record:
             try:
                 self._store.write(STATUS_KEY, body)
                 self._failing = False
+            except Preempted:  # a notice that came just now
+                raise
             except JobError as error:
                 if not self._failing:
                     log.warning("status is not written: %s", error)
@@ -188,6 +190,8 @@ class Record:
         if self._metrics.exists():
             try:
                 self._store.write(METRICS_KEY, self._metrics.read_bytes())
+            except Preempted:
+                raise
             except JobError as error:
                 log.warning("numbers are not published: %s", error)
 

@@ -10,7 +10,10 @@ from contextlib import ExitStack
 
 from job import output
 from job.attempt import Attempt
-from job.metrics import serving
+from job.bundle import use_bundle
+from job.data import NEAR_KEY, QUARANTINE_KEY, BadRows, as_jsonl
+from job.export import check_mergeable, hub
+from job.metrics import serving, writing
 from job.model import choose_backend, import_first, load_model
 from job.plan import describe, make_plan
 from job.preemption import Preemption
@@ -51,33 +54,46 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
         number = output.begin(store, spec)
         record = stack.enter_context(Record(store, scratch, name=spec.name, attempt=number).kept())
         stack.enter_context(serving(record, environment))
+        stack.enter_context(writing(record, environment))
         with preemption.leave_at_once():
             with record.stage("stage in"):
+                use_bundle(spec, environment, scratch)
+                hub.check_token(spec.export.hub)
                 with arriving(spec, scratch):
                     device = find_device(has_torch=True)
                     compiled = restored_cache(spec, store, scratch.parent, device)
                     backend = choose_backend(spec.model, device.kind == "cuda")
                     import_first(backend)
-                found = survey(spec, store, scratch, fetch=True)
+                try:
+                    found = survey(spec, store, scratch, fetch=True)
+                except BadRows as error:
+                    store.write(QUARANTINE_KEY, as_jsonl(error.rows))
+                    raise
             attempt = Attempt(spec, store, lease, scratch, record, preemption, number, compiled)
             plan = make_plan(spec, found.facts)
             log.info("%s", describe(spec, plan, found.facts))
             data, base = found.data, found.base
             assert data is not None
             assert base is not None
+            store.write(QUARANTINE_KEY, as_jsonl(data.quarantined))
+            store.write(NEAR_KEY, as_jsonl(data.near))
             with record.stage("load"):
                 # Imported here: a published job, and one that waits for the lease, need none of the training libraries.
-                from job.evaluate import measure
+                from job.evaluate import judge, looked_at, measure, values
                 from job.export import export
                 from job.publish import publish, report_facts
                 from job.train.fit import fit
 
                 loaded = load_model(spec, base, torch_device(), backend, plan.precision, found.adapter)
+                check_mergeable(spec, loaded)
         before = measure(attempt, loaded, data, "before")
         fit(attempt, plan, loaded, data)
         after = measure(attempt, loaded, data, "after")
+        measured, refused = judge(spec, data, before, after)
+        record.update(measured=values(measured))
+        seen = looked_at(attempt, loaded, data, measured, before, after)
         with preemption.leave_at_once():
-            exported = export(attempt, loaded, data)
-            facts = report_facts(attempt, found, plan, before, after, exported)
-            publish(attempt, data, exported, facts)
+            exported = export(attempt, loaded, data, fold=spec.export.merged and not refused)
+            facts = report_facts(attempt, found, plan, before, after, measured, exported, seen)
+            publish(attempt, data, exported, facts, refused)
         log.info("published: %s", spec.output.url)

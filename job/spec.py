@@ -11,8 +11,9 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
+HUB_ID = r"^[\w.-]+/[\w.-]+$"
 RADIOGRAPHER = "You are an expert radiographer. Describe accurately what you see in this image."
 
 
@@ -66,6 +67,20 @@ class LoraSpec(Section):
     """Start from an earlier adapter: a folder or `s3://` prefix in PEFT's format."""
 
 
+class DicomSpec(Section):
+    """How DICOM files become pictures, and which table holds their reports."""
+
+    reports: str | None = None
+    """The table of reports (CSV or JSONL), relative to `dataset.path`. Default: the only table there."""
+    report_key: str | None = None
+    """Its column that names the images, by study, series or instance UID, accession number, patient or path. Default: the one
+    with such a name."""
+    frames: Literal["middle", "montage"] | list[int] = "middle"
+    """Of a file with many frames, or a CT or MR series: the middle one, a grid of 16, or those at these places (from 0)."""
+    window: tuple[float, float] | None = None
+    """Center and width of the window, for all files. Default: each file's own."""
+
+
 class DatasetSpec(Section):
     """Rows of image and text, and how they are split."""
 
@@ -77,34 +92,57 @@ class DatasetSpec(Section):
     """Which split to train on."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
-    format: Literal["auto", "imagefolder", "json", "parquet", "hub"] = "auto"
-    """How `path` is read. `auto` looks and says what it took."""
-    image_column: str = "image"
-    """Column with the image: embedded, or a path relative to the file that names it."""
+    format: Literal["auto", "imagefolder", "json", "csv", "parquet", "webdataset", "dicom", "hub"] = "auto"
+    """How `path` is read. `auto` looks, and says what it took and why."""
+    image_column: str | list[str] | None = "image"
+    """Column with the image or a list of images: embedded, a URL, or a path relative to the file that names it. Several columns
+    give several images; null trains on text alone."""
     answer_column: str = "caption"
     """Column with the text to learn."""
+    answer: str | None = None
+    """A template for it instead: `Findings: {findings}`. Replaces `answer_column`."""
     instruction: str = RADIOGRAPHER
-    """What the user turn says beside the image."""
+    """What the user turn says beside the image. `{history}` puts in the column of that name; a line whose columns are all empty
+    in a row is left out of it."""
     instruction_column: str | None = None
     """Column with an instruction per row. Replaces `instruction`."""
+    messages_column: str | None = None
+    """Column with whole conversations, OpenAI's `messages` or ShareGPT's and LLaVA's `conversations`. Replaces the four above;
+    a column of one of these names is taken by itself unless an answer is named."""
     system_prompt: str | None = None
-    """Text of a system turn, where the model has one."""
+    """Text of a system turn, where the model has one and the row has none."""
+    weight_column: str | None = None
+    """Column with a number of at least 0 by which the row's loss is multiplied."""
     eval_path: str | None = None
     """Held-out rows of your own, in the same format. Without it, rows are held out of `path`."""
     eval_split: str | None = None
     """Held-out split of the same hub dataset."""
     eval_fraction: float = Field(0.1, ge=0, lt=1)
     """Share of rows (or groups) held out when there is no `eval_path` or `eval_split`. 0 switches measuring off."""
+    eval_rows: PositiveInt | None = None
+    """How many rows to hold out instead of a share; whole groups, so it may be a few more."""
+    stratify_column: str | None = None
+    """Hold out the same share of each value of this column."""
     group_column: str | None = None
     """Rows with the same value here (a patient) are never on both sides of the split."""
+    dicom: DicomSpec = DicomSpec()
+    """For DICOM files."""
     max_rows: PositiveInt | None = None
     """Use only the first so many rows. For trials."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Bad rows are set aside up to this share; above it the job stops with 65."""
     max_image_pixels: PositiveInt = 50_000_000
     """Larger images are bad rows (a decompression bomb is refused before it is decoded)."""
-    image_max_side: PositiveInt | None = None
-    """Shrink images so that the longer side is at most this many pixels, before the model's own processor."""
+    max_aspect_ratio: float = Field(50.0, gt=1)
+    """Images that are longer than so many times their width are bad rows."""
+    image_max_side: PositiveInt | Literal["auto"] | None = "auto"
+    """Shrink images before the model's own processor: the longer side to so many pixels; `auto` to what that processor keeps, and
+    so that a row's images take at most three quarters of training.max_length; null never."""
+    cache_gb: float = Field(20.0, ge=0)
+    """Shrunken images kept on scratch, so that large files are decoded once and not once an epoch: at most so many gigabytes."""
+    over_length: Literal["drop", "fail", "truncate"] = "drop"
+    """A row of more than training.max_length tokens: `drop` makes it a bad row, `fail` stops the job, `truncate` cuts its last
+    answer, never its images or its prompt."""
 
 
 class TrainingSpec(Section):
@@ -136,7 +174,7 @@ class TrainingSpec(Section):
     """Scratch for the features of a vision tower that is not trained, so that each picture goes through it once. `auto`
     takes up to half of what is free; 0 keeps none."""
     max_length: PositiveInt = 2048
-    """Tokens per sample, image tokens included. A longer sample is a bad row."""
+    """Tokens per sample, image tokens included. `dataset.over_length` says what becomes of a longer one."""
     train_on_responses_only: bool = True
     """Loss on the answer only, not on the prompt."""
     seed: int = Field(3407, ge=0, lt=2**32)
@@ -184,6 +222,25 @@ class LabelSpec(Section):
     """A regular expression instead, whose first group is the value."""
 
 
+_WORDING = ("rougeL", "rouge1", "rouge2", "bleu", "chrf", "exact_match", "token_f1", "length_ratio")
+METRICS = (*_WORDING, "empty", "repeated", "loss", "perplexity")
+
+
+class RequirementSpec(Section):
+    """What one metric must reach, in its own unit: shares, ROUGE and F1 from 0 to 1, BLEU and chrF from 0 to 100."""
+
+    min_change: float | None = None
+    """Least change from before to after. 0 says: not worse."""
+    max_change: float | None = None
+    """Most change, for a metric of which less is better (loss, empty, repeated)."""
+    min_value: float | None = None
+    """Least value after."""
+    max_value: float | None = None
+    """Most value after."""
+    judged_by: Literal["value", "interval"] = "value"
+    """What must meet the bounds: what was measured, or the whole of its interval, which chance can hardly explain."""
+
+
 class EvaluationSpec(Section):
     """The measurement before and after."""
 
@@ -201,6 +258,23 @@ class EvaluationSpec(Section):
     """Resamples for the intervals."""
     confidence: float = Field(0.95, gt=0.5, lt=1)
     """Level of the intervals."""
+    explained_rows: NonNegativeInt = 3
+    """Samples of the report with a map of where the model looked; each takes 37 forward passes. 0 makes none."""
+    eval_steps: PositiveInt | None = None
+    """Optimizer steps between measurements of held-out loss while training; the last step is measured too. Without it, none
+    are made."""
+    eval_loss_rows: PositiveInt = 64
+    """Held-out rows for that, spread evenly over those that are generated for."""
+    take: Literal["last", "best"] = "last"
+    """Which step becomes the tuned model: the last, or the one with the lowest held-out loss."""
+    patience: PositiveInt | None = None
+    """Stop training after so many measurements in a row that are no better than the best one."""
+    require: dict[str, RequirementSpec] = Field(default_factory=dict)
+    """What the tuned model must reach to be published: `finding_accuracy: {min_change: 0.0}`. Else the job ends with 76;
+    adapter and report are there, merged weights and `RESULT.json` are not. It may be changed and the job run again."""
+    cache: str | None = None
+    """`s3://bucket/prefix` or a folder where runs share what the base says, so that the runs of a sweep measure it once. It
+    holds texts generated from your images. Jobs on one node share it through their scratch anyway."""
 
 
 class GateSpec(Section):
@@ -212,17 +286,40 @@ class GateSpec(Section):
     """Mean absolute difference of logits over answer tokens, as a share of the logits' standard deviation."""
     min_token_agreement: float = Field(0.97, gt=0, le=1)
     """Share of answer tokens at which both put the same token first; one within the logit bound of the first counts."""
+    rounding_allowance: float = Field(2.0, ge=0)
+    """A model that amplifies rounding may cross both bounds, by so many times what rounding alone does to it."""
+
+
+class HubSpec(Section):
+    """Where else to publish: a model hub. Needs a token that may write, in `HF_TOKEN`."""
+
+    adapter_repo: str | None = Field(None, pattern=HUB_ID)
+    """Hub id to push the adapter to."""
+    merged_repo: str | None = Field(None, pattern=HUB_ID)
+    """Hub id to push merged weights to, once the gate has let them through."""
+    private: bool = True
+    """Make the repositories private. One that is public already is then refused."""
 
 
 class ExportSpec(Section):
     """What is published. The adapter always is."""
 
     merged: bool = True
-    """Also publish 16-bit weights with the adapter folded in."""
-    max_shard_size: str = "5GB"
-    """Largest weight file."""
+    """Also publish the base's weights with the adapter folded in, in the base's own precision, names and files."""
+    fold_onto: Literal["original", "dequantised"] = "original"
+    """For a base held in 4bit: fold onto its files, or onto what its 4 bits stand for, which is what was trained on."""
+    scratch_copy: bool = True
+    """Keep merged weights on scratch until they are published. False sends them straight to the output as they are made."""
+    merged_4bit: bool = False
+    """Also publish merged weights in 4 bits (bitsandbytes nf4). Needs a GPU."""
+    merged_fp8: bool = False
+    """Also publish merged weights in FP8 for vLLM and SGLang. Needs the fp8 extra."""
+    gguf: bool = False
+    """Also publish GGUF files for llama.cpp, made by the converter in the folder that LLAMA_CPP names."""
     gate: GateSpec = GateSpec()
     """When merged weights are refused."""
+    hub: HubSpec = HubSpec()
+    """Where else to publish."""
 
 
 class OutputSpec(Section):
@@ -264,13 +361,14 @@ class JobSpec(Section):
     @property
     def digest(self) -> str:
         """SHA-256 of what decides the result. Fields in `HARMLESS` may change between attempts."""
-        tree = {path: value for path, value in flatten(self.model_dump(mode="json")).items() if path not in HARMLESS}
+        tree = {path: value for path, value in flatten(self.model_dump(mode="json")).items() if _decides(path)}
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 HARMLESS = frozenset(
     {
         "name",
+        "dataset.cache_gb",
         "training.logging_steps",
         "training.report_to",
         "training.dataloader_num_workers",
@@ -281,11 +379,19 @@ HARMLESS = frozenset(
         "checkpoint.compile_cache",
         "preemption.spot_notices",
         "preemption.max_attempts_without_progress",
+        "export.scratch_copy",
+        "evaluation.cache",
+        "evaluation.explained_rows",
+        "evaluation.require",
         "output.url",
         "output.on_conflict",
         "privacy.report_images",
     }
 )
+
+
+def _decides(path: str) -> bool:
+    return path not in HARMLESS and not path.startswith("evaluation.require.")
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -303,7 +409,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def differences(old: JobSpec, new: JobSpec) -> list[str]:
     """Fields that decide the result and differ, as `path: old → new`."""
     before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
-    paths = sorted((before.keys() | after.keys()) - HARMLESS)
+    paths = sorted(filter(_decides, before.keys() | after.keys()))
     return [f"{p}: {before.get(p)!r} → {after.get(p)!r}" for p in paths if before.get(p) != after.get(p)]
 
 
@@ -335,8 +441,16 @@ def contradictions(spec: JobSpec) -> list[str]:
         found.append("model: backend unsloth trains on a 4bit or 16bit base; precision is 32bit")
     if data.eval_path is not None and data.eval_split is not None:
         found.append("dataset: eval_path and eval_split both name held-out rows; keep one")
-    if (data.eval_path or data.eval_split) and "eval_fraction" in data.model_fields_set:
-        found.append("dataset: eval_fraction holds rows out of path, but held-out rows are named already; remove one")
+    for field in {"eval_fraction", "eval_rows", "stratify_column"} & data.model_fields_set:
+        if data.eval_path or data.eval_split:
+            found.append(f"dataset: {field} holds rows out of path, but held-out rows are named already; remove one")
+    if data.eval_rows is not None and "eval_fraction" in data.model_fields_set:
+        found.append("dataset: eval_fraction and eval_rows both say how much is held out; keep one")
+    if data.messages_column is not None:
+        for field in {"answer", "answer_column", "instruction", "instruction_column"} & data.model_fields_set:
+            found.append(f"dataset: {field} has no use beside messages_column; remove one")
+    if data.answer is not None and not re.search(r"\{\w", data.answer):
+        found.append("dataset.answer: has no column in braces, so every row would learn the same; write {findings}")
     micro = training.per_device_train_batch_size
     if micro != "auto" and training.effective_batch_size % micro:
         found.append(
@@ -348,6 +462,38 @@ def contradictions(spec: JobSpec) -> list[str]:
             found.append(f"evaluation.labels.{name}: give values or pattern, not both")
         if label.pattern is not None:
             found += _pattern_problem(f"evaluation.labels.{name}.pattern", label.pattern)
+    export = spec.export
+    if not (export.merged and export.scratch_copy):
+        why = "set scratch_copy to true: it is made from that" if export.merged else "set merged to true"
+        asked = {
+            "merged_4bit": export.merged_4bit,
+            "merged_fp8": export.merged_fp8,
+            "gguf": export.gguf,
+            "hub.merged_repo": export.hub.merged_repo,
+        }
+        found += [f"export: {name} needs merged weights on scratch; {why}" for name, on in asked.items() if on]
+    if export.fold_onto == "dequantised" and spec.model.precision in ("16bit", "32bit"):
+        found.append(
+            f"export: fold_onto dequantised is for a base held in 4bit; model.precision is {spec.model.precision}"
+        )
+    held = data.eval_fraction or data.eval_rows or data.eval_path or data.eval_split
+    if spec.evaluation.eval_steps is None:
+        needing = {"take: best": spec.evaluation.take == "best", "patience": spec.evaluation.patience}
+        found += [f"evaluation: {name} needs eval_steps" for name, asked in needing.items() if asked]
+    elif not held:
+        found.append("evaluation: eval_steps needs held-out rows, and dataset.eval_fraction is 0")
+    known = {*METRICS, *(f"{name}_{kind}" for name in spec.evaluation.labels for kind in ("accuracy", "macro_f1"))}
+    for metric, demand in spec.evaluation.require.items():
+        if metric not in known:
+            found.append(f"evaluation.require.{metric}: no such metric; measured are {', '.join(sorted(known))}")
+        if demand.model_dump(exclude={"judged_by"}, exclude_none=True) == {}:
+            found.append(
+                f"evaluation.require.{metric}: says no bound; give min_change, max_change, min_value or max_value"
+            )
+    if spec.evaluation.require and not held:
+        found.append(
+            "evaluation.require: no rows are held out (dataset.eval_fraction is 0), so nothing can be required"
+        )
     if spec.output.sse_kms_key_id and spec.output.sse != "aws:kms":
         found.append("output: sse_kms_key_id needs sse: aws:kms")
     if spec.output.sse and not spec.output.url.startswith("s3://"):

@@ -7,27 +7,51 @@ import re
 from pathlib import Path
 
 from job.errors import DataError, JobError
-from job.store import download_folder, open_store
+from job.store import Missing, download_folder, open_store
 
 HERE = ".listing.json"
+BUNDLE = "bundle"
+FOLDERS = {
+    "model.name_or_path": "model",
+    "lora.init_adapter": "adapter",
+    "dataset.path": "dataset",
+    "dataset.eval_path": "evaluation",
+    "dataset.eval_split": "evaluation",
+}
+"""Where a bundle in use (see `job.bundle`) has what a field names, below `BUNDLE` on scratch."""
 
 
 def local_path(name: str, scratch: Path, field: str, error: type[JobError] = DataError) -> Path:
-    """A path for `name`: itself, what a `file://` URL says, or a folder below `scratch` that holds the `s3://` prefix.
+    """A path for `name`: itself, what a `file://` URL says, or a folder below `scratch` that holds the `s3://` prefix (a file,
+    where that is an object).
 
-    A prefix whose listing has not changed since it was fetched to this scratch is not fetched again. Raises `error`,
-    naming `field`, when there is nothing under the prefix.
+    What a bundle in use holds comes before all that. A prefix whose listing has not changed since it was fetched to this
+    scratch is not fetched again. Raises `error`, naming `field`, when there is nothing under the prefix.
     """
+    bundled = scratch / BUNDLE / FOLDERS.get(field, field)
+    if bundled.exists():
+        return bundled.resolve()
     if not name.startswith("s3://"):
         return Path(name.removeprefix("file://")).expanduser()
     store = open_store(name)
     listing = [[entry.key, entry.size, entry.modified] for entry in store.list()]
-    if not listing:
-        raise error(f"{field}: there is nothing under {name}")
     folder = scratch / "fetched" / re.sub(r"[^\w.-]+", "-", name.removeprefix("s3://"))
+    if not listing:
+        return _object(name, folder, field, error)
     mark = folder / HERE
     if not mark.exists() or json.loads(mark.read_text()) != listing:
         mark.unlink(missing_ok=True)
         download_folder(store, "", folder)
         mark.write_text(json.dumps(listing))
     return folder
+
+
+def _object(name: str, folder: Path, field: str, error: type[JobError]) -> Path:
+    parent, _, key = name.rpartition("/")
+    file = folder / key
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        open_store(parent).download(key, file)
+    except Missing:
+        raise error(f"{field}: there is nothing under {name}") from None
+    return file

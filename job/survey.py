@@ -14,20 +14,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.checkpoint import steps
+from job.data.shards import shards_to_stream
+from job.export import check_export
 from job.model import choose_backend
 from job.model.compile_cache import CompileCache
 from job.model.fetch import base_facts, fetch_adapter, fetch_base
+from job.output import read_json
 from job.plan import Device, Facts
-from job.record import watched
+from job.preemption import grace_seconds
+from job.record import STATUS_KEY, watched
 from job.scratch import free_bytes
 from job.spec import JobSpec
-from job.stage_in import local_path
-from job.store import Store
+from job.stage_in import BUNDLE, local_path
+from job.store import Store, open_store
 
 if TYPE_CHECKING:
     import torch
 
     from job.data import Data
+    from job.model.lengths import Ruler
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,13 @@ class Survey:
     adapter: Path | None
 
 
-def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool) -> Survey:
-    """Look at everything. With `fetch`, remote models and data are brought to scratch; without, they stay unknown.
+QUICK_ROWS = 1000
+"""Rows that a quick look takes of a large dataset."""
+
+
+def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool, all_data: bool = False) -> Survey:
+    """Look at everything. With `fetch`, remote models and data are brought to scratch; without, they stay unknown, and of
+    data that is here only `QUICK_ROWS` rows are looked at, unless `all_data` wants them fetched and looked at all.
 
     Raises SpecError and DataError for what is wrong with model and data.
     """
@@ -50,19 +60,33 @@ def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool) -> Survey
     device = find_device(has_torch)
     if fetch or device.kind == "cuda" or spec.model.backend != "unsloth":
         choose_backend(spec.model, device.kind == "cuda")
+    if spec.evaluation.cache:
+        open_store(spec.evaluation.cache)
     base = data = example = None
-    if fetch or is_local(spec.model.name_or_path):
+    bundled = (scratch / BUNDLE).exists()
+    if fetch or bundled or is_local(spec.model.name_or_path):
         base = fetch_base(spec.model, scratch)
+        check_export(spec.export, base)
     else:
         notes.append(f"{spec.model.name_or_path} is not here yet: sizes are known after stage in")
+    if (
+        spec.model.revision is None
+        and (base is None or base.parent.name == "snapshots")
+        and "://" not in spec.model.name_or_path
+    ):
+        notes.append("model.revision is not set: another attempt may find other weights on the hub; pin a commit")
     start = spec.lora.init_adapter
-    adapter = fetch_adapter(start, scratch) if start and (fetch or is_local(start)) else None
+    adapter = fetch_adapter(start, scratch) if start and (fetch or bundled or is_local(start)) else None
     if importlib.util.find_spec("datasets") is None:
         notes.append("the data was not looked at: install the train extra to do so")
-    elif fetch or is_local(spec.dataset.path):
-        from job.data import prepare
+    elif fetch or bundled or all_data or is_local(spec.dataset.path):
+        from job.data.images import Bounds
+        from job.data.prepare import prepare
 
-        data = prepare(spec, scratch, _progress("look at data"))
+        measure = ruler(spec, base) if base and has_torch else None
+        bounds = Bounds(**measure.room(spec.training.max_length * 3 // 4)) if measure else Bounds()
+        most = None if fetch or all_data else QUICK_ROWS
+        data = prepare(spec, scratch, _progress("look at data"), measure, most, bounds)
     else:
         notes.append(f"{spec.dataset.path} is not here yet: rows are counted after stage in")
     if data is not None and base is not None and has_torch:
@@ -76,6 +100,8 @@ def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool) -> Survey
         scratch_free=free_bytes(scratch),
         example=example,
         notes=tuple(notes),
+        checkpoint_seconds=(read_json(store, STATUS_KEY) or {}).get("checkpoint_seconds"),
+        grace_seconds=grace_seconds(os.environ),
     )
     return Survey(facts, data, base, adapter)
 
@@ -88,7 +114,7 @@ def arriving(spec: JobSpec, scratch: Path) -> Iterator[None]:
     def fetch() -> None:
         try:
             fetch_base(spec.model, scratch)
-            if spec.dataset.path.startswith("s3://"):
+            if spec.dataset.path.startswith("s3://") and not shards_to_stream(spec.dataset, spec.dataset.path):
                 local_path(spec.dataset.path, scratch, "dataset.path")
         except BaseException as error:
             failed.append(error)
@@ -139,13 +165,22 @@ def torch_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def ruler(spec: JobSpec, base: Path) -> Ruler:
+    from job.model.lengths import Ruler
+    from job.model.transformers_backend import load_processor
+
+    return Ruler(load_processor(spec.model, base))
+
+
 def rendered(spec: JobSpec, base: Path, data: Data) -> str:
     """The first training row as the model sees it, what is learned between ⟦ and ⟧; without its text when privacy says so."""
     from job.model.collator import IGNORE, Collator
     from job.model.transformers_backend import load_processor
 
     processor = load_processor(spec.model, base)
-    batch = Collator(processor, spec.training.max_length, spec.training.train_on_responses_only)([data.train[0]])
+    truncate = spec.dataset.over_length == "truncate"
+    collator = Collator(processor, spec.training.max_length, spec.training.train_on_responses_only, truncate)
+    batch = collator([data.train[0]])
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     learned = [label != IGNORE for label in labels]
     if not spec.privacy.report_images:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -24,6 +25,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are so small that mo
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / "build" / "tests"
+
+
+ONE_AT_A_TIME = ("cluster", "docker")
+"""Folders whose tests share what a machine has once (a Slurm, the store of images): one process runs them all."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes (pytest -n), tests of one file stay together, and so do those of a whole such folder."""
+    for item in items:
+        place = item.path.relative_to(ROOT / "tests")
+        group = place.parts[0] if place.parts[0] in ONE_AT_A_TIME else str(place)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +65,10 @@ def demo() -> Path:
     Made once and kept in build/ until its maker changes.
     """
     folder = CACHE / "demo"
-    subprocess.run([sys.executable, "examples/make_demo.py", str(folder), "--small"], cwd=ROOT, check=True)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:  # of several test processes, one makes it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run([sys.executable, "examples/make_demo.py", str(folder), "--small"], cwd=ROOT, check=True)
     return folder
 
 

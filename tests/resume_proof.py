@@ -30,8 +30,8 @@ PATIENCE = 12  # attempts
 
 
 def trajectory(metrics: bytes) -> list[tuple[Any, ...]]:
-    """Step, loss, learning rate, gradient norm and rows of every line of `logs/metrics.jsonl`."""
-    lines = [json.loads(line) for line in metrics.decode().splitlines()]
+    """Step, loss, learning rate, gradient norm and rows of every step's line of `logs/metrics.jsonl`."""
+    lines = [line for line in map(json.loads, metrics.decode().splitlines()) if "loss" in line]
     assert all(line["rows"] for line in lines)
     return [(line["step"], line["loss"], line["learning_rate"], line["grad_norm"], line["rows"]) for line in lines]
 
@@ -46,7 +46,7 @@ def small_spec(demo: Path, url: str, *, merged: bool = False) -> str:
             "training": {"num_train_epochs": 3, "learning_rate": 1e-3, "per_device_train_batch_size": 2},
             "checkpoint": {"save_steps": 5},
             "preemption": {"max_attempts_without_progress": PATIENCE},
-            "evaluation": {"max_rows": 8, "max_new_tokens": 8, "batch_size": 4},
+            "evaluation": {"max_rows": 8, "max_new_tokens": 8, "batch_size": 4, "explained_rows": 0},
             "export": {"merged": merged, "gate": {"rows": 40}},
             "output": {"url": url},
         }

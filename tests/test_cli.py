@@ -1,6 +1,7 @@
 """What a scheduler and the person behind it see when something is wrong: one sentence, the right code, nothing lost."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,11 @@ def test_corrupt_images_end_with_65_and_are_counted(job: Job, whole: dict[str, A
     code, line = ending(job("run", JOB_SPEC=yaml.safe_dump(whole)))
     assert code == 65
     assert "2 of 3 rows are bad, over max_bad_fraction 0.01: 2 × image of no known format (first: row 1)" in line
+    kept = (tmp_path / "output" / "data" / "quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(row)["row"] for row in kept] == [1, 2]
 
 
-@pytest.mark.parametrize("content", [None, "{}", '{"model_type": "bert"}'])
+@pytest.mark.parametrize("content", [None, "{}", '{"model_type": "mllama", "quantization_config": {}}'])
 def test_a_base_that_is_not_a_model_ends_with_78(job: Job, whole: dict[str, Any], tmp_path: Path, content: str | None):
     (tmp_path / "base").mkdir()
     if content is not None:
@@ -117,3 +120,18 @@ def test_check_hides_captions_when_privacy_says_so(job: Job, whole: dict[str, An
 def test_the_schema_is_json_with_every_section(job: Job):
     schema = json.loads(job("schema").stdout)
     assert set(schema["properties"]) >= {"model", "lora", "dataset", "training", "checkpoint", "evaluation", "export"}
+
+
+def test_check_data_fetches_and_looks_at_every_row(job: Job, whole: dict[str, Any], demo: Path, bucket: str):
+    from job.store import open_store, upload_folder
+
+    upload_folder(open_store(f"s3://{bucket}/d"), demo / "data", "rows")
+    whole["dataset"] |= {"path": f"s3://{bucket}/d/rows", "group_column": "patient_id"}
+    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    result = job("check", "--data", JOB_SPEC=yaml.safe_dump(whole), **environment)
+    assert result.returncode == 0, result.stderr
+    assert (
+        "data: 320 rows (image folder: it holds metadata.jsonl; answers in caption, images in file_name)"
+        in result.stdout
+    )
+    assert "tokens a row: median" in result.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, Job, job_environment
+from tests.push_hub import TOKEN, serve
 from tests.resume_proof import trajectory
 
 
@@ -92,6 +94,10 @@ def test_the_gate_saw_the_adapter_in_the_merged_weights(finished: Path):
     gate = read(finished, "RESULT.json")["gate"]
     assert gate["token_agreement"] >= 0.97
     assert gate["mean_logit_difference"] < 0.05 < gate["mean_difference_from_base"]
+    assert gate["wrong"] == []
+    assert gate["loss_merged"] < gate["loss_base"] - 0.5
+    assert "Proof of the merge" in (finished / "merged" / "README.md").read_text()
+    assert "Rounding logit difference" in (finished / "report.html").read_text()
 
 
 def test_merged_weights_load_without_us_and_answer_as_measured(finished: Path, demo: Path):
@@ -100,7 +106,7 @@ def test_merged_weights_load_without_us_and_answer_as_measured(finished: Path, d
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModelForImageTextToText.from_pretrained(finished / "merged", dtype=torch.float32).eval()
-    assert read(finished, "merged/config.json")["dtype"] == "bfloat16"
+    assert (finished / "merged" / "config.json").read_bytes() == (demo / "base" / "config.json").read_bytes()
     processor = AutoProcessor.from_pretrained(finished / "merged")
     rows = [json.loads(line) for line in (demo / "data" / "metadata.jsonl").read_text().splitlines()]
     measured = [json.loads(line) for line in (finished / "evaluation" / "after.jsonl").read_text().splitlines()][:8]
@@ -137,6 +143,15 @@ def test_status_shows_the_change_and_the_report(finished: Path, job: Job):
     assert "small demo: published" in shown
     assert "finding_accuracy" in shown
     assert f"report: {finished}/report.html" in shown
+
+
+def test_the_report_is_made_again_from_the_output_alone_without_torch(finished: Path, tmp_path: Path, job: Job):
+    result = job("report", str(finished), "--to", str(tmp_path / "again.html"), PYTHONPROFILEIMPORTTIME="1")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "again.html").read_bytes() == (finished / "report.html").read_bytes()
+    assert b"data:image/" in (tmp_path / "again.html").read_bytes()
+    for heavy in ("torch", "transformers", "datasets"):
+        assert f"| {heavy}\n" not in result.stderr.replace("  ", "")
 
 
 def test_another_spec_on_the_same_output_is_refused_by_field(finished: Path, spec: dict[str, Any], job: Job):
@@ -182,7 +197,7 @@ def accumulating(spec: dict[str, Any]) -> dict[str, Any]:
         "lora": spec["lora"] | {"lora_dropout": 0.1},
         "checkpoint": {"save_steps": 10, "keep": 3},
         "export": {"merged": False},
-        "evaluation": spec["evaluation"] | {"max_rows": 10},
+        "evaluation": spec["evaluation"] | {"max_rows": 10, "explained_rows": 0},
     }
 
 
@@ -200,6 +215,7 @@ def test_a_job_stopped_and_resumed_cannot_be_told_from_one_that_was_not(
     code, stderr = ended(process)
     assert code == 75, stderr
     assert stderr.strip().splitlines()[-1] == "exit 75: stopped on SIGTERM; run again to continue"
+    assert "before has from an earlier run" in stderr  # the whole run's, through the scratch that both have
     assert read(output, "status.json")["state"] == "preempted"
     assert read(output, f"{committed(output)[-1].relative_to(output)}")["step"] >= 10
 
@@ -239,13 +255,40 @@ def test_a_checkpoint_with_a_flipped_byte_is_passed_over_for_the_older(
 
 
 def test_a_gate_that_refuses_publishes_no_merged_weights(accumulating: dict[str, Any], tmp_path: Path, job: Job):
-    export = {"merged": True, "gate": {"max_mean_logit_difference": 1e-9}}
-    result = job("run", JOB_SPEC=to(accumulating, tmp_path / "output", export=export))
+    gate = {"max_mean_logit_difference": 1e-9, "rounding_allowance": 0}
+    export = {"merged": True, "scratch_copy": False, "gate": gate, "hub": {"adapter_repo": "clinic/adapter"}}
+    with serve() as hub:
+        token = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
+        result = job("run", JOB_SPEC=to(accumulating, tmp_path / "output", export=export), **token)
+        assert hub.requests == ["GET /api/whoami-v2"]
     assert result.returncode == 76, result.stderr
     assert "merged weights differ from base + adapter" in result.stderr.strip().splitlines()[-1]
     assert (tmp_path / "output" / "adapter" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "output" / "merged").exists()
     assert not (tmp_path / "output" / "RESULT.json").exists()
+
+
+def test_a_model_that_is_not_as_good_as_demanded_is_not_published_until_the_demand_is_lowered(
+    accumulating: dict[str, Any], tmp_path: Path, job: Job
+):
+    output = tmp_path / "output"
+    short = accumulating | {"training": accumulating["training"] | {"max_steps": 2}, "export": {"merged": True}}
+
+    def demanding(least: float) -> str:
+        return to(short, output, evaluation=short["evaluation"] | {"require": {"rougeL": {"min_change": least}}})
+
+    result = job("run", JOB_SPEC=demanding(0.99))
+    assert result.returncode == 76, result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert re.search(r"rougeL changed by .+ interval .+ under evaluation.require.rougeL.min_change 0.99; only", last)
+    assert "Refused." in (output / "report.html").read_text()
+    assert (output / "adapter" / "adapter_model.safetensors").exists()
+    assert not (output / "merged").exists()
+    assert not (output / "RESULT.json").exists()
+    lowered = job("run", JOB_SPEC=demanding(-1))
+    assert lowered.returncode == 0, lowered.stderr
+    assert "step 2 was saved already" in lowered.stderr
+    assert (output / "merged" / "config.json").exists()
 
 
 def test_restart_deletes_the_run_of_the_other_spec(accumulating: dict[str, Any], tmp_path: Path, job: Job):
@@ -256,8 +299,14 @@ def test_restart_deletes_the_run_of_the_other_spec(accumulating: dict[str, Any],
     assert job("run", JOB_SPEC=to(short, output)).returncode == 0
     other = yaml.safe_load(to(short | {"lora": {"r": 4}}, output))
     other["output"]["on_conflict"] = "restart"
-    result = job("run", JOB_SPEC=yaml.safe_dump(other))
+    other["export"]["hub"] = {"adapter_repo": "clinic/adapter"}
+    with serve() as hub:
+        token = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+        result = job("run", JOB_SPEC=yaml.safe_dump(other), **token)
     assert result.returncode == 0, result.stderr
+    assert read(output, "RESULT.json")["hub"] == {"adapter": f"{hub.url}/clinic/adapter/commit/1"}
+    there = {file.name: file.read_bytes() for file in (output / "adapter").iterdir()}
+    assert hub.repos["clinic/adapter"] == {"private": True, "files": there}
     assert read(output, "adapter/adapter_config.json")["r"] == 4
     assert (output / "notes" / "mine.txt").exists()
 
@@ -275,6 +324,7 @@ def test_everything_can_live_in_a_bucket(
     spec = yaml.safe_load(to(accumulating, f"{url}/output"))
     spec["model"]["name_or_path"], spec["dataset"]["path"] = f"{url}/base", f"{url}/data"
     spec["training"]["max_steps"] = 15
+    spec["export"] = {"scratch_copy": False}
     store.write("spec.yaml", yaml.safe_dump(spec).encode())
     process = start(f"{url}/spec.yaml", tmp_path)
     wait_for(lambda: any("0010/MANIFEST" in entry.key for entry in store.list("output/checkpoints/")), process)
@@ -286,6 +336,13 @@ def test_everything_can_live_in_a_bucket(
     assert "small demo: published" in job("status", f"{url}/output").stdout
     keys = {entry.key for entry in store.list("output/")}
     assert {"output/RESULT.json", "output/report.html", "output/adapter/adapter_model.safetensors"} <= keys
+    files = json.loads(store.read("output/RESULT.json"))["files"]
+    assert {f"output/{key}" for key in files} == {
+        key for key in keys if key.startswith(("output/adapter", "output/merged"))
+    }
+    merged = store.read("output/merged/model.safetensors")
+    assert hashlib.sha256(merged).hexdigest() == files["merged/model.safetensors"]["sha256"]
+    assert not list(tmp_path.glob("scratch/*/export/merged/*.safetensors"))
 
 
 def test_a_published_adapter_is_a_start_for_the_next_job(
@@ -302,6 +359,9 @@ def test_a_published_adapter_is_a_start_for_the_next_job(
     earlier, later = (read(folder, "evaluation/metrics.json") for folder in (finished, tmp_path / "output"))
     assert later["after"]["rougeL"]["value"] > 0.9 < earlier["after"]["rougeL"]["value"]
     assert later["before"]["rougeL"]["value"] < 0.5
+    lineage = read(tmp_path / "output", "RESULT.json")["lineage"]
+    assert lineage["parent_adapter"] == url
+    assert lineage["parent_sha256"] == digest(finished / "adapter" / "adapter_model.safetensors")
 
 
 def test_an_adapter_for_other_layers_is_refused(accumulating: dict[str, Any], finished: Path, tmp_path: Path, job: Job):

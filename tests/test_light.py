@@ -15,6 +15,7 @@ from tests.conftest import ROOT
 LIGHT = (
     *("click", "pydantic", "pydantic_core", "annotated_types", "typing_extensions.py", "typing_inspection", "yaml"),
     *("_yaml", "boto3", "botocore", "s3transfer", "jmespath", "dateutil", "six.py", "urllib3"),
+    "google_crc32c",
 )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from job.errors import SpecError
-from job.metrics import serving
+from job.metrics import serving, writing
 from job.record import Record
 from job.store import open_store
 
@@ -43,4 +43,23 @@ def test_the_numbers_are_those_of_the_status(record: Record):
 @pytest.mark.parametrize("port", ["http", "70000"])
 def test_what_is_no_port_is_a_wrong_setting(record: Record, port: str):
     with pytest.raises(SpecError, match="JOB_METRICS_PORT"), serving(record, {"JOB_METRICS_PORT": port}):
+        pass
+
+
+def test_a_node_exporter_finds_the_same_in_a_file_with_what_was_measured(record: Record, tmp_path: Path):
+    file = tmp_path / "metrics.prom"
+    with writing(record, {"JOB_METRICS_FILE": str(file)}):
+        first = file.read_text()
+        record.update(step=9, measured={"rougeL": {"before": 0.2, "after": 0.5}})
+    assert "vision_lora_job_step" not in first
+    assert "vision_lora_job_step 9\n" in file.read_text()
+    assert 'vision_lora_job_metric{metric="rougeL",when="after"} 0.5\n' in file.read_text()
+    assert [path.name for path in tmp_path.glob("*prom*")] == ["metrics.prom"]
+
+
+def test_a_metrics_file_that_cannot_be_written_is_a_wrong_setting(record: Record, tmp_path: Path):
+    with (
+        pytest.raises(SpecError, match="JOB_METRICS_FILE: .*No such file"),
+        writing(record, {"JOB_METRICS_FILE": str(tmp_path / "no" / "metrics.prom")}),
+    ):
         pass

@@ -92,24 +92,49 @@ def test_a_group_that_the_model_lacks_is_refused(tree):
         plan(tree, replace(FACTS, base=replace(BASE, linears=layers)))
 
 
-def test_a_base_that_fits_twice_is_held_in_16_bits_else_in_4(tree):
-    card = Device("cuda", "RTX A6000", 48 * 10**9)
+A6000 = Device("cuda", "RTX A6000", 48 * 10**9)
+
+
+def test_a_base_is_held_in_16_bits_where_four_rows_fit_with_it_else_in_4(tree):
     large = replace(BASE, parameters=30 * 10**9)
-    assert plan(tree, replace(FACTS, device=card)).precision == "16bit"
-    assert plan(tree, replace(FACTS, device=card, base=large)).precision == "4bit"
+    assert plan(tree, replace(FACTS, device=A6000)).precision == "16bit"
+    assert plan(tree, replace(FACTS, device=A6000, base=large)).precision == "4bit"
     assert plan(tree).precision == "32bit"
 
 
-def test_llama_vision_is_warned_about_and_qwen_is_not(tree):
-    llama = plan(tree, replace(FACTS, base=replace(BASE, model_type="mllama")))
-    assert any("no longer served by current vLLM" in warning for warning in llama.warnings)
-    assert not any("vLLM" in warning for warning in plan(tree).warnings)
+def test_as_many_rows_go_through_at_once_as_fit_the_card_with_a_tenth_to_spare(tree):
+    rows = {"effective_batch_size": 16}
+    whole = plan(tree, replace(FACTS, device=A6000), training=rows)
+    assert whole.micro_batch == 16
+    for at_once in (8, 4, 1):
+        needed = whole.estimates["GPU memory in all"] - (16 - at_once) * whole.estimates["each row at once"]
+        card = Device("cuda", "small card", int(needed / 0.9) + 1000)
+        fitted = plan(
+            tree, replace(FACTS, device=card), training=rows, model={"name_or_path": "b", "precision": "16bit"}
+        )
+        assert (fitted.micro_batch, fitted.accumulation) == (at_once, 16 // at_once)
+
+
+def test_the_plan_says_who_serves_the_family(tree):
+    def said(model_type):
+        facts = replace(FACTS, base=replace(BASE, model_type=model_type))
+        return describe(validate(tree), plan(tree, facts), facts)
+
+    assert "vLLM up to 0.10.2, SGLang" in said("mllama")
+    assert "llama.cpp does not (its converter does not know MllamaForConditionalGeneration)" in said("mllama")
+    assert "vLLM 0.11.0 and newer" in said("qwen3_vl")
 
 
 def test_no_held_out_rows_are_warned_about_and_nothing_is_measured(tree):
     found = plan(tree, replace(FACTS, data=DATA | {"evaluation": 0}))
     assert found.action("evaluate before") == found.action("evaluate after") == "skip"
     assert any("nothing will be measured" in warning for warning in found.warnings)
+
+
+def test_a_save_that_does_not_fit_the_grace_is_warned_about(tree):
+    slow = replace(FACTS, checkpoint_seconds=25.0, grace_seconds=30.0)
+    assert any("took 25 s to become safe" in warning for warning in plan(tree, slow).warnings)
+    assert not any("become safe" in warning for warning in plan(tree, replace(slow, grace_seconds=60.0)).warnings)
 
 
 def test_a_split_without_patients_is_warned_about(tree):
@@ -120,7 +145,7 @@ def test_a_split_without_patients_is_warned_about(tree):
 
 def test_weights_that_do_not_fit_are_warned_about(tree):
     small = replace(FACTS, device=Device("cuda", "small card", 10**5))
-    assert any("will not fit small card" in warning for warning in plan(tree, small).warnings)
+    assert any("and small card has 100.0 kB; set model.precision" in warning for warning in plan(tree, small).warnings)
 
 
 def test_the_description_names_every_stage_and_the_cure_of_every_warning(tree):
@@ -136,3 +161,36 @@ def test_what_is_not_known_is_left_out_and_said(tree):
     found = plan(tree, facts)
     assert found.total_steps is None
     assert "the data was not looked at" in found.warnings
+
+
+def test_rows_with_and_without_images_do_not_share_a_batch_of_mllama(tree):
+    mixed = replace(FACTS, data=DATA | {"without_images": 3}, base=replace(BASE, model_type="mllama"))
+    with pytest.raises(SpecError, match="3 rows have no image and the others have.*set both to 1"):
+        plan(tree, mixed)
+    one = {"training": {"per_device_train_batch_size": 1}, "evaluation": {"batch_size": 1}}
+    assert plan(tree, mixed, **one).micro_batch == 1
+    assert plan(tree, replace(mixed, base=BASE)).micro_batch > 1
+
+
+def test_what_the_data_is_like_is_told(tree):
+    data = DATA | {
+        "reasons": {"no caption": 2},
+        "quarantined": 2,
+        "near_duplicates": 4,
+        "over_length": 5,
+        "looked_at": 50,
+    }
+    data |= {"tokens": {"median": 300, "longest": 900}, "burned_in_yes": 1, "grouped": True}
+    data["images"] = {"count": 50, "smallest": (8, 9), "median": (512, 512), "largest": (3000, 2000)}
+    text = describe(validate(tree), plan(tree, replace(FACTS, data=data)), replace(FACTS, data=data))
+    for words in (
+        "of 50 rows looked at, and the rest in proportion (check --data looks at all)",
+        "set aside: 2 × no caption",
+        "images: 50, smallest 8×9, median 512×512, largest 3000×2000",
+        "tokens a row: median 300, longest 900",
+        "warning: 4 held-out pictures are nearly the same as one to train on",
+        "warning: 5 rows are over training.max_length: their answers are cut there",
+        "warning: 1 rows say that words are burned into their pixels",
+    ):
+        assert words in text
+    assert "group_column" not in text

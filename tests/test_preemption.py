@@ -1,5 +1,6 @@
 """Signals, for real."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -124,3 +125,13 @@ def test_a_notice_during_any_import_is_heard(tmp_path, module: str):
     )
     assert result.returncode == 75, result.stderr
     assert result.stderr.strip().splitlines()[-1] == "exit 75: stopped on SIGTERM; run again to continue"
+
+
+@pytest.mark.parametrize("then", [lambda: None, lambda: __import__("no.such.module")])
+def test_a_notice_that_a_library_caught_is_honoured_all_the_same(then):
+    preemption = Preemption()
+    with preemption.listening(), pytest.raises(Preempted, match="SIGTERM"), preemption.leave_at_once():
+        with contextlib.suppress(Exception):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        then()

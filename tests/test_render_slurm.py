@@ -3,13 +3,10 @@
 import re
 import subprocess
 
-import pytest
 import yaml
 
 from job.render import read_run, slurm
 from tests.conftest import ROOT
-
-pytestmark = pytest.mark.skipif(not (ROOT / "slurm" / "train.sh").exists(), reason="slurm/train.sh is not here yet")
 
 SPEC = {
     "model": {"name_or_path": "m"},

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from job.data import conversation
+from job.data.rows import conversation
 from job.model import Loaded
 from job.model.transformers_backend import load
 from job.spec import JobSpec

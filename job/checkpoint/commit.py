@@ -101,17 +101,22 @@ def _publish(store: Store, manifest: Manifest, lease: Lease | None) -> None:
 
 
 def _unchanged(store: Store, folder: Path, names: list[str], there: dict[str, Entry]) -> dict[str, File]:
-    """The files that the newest checkpoint already holds, byte for byte: frozen weights, tokenizers, configurations."""
+    """The files that the newest checkpoint already holds, byte for byte: frozen weights, tokenizers, configurations.
+
+    Where it shares files with an older one, what it does not share changes from step to step. That is not looked at: to
+    hash weights and optimizer before they are sent, where they are hashed anyway, would be a second pass over them.
+    """
     for step in steps_in(list(there)):
         try:
             newest = read_manifest(store, step)
         except DataError:
             continue
+        shared = {name: file for name, file in newest.files.items() if step_of(file.key) != step}
         with disk(folder):
             return {
                 name: old
                 for name in names
-                if (old := newest.files.get(name)) is not None
+                if (old := (shared or newest.files).get(name)) is not None
                 and old.key in there
                 and (folder / name).stat().st_size == old.size == there[old.key].size
                 and sha256_of(folder / name) == old.sha256

@@ -6,6 +6,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ class Snapshot:
     step: int
     epoch: float
     extra: dict[str, Any]
-    write: Callable[[Path], None] | None
+    written: Future[None] | None
 
 
 class Uploader:
@@ -82,15 +83,14 @@ class Uploader:
         *,
         epoch: float,
         extra: dict[str, Any] | None = None,
-        write: Callable[[Path], None] | None = None,
+        written: Future[None] | None = None,
     ) -> None:
         """Hand over a snapshot and return at once. One that still waits for its turn is given up for this one.
 
-        `write(folder)` is called first, on the uploader's thread, to fill the folder: a caller that copies its tensors
-        in memory and serializes them there holds up training for the copy alone.
+        `written` is waited for first, on the uploader's thread: a folder that is still being filled may be handed over.
         """
         with self._changed:
-            replaced, self._waiting = self._waiting, Snapshot(folder, step, epoch, extra or {}, write)
+            replaced, self._waiting = self._waiting, Snapshot(folder, step, epoch, extra or {}, written)
             self._changed.notify_all()
         if replaced is not None:
             log.info("The checkpoint of step %d is passed over for that of step %d.", replaced.step, step)
@@ -162,9 +162,8 @@ class Uploader:
 
     def _commit(self, snapshot: Snapshot) -> bool:
         try:
-            if snapshot.write is not None:
-                snapshot.folder.mkdir(parents=True, exist_ok=True)
-                snapshot.write(snapshot.folder)
+            if snapshot.written is not None:
+                snapshot.written.result()
             manifest = commit(
                 self.store,
                 snapshot.folder,
@@ -187,6 +186,8 @@ class Uploader:
         if self.on_commit:
             self.on_commit(manifest)
         try:
+            if self.lease:
+                self.lease.check()  # the next writer decides what it needs
             prune(self.store, keep=self.keep, keep_every=self.keep_every, verified=snapshot.step)
         except JobError as error:
             log.warning("Old checkpoints could not be removed: %s", error)

@@ -1,114 +1,215 @@
-"""From what a user names (folder, file, bucket, hub id) to a lazy table of rows, through `datasets`."""
+"""What a user names (folder, file, archive, bucket, hub id), as a lazy table of rows, and why it was read so."""
 
 from __future__ import annotations
 
-import logging
+import hashlib
 import re
+import shutil
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from job.errors import DataError, NotAllowed, Unavailable
+from job.data.images import AS_IT_IS, BadRow, Bounds, Files
+from job.data.rows import Reading, choose_columns, read_sample
+from job.data.shards import index_remote_shards, index_shards, shards_to_stream
+from job.data.shelf import Shelf
+from job.data.tables import LINE, as_table, columns_of, from_hub, read_line, read_table
+from job.errors import DataError
+from job.record import bytes_text
+from job.scratch import free_bytes
 from job.spec import DatasetSpec
-from job.stage_in import local_path
+from job.stage_in import BUNDLE, local_path
+from job.store import Entry
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-log = logging.getLogger("job")
-
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+FILE_NAMES = ("file_name", "file_names")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 
 
-class Source(NamedTuple):
-    """Rows, the folder that relative image paths start from, and how that was decided."""
+@dataclass(frozen=True)
+class Source:
+    """`rows` is lazy. `columns` are what `read` gives of a row. `decided` says how it was read, and why."""
 
     rows: Dataset
-    base: Path | None
-    image_column: str
+    columns: tuple[str, ...]
+    files: Files
+    reading: Reading
     decided: str
+    patients: bool = False
+    """Whether the format itself says which rows are of one patient."""
+    streamed: bool = False
+    """Whether each image is fetched when its row is used."""
+
+    def read(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Values by column of a row of `rows`. Raises BadRow."""
+        return read_line(row[LINE]) if LINE in row else row
+
+    def named_files(self, spec: DatasetSpec) -> Iterator[tuple[str, Path]]:
+        """Files below the base that good rows name: their relative names, and where they are."""
+        for row in self.rows:
+            try:
+                values = read_sample(self.read(row), spec, self.reading).images
+            except BadRow:
+                continue
+            for value in values:
+                path = value.get("path") or value.get("file") if isinstance(value, dict) else value
+                if isinstance(path, str) and isinstance(self.files.base, Path) and (self.files.base / path).is_file():
+                    yield path, self.files.base / path
 
 
-def open_source(spec: DatasetSpec, path: str, split: str, scratch: Path, field: str = "dataset.path") -> Source:
+@dataclass(frozen=True)
+class Table:
+    """Rows as some format has them; `image_column` where the format itself says which that is."""
+
+    rows: Dataset
+    decided: str
+    base: Path | str | None = None
+    image_column: str | None = None
+    patients: bool = False
+    streamed: bool = False
+
+
+def open_source(
+    spec: DatasetSpec, path: str, split: str, scratch: Path, field: str = "dataset.path", bounds: Bounds = AS_IT_IS
+) -> Source:
     """The rows at `path`, images not decoded. Raises DataError naming `field` when there is nothing to read."""
+    table = _open(spec, path, split, scratch, field)
+    columns = tuple(columns_of(table.rows))
+    reading = choose_columns(columns, spec, table.image_column)
+    bundled = scratch / BUNDLE / "images"
+    fetched = bundled if bundled.exists() else scratch / "fetched" / "images"
+    way = hashlib.sha256(f"{bounds} {spec.dicom}".encode()).hexdigest()[:16]
+    shelf = Shelf(scratch / "cache" / "pictures" / way, int(spec.cache_gb * 1e9)) if any(bounds) else None
+    files = Files(table.base, fetched, shelf, bounds)
+    what = f"conversations in {reading.messages}" if reading.messages else f"answers in {reading.answer}"
+    if spec.answer and not reading.messages:
+        what = "answers by template"
+    images = f"images in {', '.join(reading.images)}" if reading.images else "no images"
+    return Source(
+        table.rows, columns, files, reading, f"{table.decided}; {what}, {images}", table.patients, table.streamed
+    )
+
+
+def _open(spec: DatasetSpec, path: str, split: str, scratch: Path, field: str) -> Table:
+    cache = scratch / "cache" / "datasets"
+    streamed = [] if (scratch / BUNDLE).exists() else _of_split_keys(shards_to_stream(spec, path), split)
+    if streamed:
+        why = f"webdataset: {len(streamed)} .tar file(s), read from their store since they are over cache_gb {spec.cache_gb:g}"
+        return Table(as_table(index_remote_shards(path, streamed, scratch, field)), why, None, "image", streamed=True)
     here = local_path(path, scratch, field)
-    cache = str(scratch / "cache" / "datasets")
     if not here.exists():
         if spec.format in ("auto", "hub") and HUB_ID.fullmatch(path):
-            return Source(_hub(spec, path, split, cache, field), None, spec.image_column, "hub dataset")
+            return Table(from_hub(spec, path, split, cache, field), "hub dataset")
         raise DataError(f"{field}: {path} does not exist")
-    metadata = _metadata(here, split) if here.is_dir() and spec.format in ("auto", "imagefolder") else None
-    if metadata is not None:
-        rows = _load(BUILDERS[metadata.suffix], [metadata], cache, field)
-        column = "file_name" if "file_name" in rows.column_names else spec.image_column
-        return Source(_undecoded(rows, column), metadata.parent, column, f"image folder with {metadata.name}")
-    if spec.format == "imagefolder":
-        raise DataError(f"{field}: {path} holds none of {', '.join(METADATA)}")
-    files = [here] if here.is_file() else _files(here, split)
-    if spec.format != "auto":
-        files = [file for file in files if BUILDERS[file.suffix] == spec.format]
-    if not files or files[0].suffix not in BUILDERS:
-        raise DataError(f"{field}: {path} holds no metadata file with images beside it, no JSONL, CSV or parquet")
-    builder = BUILDERS[files[0].suffix]
-    files = [file for file in files if BUILDERS.get(file.suffix) == builder]
-    rows = _undecoded(_load(builder, files, cache, field), spec.image_column)
-    return Source(rows, here if here.is_dir() else here.parent, spec.image_column, f"{len(files)} {builder} file(s)")
+    if here.suffix.lower() == ".zip":
+        here = _unpacked(here, scratch, field)
+    files = [here] if here.is_file() else _files(here)
+    kind, chosen, why = _decide(spec, here, files, split, field)
+    base: Path | str = chosen[0].parent if kind == "imagefolder" or here.is_file() else here
+    if path.startswith("s3://") and here.is_file():
+        base = path.rpartition("/")[0]  # what lies beside it was not fetched with it
+    if kind == "webdataset":
+        return Table(as_table(index_shards(chosen, field)), why, base, "image")
+    if kind == "dicom":
+        from job.data.studies import index_studies
+
+        tables = [here / spec.dicom.reports] if spec.dicom.reports else [f for f in files if f.suffix.lower() in TABLES]
+        if len(tables) != 1 or not tables[0].is_file():
+            raise DataError(
+                f"{field}: {here} holds DICOM files and {len(tables)} tables; name the reports' in dataset.dicom.reports"
+            )
+        reports = read_table(TABLES[tables[0].suffix.lower()], tables, cache, field)
+        read = (read_line(row[LINE]) if LINE in row else row for row in reports)
+        rows, why = index_studies(spec, here, chosen, read, field)
+        return Table(as_table(rows), why, here, "image", patients=True)
+    if kind == "imagefolder":
+        rows = read_table(TABLES[chosen[0].suffix.lower()], chosen, cache, field)
+        return Table(rows, why, base, next((name for name in FILE_NAMES if name in columns_of(rows)), None))
+    return Table(read_table(kind, chosen, cache, field), why, base)
 
 
-def _metadata(folder: Path, split: str) -> Path | None:
-    return next((path for sub in (split, ".") for name in METADATA if (path := folder / sub / name).is_file()), None)
+def _decide(spec: DatasetSpec, here: Path, files: list[Path], split: str, field: str) -> tuple[str, list[Path], str]:
+    """The format, the files that make it up, and the reason in words."""
+    kinds = {
+        file: "webdataset" if file.suffix.lower() == ".tar" else TABLES.get(file.suffix.lower(), "") for file in files
+    }
+    found = Counter(kind for kind in kinds.values() if kind)
+    asked = spec.format
+    if asked in ("auto", "imagefolder") and here.is_dir():
+        for metadata in (here / sub / name for sub in (split, ".") for name in METADATA):
+            if metadata.is_file():
+                return "imagefolder", [metadata], f"image folder: it holds {metadata.relative_to(here)}"
+    if asked == "imagefolder":
+        raise DataError(f"{field}: {here} holds none of {', '.join(METADATA)}")
+    if asked == "dicom" or (
+        asked == "auto" and not found["webdataset"] and any(_is_dicom(file) for file in files[:200])
+    ):
+        dicom = [file for file in files if not kinds[file]]
+        return "dicom", dicom, ""
+    kind = asked if asked not in ("auto", "hub") else "webdataset" if found["webdataset"] else next(iter(found), "")
+    chosen = _of_split([file for file in files if kind and kinds[file] == kind], here, split)
+    if not chosen:
+        there = Counter(file.suffix.lower() or "no ending" for file in files).most_common(5)
+        listed = ", ".join(f"{count} × {suffix}" for suffix, count in there) or "nothing"
+        wanted = "metadata.jsonl or .csv, .jsonl, .json, .csv, .parquet, .tar or DICOM" if asked == "auto" else asked
+        raise DataError(f"{field}: {here} holds {listed}; wanted is {wanted}")
+    why = f"{kind}: {len(chosen)} {chosen[0].suffix} file(s)"
+    others = {name: count for name, count in found.items() if name != kind}
+    if others:
+        why += f" ({', '.join(f'{count} {name}' for name, count in others.items())} beside them not read)"
+    return kind, chosen, why
 
 
-def _files(folder: Path, split: str) -> list[Path]:
-    """Table files of one kind; those named after the split when there are any."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix in BUILDERS and path.is_file())
-    of_split = [
-        path for path in found if re.search(rf"(^|[/_.-]){re.escape(split)}[/_.-]", str(path.relative_to(folder)))
-    ]
-    found = of_split or found
-    return [path for path in found if path.suffix == found[0].suffix]
+def _unpacked(archive: Path, scratch: Path, field: str) -> Path:
+    """The folder that a zip archive holds, on scratch. Names that lead out of it are made harmless by `zipfile`."""
+    mark = archive.stat()
+    name = hashlib.sha256(f"{archive.resolve()} {mark.st_size} {mark.st_mtime_ns}".encode()).hexdigest()[:24]
+    folder, partial = scratch / "fetched" / name, scratch / "fetched" / f"{name}.partial"
+    if not folder.exists():
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            with zipfile.ZipFile(archive) as packed:
+                need = sum(member.file_size for member in packed.infolist())
+                if need > free_bytes(scratch):
+                    raise DataError(f"{field}: {archive} unpacks to {bytes_text(need)}, more than scratch has room for")
+                packed.extractall(partial)
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:  # the last: encrypted
+            raise DataError(f"{field}: {archive} cannot be unpacked: {error}") from error
+        partial.rename(folder)
+    inside = list(folder.iterdir())
+    return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
 
 
-def _load(builder: str, files: list[Path], cache: str, field: str) -> Dataset:
-    from datasets import Dataset, load_dataset
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
 
-    if not any(file.stat().st_size for file in files):
-        raise DataError(f"{field}: {files[0]} is empty")
+
+def _of_split(files: list[Path], here: Path, split: str) -> list[Path]:
+    """Those named after the split, when there are any."""
+    if not here.is_dir():
+        return files
+    return [file for file in files if _named(split, str(file.relative_to(here)))] or files
+
+
+def _of_split_keys(shards: list[Entry], split: str) -> list[Entry]:
+    return [shard for shard in shards if _named(split, shard.key)] or shards
+
+
+def _named(split: str, name: str) -> bool:
+    return re.search(rf"(^|[/_.-]){re.escape(split)}[/_.-]", name) is not None
+
+
+def _is_dicom(file: Path) -> bool:
     try:
-        rows = load_dataset(builder, data_files=[str(file) for file in files], split="train", cache_dir=cache)
-    except Exception as error:  # what a parser raises for a broken file is its own affair
-        cause = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0][:200]
-        raise DataError(f"{field}: {files[0]} cannot be read as {builder}: {cause}") from error
-    if not isinstance(rows, Dataset) or not len(rows):
-        raise DataError(f"{field}: {files[0]} has no rows")
-    return rows
-
-
-def _hub(spec: DatasetSpec, path: str, split: str, cache: str, field: str) -> Dataset:
-    from datasets import Dataset, load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
-    try:
-        rows = load_dataset(path, spec.name, split=split, revision=spec.revision, cache_dir=cache)
-    except DatasetNotFoundError as error:
-        if "gated" in str(error):
-            page = f"https://huggingface.co/datasets/{path}"
-            raise NotAllowed(f"{field}: {path} is gated; ask for access at {page} and set HF_TOKEN") from error
-        raise DataError(f"{field}: there is no folder and no hub dataset {path}") from error
-    except ValueError as error:
-        raise DataError(f"{field}: {path}: {str(error).splitlines()[0]}") from error
-    except OSError as error:
-        raise Unavailable(
-            f"{field}: neither a folder nor reachable on the hub: {path} ({type(error).__name__})"
-        ) from error
-    assert isinstance(rows, Dataset)
-    return _undecoded(rows, spec.image_column)
-
-
-def _undecoded(rows: Dataset, column: str) -> Dataset:
-    """Embedded images stay bytes until a row is used, so that one broken image spoils one row."""
-    from datasets import Image
-
-    feature = rows.features.get(column)
-    return rows.cast_column(column, Image(decode=False)) if isinstance(feature, Image) else rows
+        with file.open("rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except OSError:
+        return False

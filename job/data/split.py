@@ -3,25 +3,85 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 
 
-def hold_out(groups: Sequence[str], fraction: float, seed: int) -> list[bool]:
+def hold_out(
+    groups: Sequence[str],
+    fraction: float,
+    seed: int,
+    *,
+    strata: Sequence[str] | None = None,
+    rows: int | None = None,
+) -> list[bool]:
     """For each row, whether it is held out. All rows of a group are on one side.
 
-    A group is held out when its hash, read as a number in [0, 1), is below `fraction`; with few groups the nearest
-    one to each side is moved over, so that neither side is empty. One group alone, or fraction 0, holds nothing out.
+    Groups are ordered by their hash, read as a number in [0, 1). Held out are
+
+    - those below `fraction`;
+    - with `rows`, the first that together have at least so many rows, as long as one group is left;
+    - with `strata` (a value a row; a group belongs to that of its first row), the first of each stratum, so many that its
+      share is `fraction` (or that of `rows`) to within one group.
+
+    With few groups the nearest one to each side is moved over, so that neither side is empty. One group alone, or fraction 0,
+    holds nothing out.
     """
     places = {group: _place(group, seed) for group in set(groups)}
-    if fraction <= 0 or len(places) < 2:
+    if (fraction <= 0 and rows is None) or len(places) < 2:
         return [False] * len(groups)
     ordered = sorted(places, key=lambda group: places[group])
-    held = {group for group in ordered if places[group] < fraction} or {ordered[0]}
+    sizes = Counter(groups)
+    if strata is not None:
+        held = _of_each_stratum(ordered, groups, strata, rows / len(groups) if rows else fraction, seed)
+    elif rows is not None:
+        held, left = set[str](), rows
+        for group in ordered:
+            if left > 0:
+                held.add(group)
+                left -= sizes[group]
+    else:
+        held = {group for group in ordered if places[group] < fraction}
+    held = held or {ordered[0]}
     if len(held) == len(ordered):
         held.discard(ordered[-1])
     return [group in held for group in groups]
 
 
+def _of_each_stratum(
+    ordered: Sequence[str], groups: Sequence[str], strata: Sequence[str], share: float, seed: int
+) -> set[str]:
+    stratum: dict[str, str] = {}
+    for group, value in zip(groups, strata, strict=True):
+        stratum.setdefault(group, value)
+    members: dict[str, list[str]] = {}
+    for group in ordered:
+        members.setdefault(stratum[group], []).append(group)
+    held = set[str]()
+    for value, those in members.items():
+        # Rounded up or down by the stratum's own hash, so that many small strata together have their share too.
+        held |= set(those[: int(share * len(those) + _place(f"stratum {value}", seed))])
+    return held
+
+
+def units(keys: Sequence[Sequence[Hashable]]) -> list[int]:
+    """For each row a number, the same for rows that have a key in common, directly or through others: the first such row."""
+    parent = list(range(len(keys)))
+
+    def root(place: int) -> int:
+        while parent[place] != place:
+            parent[place] = place = parent[parent[place]]
+        return place
+
+    seen: dict[Hashable, int] = {}
+    for place, mine in enumerate(keys):
+        for key in mine:
+            other = root(seen.setdefault(key, place))
+            here = root(place)
+            parent[max(here, other)] = min(here, other)
+    return [root(place) for place in range(len(keys))]
+
+
 def _place(group: str, seed: int) -> float:
-    digest = hashlib.sha256(f"{seed}:{group}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}:{group}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8]) / 2**64

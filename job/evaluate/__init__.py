@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import json
 import logging
+import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from job.attempt import Attempt
 from job.data import Data
 from job.errors import JobError, Preempted
 from job.model import Loaded
+from job.output import read_json
 from job.record import watched
 from job.spec import JobSpec
 from job.store import Store
@@ -21,6 +23,7 @@ log = logging.getLogger("job")
 
 Rows = list[dict[str, Any]]
 
+OCCLUSION_KEY = "evaluation/occlusion.json"
 KEEP_SECONDS = 15.0
 """Between writes of the answers so far; a notice writes them at once."""
 
@@ -30,7 +33,7 @@ def measure(attempt: Attempt, loaded: Loaded, data: Data, when: str) -> Rows:
 
     Asked to stop, what is finished is kept as `evaluation/<when>.partial.jsonl` and the next attempt goes on from it.
     """
-    from job.evaluate.generate import generations
+    from job.evaluate import before
 
     if not len(data.evaluation):
         return []
@@ -41,25 +44,57 @@ def measure(attempt: Attempt, loaded: Loaded, data: Data, when: str) -> Rows:
         return finished
     preemption.check()
     with record.stage(f"evaluate {when}") as facts:
-        made = stored_rows(store, partial)
-        kept = time.monotonic()
-        show = _progress(f"evaluate {when}", len(data.evaluation), len(made))
-
-        def each(batch: Rows) -> None:
-            made.extend(batch)
-            show(len(made))
-            record.update(rows=len(made), of_rows=len(data.evaluation))
-            nonlocal kept
-            if preemption.requested or time.monotonic() > kept + KEEP_SECONDS:
-                store.write(partial, jsonl(made))
-                kept = time.monotonic()
-                preemption.check()
-
-        rows = generations(loaded, data.evaluation, spec, tuned=when == "after", known=list(made), each=each)
+        with preemption.leave_at_once():
+            held = before.held(data.evaluation)
+            places = before.places(attempt) if when == "before" else []
+            name = before.key(spec, loaded, held, _device(loaded)) if places else ""
+            rows, where = before.recall(places, name, held)
+        if not rows:
+            rows = _made(attempt, loaded, data, when, before.longest_first(held))
+            before.keep(places, name, held, rows)
         store.write(key, jsonl(rows))
         store.delete([partial])
-        facts.append(f"{len(rows)} rows")
+        facts.append(f"{len(rows)} rows" + (f", which {where} has from an earlier run" if where else ""))
     return rows
+
+
+def _made(attempt: Attempt, loaded: Loaded, data: Data, when: str, order: Sequence[int]) -> Rows:
+    """Generations made now, but for those that an earlier attempt finished. Leaves when asked to, keeping what is finished."""
+    from job.evaluate.generate import generations
+
+    store, record, preemption = attempt.store, attempt.record, attempt.preemption
+    partial = f"evaluation/{when}.partial.jsonl"
+    made = stored_rows(store, partial)
+    kept = time.monotonic()
+    show = _progress(f"evaluate {when}", len(data.evaluation), len(made))
+
+    def each(batch: Rows) -> None:
+        made.extend(batch)
+        show(len(made))
+        record.update(rows=len(made), of_rows=len(data.evaluation))
+        nonlocal kept
+        if preemption.requested or time.monotonic() > kept + KEEP_SECONDS:
+            store.write(partial, jsonl(made))
+            kept = time.monotonic()
+            preemption.check()
+
+    known, tuned = list(made), when == "after"
+    return generations(loaded, data.evaluation, attempt.spec, tuned=tuned, order=order, known=known, each=each)
+
+
+def _device(loaded: Loaded) -> str:
+    """The card by name: another one rounds otherwise."""
+    import torch
+
+    return torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else platform.machine()
+
+
+def judge(spec: JobSpec, data: Data, before: Rows, after: Rows) -> tuple[dict[str, Any] | None, list[str]]:
+    """What was measured, None without held-out rows; and why the tuned model must not be published, one sentence each."""
+    from job.evaluate.requirements import unmet
+
+    measured = metrics(spec, data, before, after) if after else None
+    return measured, unmet(spec.evaluation.require, measured)
 
 
 def metrics(spec: JobSpec, data: Data, before: Rows, after: Rows) -> dict[str, Any]:
@@ -81,14 +116,54 @@ def metrics(spec: JobSpec, data: Data, before: Rows, after: Rows) -> dict[str, A
     )
 
 
+def looked_at(
+    attempt: Attempt, loaded: Loaded, data: Data, measured: dict[str, Any] | None, before: Rows, after: Rows
+) -> dict[str, Any]:
+    """Occlusion maps of a few rows of the gallery, by id: from the output if they are there. Asked to stop, it leaves."""
+    from job.evaluate import gallery
+    from job.evaluate.generate import rows_ids
+    from job.evaluate.occlusion import explain
+
+    spec, store = attempt.spec, attempt.store
+    count = spec.evaluation.explained_rows if spec.privacy.report_images and after else 0
+    if not count:
+        return {}
+    stored: dict[str, Any] = read_json(store, OCCLUSION_KEY) or {}
+    chosen = gallery.chosen({"metrics": measured, "before": before, "after": after})
+    ranks = [places[rank] for rank in range(gallery.EACH) for places in chosen.values() if rank < len(places)]
+    wanted = {str(after[place]["id"]): str(after[place]["generated"]) for place in ranks[:count]}
+    if stored.keys() >= wanted.keys():
+        return stored
+    with attempt.record.stage("look where it looked") as facts:
+        place = {identity: index for index, identity in enumerate(rows_ids(data.evaluation))}
+        rows = data.evaluation.select([place[identity] for identity in wanted])
+        stored = explain(loaded, rows, wanted, spec, attempt.preemption.check)
+        store.write(OCCLUSION_KEY, json.dumps(stored).encode())
+        facts.append(f"{len(stored)} rows")
+    return stored
+
+
+def values(measured: dict[str, Any] | None) -> dict[str, dict[str, float]]:
+    """Each metric's values alone, for the status and for Prometheus: {metric: {"before": …, "after": …}}."""
+    found: dict[str, dict[str, float]] = {}
+    for when in ("before", "after"):
+        for metric, entry in ((measured or {}).get(when) or {}).items():
+            if entry["value"] is not None:
+                found.setdefault(metric, {})[when] = entry["value"]
+    return found
+
+
 def pictures(rows: Any, ids: Iterable[str], longest_side: int = 384) -> dict[str, bytes]:
-    """PNG files of held-out rows for the report, by id."""
+    """PNG files of held-out rows for the report, by id: the first picture of each that has one."""
     from job.evaluate.generate import rows_ids
 
     places = {identity: place for place, identity in enumerate(rows_ids(rows))}
     found = {}
     for identity in dict.fromkeys(ids):
-        image = rows[places[identity]]["images"][0]
+        images = rows[places[identity]]["images"]
+        if not images:
+            continue
+        image = images[0]
         image.thumbnail((longest_side, longest_side))
         stream = io.BytesIO()
         image.save(stream, "PNG", optimize=True)

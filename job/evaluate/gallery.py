@@ -43,7 +43,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sample:
-    """One held-out row as it is shown; `image` is a data URI, or empty."""
+    """One held-out row as it is shown; `image` is a data URI, or empty. `seen` has the opacity, 0 to 1, of each cell of its
+    map, empty without one; `strongest` what the strongest cell did to the answer's loss, nats per token."""
 
     id: str
     reference: str
@@ -52,6 +53,8 @@ class Sample:
     before: Answer
     after: Answer
     image: str
+    seen: list[list[float]]
+    strongest: float
 
 
 def chosen(facts: Mapping[str, Any]) -> dict[str, list[int]]:
@@ -80,6 +83,7 @@ def sample(facts: Mapping[str, Any], index: int, images: Mapping[str, bytes]) ->
     before, after = facts["before"][index], facts["after"][index]
     specs = specs_of(facts)
     image = images.get(str(after["id"]))
+    cells: list[list[float]] = (facts.get("occlusion") or {}).get(str(after["id"])) or []
     return Sample(
         id=str(after["id"]),
         reference=str(after["reference"]),
@@ -88,7 +92,15 @@ def sample(facts: Mapping[str, Any], index: int, images: Mapping[str, bytes]) ->
         before=_answer("Before", before, specs),
         after=_answer("After", after, specs),
         image=data_uri(image) if image else "",
+        seen=_opacities(cells),
+        strongest=max((value for line in cells for value in line), default=0.0),
     )
+
+
+def _opacities(cells: list[list[float]]) -> list[list[float]]:
+    """The share of the largest rise in loss; nothing where no cell makes the answer less likely."""
+    most = max((value for line in cells for value in line), default=0.0)
+    return [[round(max(value, 0.0) / most, 3) for value in line] for line in cells] if most > 0 else []
 
 
 def data_uri(content: bytes) -> str:

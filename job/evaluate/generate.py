@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from job.errors import OutOfMemory
+from job.evaluate.before import OWN
 from job.model import Loaded, to_generation
 from job.model.collator import IGNORE, Collator, encode, render
 from job.spec import JobSpec
@@ -34,19 +35,22 @@ def generations(
     spec: JobSpec,
     *,
     tuned: bool,
+    order: Sequence[int],
     known: Sequence[Generation] = (),
     each: Callable[[list[Generation]], None] = lambda batch: None,
 ) -> list[Generation]:
     """One record a row, in the order of `rows`: `id, reference, generated, labels, groups, unit,
     tokens, loss, answer_tokens`.
 
-    `tuned` False silences the adapters, which gives the base model. `known` are records of an earlier attempt, which
-    are not made again; `each` is called with every finished batch. `loss` is the mean over the answer's tokens, nats.
+    `tuned` False silences the adapters, which gives the base model. Batches are cut from `order`, places of all rows,
+    whatever is `known`: records of an earlier attempt, which are not made again. So a row has the same neighbours, and the
+    same answer, however often the job was stopped. `each` is called with every finished batch. `loss` is the mean over
+    the answer's tokens, nats.
     """
     finished = {record["id"]: record for record in known}
     to_generation(loaded)
     with base_or_tuned(loaded, tuned), torch.inference_mode():
-        for batch in _batches(rows, spec.evaluation.batch_size, finished):
+        for batch in _batches(rows, order, spec.evaluation.batch_size, finished):
             made = _generate(loaded, batch, spec)
             finished |= {record["id"]: record for record in made}
             each(made)
@@ -70,32 +74,28 @@ def base_or_tuned(loaded: Loaded, tuned: bool) -> Iterator[None]:
         yield
 
 
-def _batches(rows: Any, size: int, finished: dict[str, Generation]) -> Iterator[list[dict[str, Any]]]:
-    missing = [index for index, identity in enumerate(rows_ids(rows)) if identity not in finished]
-    for start in range(0, len(missing), size):
-        yield [rows[index] for index in missing[start : start + size]]
+def _batches(
+    rows: Any, order: Sequence[int], size: int, finished: dict[str, Generation]
+) -> Iterator[list[dict[str, Any]]]:
+    """Whole batches, as long as any row of them is missing."""
+    ids, done = rows_ids(rows), set(finished)
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        if any(ids[place] not in done for place in batch):
+            yield [rows[place] for place in batch]
 
 
 def _generate(loaded: Loaded, batch: list[dict[str, Any]], spec: JobSpec) -> list[Generation]:
     try:
         texts = answer(loaded, batch, spec.evaluation.max_new_tokens)
-        losses = answer_losses(loaded, batch, spec.training.max_length)
+        losses = answer_losses(loaded, batch, spec.training.max_length, spec.dataset.over_length == "truncate")
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(
             f"generation of {len(batch)} rows at once does not fit the GPU; lower evaluation.batch_size"
         ) from error
     return [
-        {
-            "id": row["id"],
-            "reference": row["reference"],
-            "generated": text,
-            "labels": row["labels"],
-            "groups": row["groups"],
-            "unit": row["unit"],
-            "tokens": count,
-            "loss": loss,
-            "answer_tokens": answer_tokens,
-        }
+        {name: row[name] for name in OWN}
+        | {"generated": text, "tokens": count, "loss": loss, "answer_tokens": answer_tokens}
         for row, (text, count), (loss, answer_tokens) in zip(batch, texts, losses, strict=True)
     ]
 
@@ -120,9 +120,11 @@ def _prompt(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
-def answer_losses(loaded: Loaded, batch: list[dict[str, Any]], max_length: int) -> list[tuple[float, int]]:
+def answer_losses(
+    loaded: Loaded, batch: list[dict[str, Any]], max_length: int, truncate: bool = False
+) -> list[tuple[float, int]]:
     """Mean cross-entropy (nats) of each row's true answer, and how many tokens it has."""
-    inputs = Collator(loaded.processor, max_length)(batch)
+    inputs = Collator(loaded.processor, max_length, truncate=truncate)(batch)
     labels = inputs.pop("labels")[:, 1:].to(loaded.device)
     logits = loaded.model(**to_device(inputs, loaded)).logits[:, :-1].float()
     losses = cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")

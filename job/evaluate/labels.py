@@ -7,8 +7,9 @@ A label is read from text in one of two ways, given by the spec:
   that lists every finding is not right, and neither is one that lists none.
 - `pattern`: the first group of the first match of a regular expression, compared ignoring case.
 
-With neither, the values are those that occur as reference labels. Reading by words does not understand negation: "no
-nodule" states a nodule. A list should therefore hold what the captions write ("no acute finding"), or use a pattern.
+With neither, the values are those that occur as reference labels. A value that English words deny is not stated: "no
+effusion or nodule", "an effusion is not seen" (`negation`). Values may be denials themselves ("no acute finding"). Of
+other languages nothing is understood; a pattern may be. A pattern is taken at its word.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
+
+from job.evaluate.negation import affirmed
 
 NONE = "(none)"
 SEVERAL = "(several)"
@@ -52,7 +55,7 @@ class LabelReader:
             match = self.expression.search(text)
             found = {match[1] or ""} - {""} if match else set()
         else:
-            found = set(self.expression.findall(text))
+            found = affirmed(self.expression, text)
         stated = {self.canonical(value) for value in found}
         if len(stated) > 1:
             return SEVERAL

@@ -64,7 +64,7 @@ def render(facts: Mapping[str, Any], images: Mapping[str, bytes] | None = None) 
         labels=_labels(measured),
         groups=_groups(measured),
         curves=_curves(facts.get("log") or []),
-        speed=_speed(facts.get("log") or []),
+        speed=_speed(facts.get("log") or [], (facts.get("lineage") or {}).get("price_per_hour")),
         shown=_shown(facts, images or {}),
         withheld=not shows_rows(facts),
         sections={
@@ -247,7 +247,7 @@ def _curves(log: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _speed(log: list[Mapping[str, Any]]) -> list[tuple[str, str]]:
+def _speed(log: list[Mapping[str, Any]], price: Any) -> list[tuple[str, str]]:
     """Training in numbers: steps, losses, and the medians, which one slow step (a resume, a save) does not move."""
     points = {key: [point.y for point in charts.series(log, key)] for key in SPEED}
     lines = [(name, wording.plain(pick(points[key]))) for key, (name, pick) in SPEED.items() if points[key]]
@@ -255,7 +255,23 @@ def _speed(log: list[Mapping[str, Any]]) -> list[tuple[str, str]]:
     if losses:
         first_and_last = f"{wording.number(losses[0].y, 'number')} → {wording.number(losses[-1].y, 'number')}"
         lines = [("Steps", wording.plain(int(losses[-1].x))), ("Training loss, first → last", first_and_last), *lines]
-    return lines
+    return lines + _spent(log, price)
+
+
+def _spent(log: list[Mapping[str, Any]], price: Any) -> list[tuple[str, str]]:
+    """Hours of training steps, the energy that the card told of at each line, and their cost where a price is known."""
+    seconds, watts = charts.series(log, "step_seconds"), dict(charts.series(log, "gpu_power_watts"))
+    starts = [0.0, *(point.x for point in seconds)]
+    spent = [(point.x, point.y * (point.x - start)) for point, start in zip(seconds, starts, strict=False)]
+    hours = sum(took for _, took in spent) / 3600
+    lines = [("Hours of training steps", f"{hours:.2f}")] if spent else []
+    if watts:
+        energy = sum(took * watts.get(step, 0.0) for step, took in spent) / 3.6e6
+        lines.append(("Energy of the GPU in them, from its power at each line", f"{energy:.3f}{wording.JOINED}kWh"))
+    try:
+        return [*lines, ("Their cost at the price given", f"{hours * float(price):.2f}")] if price and spent else lines
+    except ValueError:
+        return lines
 
 
 def _shown(facts: Mapping[str, Any], images: Mapping[str, bytes]) -> list[dict[str, Any]]:

@@ -47,6 +47,15 @@ UNSEEN = (
     "findings."
 )
 
+NOT_MEASURED = (
+    "Not measured: BERTScore, RadGraph F1, CheXbert and GREEN. Each needs a model of its own, which this job does not bring; "
+    "they can be given the answers in evaluation/before.jsonl and after.jsonl."
+)
+OCCLUSION = (
+    "Orange: covering this part made the tuned model's own answer less likely (occlusion, relative to the strongest cell). "
+    "It shows what the answer depends on, not whether it is right; what stands in two places is not found."
+)
+
 
 def about(metric: str) -> About:
     """What is known of `metric`; of a label's metrics by their ending."""

@@ -2,45 +2,148 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from job.attempt import Attempt
-from job.data import Data
-from job.model import Loaded
+from job.errors import GateRefused, SpecError
 from job.record import bytes_text
+from job.store import Digest
+
+if TYPE_CHECKING:
+    from job.attempt import Attempt
+    from job.data import Data
+    from job.export.places import Base
+    from job.model import Loaded
+    from job.spec import ExportSpec, JobSpec
 
 
 @dataclass(frozen=True)
 class Exported:
-    """Folders ready to publish; `merged` is None when the spec does not ask for it. `gate` holds what was measured."""
+    """Folders ready to publish, by the name they are published under: `adapter`, and what the spec asks for besides.
 
-    adapter: Path
-    merged: Path | None
-    gate: dict[str, Any]
+    `sent` are files of `merged` that are in the output already. `gate` holds what was measured; `refused` says why
+    nothing but the adapter may be published.
+    """
+
+    folders: dict[str, Path]
+    sent: dict[str, Digest] = field(default_factory=dict)
+    gate: dict[str, Any] = field(default_factory=dict)
+    refused: str | None = None
 
 
-def export(attempt: Attempt, loaded: Loaded, data: Data) -> Exported:
-    """Write both folders to scratch and measure merged against adapter. What is refused is decided by the caller."""
-    from job.export.gate import compare
-    from job.export.merge import merge
+def check_export(spec: ExportSpec, base: Path) -> None:
+    """Whether this base can become what the spec asks for, as far as its configuration tells. Raises SpecError."""
+    from job.export.gguf import converter
+
+    config = json.loads((base / "config.json").read_text())
+    if spec.merged and config.get("quantization_config"):
+        raise SpecError(
+            f"export.merged: the base in {base} is stored quantised, and an adapter cannot be folded into such files; name "
+            "the base in 16 bits (model.precision: 4bit holds it in 4 bits while training), or set merged to false"
+        )
+    if spec.gguf:
+        converter(str(config.get("model_type")))
+
+
+def check_mergeable(spec: JobSpec, loaded: Loaded) -> None:
+    """Whether each adapter of the loaded model has its place in the base's files. Raises SpecError, before hours are spent."""
+    from peft import get_peft_model_state_dict
+
+    from job.export.places import changes, read_base
+
+    if spec.export.merged:
+        base = read_base(loaded.folder, spec.model.trust_remote_code)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tensors = get_peft_model_state_dict(loaded.model)
+        changes(base, loaded.model.peft_config["default"].to_dict(), tensors)
+
+
+def export(attempt: Attempt, loaded: Loaded, data: Data, *, fold: bool) -> Exported:
+    """Write the adapter to scratch and, where it shall `fold` it in, what the spec asks for of merged weights, to scratch or
+    straight to the output, measured against the adapter."""
+    from job.export.places import read_base
 
     spec, record = attempt.spec, attempt.record
     folder = attempt.scratch / "export"
-    shutil.rmtree(folder, ignore_errors=True)
-    adapter, merged = folder / "adapter", folder / "merged"
+    adapter = folder / "adapter"
     with record.stage("export") as facts, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        shutil.rmtree(adapter, ignore_errors=True)
         loaded.model.save_pretrained(adapter)
         loaded.processor.save_pretrained(adapter)
-        if not spec.export.merged:
-            return Exported(adapter, None, {})
-        size = merge(spec, loaded.folder, adapter, merged)
-        facts.append(f"merged {bytes_text(size)}")
-        rows = data.evaluation if len(data.evaluation) else data.train
-        verdict = compare(spec, loaded, adapter, merged, rows)
-        facts.append(f"token agreement {verdict.token_agreement:.4f}")
-    return Exported(adapter, merged, verdict.facts())
+        if not fold:
+            return Exported({"adapter": adapter})
+        base = read_base(loaded.folder, spec.model.trust_remote_code)
+        exported = merged(attempt, loaded, base, folder, data)
+        size = sum((base.folder / file).stat().st_size for file in base.files)
+        facts += [f"merged {bytes_text(size)}", f"token agreement {exported.gate['token_agreement']:.4f}"]
+        if exported.refused is None:
+            exported = smaller(spec, loaded, exported, data)
+        attempt.preemption.check()  # a library on the way may have swallowed the notice
+    return exported
+
+
+def merged(attempt: Attempt, loaded: Loaded, base: Base, folder: Path, data: Data) -> Exported:
+    """Fold, and judge what came out from where it lies."""
+    from job.export.gate import compare, refuse
+    from job.export.merge import copy_rest, merge_to_folder, merge_to_store, recipe
+    from job.export.places import changes, read_adapter
+    from job.export.quantised import held_weights
+    from job.export.served import read_back
+    from job.model.transformers_backend import load_weights
+
+    spec, store = attempt.spec, attempt.store
+    adapter, into = folder / "adapter", folder / "merged"
+    keys = {name: key for key, name in base.names.items()}
+    onto = held_weights(loaded.model) if spec.export.fold_onto == "dequantised" else {}
+    held = {keys[name]: weight for name, weight in onto.items()}
+    todo = recipe(base, adapter, changes(base, *read_adapter(adapter)), held, loaded.device)
+    sent: dict[str, Digest] = {}
+    if spec.export.scratch_copy:
+        merge_to_folder(todo, into)
+        read_merged = partial(load_weights, spec.model, into, loaded.device)
+    else:
+        shutil.rmtree(into, ignore_errors=True)
+        sent = merge_to_store(todo, store, "merged", attempt.lease.check)
+        read_merged = partial(read_back, spec.model, into, store, "merged", sent, loaded.device)
+    copy_rest(base.folder, into)
+    verdict = compare(spec, loaded, base, adapter, read_merged, rows_of(data))
+    refused = None
+    try:
+        refuse(verdict, spec.export.gate)
+    except GateRefused as error:
+        refused = str(error)
+    return Exported({"adapter": adapter, "merged": into}, sent, verdict.facts(), refused)
+
+
+def smaller(spec: JobSpec, loaded: Loaded, exported: Exported, data: Data) -> Exported:
+    """Write merged weights in fewer bits, where the spec asks for them, and measure them on the gate's rows."""
+    from job.export.answers import answer_logits, loss, spread_rows
+    from job.export.gguf import converter, write_gguf
+    from job.export.quantised import write_fp8, write_nf4
+
+    kinds = (("merged_4bit", spec.export.merged_4bit, write_nf4), ("merged_fp8", spec.export.merged_fp8, write_fp8))
+    folders, gate = dict(exported.folders), dict(exported.gate)
+    batches = spread_rows(rows_of(data), spec.export.gate.rows, spec.evaluation.batch_size)
+    for name, asked, write in kinds:
+        if asked:
+            folders[name] = folders["merged"].with_name(name)
+            shutil.rmtree(folders[name], ignore_errors=True)
+            model = write(spec.model, folders["merged"], folders[name], loaded.device)
+            small = replace(loaded, model=model, precision="16bit", backend="transformers")
+            gate[f"loss_{name}"] = loss([answer_logits(small, batch, spec, tuned=True) for batch in batches])
+    if spec.export.gguf:
+        folders["gguf"] = folders["merged"].with_name("gguf")
+        write_gguf(converter(loaded.model.config.model_type), folders["merged"], folders["gguf"])
+    return replace(exported, folders=folders, gate=gate)
+
+
+def rows_of(data: Data) -> Any:
+    """The rows that are compared on: held-out ones where there are any."""
+    return data.evaluation if len(data.evaluation) else data.train

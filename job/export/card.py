@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from job.evaluate import report, wording
 from job.export.licences import Licence, licence_of
+from job.serving import SERVERS
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def render(facts: Mapping[str, Any], kind: Literal["adapter", "merged"] = "adapter") -> str:
-    """The card with its YAML front matter, as the Hub reads it. `facts` as for `report.render`.
+KINDS = {
+    "adapter": "A LoRA adapter for",
+    "merged": "Weights with a LoRA adapter folded in, in the precision and the files of",
+    "merged_fp8": "Weights in FP8 (compressed-tensors) with a LoRA adapter folded in, made from",
+    "gguf": "Weights in GGUF for llama.cpp, of the base and of its vision tower, with a LoRA adapter folded in, made from",
+    "merged_4bit": "Weights in 4 bits (bitsandbytes nf4) with a LoRA adapter folded in, made from",
+}
+
+
+def render(facts: Mapping[str, Any], kind: str = "adapter") -> str:
+    """The card of one of `KINDS` with its YAML front matter, as the Hub reads it. `facts` as for `report.render`.
 
     Besides those: `base` {"name_or_path", "model_type"}, `instruction`, and `base_revision` of the lineage. No caption
     and no id of a row is in it.
@@ -36,9 +46,11 @@ def render(facts: Mapping[str, Any], kind: Literal["adapter", "merged"] = "adapt
         "## Privacy\n\n" + _privacy(facts),
         "## Licence\n\n" + licence.text,
         "## How to load\n\n" + _loading(facts, base, kind),
+        _serving(str(about_base.get("model_type") or ""), kind),
+        _proof(facts.get("gate"), kind),
         "## Lineage\n\n" + _list(lineage, "Not recorded.\n"),
     ]
-    return "\n".join(parts)
+    return "\n".join(part for part in parts if part)
 
 
 OVERSIGHT = """**Not a medical device.** It has not been cleared or certified for diagnosis, triage or treatment. \
@@ -63,9 +75,8 @@ def _front_matter(base: str, licence: Licence, facts: Mapping[str, Any], kind: s
 
 
 def _opening(base: str, lineage: Mapping[str, Any], kind: str) -> str:
-    what = "A LoRA adapter for" if kind == "adapter" else "16-bit weights with a LoRA adapter merged into"
     revision = f" at revision {report.cell(lineage['base_revision'])}" if lineage.get("base_revision") else ""
-    return f"{what} {report.cell(base) if base else 'a base model that was not recorded'}{revision}.\n"
+    return f"{KINDS[kind]} {report.cell(base) if base else 'a base model that was not recorded'}{revision}.\n"
 
 
 def _intended() -> str:
@@ -114,6 +125,8 @@ def _privacy(facts: Mapping[str, Any]) -> str:
 
 
 def _loading(facts: Mapping[str, Any], base: str, kind: str) -> str:
+    if kind == "gguf":
+        return "```sh\nllama-server -m gguf/model.gguf --mmproj gguf/mmproj.gguf\n```\n"
     pinned = (facts.get("lineage") or {}).get("base_revision")
     revision = f", revision={str(pinned)!r}" if pinned else ""
     source = f"{(base or 'BASE')!r}{revision}"
@@ -126,11 +139,11 @@ base = AutoModelForImageTextToText.from_pretrained({source}, dtype="auto", devic
 model = PeftModel.from_pretrained(base, "adapter")  # this folder
 processor = AutoProcessor.from_pretrained("adapter")"""
     else:
-        load = """import torch
+        load = f"""import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = AutoModelForImageTextToText.from_pretrained("merged", dtype="auto", device_map="auto")  # this folder
-processor = AutoProcessor.from_pretrained("merged")"""
+model = AutoModelForImageTextToText.from_pretrained("{kind}", dtype="auto", device_map="auto")  # this folder
+processor = AutoProcessor.from_pretrained("{kind}")"""
     instruction = str(facts.get("instruction") or "Describe this image.")
     code = f"""{load}
 
@@ -147,6 +160,32 @@ with torch.inference_mode():
 print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
     return f"{fence}python\n{code}\n{fence}\n\nIt was measured like this: with this instruction, and greedily.\n"
+
+
+def _serving(model_type: str, kind: str) -> str:
+    if kind != "merged" or model_type not in SERVERS:
+        return ""
+    rows = [
+        f"| {server.name} | {server.versions or 'no version'} | {f'`{server.command}`' if server.versions else ''} "
+        f"| {server.note} | {server.source} |\n"
+        for server in SERVERS[model_type]
+    ]
+    head = "| server | versions | command | note | source |\n|---|---|---|---|---|\n"
+    return (
+        "## How to serve\n\nAs the servers' own documents say; only transformers was tried here.\n\n"
+        + head
+        + "".join(rows)
+    )
+
+
+def _proof(gate: object, kind: str) -> str:
+    if kind == "adapter" or not isinstance(gate, Mapping) or not gate:
+        return ""
+    return (
+        "## Proof of the merge\n\nMeasured on held-out rows against base + adapter, not folded, with the weights read back "
+        "from where they were written. Differences are shares of the spread of the logits, losses nats a token; what "
+        "rounding alone makes of this model stands beside them.\n\n" + _list(gate, "")
+    )
 
 
 def _list(facts: object, otherwise: str) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ def fetch_adapter(name: str, scratch: Path) -> Path:
 
 def _from_hub(spec: ModelSpec) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     name = spec.name_or_path
     try:
@@ -54,7 +55,13 @@ def _from_hub(spec: ModelSpec) -> Path:
         raise NotAllowed(f"model.name_or_path: {name} is gated; accept its terms at {page} and set HF_TOKEN") from error
     except RepositoryNotFoundError as error:
         raise SpecError(f"model.name_or_path: the hub has no {name} that this token may see") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except RevisionNotFoundError as error:
+        raise SpecError(f"model.revision: {name} has no revision {spec.revision}") from error
+    except (HfHubHTTPError, OSError) as error:  # not found on this disk, while offline, is an OSError too
+        if is_offline_mode():
+            raise SpecError(
+                f"model.name_or_path: {name} is no folder here, and HF_HUB_OFFLINE is set; gather it with job prefetch"
+            ) from error
         raise Unavailable(f"model.name_or_path: {name} is no folder, and the hub did not answer") from error
     return Path(found)
 
@@ -72,13 +79,15 @@ RENAMED = (
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What the files of a base model say: `parameters` counts all weights, `linears` the layers by the module's name."""
+    """What the files of a base model say: `parameters` counts all weights, `linears` the layers by the module's name,
+    `config` is config.json."""
 
     model_type: str
     architecture: str
     parameters: int
     bytes: int
     linears: dict[str, Linear]
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 def base_facts(folder: Path) -> BaseFacts:
@@ -87,12 +96,17 @@ def base_facts(folder: Path) -> BaseFacts:
     Raises SpecError naming the file that is missing or broken.
     """
     config = _json(folder / "config.json")
+    if "quantization_config" in config:
+        raise SpecError(
+            f"model.name_or_path: {folder} is quantised already; name its 16-bit base, which merging needs (model.precision 4bit "
+            "quantises it while it is loaded)"
+        )
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise SpecError(f"model.name_or_path: {folder} holds no .safetensors weights")
     count, linears = 0, dict[str, Linear]()
     for file in files:
-        for name, tensor in _header(file).items():
+        for name, tensor in read_header(file)[0].items():
             shape = tensor["shape"]
             size = 1
             for length in shape:
@@ -108,6 +122,7 @@ def base_facts(folder: Path) -> BaseFacts:
         parameters=count,
         bytes=sum(file.stat().st_size for file in files),
         linears=linears,
+        config=config,
     )
 
 
@@ -130,8 +145,9 @@ def _json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _header(file: Path) -> dict[str, Any]:
-    """The header of a safetensors file: 8 bytes of length, then JSON (the format's own specification)."""
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and where its data begin: 8 bytes of length, then JSON (the format's own
+    specification)."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
@@ -143,4 +159,4 @@ def _header(file: Path) -> dict[str, Any]:
     except (ValueError, struct.error, OSError) as error:
         raise SpecError(f"model.name_or_path: {file} is not a safetensors file") from error
     header.pop("__metadata__", None)
-    return header
+    return header, 8 + length

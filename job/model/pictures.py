@@ -31,6 +31,8 @@ def cut(batch: Batch, layout: Layout, counts: Sequence[int], start: int, stop: i
     for name, tensor in batch.items():
         if layout == "rows" or name not in ("pixel_values", "image_grid_thw", FEATURES):
             part[name] = tensor[start:stop]
+        elif first == last:
+            continue  # rows without pictures: the model takes no empty tensor for them
         elif name == "image_grid_thw":
             part[name] = tensor[first:last]
         else:

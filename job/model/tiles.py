@@ -81,8 +81,26 @@ def _of_group(
         return scaled_dot_product_attention(query, key, value, scale=scaling)
     if not len(group.real):  # no picture at all: every pair is masked, so each token sees the mean of all
         return value.mean(dim=2, keepdim=True).expand_as(query)
-    real, padding = group.real, group.padding
-    out = torch.empty_like(query)
-    out = out.index_copy(2, real, scaled_dot_product_attention(query[:, :, real], key, value, scale=scaling))
-    seen = scaled_dot_product_attention(query[:, :, padding], key[:, :, real], value[:, :, real], scale=scaling)
-    return out.index_copy(2, padding, seen)
+    real = len(group.real)
+    order = torch.cat([group.real, group.padding])
+    back = torch.argsort(order)
+    query, key, value = (Reordered.apply(each, order, back) for each in (query, key, value))  # type: ignore[no-untyped-call]
+    of_real = scaled_dot_product_attention(query[:, :, :real], key, value, scale=scaling)
+    of_padding = scaled_dot_product_attention(query[:, :, real:], key[:, :, :real], value[:, :, :real], scale=scaling)
+    out: torch.Tensor = Reordered.apply(torch.cat([of_real, of_padding], dim=2), back, order)  # type: ignore[no-untyped-call]
+    return out
+
+
+class Reordered(torch.autograd.Function):
+    """Tokens (third axis) in another order; the gradient takes the way back. The gradient of indexing would sort the
+    indices and add up, as it must where one stands twice."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, order: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(order, back)
+        return tensor.index_select(2, order)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        _, back = ctx.saved_tensors
+        return gradients[0].index_select(2, back), None, None

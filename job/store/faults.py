@@ -14,18 +14,22 @@ DAMAGED = {"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzConte
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken", "RequestExpired"}
 STRANGER = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidSecurity", "UnrecognizedClientException"}
 ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
+BUSY = {"SlowDown", "RequestTimeout", "Throttling", "TooManyRequests", "IDPCommunicationError"}
 
 
-def explain(error: Exception, action: str, place: str, endpoint: str) -> JobError:
-    """The error for people. `action` is the name in a policy (s3:PutObject), `place` the url of bucket and key."""
+def explain(error: Exception, action: str, place: str, endpoint: str, sse: str | None = None) -> JobError:
+    """The error for people. `action` is the name in a policy (s3:PutObject), `place` the url of bucket and key, `sse`
+    the encryption that was asked for."""
     if isinstance(error, aws.ClientError):
-        return _answer(error, action, place, endpoint)
+        return _answer(error, action, place, endpoint, sse)
     if isinstance(error, aws.NoCredentialsError | aws.PartialCredentialsError):
         return NotAllowed(
             f"No credentials were found for {place}: give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role."
         )
     if isinstance(error, aws.CredentialRetrievalError):
         return Unavailable(f"The credentials for {place} could not be fetched from {error.kwargs.get('provider')}.")
+    if isinstance(error, aws.SSLError) and "WRONG_VERSION_NUMBER" in str(error):
+        return SpecError(f"{endpoint} does not speak TLS; should it begin with http://?")
     if isinstance(error, aws.SSLError):
         return SpecError(
             f"The certificate of {endpoint} is not trusted; AWS_CA_BUNDLE names a file with the right authority."
@@ -36,6 +40,10 @@ def explain(error: Exception, action: str, place: str, endpoint: str) -> JobErro
         return Unavailable(f"Nothing answers at {endpoint}; is AWS_ENDPOINT_URL_S3 right, and the network open?")
     if isinstance(error, aws.ParamValidationError | aws.InvalidRegionError):
         return SpecError(f"{place} cannot be addressed: {error}")
+    if isinstance(error, FileNotFoundError | PermissionError) and error.filename:
+        return NotAllowed(
+            f"The credentials for {place} need {error.filename}, which cannot be read; see AWS_WEB_IDENTITY_TOKEN_FILE."
+        )
     if isinstance(error, aws.BotoCoreError):
         return Unavailable(f"{action} on {place} did not come through after retries: {_first_line(error)}.")
     return Unavailable(f"{action} on {place} broke off after retries: {type(error).__name__} {_first_line(error)}.")
@@ -49,9 +57,14 @@ def code_of(error: aws.ClientError) -> tuple[str, int]:
     )
 
 
-def _answer(error: aws.ClientError, action: str, place: str, endpoint: str) -> JobError:
+def _answer(error: aws.ClientError, action: str, place: str, endpoint: str, sse: str | None) -> JobError:
     code, status = code_of(error)
     bucket = "/".join(place.split("/")[:3])
+    if error.operation_name.startswith("AssumeRole"):
+        said = f"The role for {place} could not be assumed: {error.operation_name} answered {status} {code}"
+        if status >= 500 or code in BUSY:
+            return Unavailable(f"{said} after retries.")
+        return NotAllowed(f"{said}; see AWS_ROLE_ARN, AWS_WEB_IDENTITY_TOKEN_FILE and whom the role trusts.")
     if code == "NoSuchBucket":
         return SpecError(f"There is no bucket {bucket} at {endpoint}.")
     if code in ("NoSuchKey", "NotFound", "404"):
@@ -75,10 +88,11 @@ def _answer(error: aws.ClientError, action: str, place: str, endpoint: str) -> J
         return Unavailable(
             f"{action} on {place} arrived damaged again and again ({code}); something on the way flips bytes."
         )
-    if status >= 500 or code in ("SlowDown", "RequestTimeout", "Throttling", "TooManyRequests"):
+    if status >= 500 or code in BUSY:
         return Unavailable(f"{endpoint} answered {status} {code} to {action} on {place} after retries.")
-    message = error.response.get("Error", {}).get("Message", "")
-    return SpecError(f"{endpoint} refused {action} on {place}: {status} {code} {message}".rstrip() + ".")
+    message = error.response.get("Error", {}).get("Message") or ""
+    maybe = f" Does it offer encryption {sse}, which output.sse asks for?" if sse and action == "s3:PutObject" else ""
+    return SpecError(f"{endpoint} refused {action} on {place}: {status} {code} {message}".rstrip(" .") + f".{maybe}")
 
 
 def _first_line(error: Exception) -> str:

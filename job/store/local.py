@@ -10,10 +10,11 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator
+from io import RawIOBase
 from pathlib import Path
 from typing import BinaryIO
 
-from job.errors import JobError, NotAllowed, SpecError, Unavailable
+from job.errors import DataError, JobError, NotAllowed, SpecError, Unavailable
 from job.store.protocol import Capabilities, Conflict, Corrupt, Digest, Entry, Missing, checked_key
 
 CHUNK = 8 * 2**20
@@ -54,6 +55,12 @@ def partial_name(name: str, mark: str) -> str:
     return f".{name.encode()[:200].decode(errors='ignore')}.{mark}.part"
 
 
+def _unless_gone(error: OSError) -> None:
+    """A folder that is not there holds nothing; one that cannot be read may hold anything."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
 class LocalStore:
     """Objects as files under a root folder."""
 
@@ -65,7 +72,7 @@ class LocalStore:
         start = self.root / prefix.rpartition("/")[0] if "/" in prefix else self.root
         found: list[Entry] = []
         with disk(start):
-            for folder, _, names in os.walk(start):
+            for folder, _, names in os.walk(start, onerror=_unless_gone):
                 for name in names:
                     key = (Path(folder) / name).relative_to(self.root).as_posix()
                     if key.startswith(prefix) and not _OURS.match(name):
@@ -79,6 +86,16 @@ class LocalStore:
         with disk(path):
             try:
                 return path.read_bytes()
+            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+                raise Missing(f"There is no {key} in {self.url}.") from None
+
+    def read_piece(self, key: str, offset: int, size: int) -> bytes:
+        path = self._path(key)
+        with disk(path):
+            try:
+                with path.open("rb") as stream:
+                    stream.seek(offset)
+                    return stream.read(size)
             except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
                 raise Missing(f"There is no {key} in {self.url}.") from None
 
@@ -118,9 +135,18 @@ class LocalStore:
         return hashlib.sha256(data).hexdigest()
 
     def upload(self, path: Path, key: str) -> Digest:
+        with disk(path), path.open("rb") as source:
+            return self._put(source, os.fstat(source.fileno()).st_size, key)
+
+    def upload_stream(self, source: RawIOBase, size: int, key: str) -> Digest:
+        return self._put(source, size, key)
+
+    def _put(self, source: BinaryIO | RawIOBase, size: int, key: str) -> Digest:
         target = self._path(key)
-        with disk(target), path.open("rb") as source, self._temporary(target) as (stream, temporary):
+        with disk(target), self._temporary(target) as (stream, temporary):
             digest = copy(source, stream)
+            if digest.size != size:
+                raise DataError(f"What goes to {key} was to hold {size} bytes, and held {digest.size}.")
             os.fsync(stream.fileno())
             temporary.replace(target)
             sync_folder(target.parent)
@@ -179,15 +205,16 @@ class LocalStore:
         count = 0
         start = self.root / prefix.rpartition("/")[0]
         now = None
-        for folder, _, names in os.walk(start):
-            for path in (Path(folder) / name for name in names if name.endswith(".part") and _OURS.match(name)):
-                if now is None:
-                    with self._temporary(path) as (_, temporary):
-                        now = temporary.stat().st_mtime
-                with contextlib.suppress(FileNotFoundError):
-                    if now - path.stat().st_mtime >= older_than:
-                        path.unlink()
-                        count += 1
+        with disk(start):
+            for folder, _, names in os.walk(start):
+                for path in (Path(folder) / name for name in names if name.endswith(".part") and _OURS.match(name)):
+                    if now is None:
+                        with self._temporary(path) as (_, temporary):
+                            now = temporary.stat().st_mtime
+                    with contextlib.suppress(FileNotFoundError):
+                        if now - path.stat().st_mtime >= older_than:
+                            path.unlink()
+                            count += 1
         return count
 
     def _path(self, key: str) -> Path:
@@ -229,12 +256,12 @@ class LocalStore:
             yield
 
 
-def copy(source: BinaryIO, target: BinaryIO) -> Digest:
+def copy(source: BinaryIO | RawIOBase, target: BinaryIO) -> Digest:
     """Copy a stream and hash what passes."""
     digest = hashlib.sha256()
     size = 0
     buffer = memoryview(bytearray(CHUNK))
-    while count := source.readinto(buffer):  # type: ignore[attr-defined]
+    while count := source.readinto(buffer):  # type: ignore[union-attr]
         digest.update(buffer[:count])
         target.write(buffer[:count])
         size += count

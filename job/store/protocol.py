@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from io import RawIOBase
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -56,6 +57,9 @@ class Store(Protocol):
     def read(self, key: str) -> bytes:
         """A small object, whole. Raises Missing."""
 
+    def read_piece(self, key: str, offset: int, size: int) -> bytes:
+        """`size` bytes of an object from `offset` on; fewer where it ends. Raises Missing."""
+
     def version(self, key: str) -> str:
         """The version of an object, as `write` returned it. Raises Missing."""
 
@@ -70,6 +74,9 @@ class Store(Protocol):
 
     def upload(self, path: Path, key: str) -> Digest:
         """Write a file of any size, whole or not at all, and return the digest of the bytes that were sent."""
+
+    def upload_stream(self, source: RawIOBase, size: int, key: str) -> Digest:
+        """The same for `size` bytes that are made as they are read, which is once and in order."""
 
     def download(self, key: str, path: Path, *, sha256: str | None = None) -> Digest:
         """Fetch into `path`, which appears by a rename when every byte is there. What a broken call left is used.

@@ -30,8 +30,12 @@ from job.store import transfer
 from job.store.faults import DAMAGED, code_of, explain
 from job.store.protocol import Capabilities, Conflict, Digest, Entry, Missing, checked_key
 
-# Headers that were cut off on the way look to http.client like the end of them; these show that they were not.
+# Headers that were cut off on the way look to http.client like the end of them, and a body that was lost with them looks
+# like an empty answer; these show that neither was.
 WITNESS = {
+    "list_objects_v2": ("IsTruncated",),
+    "list_multipart_uploads": ("IsTruncated",),
+    "create_multipart_upload": ("UploadId",),
     "put_object": ("ETag",),
     "upload_part": ("ETag",),
     "get_object": ("ETag", "ContentLength"),
@@ -66,6 +70,12 @@ def _plain_body(params: dict[str, Any], **_: Any) -> None:
         params["body"] = params["body"].getvalue()
 
 
+def _clock(answer: dict[str, Any]) -> float:
+    """When the store says that it answered, in seconds since 1970."""
+    sent = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+    return float(parsedate_to_datetime(sent).timestamp()) if sent else time.time()
+
+
 class S3Store:
     """Objects under `s3://bucket/prefix`. `sse` is "AES256", "aws:kms" or None for what the bucket does by itself."""
 
@@ -77,25 +87,29 @@ class S3Store:
         self.prefix = prefix
         self.sse = sse
         self.sse_kms_key_id = sse_kms_key_id
-        self.client = connect()
+        try:
+            self.client = connect()
+        except (BotoCoreError, ValueError) as error:
+            raise SpecError(
+                f"{error}: {url} cannot be opened; see AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_DEFAULT_REGION and AWS_PROFILE."
+            ) from error
         self.endpoint = str(self.client.meta.endpoint_url)
         self.part_size = transfer.PART
         self.pool = ThreadPoolExecutor(transfer.WORKERS, thread_name_prefix="store")
         self.buffers = transfer.Buffers(transfer.WORKERS + 2)
         self.room = threading.Semaphore(transfer.WORKERS + 2)  # bodies in memory
         self._probed: Capabilities | None = None
+        self._quotes = True  # whether conditions name an ETag with its quotes
         self._probing = threading.Lock()
 
     # Objects, small and whole
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
-        with self.explained("s3:ListBucket", prefix):
-            for page in pages:
-                for item in page.get("Contents", ()):
-                    key = item["Key"][len(self.prefix) :]
-                    if key and not key.endswith("/"):  # the zero-byte "folders" that consoles make
-                        yield Entry(key, item["Size"], item["LastModified"].timestamp())
+        for page in self._pages("list_objects_v2", "s3:ListBucket", prefix, ContinuationToken="NextContinuationToken"):
+            for item in page.get("Contents", ()):
+                key = item["Key"][len(self.prefix) :]
+                if key and not key.endswith("/"):  # the zero-byte "folders" that consoles make
+                    yield Entry(key, item["Size"], item["LastModified"].timestamp())
 
     def read(self, key: str) -> bytes:
         """The bytes must match the ETag where that is an MD5; where it is something else, two reads must agree."""
@@ -111,21 +125,31 @@ class S3Store:
                 before = data
         raise Unavailable(f"Reading {self.place(key)} broke off again and again.")
 
+    def read_piece(self, key: str, offset: int, size: int) -> bytes:
+        wanted = f"bytes={offset}-{offset + size - 1}"
+        for _ in range(transfer.ATTEMPTS):
+            with contextlib.suppress(HTTPError, BotoCoreError, OSError):
+                answer = self.call("get_object", "s3:GetObject", checked_key(key), Range=wanted)
+                data: bytes = answer["Body"].read()
+                if len(data) == answer["ContentLength"]:
+                    return data
+        raise Unavailable(f"Reading {self.place(key)} broke off again and again.")
+
     def version(self, key: str) -> str:
         return str(self.call("head_object", "s3:GetObject", checked_key(key))["ETag"])
 
     def age(self, key: str) -> float:
         answer = self.call("head_object", "s3:GetObject", checked_key(key))
-        sent = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
-        now = parsedate_to_datetime(sent).timestamp() if sent else time.time()
-        return now - float(answer["LastModified"].timestamp())
+        return _clock(answer) - float(answer["LastModified"].timestamp())
 
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
-        condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": if_match} if if_match is not None else {}
         checked_key(key)
-        if condition and not self.capabilities.conditional:
+        condition = {"IfNoneMatch": "*"} if if_absent else {}
+        if (if_absent or if_match is not None) and not self.capabilities.conditional:
             self._look_first(key, if_match)
             condition = {}
+        elif if_match is not None:
+            condition = self._is(if_match)
         try:
             return self.put(key, data, condition)
         except (Conflict, Missing):
@@ -145,24 +169,32 @@ class S3Store:
     def upload(self, path: Path, key: str) -> Digest:
         return transfer.upload(self, path, checked_key(key))
 
+    def upload_stream(self, source: io.RawIOBase, size: int, key: str) -> Digest:
+        return transfer.upload_stream(self, source, size, checked_key(key))
+
     def download(self, key: str, path: Path, *, sha256: str | None = None) -> Digest:
         return transfer.download(self, checked_key(key), path, sha256)
 
     def abort_stale(self, prefix: str, older_than: float) -> int:
-        pages = self.client.get_paginator("list_multipart_uploads")
         count = 0
-        with self.explained("s3:ListBucketMultipartUploads", prefix):
-            for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix):
-                now = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
-                for item in page.get("Uploads", ()):
-                    if (now - item["Initiated"]).total_seconds() >= older_than:
-                        key = item["Key"][len(self.prefix) :]
-                        with contextlib.suppress(Missing):
-                            self.call(
-                                "abort_multipart_upload", "s3:AbortMultipartUpload", key, UploadId=item["UploadId"]
-                            )
-                        count += 1
+        marks = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
+        for page in self._pages("list_multipart_uploads", "s3:ListBucketMultipartUploads", prefix, **marks):
+            for item in page.get("Uploads", ()):
+                if _clock(page) - item["Initiated"].timestamp() >= older_than:
+                    key = item["Key"][len(self.prefix) :]
+                    with contextlib.suppress(Missing):
+                        self.call("abort_multipart_upload", "s3:AbortMultipartUpload", key, UploadId=item["UploadId"])
+                    count += 1
         return count
+
+    def _pages(self, method: str, action: str, prefix: str, **next_from: str) -> Iterator[dict[str, Any]]:
+        """Every page of a listing; `next_from` says which field of a page goes into which argument for the next."""
+        page = self.ask(method, action, prefix, Prefix=self.prefix + prefix)
+        yield page
+        while page["IsTruncated"]:
+            further = {argument: page[field] for argument, field in next_from.items()}
+            page = self.ask(method, action, prefix, Prefix=self.prefix + prefix, **further)
+            yield page
 
     # What this store really does
 
@@ -190,11 +222,15 @@ class S3Store:
         checksums = self._checks_checksums(key)
         if not checksums:
             weaker.append(
-                f"{self.endpoint} checks no SHA-256, so an MD5 goes with each part and is compared with the ETag."
+                f"{self.endpoint} checks no CRC32C, so an MD5 goes with each part and is compared with the ETag."
             )
-        self.put(key, b"a", {}, checksums=checksums)
+        etag = self.put(key, b"a", {}, checksums=checksums)
         self.read(key)
+        # What must be refused, and then what must not be: Ceph 16 takes an ETag only without its quotes.
         conditional = self._refuses(key, {"IfNoneMatch": "*"}) and self._refuses(key, {"IfMatch": '"0"'})
+        self._quotes = not self._refuses(key, {"IfMatch": etag})
+        if not self._quotes:
+            conditional = conditional and not self._refuses(key, self._is(self.version(key)))
         if not conditional:
             weaker.append(f"{self.endpoint} has no conditional writes, so two writers may not see each other.")
         return Capabilities(conditional, checksums, tuple(weaker))
@@ -207,16 +243,16 @@ class S3Store:
                     Bucket=self.bucket,
                     Key=self.prefix + key,
                     Body=data,
-                    **transfer.sha256(b"right"),
+                    **transfer.crc32c(b"right"),
                     **self.encryption(),
                 )
             except ClientError as error:
                 if code_of(error)[1] not in (400, 501):
-                    raise explain(error, "s3:PutObject", self.place(key), self.endpoint) from error
+                    raise explain(error, "s3:PutObject", self.place(key), self.endpoint, self.sse) from error
                 if not refused:
                     return False
             except BROKEN as error:
-                raise explain(error, "s3:PutObject", self.place(key), self.endpoint) from error
+                raise explain(error, "s3:PutObject", self.place(key), self.endpoint, self.sse) from error
             else:
                 if refused:
                     return False
@@ -225,13 +261,17 @@ class S3Store:
     def _refuses(self, key: str, condition: dict[str, str]) -> bool:
         try:
             self.client.put_object(
-                Bucket=self.bucket, Key=self.prefix + key, Body=b"b", **condition, **self.encryption()
+                Bucket=self.bucket, Key=self.prefix + key, Body=b"a", **condition, **self.encryption()
             )
         except ClientError as error:
             return code_of(error)[1] == 412
         except BROKEN as error:
-            raise explain(error, "s3:PutObject", self.place(key), self.endpoint) from error
+            raise explain(error, "s3:PutObject", self.place(key), self.endpoint, self.sse) from error
         return False
+
+    def _is(self, etag: str) -> dict[str, str]:
+        """The condition that the object still is what it was."""
+        return {"IfMatch": etag if self._quotes else etag.strip('"')}
 
     def _look_first(self, key: str, if_match: str | None) -> None:
         """The weaker guarantee: look, then write. Two writers in the same moment may both pass."""
@@ -247,7 +287,7 @@ class S3Store:
     def put(self, key: str, data: bytes, condition: dict[str, Any], *, checksums: bool | None = None) -> str:
         """One object in one request; the answer must show the encryption asked for. Returns the version."""
         checked = self.capabilities.checksums if checksums is None else checksums
-        check = transfer.sha256(data) if checked else transfer.md5(data)
+        check = transfer.crc32c(data) if checked else transfer.md5(data)
         for _ in range(transfer.DAMAGED_TRIES):
             answer = self.call("put_object", "s3:PutObject", key, Body=data, **check, **condition, **self.encryption())
             try:
@@ -258,16 +298,21 @@ class S3Store:
             if checked or self.is_intact(answer, data):
                 return str(answer["ETag"])
             if condition:
-                condition = {"IfMatch": answer["ETag"]}  # over our own damaged bytes, and nobody else's
+                condition = self._is(answer["ETag"])  # over our own damaged bytes, and nobody else's
         raise self.damaged(key)
 
     def call(self, method: str, action: str, key: str, **arguments: Any) -> Any:
         """One request about one key, retried, with its errors as sentences."""
+        return self.ask(method, action, key, Key=self.prefix + key, **arguments)
+
+    def ask(self, method: str, action: str, key: str, **arguments: Any) -> Any:
+        """One request about what begins with `key`."""
         with self.explained(action, key):
             for attempt in itertools.count(1):
                 try:
-                    answer = getattr(self.client, method)(Bucket=self.bucket, Key=self.prefix + key, **arguments)
-                    if all(name in answer for name in WITNESS.get(method, ())):
+                    answer = getattr(self.client, method)(Bucket=self.bucket, **arguments)
+                    # An ETag cut in two has lost its second quote.
+                    if all(name in answer and str(answer[name]).count('"') != 1 for name in WITNESS.get(method, ())):
                         return answer
                     if attempt == transfer.ATTEMPTS:
                         raise Unavailable(f"The answers of {self.endpoint} to {action} lack what S3 promises.")
@@ -285,7 +330,7 @@ class S3Store:
         except JobError:
             raise
         except BROKEN as error:
-            raise explain(error, action, self.place(key), self.endpoint) from error
+            raise explain(error, action, self.place(key), self.endpoint, self.sse) from error
 
     def place(self, key: str) -> str:
         return f"s3://{self.bucket}/{self.prefix}{key}"

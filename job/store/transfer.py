@@ -13,10 +13,11 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from http.client import HTTPException, HTTPResponse
-from io import FileIO
+from io import RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import google_crc32c
 from botocore.exceptions import BotoCoreError
 from urllib3.exceptions import HTTPError
 
@@ -62,48 +63,56 @@ class Buffers:
 def upload(store: S3Store, path: Path, key: str) -> Digest:
     """Send a file in one request, or in parts when it is larger than one. The digest is of the bytes that were sent."""
     with disk(path), path.open("rb", buffering=0) as source:
-        size = os.fstat(source.fileno()).st_size
-        if size <= store.part_size:
-            data = source.read(size + 1)
-            whole = hashlib.sha256(data)
-            _unchanged(len(data), size, path)
-            store.put(key, data, {})
-            return Digest(size, whole.hexdigest())
-        name = os.urandom(8).hex()
-        algorithm = {"ChecksumAlgorithm": "SHA256"} if store.capabilities.checksums else {}
-        begun = store.call(
-            "create_multipart_upload", "s3:PutObject", key, Metadata={"upload": name}, **algorithm, **store.encryption()
-        )
-        try:
-            store.check_encryption(begun, key)
-            digest = hashlib.sha256()
-            parts = _send(store, source, size, key, begun["UploadId"], digest)
-            _unchanged((source.read(1) and size + 1) or size, size, path)
-            _complete(store, key, begun["UploadId"], parts, name)
-        except BaseException:
-            with contextlib.suppress(JobError):
-                store.call("abort_multipart_upload", "s3:AbortMultipartUpload", key, UploadId=begun["UploadId"])
-            raise
-        return Digest(size, digest.hexdigest())
+        return upload_stream(store, source, os.fstat(source.fileno()).st_size, key)
 
 
-def sha256(data: bytes) -> dict[str, str]:
-    """What the store checks a body against as it arrives. Cheap where the processor has it built in, on both sides."""
-    return {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": base64.b64encode(hashlib.sha256(data).digest()).decode()}
+def upload_stream(store: S3Store, source: RawIOBase, size: int, key: str) -> Digest:
+    """The same for `size` bytes that are read once and in order."""
+    if size <= store.part_size:
+        data = _read_exactly(source, size, key)
+        whole = hashlib.sha256(data)
+        _at_its_end(source, key)
+        store.put(key, data, {})
+        return Digest(size, whole.hexdigest())
+    name = os.urandom(8).hex()
+    algorithm = {"ChecksumAlgorithm": "CRC32C"} if store.capabilities.checksums else {}
+    begun = store.call(
+        "create_multipart_upload", "s3:PutObject", key, Metadata={"upload": name}, **algorithm, **store.encryption()
+    )
+    try:
+        store.check_encryption(begun, key)
+        digest = hashlib.sha256()
+        parts = _send(store, source, size, key, begun["UploadId"], digest)
+        _at_its_end(source, key)
+        _complete(store, key, begun["UploadId"], parts, name)
+    except BaseException:
+        with contextlib.suppress(JobError):
+            store.call("abort_multipart_upload", "s3:AbortMultipartUpload", key, UploadId=begun["UploadId"])
+        raise
+    return Digest(size, digest.hexdigest())
+
+
+def crc32c(data: bytes) -> dict[str, str]:
+    """What the store checks a body against as it arrives. Processors have it built in, so it costs next to nothing on
+    either side; SHA-256, which the manifest has of the whole, would cost the store as much again as us."""
+    return {
+        "ChecksumAlgorithm": "CRC32C",
+        "ChecksumCRC32C": base64.b64encode(google_crc32c.value(data).to_bytes(4)).decode(),
+    }
 
 
 def md5(data: bytes) -> dict[str, str]:
-    """The same for a store that knows only the old way, at twice the cost."""
+    """The same for a store that knows only the old way, which is slow."""
     return {"ContentMD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
 
 
-def _unchanged(found: int, size: int, path: Path) -> None:
-    if found != size:
-        raise DataError(f"{path} changed its size while it was being uploaded.")
+def _at_its_end(source: RawIOBase, key: str) -> None:
+    if source.read(1):
+        raise DataError(f"What goes to {key} changed its size while it was being uploaded.")
 
 
 def _send(
-    store: S3Store, source: FileIO, size: int, key: str, upload_id: str, digest: hashlib._Hash
+    store: S3Store, source: RawIOBase, size: int, key: str, upload_id: str, digest: hashlib._Hash
 ) -> list[dict[str, Any]]:
     """Read part by part; each is sent by a worker while this thread hashes it."""
     part_size = max(store.part_size, -(-size // MAX_PARTS))
@@ -115,7 +124,7 @@ def _send(
                     earlier.result()  # raises early, when a part has failed for good
             store.room.acquire()
             try:
-                body = _read_exactly(source, min(part_size, size - start))
+                body = _read_exactly(source, min(part_size, size - start), key)
                 future = store.pool.submit(_send_part, store, key, upload_id, number, body)
             except BaseException:
                 store.room.release()
@@ -131,24 +140,24 @@ def _send(
         wait(sent)
 
 
-def _read_exactly(source: FileIO, size: int) -> bytes:
+def _read_exactly(source: RawIOBase, size: int, key: str) -> bytes:
     body = source.read(size)
     while body is not None and len(body) < size:
         if not (more := source.read(size - len(body))):
-            raise DataError(f"{source.name} became shorter while it was being uploaded.")
+            raise DataError(f"What goes to {key} became shorter while it was being uploaded.")
         body += more
     return body or b""
 
 
 def _send_part(store: S3Store, key: str, upload_id: str, number: int, body: bytes) -> dict[str, Any]:
     checked = store.capabilities.checksums
-    check = sha256(body) if checked else md5(body)
+    check = crc32c(body) if checked else md5(body)
     for _ in range(DAMAGED_TRIES):
         answer = store.call(
             "upload_part", "s3:PutObject", key, UploadId=upload_id, PartNumber=number, Body=body, **check
         )
         if checked:
-            return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumSHA256": check["ChecksumSHA256"]}
+            return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumCRC32C": check["ChecksumCRC32C"]}
         if store.is_intact(answer, body):
             return {"PartNumber": number, "ETag": answer["ETag"]}
     raise store.damaged(key)
@@ -168,13 +177,13 @@ def _complete(store: S3Store, key: str, upload_id: str, parts: list[dict[str, An
 
 def download(store: S3Store, key: str, path: Path, promised: str | None) -> Digest:
     """Fetch ranges in parallel, hash and write them in order, so that the part file is always a true beginning."""
-    there = store.call("head_object", "s3:GetObject", key)
-    size, etag = int(there["ContentLength"]), str(there["ETag"])
-    mark = hashlib.sha256(etag.encode()).hexdigest()[:12]
-    partial = path.parent / partial_name(path.name, mark)
     with disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         for fresh in (False, True):
+            there = store.call("head_object", "s3:GetObject", key)
+            size, etag = int(there["ContentLength"]), str(there["ETag"])
+            mark = hashlib.sha256(etag.encode()).hexdigest()[:12]
+            partial = path.parent / partial_name(path.name, mark)
             digest = _fetch_all(store, key, etag, size, partial, fresh)
             if promised is None or digest.sha256 == promised:
                 partial.replace(path)

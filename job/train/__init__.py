@@ -6,19 +6,20 @@ import logging
 import os
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from job.attempt import Attempt
 from job.errors import DataError, OutOfMemory
 from job.model import Loaded, to_generation, to_training
-from job.model.collator import Collator
+from job.model.collator import IGNORE, Collator
 from job.model.frozen import Features, Frozen, base, frozen_vision
 from job.model.pictures import LAYOUTS, Layout, cut
 from job.plan import Plan
@@ -26,11 +27,15 @@ from job.record import Record
 from job.scratch import free_bytes
 from job.spec import JobSpec
 from job.train.callbacks import Numbers, Safety, lost
+from job.train.held_out import HeldOut, NoneBetter
 from job.train.ladder import Ladder
 from job.train.order import EpochOrder
+from job.train.snapshot import Snapshot
+from job.train.weights import WEIGHTS, sum_of_weights, weighted_loss
 
 log = logging.getLogger("job")
 
+ADAPTER = "adapter_model.safetensors"
 SHARED_BYTES = 500_000_000
 """Of /dev/shm for one loader: two batches of eight four-tile pictures in float32."""
 
@@ -40,7 +45,8 @@ class LoraTrainer(SFTTrainer):
     that is asked once, and a way on when a micro-batch does not fit the card.
 
     Since the last line of numbers: `rows_of_step` holds the rows seen, `tokens_of_step` counts their tokens, `waited` the
-    seconds spent waiting for the loader. `finite` tells, without waiting for the GPU, whether every loss was a number.
+    seconds spent waiting for the loader, `paused` those in which nothing was trained. `finite` tells, without waiting for
+    the GPU, whether every loss was a number.
     """
 
     def __init__(
@@ -61,7 +67,12 @@ class LoraTrainer(SFTTrainer):
         self.rows_of_step: list[int] = []
         self.tokens_of_step = 0
         self.waited = 0.0
+        self.paused = 0.0
         self.finite: torch.Tensor | bool = True
+        self.snapshot = Snapshot(Path(str(self.args.output_dir)) / "unchanging")
+        # Once, and by upstream's own hand; it writes all but weights and states, which `snapshot` does from copies.
+        SFTTrainer._save(self, str(self.snapshot.unchanging), state_dict={})
+        (self.snapshot.unchanging / ADAPTER).unlink()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
         rows = train_dataset if train_dataset is not None else self.train_dataset
@@ -106,6 +117,18 @@ class LoraTrainer(SFTTrainer):
         with self.compute_loss_context_manager():
             return self.frozen.inputs(self.frozen.look(inputs, keys))
 
+    @torch.no_grad()
+    def loss_of(self, rows: list[dict[str, Any]]) -> tuple[float, int]:
+        """Mean loss of rows that are not trained on, as training takes it, and over how many answer tokens."""
+        inputs = self.data_collator(rows)
+        for name in ("rows", "pictures"):
+            inputs.pop(name)
+        keys = inputs.pop("picture_keys")
+        count = int((inputs["labels"][:, 1:] != IGNORE).sum())
+        inputs = self._seen(self._prepare_inputs(inputs), keys)
+        with self.compute_loss_context_manager():
+            return float(self.compute_loss(self.model, inputs)), count
+
     def _too_large(self, rows: int) -> str:
         return (
             f"a micro-batch of {rows} does not fit the GPU, and pictures of a {self.model.config.model_type} model cannot "
@@ -116,14 +139,39 @@ class LoraTrainer(SFTTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         inputs["use_cache"] = False
+        if WEIGHTS in inputs:
+            return weighted_loss(model, inputs, num_items_in_batch)
         return Trainer.compute_loss(
             self, model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """What the loss of a step is divided by: its answer tokens, each as often as its row's weight says."""
+        if not batch_samples or WEIGHTS not in batch_samples[0]:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        total = sum_of_weights(batch_samples).to(device)
+        return self.accelerator.gather(total).sum() if self.args.world_size > 1 else total
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if not self.finite:
             raise DataError(lost(self.state.global_step, "the loss is no number any more", self.record))
         Trainer._save_checkpoint(self, model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
+        """Upstream's hook for weights and processor. Here only the folder: the next hook copies all states at once."""
+        Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self.snapshot.take(Path(output_dir), self.states())
+
+    def states(self) -> dict[str, Any]:
+        """What changes from step to step and is large, by upstream's file names."""
+        weights = get_peft_model_state_dict(self.model)
+        return {
+            ADAPTER: weights,
+            "optimizer.pt": self.optimizer.state_dict(),
+            "scheduler.pt": self.lr_scheduler.state_dict(),
+        }
 
     def save_state_now(self) -> None:
         """The trainer's own checkpoint of the last finished step, outside its schedule."""
@@ -145,6 +193,8 @@ class NumberedRows:
         if self.features is not None:
             batch, keys = self.features.recall(batch, images)
         numbers = [int(row["id"].removeprefix("row-")) for row in rows]
+        if "weight" in rows[0]:
+            batch[WEIGHTS] = torch.tensor([row["weight"] for row in rows], dtype=torch.float32)
         return {**batch, "rows": numbers, "pictures": [len(each) for each in images], "picture_keys": keys}
 
 
@@ -152,8 +202,14 @@ class _Epochs(TrainerCallback):
     """Tells the order which epoch begins; upstream reaches the sampler on some paths only."""
 
     trainer: LoraTrainer
+    begun = False
 
     def on_epoch_begin(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
+        if self.begun and args.dataloader_persistent_workers:
+            torch.empty(
+                (), dtype=torch.int64
+            ).random_()  # the seed that a fresh loader draws, for dropout to go on alike
+        self.begun = True
         self.trainer.order.set_epoch(state.global_step // steps_per_epoch(len(self.trainer.order), args))
 
 
@@ -170,6 +226,7 @@ def train(
     rows: Any,
     safety: Safety,
     ladder: Ladder,
+    held_out: HeldOut,
     resume_from: Path | None,
 ) -> int:
     """Train to the end and return the last step. `loaded.model` then holds the tuned adapters.
@@ -178,7 +235,8 @@ def train(
     that cannot be used.
     """
     spec = attempt.spec
-    collator = Collator(loaded.processor, spec.training.max_length, spec.training.train_on_responses_only)
+    truncate = spec.dataset.over_length == "truncate"
+    collator = Collator(loaded.processor, spec.training.max_length, spec.training.train_on_responses_only, truncate)
     frozen = vision_kept(attempt, loaded)
     numbers = Numbers(attempt.record, spec.training.effective_batch_size)
     epochs = _Epochs()
@@ -190,7 +248,7 @@ def train(
             train_dataset=rows,
             data_collator=NumberedRows(collator, frozen.features if frozen else None),
             processing_class=loaded.processor,
-            callbacks=[numbers, safety, epochs],
+            callbacks=[numbers, safety, epochs, held_out],
             record=attempt.record,
             ladder=ladder,
             frozen=frozen,
@@ -198,11 +256,11 @@ def train(
         )
     for theirs in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(theirs)
-    safety.trainer = epochs.trainer = numbers.trainer = trainer
+    safety.trainer = epochs.trainer = numbers.trainer = held_out.trainer = trainer
     to_training(loaded)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(attempt.scratch / "tensorboard")
     try:
-        with frozen.given() if frozen else nullcontext():
+        with frozen.given() if frozen else nullcontext(), suppress(NoneBetter):
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     except torch.OutOfMemoryError as error:  # in the optimizer: the ladder has the rest
         raise OutOfMemory(

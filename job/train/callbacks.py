@@ -7,6 +7,7 @@ import math
 import random
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,12 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from job.errors import DataError, JobError
-from job.preemption import Preemption
+from job.preemption import FITS, Preemption
 from job.record import Record, watched
 from job.train.watch import gpu_numbers
 
 log = logging.getLogger("job")
 
-FITS = 0.8
-"""Share of the grace that a save may take before we call it too slow."""
 EXPLODED = 3.0
 """Times the loss of guessing (the logarithm of the vocabulary's size) or of the first line: no run comes back from there."""
 LINE_SECONDS = 10.0
@@ -60,7 +59,7 @@ class Numbers(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs:
             return
-        elapsed, steps = time.monotonic() - self.time, state.global_step - self.step
+        elapsed, steps = time.monotonic() - self.time - self.trainer.paused, state.global_step - self.step
         self.time, self.step = time.monotonic(), state.global_step
         seconds = elapsed / max(steps, 1)
         self._stop_when_lost(logs, state.global_step)
@@ -79,7 +78,7 @@ class Numbers(TrainerCallback):
             **gpu_numbers(),
         )
         self.trainer.rows_of_step.clear()
-        self.trainer.tokens_of_step, self.trainer.waited = 0, 0.0
+        self.trainer.tokens_of_step, self.trainer.waited, self.trainer.paused = 0, 0.0, 0.0
         left = seconds * (state.max_steps - state.global_step)
         self.record.update(loss=logs["loss"], seconds_left=round(left))
         if self.bar is not None:
@@ -123,7 +122,7 @@ def lost(step: int, why: str, record: Record) -> str:
 class Safety(TrainerCallback):
     """Commits what the trainer saved, and leaves at the end of the current micro-batch when asked to stop.
 
-    `keep(step, folder, epoch)` takes a saved folder to make it durable, `settle()` waits until that is done. A
+    `keep(step, folder, epoch, written)` makes a folder durable once it is `written`, `settle()` waits until that is done. A
     half-made step is dropped: weights and optimizer are those of the last finished step until the next one is
     complete, and the random states of that moment are put back before saving, so that the step is made again exactly.
     """
@@ -131,7 +130,7 @@ class Safety(TrainerCallback):
     def __init__(
         self,
         preemption: Preemption,
-        keep: Callable[[int, Path, float], None],
+        keep: Callable[[int, Path, float, Future[None]], None],
         settle: Callable[[], None],
         record: Record,
     ) -> None:
@@ -153,6 +152,8 @@ class Safety(TrainerCallback):
             self._leave(args, state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not self.random_states:  # the first step of this attempt: from here on the optimizer has a state
+            self.trainer.snapshot.prepare(self.trainer.states())
         self.random_states, self.half_made = random_states(), 0
         if self.preemption.requested:
             control.should_save = True  # behind the step's line of numbers; then we leave
@@ -175,7 +176,7 @@ class Safety(TrainerCallback):
 
     def _commit(self, args: TrainingArguments, state: TrainerState) -> None:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        self.keep(state.global_step, folder, state.epoch or 0.0)
+        self.keep(state.global_step, folder, state.epoch or 0.0, self.trainer.snapshot.written)
         self.last_saved = state.global_step
 
     def _leave(self, args: TrainingArguments, state: TrainerState) -> None:

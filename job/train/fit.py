@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 from job import checkpoint
@@ -19,6 +20,7 @@ from job.record import versions
 from job.store.folders import upload_folder
 from job.train import train
 from job.train.callbacks import Safety
+from job.train.held_out import HeldOut
 from job.train.ladder import Ladder
 
 log = logging.getLogger("job")
@@ -38,26 +40,32 @@ def fit(attempt: Attempt, plan: Plan, loaded: Loaded, data: Data) -> None:
     step = restored.manifest.step if restored else 0
     record.resume_numbers(restored.folder if restored else None)
     ladder = Ladder(plan.micro_batch)
+    held_out = HeldOut(attempt, loaded, data.evaluation, ladder)
+    if restored is not None:
+        held_out.resume(restored.folder)
     with record.stage("train") as facts:
-        if restored is not None and step == plan.total_steps:
+        if restored is not None and (step == plan.total_steps or held_out.is_over):
             load_adapter(loaded.model, restored.folder)
-            facts.append(f"step {step} was saved already")
+            facts += [f"step {step} was saved already", *held_out.finish(step)]
             return
         if restored is not None:
             log.info("resuming from step %d of attempt %d", step, restored.manifest.attempt)
             ladder.rows_at_once = min(plan.micro_batch, restored.manifest.extra.get("rows_at_once", plan.micro_batch))
         with uploader(attempt) as uploads:
 
-            def keep(saved: int, made: Path, epoch: float) -> None:
+            def keep(saved: int, made: Path, epoch: float, written: Future[None]) -> None:
                 record.copy_numbers(made)
+                held_out.put_into(made)
                 extra = {"submitted": time.time(), "rows_at_once": ladder.rows_at_once}
-                uploads.submit(made, saved, epoch=epoch, extra=extra)
+                uploads.submit(made, saved, epoch=epoch, extra=extra, written=written)
 
             safety = Safety(preemption, keep, lambda: settle(uploads, preemption), record)
-            last = train(attempt, plan, loaded, data.train, safety, ladder, restored.folder if restored else None)
+            start = restored.folder if restored else None
+            last = train(attempt, plan, loaded, data.train, safety, ladder, held_out, start)
             settle(uploads, preemption)
         publish_tensorboard(attempt)
         facts.append(f"{last} steps" + (f", the first {step} from an earlier attempt" if step else ""))
+        facts += held_out.finish(last)
 
 
 def passed_over(step: int, why: str) -> None:

@@ -92,10 +92,12 @@ def test_a_folder_without_its_manifest_is_no_checkpoint(saved: Saved) -> None:
 
 def test_frozen_files_are_sent_once(saved: Saved) -> None:
     first = saved.commit(1)
-    second = saved.commit(2)
-    assert second.files["frozen.safetensors"] == first.files["frozen.safetensors"]
-    assert f"{folder_of(2)}/frozen.safetensors" not in saved.stored()
-    assert saved.restored_step() == 2
+    for step in (2, 3):
+        again = saved.commit(step)
+        assert again.files["frozen.safetensors"] == first.files["frozen.safetensors"]
+        assert f"{folder_of(step)}/frozen.safetensors" not in saved.stored()
+        assert f"{folder_of(step)}/sub dir/state.json" in saved.stored()
+    assert saved.restored_step() == 3
 
 
 def test_a_changed_file_of_the_same_size_is_sent_again(saved: Saved) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
-from job.checkpoint import Manifest, Uploader, steps
-from job.errors import JobError, Preempted
+from job.checkpoint import Manifest, Uploader, read_manifest, steps
+from job.errors import JobError, Preempted, Unavailable
 from job.store import Store, open_store
 from job.store.lease import acquire
 from tests.s3 import address
@@ -40,18 +41,28 @@ def test_snapshots_are_committed_and_removed(store: Store, tmp_path: Path) -> No
     assert [(manifest.step, manifest.epoch, manifest.extra) for manifest in seen] == [(1, 0.5, {"a": 1})]
 
 
-def test_a_snapshot_may_be_written_on_the_thread_of_the_uploader(store: Store, tmp_path: Path) -> None:
-    threads: list[threading.Thread] = []
-
-    def write(folder: Path) -> None:
-        threads.append(threading.current_thread())
-        (folder / "state").write_bytes(b"1")
-
+def test_a_snapshot_may_still_be_in_the_making(tmp_path: Path) -> None:
+    store, written = open_store(str(tmp_path / "store")), Future[None]()
     with uploader(store) as up:
-        up.submit(tmp_path / "later", 1, epoch=0, write=write)
+        up.submit(tmp_path / "snapshot-1", 1, epoch=0, written=written)
+        assert not up.wait(0.1)
+        snapshot(tmp_path, 1)
+        written.set_result(None)
         assert up.wait(30)
-    assert steps(store) == [1]
-    assert [thread.name for thread in threads] == ["uploader"]
+    assert store.read(read_manifest(store, 1).files["state"].key) == (1).to_bytes(4, "big") * 10
+
+
+def test_a_snapshot_that_could_not_be_written_is_a_failure_like_another(tmp_path: Path) -> None:
+    store, written = open_store(str(tmp_path / "store")), Future[None]()
+    written.set_exception(Unavailable("The disk is full."))
+    failures: list[tuple[int, JobError, int]] = []
+    with uploader(store, on_failure=lambda *failure: failures.append(failure)) as up:
+        up.submit(snapshot(tmp_path, 1), 1, epoch=0, written=written)
+        assert not up.wait(0.1)
+        up.submit(snapshot(tmp_path, 2), 2, epoch=0)
+        assert up.wait(30)
+    assert (failures[0][0], failures[0][1].exit_code, str(failures[0][1])) == (1, 69, "The disk is full.")
+    assert steps(store) == [2]
 
 
 def test_old_checkpoints_are_pruned(store: Store, tmp_path: Path) -> None:

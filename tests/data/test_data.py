@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from job.data import Data, conversation, prepare
+from job.data import Data
+from job.data.prepare import prepare
+from job.data.rows import conversation
 from job.errors import DataError
 from job.specfile import validate
 
@@ -89,7 +94,8 @@ def test_an_empty_dataset_is_refused(tmp_path: Path, prepared):
 
 def test_a_folder_without_tables_is_refused(tmp_path: Path, prepared):
     (tmp_path / "data").mkdir()
-    with pytest.raises(DataError, match="holds no metadata file"):
+    (tmp_path / "data" / "notes.docx").touch()
+    with pytest.raises(DataError, match=r"holds 1 × \.docx; wanted is metadata\.jsonl or \.csv"):
         prepared()
 
 
@@ -99,17 +105,20 @@ def test_a_missing_column_is_named_with_those_there(tmp_path: Path, prepared):
         prepared(answer_column="findings")
 
 
-def test_a_broken_line_names_the_file(tmp_path: Path, prepared):
+def test_a_broken_line_spoils_one_row(tmp_path: Path, prepared):
     folder_of(rows_of(4), tmp_path / "data")
-    with (tmp_path / "data" / "metadata.jsonl").open("a") as file:
-        file.write('{"file_name": ')
-    with pytest.raises(DataError, match=r"metadata.jsonl cannot be read as json"):
-        prepared()
+    with (tmp_path / "data" / "metadata.jsonl").open("ab") as file:
+        file.write(b'{"file_name": \n["a", "b"]\n{"file_name": "0.png", "caption": "\xff"}\n')
+    data = prepared(max_bad_fraction=0.5)
+    reasons = ["line is not JSON", "line is not a JSON object", "line is not UTF-8"]
+    assert data.quarantined == [{"row": 4 + n, "reason": reason} for n, reason in enumerate(reasons)]
 
 
 def bomb() -> bytes:
-    """A PNG of a few kB that says it is 30000 × 30000."""
-    return png(size=(30000, 30000))
+    """A PNG that says it is 30000 × 30000."""
+    size = struct.pack(">4sIIBBBBB", b"IHDR", 30000, 30000, 8, 0, 0, 0, 0)
+    header = struct.pack(">I", 13) + size + struct.pack(">I", zlib.crc32(size))
+    return b"\x89PNG\r\n\x1a\n" + header + png()[33:]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +140,7 @@ def test_a_bad_image_stops_the_job_with_its_row_and_reason(tmp_path: Path, prepa
 
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path, prepared):
     folder_of(rows_of(10), tmp_path / "data", {"3.png": bomb()})
-    with pytest.raises(DataError, match="image too large: over 50000000 pixels"):
+    with pytest.raises(DataError, match="image too large: 30000×30000 is over 50000000 pixels"):
         prepared()
 
 
@@ -196,3 +205,89 @@ def test_a_large_image_is_shrunk_when_asked(tmp_path: Path, prepared):
 
 def test_a_system_turn_is_there_only_when_asked_for():
     assert [m["role"] for m in conversation("q", "a", None)] == ["user", "assistant"]
+
+
+def test_a_quick_look_takes_some_rows_of_all_and_says_so(tree: dict[str, Any], tmp_path: Path):
+    folder_of(rows_of(100), tmp_path / "data")
+    tree["dataset"]["eval_fraction"] = 0.2
+    data = prepare(validate(tree), tmp_path / "scratch", most=20)
+    facts = data.facts
+    assert (facts["rows"], facts["looked_at"], facts["train"] + facts["evaluation"]) == (100, 20, 100)
+    assert {int(row["id"][4:]) for part in (data.train, data.evaluation) for row in part} == set(range(0, 100, 5))
+
+
+def test_what_was_seen_is_counted(tmp_path: Path, prepared):
+    folder_of(rows_of(40), tmp_path / "data", {"7.png": b"x", "9.png": png(9, (30, 20))})
+    facts = prepared(max_bad_fraction=0.1).facts
+    assert facts["reasons"] == {"image of no known format": 1}
+    assert facts["images"] == {"count": 39, "smallest": (8, 8), "median": (8, 8), "largest": (30, 20)}
+
+
+class Ten:
+    """Ten tokens a word of the answer, five before it."""
+
+    def __init__(self, messages: list[dict[str, Any]], sizes: list[Any]) -> None:
+        self.prompt = 5
+        self.whole = 5 + 10 * len(messages[-1]["content"][0]["text"].split())
+
+
+@pytest.mark.parametrize("policy", ["drop", "fail", "truncate"])
+def test_over_long_rows_go_as_the_policy_says(tree: dict[str, Any], tmp_path: Path, policy: str):
+    rows = rows_of(10)
+    rows[3]["caption"] = "one two three four"
+    folder_of(rows, tmp_path / "data")
+    tree["training"] = {"max_length": 40}
+    tree["dataset"] |= {"over_length": policy, "max_bad_fraction": 0.1}
+    if policy == "fail":
+        with pytest.raises(
+            DataError, match=r"1 of 10 rows have more than training\.max_length 40 tokens \(the longest 45\)"
+        ):
+            prepare(validate(tree), tmp_path / "scratch", measure=Ten)
+        return
+    data = prepare(validate(tree), tmp_path / "scratch", measure=Ten)
+    assert data.facts["over_length"] == (policy == "truncate")
+    dropped = [{"row": 3, "reason": "longer than training.max_length 40"}]
+    assert data.quarantined == (dropped if policy == "drop" else [])
+
+
+def test_strata_and_counts_of_held_out_rows(tmp_path: Path, prepared):
+    folder_of([row | {"kind": "a" if n < 15 else "b"} for n, row in enumerate(rows_of(90))], tmp_path / "data")
+    assert len(prepared(eval_rows=12).evaluation) == 12
+    held = [int(row["id"][4:]) for row in prepared(eval_rows=18, stratify_column="kind").evaluation]
+    assert abs(sum(n < 15 for n in held) - 3) <= 1
+
+
+def test_weights_go_with_their_rows(tmp_path: Path, prepared):
+    folder_of([row | {"w": n / 2} for n, row in enumerate(rows_of(6))], tmp_path / "data")
+    assert "weight" not in prepared().train[0]
+    assert {row["id"]: row["weight"] for row in prepared(weight_column="w").train}["row-3"] == 1.5
+
+
+def test_embedded_images_are_not_copied_by_the_split(tmp_path: Path, prepared):
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    noise = [np.random.default_rng(n).integers(0, 256, (64, 64), dtype=np.uint8) for n in range(20)]
+    rows = []
+    for pixels in noise:
+        stream = io.BytesIO()
+        Image.fromarray(pixels).save(stream, "PNG")
+        rows.append({"image": {"bytes": stream.getvalue(), "path": None}, "caption": "c"})
+    features = Features({"image": ImageFeature(), "caption": Value("string")})
+    (tmp_path / "data").mkdir()
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "data" / "r.parquet")
+    data = prepared(eval_fraction=0.3)
+    assert len(data.train) + len(data.evaluation) == 20
+    stored = sum(file.stat().st_size for file in (tmp_path / "scratch").rglob("*.arrow"))
+    assert stored < 1.1 * sum(len(row["image"]["bytes"]) for row in rows)
+    assert data.train._indices is not None  # a choice of rows, not a copy of them
+
+
+def test_a_row_that_went_bad_after_the_look_names_itself(tmp_path: Path, prepared):
+    folder_of(rows_of(4), tmp_path / "data")
+    data = prepared(eval_fraction=0)
+    (tmp_path / "data" / "2.png").unlink()
+    with pytest.raises(
+        DataError, match="row 2 was good before and is not now: image cannot be read.*was the data changed"
+    ):
+        list(data.train)

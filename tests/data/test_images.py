@@ -1,11 +1,18 @@
 """One image value → one RGB picture."""
 
+import contextlib
 import io
+from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from job.data.images import BadRow, decode, image_bytes
+from job.data.images import BadRow, Bounds, Files, decode, image_bytes, load, load_anew, shrink
+from job.data.shelf import Shelf
+from job.spec import DatasetSpec
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -14,25 +21,162 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     return stream.getvalue()
 
 
+def limits(**fields: object) -> DatasetSpec:
+    return DatasetSpec.model_validate({"path": "d"} | fields)
+
+
 def test_exif_orientation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: the file's 40 × 20 is to be seen as 20 × 40
     data = encoded(Image.new("RGB", (40, 20)), "JPEG", exif=exif)
-    assert decode(data, max_pixels=10_000, max_side=None).size == (20, 40)
+    assert decode(data, limits()).size == (20, 40)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "RGB"])
 def test_every_mode_becomes_rgb(mode: str):
     kind = "TIFF" if mode == "CMYK" else "PNG"
-    assert decode(encoded(Image.new(mode, (4, 4)), kind), max_pixels=100, max_side=None).mode == "RGB"
+    assert decode(encoded(Image.new(mode, (4, 4)), kind), limits()).mode == "RGB"
 
 
 def test_the_bound_is_on_pixels_not_on_bytes():
     with pytest.raises(BadRow, match="101×100 is over 10000 pixels"):
-        decode(encoded(Image.new("L", (101, 100))), max_pixels=10_000, max_side=None)
+        decode(encoded(Image.new("L", (101, 100))), limits(max_image_pixels=10_000))
 
 
 @pytest.mark.parametrize("value", [None, 3, {"bytes": None, "path": None}, ""])
 def test_a_value_that_is_no_image_is_a_bad_row(value: object):
     with pytest.raises(BadRow, match="no image"):
-        image_bytes(value, None)
+        image_bytes(value, Files())
+
+
+def deep(values: np.ndarray, kind: str) -> bytes:
+    return encoded(Image.fromarray(values), kind)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("top", [1023, 4095, 65535])
+def test_sixteen_bits_are_stretched_not_cut(kind: str, top: int):
+    """Pillow's own conversion makes all above 255 white."""
+    ramp = np.linspace(0, top, 256, dtype=np.uint16).reshape(16, 16)
+    grey = np.asarray(decode(deep(ramp, kind), limits()))[..., 0]
+    assert np.abs(grey.astype(int) - np.arange(256).reshape(16, 16)).max() <= 1
+
+
+def test_floats_and_flat_images_are_shown():
+    assert decode(deep(np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8), "TIFF"), limits()).getextrema()[0] == (
+        0,
+        255,
+    )
+    assert decode(deep(np.full((8, 8), 700, np.uint16), "PNG"), limits()).getextrema()[0] == (0, 0)
+    with pytest.raises(BadRow, match="values that are no numbers"):
+        decode(deep(np.full((8, 8), np.nan, np.float32), "TIFF"), limits())
+
+
+def test_what_is_transparent_becomes_white():
+    clear = Image.new("RGBA", (8, 8), (10, 20, 30, 0))
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([10, 20, 30] * 256)
+    for data in (encoded(clear), encoded(clear.convert("LA")), encoded(palette, transparency=0)):
+        assert decode(data, limits()).getpixel((4, 4)) == (255, 255, 255)
+    assert decode(encoded(palette), limits()).getpixel((4, 4)) == (10, 20, 30)
+
+
+def test_cmyk_jpegs_keep_their_colours():
+    data = encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)
+    red, green, blue = decode(data, limits()).getpixel((8, 8))
+    assert red > 240
+    assert max(green, blue) < 15
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [((3000, 20), "too narrow: 3000×20 is over max_aspect_ratio 50"), ((2, 90), "too small"), ((9, 3), "too small")],
+)
+def test_absurd_shapes_are_refused(size: tuple[int, int], reason: str):
+    with pytest.raises(BadRow, match=reason):
+        decode(encoded(Image.new("L", size)), limits())
+
+
+def test_a_large_jpeg_is_shrunk_to_the_same_picture_as_a_png():
+    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    large = Image.fromarray(noise).resize((1600, 1200), Image.Resampling.BICUBIC)
+    files = [encoded(large), encoded(large, "JPEG", quality=95)]
+    found = [decode(data, limits(), Bounds(side=200)) for data in files]
+    small = [np.asarray(shrink(picture, (200, 150)), dtype=int) for picture in found]
+    assert small[0].shape == small[1].shape == (150, 200, 3)
+    assert np.abs(small[0] - small[1]).mean() < 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["PNG", "JPEG", "TIFF", "GIF", "WEBP", "BMP"]), st.integers(0, 2**32), st.integers(1, 40))
+def test_a_damaged_file_is_a_picture_or_a_bad_row(kind: str, seed: int, hits: int):
+    chance = np.random.default_rng(seed)
+    data = bytearray(encoded(Image.fromarray(chance.integers(0, 256, (24, 24, 3), dtype=np.uint8)), kind))
+    for place in chance.integers(0, len(data), hits):
+        data[place] = chance.integers(0, 256)
+    with contextlib.suppress(BadRow):
+        assert decode(bytes(data), limits()).mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    "value", ["data:image/png;base64,!!", "data:text/plain,hello", {"file": "/no", "offset": 0, "size": 9}]
+)
+def test_a_url_or_a_piece_that_holds_no_image_is_a_bad_row(value: object):
+    with pytest.raises(BadRow):
+        load(value, Files(), limits())
+
+
+def bounded(tmp_path: Path, **bounds: float) -> Files:
+    return Files(tmp_path, None, Shelf(tmp_path / "shelf", 10**6), Bounds(**bounds))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "pictures", "size"),
+    [
+        ({}, 1, (400, 200)),
+        ({"side": 100}, 1, (100, 50)),
+        ({"area": 20000}, 1, (200, 100)),
+        ({"short": 50}, 1, (100, 50)),
+        ({"row": 80000}, 4, (200, 100)),
+        ({"side": 1000, "area": 10**6, "short": 500, "row": 10**6}, 2, (400, 200)),
+    ],
+)
+def test_bounds_keep_the_shape_and_make_nothing_larger(bounds: dict[str, float], pictures: int, size: tuple[int, int]):
+    assert Bounds(**bounds).size(400, 200, pictures) == size
+
+
+def test_grey_pictures_are_kept_as_such(tmp_path: Path):
+    chance = np.random.default_rng(0)
+    for name, shape in (("colour", (300, 400, 3)), ("grey", (300, 400))):
+        Image.fromarray(chance.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / f"{name}.png")
+        load_anew(f"{name}.png", bounded(tmp_path, side=50), limits())
+    kinds = sorted(path.read_bytes()[25] for path in (tmp_path / "shelf").rglob("*.png"))
+    assert kinds == [0, 2]  # PNG's grey, PNG's colour
+
+
+def test_what_is_on_the_shelf_is_not_decoded_again(tmp_path: Path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    files = bounded(tmp_path, side=50)
+    (first,) = load_anew("a.png", files, limits())[1]
+    (again,) = load("a.png", files, limits())
+    assert first.tobytes() == again.tobytes()
+    (shelved,) = (tmp_path / "shelf").rglob("*.png")
+    Image.new("L", (50, 38), 9).save(shelved)
+    assert load("a.png", files, limits())[0].getpixel((0, 0)) == (9, 9, 9)
+    Image.new("L", (400, 300), 7).save(tmp_path / "a.png")  # another file of that name
+    assert load("a.png", files, limits())[0].getpixel((0, 0)) == (7, 7, 7)
+
+
+def test_the_shelf_holds_no_more_than_its_room(tmp_path: Path):
+    for number in range(6):
+        noise = np.random.default_rng(number).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{number}.png")
+    files = Files(tmp_path, None, Shelf(tmp_path / "shelf", 25_000), Bounds(side=50))
+    for number in range(6):
+        load_anew(f"{number}.png", files, limits())
+    sizes = [path.stat().st_size for path in (tmp_path / "shelf").rglob("*.png")]
+    assert 25_000 <= sum(sizes) < 25_000 + max(sizes)
+    small = Image.new("RGB", (50, 50))
+    small.save(tmp_path / "small.png")
+    load_anew("small.png", bounded(tmp_path, side=50), limits())
+    assert len(list((tmp_path / "shelf").rglob("*.png"))) == len(sizes)  # what is small enough is not kept

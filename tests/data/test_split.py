@@ -1,9 +1,10 @@
 """Holding out."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.data.split import hold_out
+from job.data.split import hold_out, units
 
 GROUPS = st.lists(st.text(max_size=4), min_size=1, max_size=60)
 
@@ -36,3 +37,39 @@ def test_fraction_nought_holds_nothing_out():
 def test_another_seed_holds_out_others():
     groups = [str(n) for n in range(100)]
     assert hold_out(groups, 0.5, 0) != hold_out(groups, 0.5, 1)
+
+
+@given(st.lists(st.sampled_from("abcd"), min_size=20, max_size=200), st.floats(0.05, 0.5), st.integers(0, 9))
+def test_each_stratum_has_its_share_to_within_one(strata, fraction, seed):
+    names = [str(n) for n in range(len(strata))]
+    held = hold_out(names, fraction, seed, strata=strata)
+    for value in set(strata):
+        out = sum(h for h, s in zip(held, strata, strict=True) if s == value)
+        # one more where neither side may be empty
+        assert abs(out - fraction * strata.count(value)) <= 1 + (sum(held) == 1)
+
+
+def test_small_strata_together_have_their_share():
+    strata = [f"rare {n // 2}" for n in range(2000)]
+    held = hold_out([str(n) for n in range(2000)], 0.1, 5, strata=strata)
+    assert 160 < sum(held) < 240
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_a_count_is_met_by_whole_groups(rows):
+    groups = [str(n * n % 37) for n in range(200)]
+    held = hold_out(groups, 0.1, 0, rows=rows)
+    out, kept = ({group for group, h in zip(groups, held, strict=True) if h is side} for side in (True, False))
+    assert rows <= sum(held) < rows + max(groups.count(group) for group in out)
+    assert not out & kept
+
+
+def test_another_row_changes_few_choices_of_a_count():
+    groups = [str(n) for n in range(200)]
+    held = hold_out(groups, 0.1, 0, rows=40)
+    again = hold_out([*groups, "another"], 0.1, 0, rows=40)
+    assert sum(a != b for a, b in zip(held, again, strict=False)) <= 1
+
+
+def test_rows_with_a_picture_in_common_are_one_unit():
+    assert units([["a"], ["b", "c"], ["d"], ["c", "a"], ["d"], []]) == [0, 0, 2, 0, 2, 5]

@@ -12,7 +12,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageTextToText
 
-from job.data import Data, prepare
+from job.data import Data
+from job.data.prepare import prepare
 from job.evaluate.generate import answer, answer_losses, generations
 from job.model import Loaded
 from job.model.collator import IGNORE, Collator, encode, render
@@ -103,26 +104,24 @@ def test_the_base_speaks_when_adapters_are_silenced(small: Loaded, data: Data) -
     plain = AutoModelForImageTextToText.from_pretrained(small.folder).eval()
     alone = Loaded(plain, small.processor, small.folder, "transformers", "32bit", small.device, {})
     spec = job_spec(**SPEC)
-    base = generations(alone, data.evaluation, spec, tuned=True)
-    assert generations(small, data.evaluation, spec, tuned=False) == base
-    assert generations(small, data.evaluation, spec, tuned=True) != base
+    order = range(len(data.evaluation))
+    base = generations(alone, data.evaluation, spec, tuned=True, order=order)
+    assert generations(small, data.evaluation, spec, tuned=False, order=order) == base
+    assert generations(small, data.evaluation, spec, tuned=True, order=order) != base
 
 
-def test_rows_known_already_are_not_made_again(small: Loaded, data: Data) -> None:
+def test_what_an_earlier_attempt_finished_is_not_made_again_and_changes_no_batch(small: Loaded, data: Data) -> None:
     made: list[list[str]] = []
-    spec = job_spec(**SPEC)
-    whole = generations(small, data.evaluation, spec, tuned=True)
-    known = [record | {"generated": "kept"} for record in whole[1:3]]
-    again = generations(
-        small,
-        data.evaluation,
-        spec,
-        tuned=True,
-        known=known,
-        each=lambda records: made.append([record["id"] for record in records]),
-    )
+    spec, order = job_spec(**SPEC), [3, 0, 1, 2]
+    whole = generations(small, data.evaluation, spec, tuned=True, order=order)
     ids = [record["id"] for record in whole]
-    missing = [ids[0], *ids[3:]]
-    assert made == [missing[start : start + 2] for start in range(0, len(missing), 2)]
+    known = [whole[place] | {"generated": "kept"} for place in order[:2]]
+
+    def each(records: list[dict[str, Any]]) -> None:
+        made.append([record["id"] for record in records])
+
+    again = generations(small, data.evaluation, spec, tuned=True, order=order, known=known, each=each)
+    assert made == [[ids[1], ids[2]]]
     assert [record["id"] for record in again] == ids
-    assert [record["generated"] == "kept" for record in again] == [identity not in missing for identity in ids]
+    assert again[1:3] == whole[1:3]
+    assert [again[place]["generated"] for place in (3, 0)] == ["kept", "kept"]

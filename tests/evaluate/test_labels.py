@@ -32,6 +32,31 @@ def test_the_values_found_as_whole_words_decide(text: str, stated: str) -> None:
     assert read(text, ["nodule", "effusion", "pleural effusion"]) == stated
 
 
+@pytest.mark.parametrize(
+    ("text", "stated"),
+    [
+        ("No pleural effusion.", labels.NONE),
+        ("There is no nodule, effusion or pneumothorax.", labels.NONE),
+        ("The lungs are clear, without evidence of an effusion", labels.NONE),
+        ("A nodule is not seen. Effusion: none.", labels.NONE),
+        ("Negative for effusion; nodule has resolved", labels.NONE),
+        ("No effusion. A nodule in the left upper zone, 1.5 cm.", "nodule"),
+        ("No nodule on the left but a nodule on the right", "nodule"),
+        ("No effusion, there is a nodule", "nodule"),
+        ("No effusion, and a nodule", "nodule"),
+        ("No significant interval change in the effusion", "effusion"),
+        ("Not only a nodule", "nodule"),
+        ("A nodule without an effusion", "nodule"),
+        ("A nodule, which is not calcified", "nodule"),
+        ("An effusion cannot be excluded", "effusion"),
+        ("no acute finding", "no acute finding"),
+        ("No acute finding, no effusion", "no acute finding"),
+    ],
+)
+def test_what_a_text_denies_it_does_not_state(text: str, stated: str) -> None:
+    assert read(text, ["nodule", "effusion", "pleural effusion", "no acute finding"]) == stated
+
+
 def test_values_with_signs_of_regular_expressions_mean_themselves() -> None:
     assert read("grade 1 (a+b) seen", ["1 (a+b)", "."]) == "1 (a+b)"
 

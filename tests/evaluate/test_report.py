@@ -160,3 +160,19 @@ def test_markdown_says_what_the_page_says(facts: dict[str, Any]) -> None:
     assert f"{change['low']:+.3f} to {change['high']:+.3f}" in text
     assert "too few rows" not in text
     assert "patient-" not in text
+
+
+def test_energy_and_cost_are_sums_over_all_steps(facts: dict[str, Any]) -> None:
+    """A hundred steps of 2.5 s at 288 W: 0.02 kWh; 250 s at 3.6 an hour: 0.25."""
+    facts["log"] = [line | {"gpu_power_watts": 288.0} for line in facts["log"] if line["step"] % 10 == 0]
+    facts["lineage"]["price_per_hour"] = "3.6"
+    page = report.render(facts)
+    assert "0.020\u00a0kWh" in page
+    assert "<dd>0.25</dd>" in page
+    assert "kWh" not in report.render(
+        facts | {"log": [{"step": 1, "step_seconds": 1.0}, {"step": 2, "step_seconds": 1.0}]}
+    )
+
+
+def test_what_is_not_measured_is_said(facts: dict[str, Any]) -> None:
+    assert "Not measured: BERTScore, RadGraph F1, CheXbert and GREEN" in report.render(facts)

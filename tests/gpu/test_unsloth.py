@@ -21,7 +21,7 @@ if importlib.util.find_spec("unsloth") is None:
 from job.model import unsloth_backend  # isort: skip - before transformers, which it patches
 
 from job.attempt import Attempt
-from job.data import prepare
+from job.data.prepare import prepare
 from job.model import to_training
 from job.model.collator import Collator
 from job.model.frozen import TOGETHER, frozen_vision, tower
@@ -32,6 +32,7 @@ from job.record import Record
 from job.store import open_store
 from job.store.lease import acquire
 from job.train.fit import fit
+from job.train.weights import WEIGHTS, weighted_loss
 from tests.tiny import batch, job_spec, make_model, perturb, picture
 
 FAMILIES = ("mllama", "qwen2_5_vl", "qwen3_vl", "gemma3")
@@ -160,3 +161,16 @@ def test_the_model_in_its_real_shape(tmp_path: Path) -> None:
     with torch.autocast("cuda", torch.bfloat16):
         seen = frozen.inputs(frozen.look(inputs, []))
     assert loss_of(loaded, seen) == pytest.approx(loss_of(loaded, inputs), rel=0.01)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_of_rows_are_those_of_the_loss(family: str, folders: dict[str, Path]) -> None:
+    """All of weight one is the model's own loss; a row of weight two and one of nought are the row twice."""
+    loaded = perturb(loaded_by_unsloth(folders[family]))
+    rows = batch()[:2]
+    inputs = on_gpu(loaded, rows)
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        for weights, same in (([1.0, 1.0], rows), ([2.0, 0.0], [rows[0], rows[0]])):
+            given = dict(inputs) | {WEIGHTS: torch.tensor(weights, device=GPU)}
+            found = float(weighted_loss(loaded.model, given, None))
+            assert found == pytest.approx(loss_of(loaded, on_gpu(loaded, same)), rel=0.01)

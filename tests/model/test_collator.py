@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 
 from job.errors import DataError
 from job.model import Loaded
 from job.model.collator import IGNORE, Collator, render
-from tests.tiny import END, QUESTION, batch, row
+from job.model.lengths import Ruler
+from tests.tiny import END, QUESTION, batch, picture, row
 
 HEADER = {
     "mllama": "<|start_header_id|>assistant<|end_header_id|>\n\n",
@@ -150,12 +152,77 @@ def test_a_row_over_max_length_is_named(loaded: Loaded) -> None:
         Collator(loaded.processor, 20)([row(7)])
 
 
-def test_an_image_behind_an_answer_is_refused(loaded: Loaded) -> None:
-    each = row(1)
-    each["messages"] += [row(2)["messages"][0], {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}]
-    each["images"] += row(2)["images"]
-    with pytest.raises(DataError, match="an image behind an answer"):
-        collate(loaded, [each])
+def dialogue() -> dict[str, Any]:
+    """Two images in the first question, an answer, a third image in the second."""
+    each = row(1, "There is a nodule.")
+    each["messages"][0]["content"].insert(1, {"type": "image"})
+    each["messages"] += [*row(2, "It is on the left.", "And here?")["messages"], *row(3, "No.", "Sure?")["messages"]]
+    each["messages"][4]["content"].pop(0)
+    each["images"] = [picture(1, 60, 90), picture(2, 56, 112), picture(3, 150, 70)]
+    return each
+
+
+def test_answers_are_found_between_images(family: str, loaded: Loaded) -> None:
+    batch = collate(loaded, [row(4), dialogue()])
+    said = [text.strip().removesuffix(END[family]).strip() for text in learnt(loaded, batch["labels"][1])]
+    assert said == ["There is a nodule.", "It is on the left.", "No."]
+
+
+def spoken_only(number: int) -> dict[str, Any]:
+    each = row(number, "It is a bone of the shoulder.", "What is a clavicle?")
+    each["messages"][0]["content"].pop(0)
+    return each | {"images": []}
+
+
+def test_a_row_without_images_learns_its_answer(family: str, loaded: Loaded) -> None:
+    (text,) = learnt(loaded, collate(loaded, [spoken_only(1)])["labels"][0])
+    assert text.strip() == "It is a bone of the shoulder." + END[family]
+
+
+def test_rows_without_images_share_a_batch_where_the_family_can(family: str, loaded: Loaded) -> None:
+    rows = [row(1), spoken_only(2), dialogue()]
+    if family == "mllama":
+        with pytest.raises(
+            DataError, match=r"set training\.per_device_train_batch_size and evaluation\.batch_size to 1"
+        ):
+            collate(loaded, rows)
+        return
+    together, alone = collate(loaded, rows), collate(loaded, [spoken_only(2)])
+    length = alone["input_ids"].shape[1]
+    assert torch.equal(together["labels"][1, :length], alone["labels"][0])
+    with torch.inference_mode():
+        logits = [loaded.model(**{k: v for k, v in b.items() if k != "labels"}).logits for b in (together, alone)]
+    torch.testing.assert_close(logits[0][1, :length], logits[1][0], rtol=1e-3, atol=1e-4)
+
+
+def test_only_the_last_answer_is_cut_at_max_length(loaded: Loaded) -> None:
+    whole = collate(loaded, [row(1)])
+    length, (start, *_) = whole["input_ids"].shape[1], (whole["labels"][0] != IGNORE).nonzero()[0].tolist()
+    batch = Collator(loaded.processor, length - 3, truncate=True)([row(1), row(2, "No.")])
+    assert torch.equal(batch["labels"][0, : length - 3], whole["labels"][0, : length - 3])
+    assert {each.shape[1] for name, each in batch.items() if "mask" in name and name != "aspect_ratio_mask"} == {
+        length - 3
+    }
+    with torch.inference_mode():
+        assert torch.isfinite(loaded.model(**batch).loss)
+    with pytest.raises(DataError, match=r"over training\.max_length"):
+        Collator(loaded.processor, start, truncate=True)([row(1)])
+
+
+def test_a_ruler_counts_what_the_collator_makes(loaded: Loaded) -> None:
+    ruler = Ruler(loaded.processor)
+    for each in [*batch(), dialogue(), spoken_only(1)]:
+        made = collate(loaded, [each])
+        length = ruler(each["messages"], [image.size for image in each["images"]])
+        assert length.whole == made["input_ids"].shape[1]
+        last = (made["labels"][0] == IGNORE).nonzero().flatten()
+        last = last[last < length.whole - 1]
+        assert length.prompt in (int(last[-1]) + 1, int(last[-1]) + 2)
+
+
+def test_a_ruler_refuses_text_with_a_special_token(loaded: Loaded) -> None:
+    with pytest.raises(DataError, match="special token of the model"):
+        Ruler(loaded.processor)(row(1, f"The {loaded.processor.image_token} is clear.")["messages"], [(80, 60)])
 
 
 def test_a_template_that_refuses_is_told_in_its_words(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,3 +247,22 @@ def test_the_loss_is_the_cross_entropy_of_the_labels(loaded: Loaded) -> None:
     by_hand = cross_entropy(output.logits[:, :-1][wanted != IGNORE], wanted[wanted != IGNORE])
     assert torch.isfinite(output.loss)
     torch.testing.assert_close(output.loss, by_hand)
+
+
+def test_a_ruler_knows_what_a_processor_keeps(family: str, loaded: Loaded) -> None:
+    """Shrunk to `row`, a picture takes no more than the tokens that it is for, and not much less."""
+    ruler = Ruler(loaded.processor)
+    room = ruler.room(12)
+    assert bool(room["area"]) != bool(room["short"])
+    assert bool(room["row"]) == family.startswith("qwen")
+    if room["row"]:
+        side = int(room["row"] ** 0.5)
+        assert 8 <= ruler(row(1)["messages"], [(side, side)]).images <= 13
+
+
+def test_a_loaders_process_makes_the_same_batches(loaded: Loaded) -> None:
+    rows = [*batch(), *batch()]
+    loader = DataLoader(rows, batch_size=3, num_workers=1, collate_fn=Collator(loaded.processor, 2048))  # type: ignore[arg-type]
+    for made in loader:
+        for name, each in collate(loaded, batch()).items():
+            assert torch.equal(made[name], each)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 
-FAULTS = ("503", "500", "reset-before", "reset-after", "truncated", "flipped", "stall", "expired")
+FAULTS = ("503", "500", "reset-before", "reset-after", "truncated", "beheaded", "flipped", "stall", "expired")
 ERROR = "<?xml version='1.0'?><Error><Code>{code}</Code><Message>the proxy says so</Message></Error>"
 
 
@@ -38,8 +38,8 @@ class Message:
 class Proxy:
     """Between a client and the server at `upstream`. `fault` falls on request number `at`, counted from 1.
 
-    `rate` is bytes per second over all connections (0: no limit), `delay` seconds before each answer. `virtual_host`
-    sends every request to `upstream` whatever host it names, as an HTTP proxy would.
+    `rate` is bytes per second over all connections (0: no limit), `delay` seconds before each answer. A beheaded answer
+    ends three bytes behind `cut`, or in the middle of its head where it has no such header.
     """
 
     upstream: tuple[str, int]
@@ -48,6 +48,7 @@ class Proxy:
     stall: float = 10.0
     rate: float = 0.0
     delay: float = 0.0
+    cut: bytes = b"etag: "
     before: Callable[[Message], bytes | None] | None = None
     seen: list[str] = field(default_factory=list)
     heads: list[bytes] = field(default_factory=list)
@@ -138,8 +139,10 @@ class Proxy:
             answer.body = _flip(answer.body)
         await asyncio.sleep(self.delay + (self.stall if fault == "stall" else 0.0))
         whole = answer.head + answer.body
-        if fault == "truncated":
-            cut = len(answer.head) + len(answer.body) // 2 if answer.body else len(answer.head) // 2
+        if fault in ("truncated", "beheaded"):
+            found = answer.head.lower().find(self.cut)
+            within = found + len(self.cut) + 3 if found >= 0 else len(answer.head) // 2
+            cut = len(answer.head) + len(answer.body) // 2 if fault == "truncated" and answer.body else within
             writer.write(whole[:cut])
             await writer.drain()
             return False

@@ -67,6 +67,14 @@ def test_bad_keys_are_refused_by_every_method(store: Store, key: str, tmp_path: 
             act()
 
 
+def test_a_piece_is_what_a_slice_is(store: Store) -> None:
+    store.write("whole", bytes(range(100)))
+    assert store.read_piece("whole", 10, 20) == bytes(range(10, 30))
+    assert store.read_piece("whole", 90, 20) == bytes(range(90, 100))
+    with pytest.raises(Missing):
+        store.read_piece("not there", 0, 1)
+
+
 def test_missing_objects_raise_missing(store: Store, tmp_path: Path) -> None:
     for act in (
         lambda: store.read("not there"),
@@ -118,12 +126,14 @@ def test_a_change_of_a_version_that_is_gone_is_a_conflict(store: Store) -> None:
     assert store.read("key") == b"2"
 
 
-def test_of_sixteen_racers_one_creates(store: Store) -> None:
+@pytest.mark.parametrize("there", [None, b"already"])
+def test_of_sixteen_racers_one_wins(store: Store, there: bytes | None) -> None:
     store.probe()
+    version = None if there is None else store.write("race", there)
 
     def race(number: int) -> int | None:
         try:
-            store.write("race", str(number).encode(), if_absent=True)
+            store.write("race", str(number).encode(), if_absent=version is None, if_match=version)
             return number
         except Conflict:
             return None
@@ -235,22 +245,28 @@ def test_a_folder_that_may_not_be_written_is_not_allowed(tmp_path: Path) -> None
             check_writable(open_store(str(tmp_path)))
 
 
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "store"))
+    store.write("a/b", b"1")
+    (tmp_path / "store/a").chmod(0)
+    nobody = os.geteuid() == 0
+    if nobody:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(NotAllowed):
+            list(store.list())
+    finally:
+        if nobody:
+            os.seteuid(0)
+        (tmp_path / "store/a").chmod(0o700)
+
+
 def test_the_longest_names_are_stored(store: Store, tmp_path: Path) -> None:
     name = "ü" * 127
     version = store.write(name, b"1")
     store.write(name, b"2", if_match=version)
     store.download(name, tmp_path / name)
     assert (tmp_path / name).read_bytes() == b"2"
-
-
-def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
-    import errno
-
-    from job.store.local import disk_fault
-
-    reason = disk_fault(OSError(errno.ENOSPC, "No space left on device"), tmp_path)
-    assert reason.exit_code == 69
-    assert str(tmp_path) in str(reason)
 
 
 def test_words_used_in_keys_are_all_kept(store: Store) -> None:

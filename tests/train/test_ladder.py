@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from job.attempt import Attempt
-from job.errors import OutOfMemory
+from job.errors import DataError, OutOfMemory
 from job.model.transformers_backend import load
 from job.plan import make_plan
 from job.preemption import Preemption
@@ -43,11 +44,19 @@ def trained(rows: Path, tmp_path: Path) -> Trained:
     """`trained(base, fits, **training)` trains two steps of four rows on a card where `fits` rows fit, and returns the
     lines of metrics.jsonl."""
 
-    def run(base: Path, fits: int, name: str = "out", **training: Any) -> list[dict[str, Any]]:
+    def run(
+        base: Path,
+        fits: int,
+        name: str = "out",
+        spoil_at: int = 0,
+        dataset: dict[str, Any] | None = None,
+        **training: Any,
+    ) -> list[dict[str, Any]]:
         spec = job_spec(
             model={"name_or_path": str(base)},
-            dataset={"path": str(rows), "eval_fraction": 0},
+            dataset={"path": str(rows), "eval_fraction": 0} | (dataset or {}),
             lora={"r": 4, "finetune_vision_layers": False},
+            checkpoint={"save_steps": 1},
             training={"max_steps": 2, "effective_batch_size": 4, "learning_rate": 1e-2} | training,
             output={"url": str(tmp_path / name)},
         )
@@ -56,9 +65,15 @@ def trained(rows: Path, tmp_path: Path) -> Trained:
         found = survey(spec, store, scratch, fetch=True)
         loaded = load(spec, base, torch.device("cpu"))
 
+        forwards = []
+
         def card(_: Any, arguments: Any, named: dict[str, Any]) -> None:
             if named["input_ids"].shape[0] > fits:
                 raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+            forwards.append(1)
+            if len(forwards) == spoil_at:
+                time.sleep(0.5)  # until the checkpoint before is safe
+                next(weight for weight in loaded.model.parameters() if weight.requires_grad).data.fill_(float("nan"))
 
         # It runs out behind the layers, so that a failed try leaves gradients of its first part behind.
         loaded.model.get_base_model().register_forward_pre_hook(card, with_kwargs=True)
@@ -81,6 +96,27 @@ def test_halves_have_the_loss_and_the_gradients_of_the_whole(
         assert len(one["rows"]) == 4
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+def test_weighted_rows_have_the_loss_of_the_whole_step_too(
+    tiny: Callable[..., Path], rows: Path, trained: Trained
+) -> None:
+    lines = [json.loads(line) for line in (rows / "metadata.jsonl").read_text().splitlines()]
+    weighted = [line | {"weight": 0.25 * number} for number, line in enumerate(lines)]
+    (rows / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in weighted))
+    plain = trained(tiny("qwen3_vl"), 4)
+    whole, halves, steps = (
+        trained(tiny("qwen3_vl"), fits, name, dataset={"weight_column": "weight"}, **training)
+        for fits, name, training in (
+            (4, "whole", {}),
+            (2, "halves", {}),
+            (4, "accumulated", {"per_device_train_batch_size": 2}),
+        )
+    )
+    assert whole[0]["loss"] != pytest.approx(plain[0]["loss"], rel=1e-3)
+    for one, half, step in zip(whole, halves, steps, strict=True):
+        assert half["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert step["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
 def test_a_failed_try_leaves_no_gradient_behind() -> None:
@@ -111,4 +147,15 @@ def test_one_row_that_does_not_fit_ends_with_71(tiny: Callable[..., Path], train
 def test_what_fits_is_remembered_in_the_checkpoint(tiny: Callable[..., Path], trained: Trained, tmp_path: Path) -> None:
     trained(tiny("mllama"), 1)
     manifests = list((tmp_path / "out" / "checkpoints").glob("*/MANIFEST.json"))
-    assert [json.loads(manifest.read_text())["extra"]["rows_at_once"] for manifest in manifests] == [1]
+    assert [json.loads(manifest.read_text())["extra"]["rows_at_once"] for manifest in manifests] == [1, 1]
+
+
+def test_a_lost_training_stops_and_names_the_last_good_checkpoint(
+    tiny: Callable[..., Path], trained: Trained, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        DataError, match=r"lost at step 3: the loss is nan.*; the last good checkpoint is that of step 2"
+    ):
+        trained(tiny("mllama"), 4, spoil_at=3, max_steps=6)
+    kept = [json.loads(path.read_text())["step"] for path in (tmp_path / "out" / "checkpoints").glob("*/MANIFEST.json")]
+    assert max(kept) == 2

@@ -1,0 +1,199 @@
+"""The one look at every row before anything is trained: what cannot be used is set aside with its reason."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from job.data import BadRows
+from job.data.images import BadRow, load_anew
+from job.data.rows import Message, read_sample, repeat_images
+from job.data.similar import Bits, perceptual_hash
+from job.data.sources import Source
+from job.data.tables import PATIENT
+from job.errors import DataError
+from job.spec import JobSpec
+
+MAX_REASONS = 3
+CHUNK = 256
+"""Rows read from the table at a time."""
+WAITING = 16
+"""Rows that wait for a store at a time, where images are fetched one by one."""
+
+
+class Length(Protocol):
+    """Tokens of a row, and of what comes before its last answer."""
+
+    @property
+    def whole(self) -> int: ...
+
+    @property
+    def prompt(self) -> int: ...
+
+
+Measure = Callable[[list[Message], list[tuple[int, int]]], Length]
+"""Messages and the sizes (width, height) of their images → tokens. Raises DataError for what the model cannot be given."""
+
+
+class Seen(NamedTuple):
+    """A good row: its place, its keys (the group column's value if there is one, then a digest of each image), a perceptual
+    hash and the size of each picture, its labels, its stratum, its tokens (0 where nobody counted), and whether words are burned
+    into its pixels (`yes`, `maybe`, or nothing)."""
+
+    place: int
+    keys: tuple[str, ...]
+    hashes: tuple[Bits, ...]
+    sizes: tuple[tuple[int, int], ...]
+    labels: dict[str, str]
+    stratum: str
+    tokens: int
+    burned_in: str
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What one pass over a source found; `total` counts its rows. `facts` are counts for the plan."""
+
+    good: list[Seen]
+    bad: list[dict[str, Any]]
+    total: int
+    facts: dict[str, Any]
+
+
+def look(
+    source: Source,
+    spec: JobSpec,
+    progress: Callable[[int, int], None],
+    measure: Measure | None,
+    most: int | None = None,
+) -> Looked:
+    """Read every text and decode every image once, on all cores; with `most`, those of so many rows, evenly over all.
+
+    Raises DataError when too many rows are bad.
+    """
+    dataset = spec.dataset
+    there = len(source.rows) if dataset.max_rows is None else min(dataset.max_rows, len(source.rows))
+    total = there if most is None else min(most, there)
+    places = [place * there // total for place in range(total)]
+    good, bad = list[Seen](), list[dict[str, Any]]()
+
+    def examine(numbered: tuple[int, dict[str, Any]]) -> Seen | str:
+        try:
+            return _examine(*numbered, source, spec, measure)
+        except BadRow as reason:
+            return str(reason)
+
+    threads = len(os.sched_getaffinity(0)) + (WAITING if source.streamed else 0)
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads, thread_name_prefix="look") as pool:
+        warnings.simplefilter("ignore")  # what Pillow and pydicom find odd in a file is no reason to refuse it
+        for start in range(0, total, CHUNK):
+            some = places[start : start + CHUNK]
+            for done, (place, found) in enumerate(
+                zip(some, pool.map(examine, _rows(source, some)), strict=True), start + 1
+            ):
+                if isinstance(found, str):
+                    bad.append({"row": place, "reason": found})
+                else:
+                    good.append(found)
+                progress(done, total)
+    if len(bad) > dataset.max_bad_fraction * total or not good:
+        raise BadRows(_too_many(bad, total, dataset.max_bad_fraction), bad)
+    return Looked(good, bad, there, _facts(good, bad, spec) | ({"looked_at": total} if total < there else {}))
+
+
+def _rows(source: Source, places: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    columns = source.rows[places]
+    for number, place in enumerate(places):
+        yield place, {name: values[number] for name, values in columns.items()}
+
+
+def _examine(index: int, row: dict[str, Any], source: Source, spec: JobSpec, measure: Measure | None) -> Seen:
+    dataset = spec.dataset
+    values = source.read(row)
+    sample = read_sample(values, dataset, source.reading)
+    loaded = [load_anew(value, source.files, dataset, len(sample.images)) for value in sample.images]
+    files, shown = [data for each, _ in loaded for data in each], [each for _, each in loaded]
+    messages = repeat_images(sample.messages, [len(each) for each in shown])
+    sizes = tuple(picture.size for each in shown for picture in each)
+    keys = tuple(hashlib.sha256(data).hexdigest() for data in files)
+    if not keys:  # nothing but words: the same question is not asked on both sides
+        asked = [part["text"] for message in messages[:-1] for part in message["content"]]
+        keys = (hashlib.sha256("\0".join(asked).encode("utf-8", "surrogatepass")).hexdigest(),)
+    if dataset.group_column:
+        keys = (_needed(values, dataset.group_column), *keys)
+    elif values.get(PATIENT):
+        keys = (values[PATIENT], *keys)
+    stratum = _needed(values, dataset.stratify_column) if dataset.stratify_column else ""
+    labels = {name: as_text(values.get(label.column)) for name, label in spec.evaluation.labels.items()}
+    tokens = _length(messages, sizes, spec, measure) if measure else 0
+    hashes = tuple(perceptual_hash(picture) for each in shown for picture in each)
+    burned_in = max((str(picture.info.get("burned_in", "")) for each in shown for picture in each), default="")
+    return Seen(index, keys, hashes, sizes, labels, stratum, tokens, burned_in)
+
+
+def _length(messages: list[Message], sizes: tuple[tuple[int, int], ...], spec: JobSpec, measure: Measure) -> int:
+    try:
+        length = measure(messages, list(sizes))
+    except DataError as error:
+        raise BadRow(str(error)) from error
+    most, policy = spec.training.max_length, spec.dataset.over_length
+    if length.whole > most and policy == "drop":
+        raise BadRow(f"longer than training.max_length {most}")
+    if length.prompt >= most and policy == "truncate":
+        raise BadRow(f"longer than training.max_length {most} before the answer begins")
+    return length.whole
+
+
+def _needed(row: dict[str, Any], column: str) -> str:
+    if row.get(column) in (None, ""):
+        raise BadRow(f"no {column}")
+    return str(row[column])
+
+
+def as_text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _facts(good: list[Seen], bad: list[dict[str, Any]], spec: JobSpec) -> dict[str, Any]:
+    lengths = [row.tokens for row in good if row.tokens]
+    sizes = [size for row in good for size in row.sizes]
+    over = sum(length > spec.training.max_length for length in lengths)
+    if over and spec.dataset.over_length == "fail":
+        raise DataError(
+            f"dataset: {over} of {len(good)} rows have more than training.max_length {spec.training.max_length} tokens (the "
+            f"longest {max(lengths)}); raise it, set dataset.image_max_side, or set dataset.over_length to drop or truncate"
+        )
+    facts: dict[str, Any] = {
+        f"burned_in_{said}": sum(row.burned_in == said for row in good) for said in ("yes", "maybe")
+    }
+    facts["reasons"] = dict(Counter(row["reason"] for row in bad).most_common())
+    facts |= {"without_images": sum(not row.sizes for row in good), "over_length": over}
+    if lengths:
+        facts["tokens"] = {"median": int(np.median(lengths)), "longest": max(lengths)}
+    if sizes:
+        areas = sorted(sizes, key=lambda size: size[0] * size[1])
+        facts["images"] = {
+            "count": len(sizes),
+            "smallest": areas[0],
+            "median": areas[len(areas) // 2],
+            "largest": areas[-1],
+        }
+    return facts
+
+
+def _too_many(bad: list[dict[str, Any]], total: int, allowed: float) -> str:
+    reasons = Counter(row["reason"] for row in bad).most_common(MAX_REASONS)
+    first = {row["reason"]: row["row"] for row in reversed(bad)}
+    listed = "; ".join(f"{count} × {reason} (first: row {first[reason]})" for reason, count in reasons)
+    return (
+        f"dataset: {len(bad)} of {total} rows are bad, over max_bad_fraction {allowed:g}: {listed}. "
+        "Mend them, or raise dataset.max_bad_fraction"
+    )

@@ -1,0 +1,166 @@
+"""From a source to rows that train and rows that are held out, every one of them looked at."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from job.data import Data
+from job.data.images import AS_IT_IS, BadRow, Bounds, load
+from job.data.look import Measure, Seen, as_text, look
+from job.data.rows import fixed, last_answer, read_sample, repeat_images, require
+from job.data.similar import near_pairs
+from job.data.sources import Source, open_source
+from job.data.split import hold_out, units
+from job.errors import DataError
+from job.spec import JobSpec
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Progress = Callable[[int, int], None]
+
+
+def prepare(
+    spec: JobSpec,
+    scratch: Path,
+    progress: Progress = lambda done, total: None,
+    measure: Measure | None = None,
+    most: int | None = None,
+    bounds: Bounds = AS_IT_IS,
+) -> Data:
+    """Open, look at every row, set bad ones aside, split. `measure` counts a row's tokens. Raises DataError.
+
+    Pictures are shrunk to `bounds`, or to `dataset.image_max_side` where that is a number.
+    With `most`, only so many rows are looked at and handed on, and the facts say so.
+    """
+    dataset = spec.dataset
+    if dataset.image_max_side != "auto":
+        bounds = Bounds(side=dataset.image_max_side)
+    source = open_source(dataset, dataset.path, dataset.split, scratch, bounds=bounds)
+    _require_columns(source, spec)
+    looked = look(source, spec, progress, measure, most)
+    bad, facts = looked.bad, {"source": source.decided, "rows": looked.total}
+    if dataset.eval_path or dataset.eval_split:
+        named = "dataset.eval_path" if dataset.eval_path else "dataset.eval_split"
+        split = dataset.eval_split or dataset.split
+        other = open_source(dataset, dataset.eval_path or dataset.path, split, scratch, named, bounds)
+        _require_columns(other, spec)
+        other_looked = look(other, spec, progress, measure, most)
+        seen, held = looked.good, other_looked.good
+        bad = bad + [{**row, "of": "evaluation"} for row in other_looked.bad]
+        numbers = [group_numbers(seen, dataset.group_column), group_numbers(held, dataset.group_column)]
+        facts["same_in_both"] = len(
+            {key for row in seen for key in row.keys} & {key for row in held for key in row.keys}
+        )
+    else:
+        other, other_looked = source, looked
+        seen, held, numbers = _split(looked.good, spec)
+    if not seen:
+        raise DataError("dataset: no rows are left to train on")
+    near = _near(seen, held)
+    train = _rows(source, seen, numbers[0], spec)
+    evaluation = _spread(_rows(other, held, numbers[1], spec), spec.evaluation.max_rows)
+    part = looked.facts.get("looked_at", looked.total) / looked.total
+    facts |= {"train": round(len(seen) / part), "evaluation": round(len(held) / part)}
+    facts |= {"quarantined": len(bad), "near_duplicates": len(near)}
+    facts["instruction"] = None if source.reading.messages or not fixed(dataset) else dataset.instruction
+    facts |= looked.facts | {"grouped": bool(dataset.group_column or source.patients)}
+    values = {name: label.values or _values(seen + held, name) for name, label in spec.evaluation.labels.items()}
+    return Data(train, evaluation, bad, facts, values, near)
+
+
+def group_numbers(rows: Sequence[Seen], by_column: str | None) -> list[int]:
+    """The group that each row belongs to: the column's value, or, without one, all rows that share a picture."""
+    return units([row.keys[:1] if by_column else row.keys for row in rows])
+
+
+def _split(rows: list[Seen], spec: JobSpec) -> tuple[list[Seen], list[Seen], list[list[int]]]:
+    dataset = spec.dataset
+    numbers = group_numbers(rows, dataset.group_column)
+    names = [rows[number].keys[0] for number in numbers]
+    strata = [row.stratum for row in rows] if dataset.stratify_column else None
+    held = hold_out(names, dataset.eval_fraction, spec.training.seed, strata=strata, rows=dataset.eval_rows)
+    sides = [[place for place, out in enumerate(held) if out is side] for side in (False, True)]
+    train, evaluation = ([rows[place] for place in side] for side in sides)
+    return train, evaluation, [[numbers[place] for place in side] for side in sides]
+
+
+def _near(train: list[Seen], held: list[Seen]) -> list[dict[str, Any]]:
+    """Held-out rows with a picture that is nearly one to train on; exact copies are among them where a group column or the
+    user put them on both sides."""
+    places = [[(row.place, bits) for row in side for bits in row.hashes] for side in (held, train)]
+    if not all(places):
+        return []
+    ours, theirs = (np.stack([bits for _, bits in side]) for side in places)
+    found = [(places[0][a][0], places[1][b][0], apart) for a, b, apart in near_pairs(ours, theirs)]
+    return [{"evaluation": f"row-{a}", "train": f"row-{b}", "bits_apart": apart} for a, b, apart in found]
+
+
+def _values(rows: list[Seen], name: str) -> list[str]:
+    return sorted({row.labels[name] for row in rows if row.labels[name]})
+
+
+def _rows(source: Source, seen: list[Seen], numbers: list[int], spec: JobSpec) -> Dataset:
+    """The rows chosen, each with its place and its unit. The columns are added before the choice: afterwards, `datasets` would
+    copy every image."""
+    count = len(source.rows)
+    unit = dict(zip((row.place for row in seen), numbers, strict=True))
+    numbered = source.rows.add_column("_row", range(count)).add_column("_unit", [unit.get(n, -1) for n in range(count)])
+    chosen = numbered.select([row.place for row in seen])
+    return chosen.with_transform(partial(_transform, spec=spec, source=replace(source, rows=None)))
+
+
+def _transform(batch: dict[str, list[Any]], spec: JobSpec, source: Source) -> dict[str, list[Any]]:
+    columns = list(batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+        if source.streamed:  # the rows of a batch wait for the store together
+            with ThreadPoolExecutor(len(rows)) as pool:
+                made = list(pool.map(lambda row: _one(row, spec, source), rows))
+        else:
+            made = [_one(row, spec, source) for row in rows]
+    return {name: [row[name] for row in made] for name in made[0]}
+
+
+def _one(row: dict[str, Any], spec: JobSpec, source: Source) -> dict[str, Any]:
+    dataset, evaluation = spec.dataset, spec.evaluation
+    try:
+        values = source.read(row)
+        sample = read_sample(values, dataset, source.reading)
+        images = [load(value, source.files, dataset, len(sample.images)) for value in sample.images]
+    except BadRow as reason:
+        raise DataError(
+            f"dataset: row {row['_row']} was good before and is not now: {reason}; was the data changed?"
+        ) from None
+    messages = repeat_images(sample.messages, [len(each) for each in images])
+    return {
+        "id": f"row-{row['_row']}",
+        "messages": messages,
+        "images": [picture for each in images for picture in each],
+        "reference": last_answer(messages),
+        "labels": {name: as_text(values.get(label.column)) for name, label in evaluation.labels.items()},
+        "groups": {column: as_text(values.get(column)) or None for column in evaluation.groups},
+        "unit": row["_unit"],
+        **({"weight": sample.weight} if dataset.weight_column else {}),
+    }
+
+
+def _require_columns(source: Source, spec: JobSpec) -> None:
+    labels = {f"evaluation.labels.{name}.column": label.column for name, label in spec.evaluation.labels.items()}
+    require(
+        {**labels, **{f"evaluation.groups has {column}": column for column in spec.evaluation.groups}}, source.columns
+    )
+
+
+def _spread(rows: Dataset, most: int) -> Dataset:
+    """At most `most` rows, evenly over all, always the same."""
+    return rows if len(rows) <= most else rows.select([index * len(rows) // most for index in range(most)])

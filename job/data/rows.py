@@ -1,0 +1,268 @@
+"""One row of a table → one conversation and its images, or the reason why not.
+
+Known are: columns with an instruction and an answer (or templates over columns); OpenAI's `messages`, whose content is text
+or parts; and ShareGPT's and LLaVA's `conversations` with `from` and `value`. `<image>` in a user turn is where an image goes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from job.data.images import BadRow
+from job.errors import DataError
+from job.spec import DatasetSpec
+
+MARK = "<image>"
+FIELD = re.compile(r"(?<!\{)\{([^\W\d][\w .-]*)\}(?!\})")
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system"}
+TEXTS = ("text", "input_text", "output_text")
+PICTURES = ("image", "image_url", "input_image")
+
+Message = dict[str, Any]
+
+
+class Sample(NamedTuple):
+    """`messages` in the form that every processor's chat template takes; `images` are values for `job.data.images`, one for
+    each image part, in their order; `weight` multiplies the row's loss."""
+
+    messages: list[Message]
+    images: list[Any]
+    weight: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which columns mean what: either `messages`, or instruction and answer as the spec says."""
+
+    images: tuple[str, ...]
+    answer: str
+    messages: str | None = None
+
+
+def choose_columns(columns: Iterable[str], spec: DatasetSpec, image_column: str | None) -> Reading:
+    """What the columns of a source mean. What the spec names must be there; a default that is not gives way to the usual other
+    names. `image_column` is the one that the format brings. Raises DataError with all that is missing."""
+    present, given = set(columns), spec.model_fields_set
+    messages = spec.messages_column
+    if messages is None and not {"answer", "answer_column"} & given:
+        messages = next((name for name in ("messages", "conversations") if name in present), None)
+    names = [spec.image_column] if isinstance(spec.image_column, str) else list(spec.image_column or [])
+    if "image_column" not in given:
+        usual = [image_column, *names, "images", "jpg", "png", "jpeg", "webp"]
+        names = [next((name for name in usual if name in present), "" if messages else names[0])]
+    answer = spec.answer_column
+    if "answer_column" not in given and answer not in present:
+        answer = next((name for name in ("text", "txt") if name in present), answer)
+    wanted: dict[str, str | None] = {f"dataset.image_column is {name}": name for name in names if name}
+    wanted |= {
+        f"dataset.{field}": getattr(spec, field) for field in ("group_column", "stratify_column", "weight_column")
+    }
+    if messages is not None:
+        wanted["dataset.messages_column"] = messages
+    else:
+        wanted |= {"dataset.instruction_column": spec.instruction_column}
+        wanted |= {f"dataset.instruction has {{{name}}}": name for name in FIELD.findall(spec.instruction)}
+        wanted |= {f"dataset.answer has {{{name}}}": name for name in FIELD.findall(spec.answer or "")}
+        wanted |= {} if spec.answer else {f"dataset.answer_column is {answer}": answer}
+    require(wanted, present)
+    return Reading(tuple(name for name in names if name), answer, messages)
+
+
+def require(wanted: dict[str, str | None], present: Iterable[str]) -> None:
+    """Raises DataError with every place that names a column which is not there."""
+    missing = [where for where, column in wanted.items() if column is not None and column not in present]
+    if missing:
+        raise DataError(f"{'; '.join(missing)}: no such column; the data has {', '.join(sorted(present))}")
+
+
+def read_sample(row: dict[str, Any], spec: DatasetSpec, reading: Reading) -> Sample:
+    """Raises BadRow."""
+    images = [image for name in reading.images for image in _values(row.get(name))]
+    if reading.messages is not None:
+        turns = _conversation(row.get(reading.messages), spec.system_prompt)
+    else:
+        if reading.images and not images and not any(row.get(name) == [] for name in reading.images):
+            raise BadRow("no image")
+        turns = conversation(_instruction(row, spec), _answer(row, spec, reading.answer), spec.system_prompt, images=0)
+    return Sample(*_place(turns, images), _weight(row, spec.weight_column))
+
+
+def conversation(instruction: str, answer: str, system_prompt: str | None, images: int = 1) -> list[Message]:
+    """One question and its answer, images first."""
+    system = [{"role": "system", "content": [_text(system_prompt)]}] if system_prompt else []
+    user = {"role": "user", "content": [*({"type": "image"} for _ in range(images)), _text(instruction)]}
+    return [*system, user, {"role": "assistant", "content": [_text(answer)]}]
+
+
+def last_answer(messages: list[Message]) -> str:
+    return "".join(part["text"] for part in messages[-1]["content"])
+
+
+def repeat_images(messages: list[Message], counts: list[int]) -> list[Message]:
+    """The conversation with image part number i there `counts[i]` times: a file of many frames may give several pictures."""
+    left = iter(counts)
+    return [
+        message
+        | {"content": [same for part in message["content"] for same in [part] * (next(left) if _is_image(part) else 1)]}
+        for message in messages
+    ]
+
+
+def fixed(spec: DatasetSpec) -> bool:
+    """Whether every row is asked the same."""
+    return spec.instruction_column is None and not FIELD.search(spec.instruction)
+
+
+def fill(template: str, row: dict[str, Any]) -> str:
+    """The template with columns put in. A line whose fields are all empty in this row is left out: not every patient has a
+    history."""
+    lines = []
+    for line in template.split("\n"):
+        names = FIELD.findall(line)
+        values = {name: "" if row.get(name) is None else str(row[name]).strip() for name in names}
+        if not names or any(values.values()):
+            filled = FIELD.sub(lambda found, values=values: values[found[1]], line)  # type: ignore[misc]
+            lines.append(filled.replace("{{", "{").replace("}}", "}"))
+    return "\n".join(lines).strip()
+
+
+def _instruction(row: dict[str, Any], spec: DatasetSpec) -> str:
+    if spec.instruction_column is None:
+        return fill(spec.instruction, row)
+    return _said(row, spec.instruction_column)
+
+
+def _answer(row: dict[str, Any], spec: DatasetSpec, column: str) -> str:
+    if spec.answer is None:
+        return _said(row, column)
+    if not any(row.get(name) not in (None, "") for name in FIELD.findall(spec.answer)):
+        raise BadRow("every field of dataset.answer is empty")
+    return fill(spec.answer, row)
+
+
+def _said(row: dict[str, Any], column: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str) or not value.strip():
+        raise BadRow(f"no {column}")
+    return value.strip()
+
+
+def _weight(row: dict[str, Any], column: str | None) -> float:
+    if column is None:
+        return 1.0
+    try:
+        weight = float(row[column])
+    except (KeyError, TypeError, ValueError):
+        weight = math.nan
+    if not (math.isfinite(weight) and weight >= 0):
+        raise BadRow(f"{column} is no number of at least 0")
+    return weight
+
+
+def _values(value: Any) -> list[Any]:
+    """The images of one column: one, a list of them (some tables write it as JSON), or none."""
+    if isinstance(value, str) and value[:1] == "[" and isinstance(_from_json(value), list):
+        value = _from_json(value)
+    if isinstance(value, dict) and value.get("bytes") is None and not value.get("path") and "file" not in value:
+        return []
+    if isinstance(value, list):
+        return [image for image in value if image is not None]
+    return [] if value is None or value == "" else [value]
+
+
+def _conversation(value: Any, system_prompt: str | None) -> list[Message]:
+    """Turns as the row has them, in our words; parts of images keep their value under `image`. Raises BadRow."""
+    turns = _from_json(value) if isinstance(value, str) else value
+    if not isinstance(turns, list) or not turns:
+        raise BadRow("no conversation")
+    messages = [_turn(turn) for turn in turns]
+    if messages[0]["role"] != "system" and system_prompt:
+        messages.insert(0, {"role": "system", "content": [_text(system_prompt)]})
+    spoken = [message["role"] for message in messages if message is not messages[0] or message["role"] != "system"]
+    if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
+        raise BadRow("turns do not go user, assistant, user, assistant")
+    for message in messages:
+        if not any(_is_image(part) or part["text"].strip() for part in message["content"]):
+            raise BadRow(f"an empty turn of the {message['role']}")
+    return messages
+
+
+def _turn(turn: Any) -> Message:
+    if not isinstance(turn, dict):
+        raise BadRow("a turn that is no mapping")
+    said = turn.get("role") or turn.get("from")
+    role = ROLES.get(str(said), said)
+    if role not in ("system", "user", "assistant"):
+        raise BadRow("a turn of an unknown role")
+    content = turn.get("content") if turn.get("content") is not None else turn.get("value")
+    if not isinstance(content, str | list):
+        raise BadRow("a turn without content")
+    parts = [_text(content)] if isinstance(content, str) else [_part(part) for part in content]
+    if role != "user":  # no blanks around what is learned
+        parts = [part if _is_image(part) else _text(part["text"].strip()) for part in parts]
+    return {"role": role, "content": parts}
+
+
+def _part(part: Any) -> Message:
+    kind = part.get("type") if isinstance(part, dict) else "text"
+    if kind in TEXTS:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            raise BadRow("a part without text")
+        return _text(text)
+    if kind in PICTURES:
+        value = next((part[name] for name in (str(kind), "image_url", "url", "path") if part.get(name)), None)
+        value = value["url"] if isinstance(value, dict) and "url" in value else value
+        return {"type": "image"} if value is None else {"type": "image", "image": value}
+    raise BadRow("a part of an unknown type")
+
+
+def _place(messages: list[Message], images: list[Any]) -> tuple[list[Message], list[Any]]:
+    """Every image at its place, and the values in that order. Images that no turn asks for go before the first user's text."""
+    cut = [message | {"content": _cut(message)} for message in messages]
+    parts = [part for message in cut for part in message["content"] if _is_image(part)]
+    if images and all("image" in part for part in parts):
+        first = next(message for message in cut if message["role"] == "user")
+        first["content"][:0] = [{"type": "image"} for _ in images]
+        parts = [part for message in cut for part in message["content"] if _is_image(part)]
+    asked = sum("image" not in part for part in parts)
+    if asked != len(images):
+        raise BadRow(f"{asked} places for {len(images)} images")
+    left = iter(images)
+    ordered = [part.pop("image") if "image" in part else next(left) for part in parts]
+    return cut, ordered
+
+
+def _cut(message: Message) -> list[Message]:
+    """The parts of a turn, a user's text cut where it says `<image>`."""
+    pieces = list[Message]()
+    for part in message["content"]:
+        if message["role"] != "user" and (_is_image(part) or MARK in part["text"]):
+            raise BadRow("an image in a turn that is not the user's")
+        if _is_image(part) or MARK not in part["text"]:
+            pieces.append(dict(part))
+            continue
+        for number, text in enumerate(part["text"].split(MARK)):
+            pieces += [{"type": "image"}] if number else []
+            pieces += [_text(text.strip("\n"))] if text.strip() else []
+    return pieces
+
+
+def _is_image(part: Message) -> bool:
+    return bool(part["type"] == "image")
+
+
+def _text(text: str) -> Message:
+    return {"type": "text", "text": text}
+
+
+def _from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None

@@ -1,0 +1,67 @@
+"""Where the model looked: how much less likely its own answer becomes when a part of the image is covered.
+
+The simplest method that is the same for every family and claims no more than it shows (Zeiler & Fergus 2014, occlusion):
+each cell of a grid is painted in the image's mean colour, and the rise of the answer's loss is the cell's value. What lies
+in two places at once is not seen, since covering one of them leaves the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageStat
+
+from job.evaluate.generate import answer_losses
+from job.model import Loaded, to_generation
+from job.spec import JobSpec
+
+LossesOf = Callable[[list[dict[str, Any]]], list[float]]
+CELLS = 6
+"""Cells a side."""
+
+
+def occlusion(row: dict[str, Any], answer: str, losses_of: LossesOf) -> list[list[float]]:
+    """`CELLS` rows of `CELLS` values, nats per answer token; above 0 where covering makes `answer` less likely.
+
+    `losses_of` tells the loss of each row's answer. Of a row with several images, the first is covered.
+    """
+    image, rest = row["images"][0].convert("RGB"), row["images"][1:]
+    said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    asked = row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
+    shown = [image, *(covered(image, down, across) for down in range(CELLS) for across in range(CELLS))]
+    losses = losses_of([row | {"messages": [*asked, said], "images": [each, *rest]} for each in shown])
+    values = np.array(losses[1:]).reshape(CELLS, CELLS) - losses[0]
+    return [[round(float(value), 5) for value in line] for line in values]
+
+
+def covered(image: Image.Image, down: int, across: int) -> Image.Image:
+    """A copy with one cell painted in the image's mean colour."""
+    copy = image.copy()
+    left, right = (image.width * place // CELLS for place in (across, across + 1))
+    top, bottom = (image.height * place // CELLS for place in (down, down + 1))
+    mean = tuple(round(channel) for channel in ImageStat.Stat(image).mean)
+    ImageDraw.Draw(copy).rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), fill=mean)
+    return copy
+
+
+def explain(
+    loaded: Loaded, rows: Any, wanted: dict[str, str], spec: JobSpec, each: Callable[[], None]
+) -> dict[str, list[list[float]]]:
+    """Maps by row id of the answers `wanted`; `each` is called before every row. Rows without image or answer have none."""
+    size, truncate = spec.evaluation.batch_size, spec.dataset.over_length == "truncate"
+
+    def losses_of(batch: list[dict[str, Any]]) -> list[float]:
+        parts = [batch[start : start + size] for start in range(0, len(batch), size)]
+        return [loss for part in parts for loss, _ in answer_losses(loaded, part, spec.training.max_length, truncate)]
+
+    found = {}
+    to_generation(loaded)
+    with torch.inference_mode():
+        for row in (row for row in rows if row["id"] in wanted):
+            each()
+            if row["images"] and wanted[row["id"]].strip():
+                found[row["id"]] = occlusion(row, wanted[row["id"]], losses_of)
+    return found

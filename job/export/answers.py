@@ -1,0 +1,73 @@
+"""What a model says to held-out rows, token by token, and how far two of them are apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from job.evaluate.generate import base_or_tuned, to_device
+from job.model import Loaded
+from job.model.collator import IGNORE, Collator
+from job.spec import JobSpec
+
+
+def spread_rows(rows: Any, most: int, size: int) -> list[list[dict[str, Any]]]:
+    """At most so many rows, spread evenly over all of them, in batches of `size`."""
+    count = min(len(rows), most)
+    chosen = [rows[index * len(rows) // count] for index in range(count)]
+    return [chosen[start : start + size] for start in range(0, count, size)]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Of one batch: logits (answer tokens, vocabulary) in the model's dtype on the CPU, and the true tokens."""
+
+    logits: Tensor
+    targets: Tensor
+
+
+@torch.inference_mode()
+def answer_logits(loaded: Loaded, batch: list[dict[str, Any]], spec: JobSpec, *, tuned: bool) -> Answers:
+    """At the places that predict a token of the true answers."""
+    truncate = spec.dataset.over_length == "truncate"
+    inputs = Collator(loaded.processor, spec.training.max_length, truncate=truncate)(batch)
+    labels = inputs.pop("labels")[:, 1:]
+    with base_or_tuned(loaded, tuned):
+        logits = loaded.model(**to_device(inputs, loaded)).logits[:, :-1]
+    wanted = labels != IGNORE
+    return Answers(logits[wanted.to(logits.device)].cpu(), labels[wanted])
+
+
+def spread(answers: list[Answers]) -> float:
+    """Standard deviation of all logits."""
+    count = sum(batch.logits.numel() for batch in answers)
+    mean = sum(float(batch.logits.sum(dtype=torch.float64)) for batch in answers) / count
+    squares = sum(float((batch.logits.float() - mean).square().sum(dtype=torch.float64)) for batch in answers)
+    return float((squares / count) ** 0.5)
+
+
+def apart(one: list[Answers], other: list[Answers]) -> tuple[float, float]:
+    """Mean and largest |a − b|."""
+    gaps = [(a.logits.float() - b.logits.float()).abs() for a, b in zip(one, other, strict=True)]
+    count = sum(gap.numel() for gap in gaps)
+    return sum(float(gap.sum(dtype=torch.float64)) for gap in gaps) / count, float(
+        torch.stack([gap.amax() for gap in gaps]).amax()
+    )
+
+
+def agreement(one: list[Answers], other: list[Answers], near: float) -> float:
+    """Share of tokens at which the other's first is the one's, or within `near` of it by the one's logits."""
+    lost = [
+        a.logits.float().amax(-1) - a.logits.float().gather(-1, b.logits.argmax(-1, keepdim=True)).squeeze(-1)
+        for a, b in zip(one, other, strict=True)
+    ]
+    return float((torch.cat(lost) <= near).float().mean())
+
+
+def loss(answers: list[Answers]) -> float:
+    """Mean cross-entropy of the true tokens, in nats."""
+    losses = [torch.nn.functional.cross_entropy(a.logits.float(), a.targets, reduction="sum") for a in answers]
+    return float(sum(losses)) / sum(len(a.targets) for a in answers)

@@ -1,0 +1,39 @@
+"""GGUF for llama.cpp, by llama.cpp's own converter, which comes with its sources and in no package."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from job.errors import SpecError
+from job.serving import SERVERS
+
+CONVERTER = "convert_hf_to_gguf.py"
+
+
+def converter(model_type: str) -> Path:
+    """The converter in the folder that `LLAMA_CPP` names. Raises SpecError where it is not, or cannot convert the family."""
+    found = [server for server in SERVERS.get(model_type, ()) if server.name == "llama.cpp"]
+    if not found or not found[0].versions:
+        reason = found[0].note if found else "it is not known to"
+        raise SpecError(
+            f"export.gguf: llama.cpp does not take {model_type} models ({reason}); set gguf to false, and serve merged "
+            "weights with a server that the plan names"
+        )
+    folder = os.environ.get("LLAMA_CPP")
+    if folder is None or not (Path(folder) / CONVERTER).is_file():
+        raise SpecError(f"export.gguf: set LLAMA_CPP to a folder with llama.cpp's sources, which hold {CONVERTER}")
+    return Path(folder) / CONVERTER
+
+
+def write_gguf(program: Path, merged: Path, into: Path) -> None:
+    """`model.gguf` and `mmproj.gguf` (the vision tower) in bfloat16. Raises SpecError with the converter's last words."""
+    into.mkdir(parents=True, exist_ok=True)
+    for name, part in (("model.gguf", []), ("mmproj.gguf", ["--mmproj"])):
+        command = [sys.executable, str(program), str(merged), "--outfile", str(into / name), "--outtype", "bf16", *part]
+        made = subprocess.run(command, capture_output=True, text=True, check=False)
+        if made.returncode or not (into / name).is_file():
+            said = (made.stderr.strip().splitlines() or ["nothing"])[-1]
+            raise SpecError(f"export.gguf: {program} made no {name}; it said: {said[:300]}")

@@ -1,0 +1,81 @@
+"""Weights in fewer bits: those that a base was held in while it trained, and merged ones for serving."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from job.export.merge import copy_rest
+from job.model.lora import CONNECTOR, HEAD, VISION
+from job.spec import ModelSpec
+
+TOWERS = "|".join(sorted(VISION))
+UNTOUCHED = [f"re:.*{HEAD}", "re:.*embed_tokens.*", f"re:.*({TOWERS}).*", f"re:.*({CONNECTOR.pattern}).*"]
+
+
+def held_weights(model: Any) -> dict[str, Callable[[], Tensor]]:
+    """For each weight that the model holds in 4 bits, by its name in the base: what it stands for, made when asked for."""
+    found: dict[str, Callable[[], Tensor]] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            layer = name.removeprefix("base_model.model.").removesuffix(".base_layer")
+            found[f"{layer}.weight"] = partial(_dequantised, weight, state)
+    return found
+
+
+def _dequantised(weight: Any, state: Any) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    whole: Tensor = dequantize_4bit(weight.data, state)
+    return whole
+
+
+def write_nf4(spec: ModelSpec, merged: Path, into: Path, device: torch.device) -> Any:
+    """Write the merged weights of a folder in bitsandbytes' nf4 with double quantisation, and return the model."""
+    from transformers import BitsAndBytesConfig
+
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = _load(spec, merged, device, quantization_config=nf4)
+    copy_rest(merged, into)
+    (into / "model.safetensors.index.json").unlink(missing_ok=True)  # fewer files hold it
+    model.save_pretrained(into)
+    return model
+
+
+def write_fp8(spec: ModelSpec, merged: Path, into: Path, device: torch.device) -> Any:
+    """Write the merged weights of a folder in compressed-tensors' FP8, file by file, as vLLM and SGLang serve it, and return
+    the model.
+
+    A scale for each row of a weight, activations scaled as they come: no data is needed. Only the language model's layers
+    are touched, as llm-compressor's own examples for vision models do.
+    """
+    from llmcompressor.entrypoints.model_free import model_free_ptq
+
+    model_free_ptq(merged, into, scheme="FP8_DYNAMIC", ignore=UNTOUCHED, device=device)
+    return _load(spec, into, device)
+
+
+def _load(spec: ModelSpec, folder: Path, device: torch.device, **how: Any) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder,
+        dtype=torch.bfloat16,
+        attn_implementation=spec.attn_implementation,
+        trust_remote_code=spec.trust_remote_code,
+        device_map={"": device},
+        **how,
+    )
+    return model.eval()

@@ -1,0 +1,108 @@
+"""What training will take of a GPU's memory, from the headers of the weights alone.
+
+The terms follow from the architecture; the factors were fitted to peaks of allocated memory measured with
+benchmarks/throughput.py (Llama 3.2 11B Vision, LoRA r 16, Unsloth's gradient checkpointing).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from job.model.lora import Linear, group_of
+
+NF4_BYTES = 0.516
+"""A weight in nf4 with double quantisation: 4 bits, and 8 bits a block of 64, and 32 bits 256 blocks (Dettmers et al., 2023)."""
+OPTIMIZER_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2}
+WORKSPACE = 0.6e9
+"""Buffers that are there whatever the batch: de-quantised weights, kernels, the loss's chunks."""
+LOOK = 0.35e9
+"""One picture of 6432 tokens going through a frozen tower of width 1280, a quarter of what four of them take at once."""
+CROSS = 4.6
+"""Copies of the vision states that a cross-attention layer holds for one row: keys, values, both repeated, gradients."""
+LAYER = (12, 8)
+"""Values of the hidden and of the intermediate width that one token of one language layer holds while it is recomputed."""
+VISION_LAYER = (16, 6)
+"""As `LAYER`, for a vision layer that is trained."""
+
+
+class Memory(NamedTuple):
+    """Bytes: `weights` and `training` state (adapters, gradients, optimizer, buffers) whatever the batch, and `row` for each
+    row that goes through at once."""
+
+    weights: int
+    training: int
+    row: int
+
+    def of(self, rows: int) -> int:
+        return self.weights + self.training + rows * self.row
+
+
+class Widths(NamedTuple):
+    """Of one tower: hidden and intermediate width, number of layers. Zeros where it has none."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+
+
+def memory(
+    config: Mapping[str, Any],
+    linears: Mapping[str, Linear],
+    parameters: int,
+    groups: Mapping[str, int],
+    *,
+    precision: str,
+    optim: str,
+    checkpointing_offloaded: bool,
+    tokens: int,
+) -> Memory:
+    """For rows of `tokens` text tokens with one picture each; `groups` counts LoRA parameters by group."""
+    quantised = sum(layer.in_features * layer.out_features for name, layer in linears.items() if name != "lm_head")
+    in_16_bits = 2 * (parameters - quantised)
+    weights = {"4bit": in_16_bits + NF4_BYTES * quantised, "16bit": 2.0 * parameters, "32bit": 4.0 * parameters}
+    lora = sum(groups.values())
+    language, vision = widths(linears, "language"), widths(linears, "vision")
+    seen = vision_tokens(config)
+    row = 2.0 * tokens * (LAYER[0] * language.hidden + LAYER[1] * language.intermediate)
+    if config.get("model_type") == "mllama":
+        row += 2 * CROSS * seen * language.hidden
+    trained = any(group.startswith("vision/") for group in groups)
+    if trained:
+        row += 2.0 * seen * (VISION_LAYER[0] * vision.hidden + VISION_LAYER[1] * vision.intermediate)
+    if not checkpointing_offloaded:
+        row += 2.0 * tokens * language.hidden * language.layers
+        row += 2.0 * seen * vision.hidden * vision.layers if trained else 0
+        row += 10.0 * tokens * vocabulary(config, linears)  # the logits in 16 and twice in 32 bits
+    once = WORKSPACE + (0 if trained else 4 * LOOK * seen * vision.hidden / (6432 * 1280))
+    return Memory(int(weights[precision]), int(lora * (8 + OPTIMIZER_BYTES[optim]) + once), int(row))
+
+
+def widths(linears: Mapping[str, Linear], tower: str) -> Widths:
+    """Read off the layers' shapes: configurations leave out what is a default."""
+    attention = [layer for name, layer in linears.items() if group_of(name) == f"{tower}/attention"]
+    mlp = [max(layer) for name, layer in linears.items() if group_of(name) == f"{tower}/mlp"]
+    numbers = {
+        match.group()
+        for name in linears
+        if group_of(name) == f"{tower}/mlp" and (match := re.match(r".*?\.\d+(?=\.)", name))
+    }
+    hidden = max((layer.in_features for layer in attention), default=0)
+    return Widths(hidden, max(mlp, default=0), len(numbers))
+
+
+def vision_tokens(config: Mapping[str, Any]) -> int:
+    """Tokens of one picture inside the vision tower, by the largest picture that the processor lets through by default."""
+    vision = config.get("vision_config", {})
+    side = int(vision.get("image_size", 560)) // int(vision.get("patch_size", 14))
+    if config.get("model_type") == "mllama":
+        return int(vision.get("max_num_tiles", 4)) * -(-(side * side + 1) // 8) * 8
+    if str(config.get("model_type")).startswith("qwen"):
+        return 4 * 1280
+    return side * side
+
+
+def vocabulary(config: Mapping[str, Any], linears: Mapping[str, Linear]) -> int:
+    head = linears.get("lm_head")
+    return head.out_features if head else int(config.get("text_config", {}).get("vocab_size", 0))

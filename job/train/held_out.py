@@ -1,0 +1,178 @@
+"""Held-out loss while training: which step was the best, its adapter, and when to stop because none got better.
+
+All of it travels in the checkpoints, so that a resumed run knows what a run that was never stopped would know. Nothing is
+drawn from a random generator, and a notice is never kept waiting: what is half measured is dropped and measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from job.attempt import Attempt
+from job.errors import OutOfMemory
+from job.evaluate.generate import answer_losses
+from job.model import Loaded
+from job.model.transformers_backend import load_adapter
+from job.train.callbacks import random_states, restore_random_states
+from job.train.ladder import Ladder
+
+log = logging.getLogger("job")
+
+LossOf = Callable[[list[dict[str, Any]]], tuple[float, int]]
+LOSSES, BEST = "held_out/losses.json", "held_out/best"
+"""In a checkpoint's folder. An adapter right below it would be loaded by transformers beside the one that is trained."""
+
+
+class NoneBetter(Exception):
+    """Training that is taken up was over already."""
+
+
+class HeldOut(TrainerCallback):
+    """`losses` are those measured so far, nats over answer tokens by step; `best` is the folder with the best adapter.
+
+    `rows` are all that were held out; at most `evaluation.eval_loss_rows` of them are looked at, always the same ones.
+    """
+
+    def __init__(self, attempt: Attempt, loaded: Loaded, rows: Any, ladder: Ladder) -> None:
+        self.attempt, self.loaded, self.ladder = attempt, loaded, ladder
+        self.spec = attempt.spec.evaluation
+        count = min(len(rows), self.spec.eval_loss_rows)
+        self.rows = rows.select([index * len(rows) // count for index in range(count)]) if count else rows
+        self.losses: dict[int, float] = {}
+        self.best: Path | None = None
+        self.trainer: Any = None
+
+    def resume(self, checkpoint: Path) -> None:
+        """Take up what a checkpoint's folder holds."""
+        if (checkpoint / LOSSES).exists():
+            stored = json.loads((checkpoint / LOSSES).read_text())
+            self.losses = {int(step): float(loss) for step, loss in stored.items()}
+            self.best = checkpoint / BEST if (checkpoint / BEST).exists() else None
+
+    def put_into(self, checkpoint: Path) -> None:
+        """Add what is known so far to a checkpoint's folder. The best adapter is not copied but linked."""
+        if self.losses:
+            (checkpoint / LOSSES).parent.mkdir(parents=True, exist_ok=True)
+            (checkpoint / LOSSES).write_text(json.dumps(self.losses))
+        if self.best is not None:
+            shutil.copytree(self.best, checkpoint / BEST, copy_function=_linked)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last `patience` measurements were all no better than one before them."""
+        if self.spec.patience is None or not self.losses:
+            return False
+        return sum(step > self.best_step for step in self.losses) >= self.spec.patience
+
+    @property
+    def best_step(self) -> int:
+        """The step with the lowest loss; of several, the first."""
+        return min(self.losses, key=lambda step: (self.losses[step], step))
+
+    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        self._measure_if_due(state)  # left out by the attempt that was stopped at this step
+        self.attempt.preemption.check()
+        if self.is_over:
+            raise NoneBetter  # upstream asks whether to stop behind the next step only
+
+    def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._measure_if_due(state)
+        if self.attempt.preemption.requested:
+            control.should_save = True  # of this very step, so that what was dropped is due when it is taken up
+        if self.is_over and not control.should_training_stop:
+            control.should_training_stop = control.should_save = True
+            log.info(
+                "train: stops at step %d, since held-out loss has not fallen below that of step %d for %d measurements",
+                state.global_step,
+                self.best_step,
+                self.spec.patience,
+            )
+
+    def finish(self, last: int) -> list[str]:
+        """Put the best adapter into the model where the spec asks for it. Returns what to say of it, if anything."""
+        if self.spec.eval_steps is None or not len(self.rows):
+            return []
+        if last not in self.losses:
+            loss = self._mean(self._outside)
+            if loss is None:
+                self.attempt.preemption.check()
+            self._note(last, loss)
+        best = self.best_step
+        if self.spec.take == "best" and best != last and self.best is not None:
+            load_adapter(self.loaded.model, self.best)
+        taken = best if self.spec.take == "best" else last
+        self.attempt.record.update(taken_step=taken)
+        said = f"step {taken} is taken, with held-out loss {self.losses[taken]:.4f}"
+        return [said, f"the lowest is {self.losses[best]:.4f} at step {best}"]
+
+    def _measure_if_due(self, state: Any) -> None:
+        step, every = state.global_step, self.spec.eval_steps
+        if every is None or not step or step in self.losses or not len(self.rows):
+            return
+        if step % every and step != state.max_steps:
+            return
+        began, states = time.monotonic(), random_states()
+        self.loaded.model.eval()
+        try:
+            loss = self._mean(self.trainer.loss_of)
+        finally:
+            self.loaded.model.train()
+            restore_random_states(states)
+            self.trainer.paused += time.monotonic() - began
+        self._note(step, loss)
+
+    def _mean(self, loss_of: LossOf) -> float | None:
+        """Mean loss of all answer tokens; None when a notice came first."""
+        total, tokens, size = 0.0, 0, self.ladder.rows_at_once
+        for start in range(0, len(self.rows), size):
+            if self.attempt.preemption.requested:
+                return None
+            try:
+                loss, count = loss_of([self.rows[place] for place in range(start, min(start + size, len(self.rows)))])
+            except torch.OutOfMemoryError as error:
+                raise OutOfMemory(
+                    "measuring held-out loss while training does not fit the GPU; lower "
+                    "training.per_device_train_batch_size, or remove evaluation.eval_steps"
+                ) from error
+            total, tokens = total + loss * count, tokens + count
+        return total / max(tokens, 1)
+
+    def _outside(self, rows: list[dict[str, Any]]) -> tuple[float, int]:
+        """For the one case without a trainer: a notice came while the last step was measured."""
+        with torch.no_grad():
+            spec = self.attempt.spec
+            found = answer_losses(self.loaded, rows, spec.training.max_length, spec.dataset.over_length == "truncate")
+        count = sum(tokens for _, tokens in found)
+        return sum(loss * tokens for loss, tokens in found) / max(count, 1), count
+
+    def _note(self, step: int, loss: float | None) -> None:
+        if loss is None:
+            return
+        self.losses[step] = round(loss, 6) if math.isfinite(loss) else math.inf
+        said = self.losses[step] if math.isfinite(loss) else None
+        self.attempt.record.numbers(step=step, eval_loss=said)
+        self.attempt.record.update(eval_loss=said, best_step=self.best_step)
+        log.info("train: held-out loss %.4f at step %d, lowest at step %d", loss, step, self.best_step)
+        if self.best_step == step and self.spec.take == "best":
+            self.best = self.attempt.scratch / "best" / f"step-{step}"
+            shutil.rmtree(self.best.parent, ignore_errors=True)
+            self.loaded.model.save_pretrained(self.best)
+
+
+def _linked(source: str, target: str) -> None:
+    """A second name for a file, which is never written again; a copy where the file system has no such names."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

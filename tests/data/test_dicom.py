@@ -1,0 +1,309 @@
+"""DICOM as pydicom's own test files have it: every kind of pixel, and nobody's name."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.data import get_testdata_file
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+from job.data.dicom import choose, frames, montage
+from job.data.images import BadRow, Files, load_anew
+from job.data.prepare import prepare
+from job.errors import DataError
+from job.spec import DatasetSpec
+from job.specfile import validate
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+def theirs(name: str) -> bytes:
+    path = get_testdata_file(name, download=False)
+    assert path, name
+    return Path(path).read_bytes()
+
+
+def spec(**dicom: Any) -> DatasetSpec:
+    return DatasetSpec.model_validate({"path": "d", "dicom": dicom, "max_aspect_ratio": 100})
+
+
+def shown(data: bytes, **dicom: Any) -> np.ndarray:
+    (picture,) = frames(data, None, spec(**dicom))
+    assert picture.mode == "RGB"
+    return np.asarray(picture)
+
+
+def made(pixels: np.ndarray, **tags: Any) -> bytes:
+    """A small file of our own; `pixels` are uint16 of shape (rows, columns) or (frames, rows, columns)."""
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = CTImageStorage, ExplicitVRLittleEndian
+    meta.MediaStorageSOPInstanceUID = generate_uid()
+    file = Dataset()
+    file.file_meta = meta
+    file.SOPClassUID, file.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    file.Rows, file.Columns = pixels.shape[-2:]
+    if pixels.ndim == 3:
+        file.NumberOfFrames = len(pixels)
+    file.SamplesPerPixel, file.BitsAllocated, file.BitsStored, file.HighBit = 1, 16, 16, 15
+    file.PixelRepresentation, file.PhotometricInterpretation = 0, "MONOCHROME2"
+    file.PixelData = pixels.astype("<u2").tobytes()
+    for name, value in tags.items():
+        setattr(file, name, value)
+    stream = io.BytesIO()
+    file.save_as(stream, enforce_file_format=True)
+    return stream.getvalue()
+
+
+RAMP = np.arange(0, 1024, 4).reshape(16, 16)
+
+DECODED = [
+    "CT_small.dcm",
+    "MR_small_bigendian.dcm",
+    "MR_small_RLE.dcm",
+    "MR_small_jp2klossless.dcm",
+    "MR_small_jpeg_ls_lossless.dcm",
+    "JPEG2000.dcm",
+    "693_J2KI.dcm",
+    "image_dfl.dcm",
+    "SC_rgb_jpeg_gdcm.dcm",
+    "SC_rgb_jpeg_dcmtk.dcm",
+    "SC_rgb_rle_16bit.dcm",
+    "SC_rgb_rle_32bit.dcm",
+    "SC_ybr_full_422_uncompressed.dcm",
+    "examples_palette.dcm",
+    "examples_rgb_color.dcm",
+    "examples_jpeg2k.dcm",
+]
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_every_transfer_syntax_gives_a_picture_with_something_in_it(name: str):
+    picture = shown(theirs(name))
+    assert picture.dtype == np.uint8
+    assert picture.std() > 5
+
+
+def test_compressed_files_show_what_the_plain_one_does():
+    plain = shown(theirs("MR_small.dcm"))
+    for name in (
+        "MR_small_RLE.dcm",
+        "MR_small_jp2klossless.dcm",
+        "MR_small_jpeg_ls_lossless.dcm",
+        "MR_small_bigendian.dcm",
+    ):
+        assert (shown(theirs(name)) == plain).all()
+    red = shown(theirs("SC_rgb_jpeg_dcmtk.dcm"))[5, 50]  # stored as YBR; its first bar is red
+    assert red[0] > 240
+    assert red[1:].max() < 20
+
+
+def test_windows_follow_the_standard():
+    """PS3.3 C.11.2.1.2 in words: the center less a half is the middle, the width less one is the whole range."""
+    linear = shown(made(RAMP, WindowCenter=400, WindowWidth=201))[..., 0]
+    by_hand = np.clip(((RAMP - 399.5) / 200 + 0.5) * 255 + 0.5, 0, 255).astype(np.uint8)
+    assert (linear == by_hand).all()
+    exact = shown(made(RAMP, WindowCenter=400, WindowWidth=200, VOILUTFunction="LINEAR_EXACT"))[..., 0]
+    assert (exact[RAMP <= 300] == 0).all()
+    assert (exact[RAMP >= 500] == 255).all()
+    soft = shown(made(RAMP, WindowCenter=400, WindowWidth=200, VOILUTFunction="SIGMOID"))[..., 0].ravel()
+    assert abs(int(soft[100]) - 128) <= 1
+    assert (np.diff(soft.astype(int)) >= 0).all()
+    ours = shown(made(RAMP, WindowCenter=1, WindowWidth=2), window=(400, 201))[..., 0]
+    assert (ours == by_hand).all()
+
+
+def test_windows_agree_with_pydicom():
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut, pixel_array
+
+    for name in ("CT_small.dcm", "MR_small.dcm"):
+        data = theirs(name)
+        header = pydicom.dcmread(io.BytesIO(data))
+        header.WindowCenter, header.WindowWidth = (40, 400) if name[:2] == "CT" else (600, 1600)
+        stream = io.BytesIO()
+        header.save_as(stream)
+        values = apply_voi_lut(apply_modality_lut(pixel_array(io.BytesIO(data)), header), header)
+        slope, base = float(header.get("RescaleSlope", 1)), float(header.get("RescaleIntercept", 0))
+        low, high = (slope * 2**15 * sign + base - (sign > 0) for sign in (-1, 1))
+        if not header.PixelRepresentation:
+            low, high = base, slope * 65535 + base
+        reference = np.clip((values - low) / (high - low) * 255, 0, 255)
+        assert np.abs(shown(stream.getvalue())[..., 0] - reference).max() < 2
+
+
+def test_rescale_and_monochrome1_are_applied():
+    scaled = shown(made(RAMP, RescaleSlope=2, RescaleIntercept=-1000, WindowCenter=0.5, WindowWidth=1001))[..., 0]
+    assert (scaled == shown(made(RAMP, WindowCenter=500.25, WindowWidth=501))[..., 0]).mean() > 0.9
+    plain = shown(made(RAMP))
+    assert (shown(made(RAMP, PhotometricInterpretation="MONOCHROME1")) == 255 - plain).all()
+
+
+def test_padding_is_black_and_does_not_set_the_range():
+    padded = RAMP + 1000
+    padded[0] = 0
+    for kind in ("MONOCHROME1", "MONOCHROME2"):
+        picture = shown(made(padded, PixelPaddingValue=0, PhotometricInterpretation=kind))[..., 0]
+        assert (picture[0] == 0).all()
+        assert picture[1:].max() == 255
+        assert picture[1:].min() == 0
+
+
+def test_an_enhanced_file_has_its_window_in_each_frame():
+    def group(center: int) -> Dataset:
+        frame, voi = Dataset(), Dataset()
+        voi.WindowCenter, voi.WindowWidth = center, 201
+        frame.FrameVOILUTSequence = [voi]
+        return frame
+
+    data = made(np.stack([RAMP, RAMP]), PerFrameFunctionalGroupsSequence=[group(200), group(800)])
+    first, second = (np.asarray(frames(data, {"frame": n}, spec())[0])[..., 0] for n in (0, 1))
+    assert first.mean() > second.mean() + 100
+
+
+def test_frames_are_chosen():
+    assert choose(30, "middle") == [15]
+    assert choose(30, [0, -1]) == [0, 29]
+    spread = choose(300, "montage")
+    assert (len(spread), spread[0] > 5, spread[-1] < 295) == (16, True, True)
+    with pytest.raises(BadRow, match="names a frame that is not there"):
+        choose(3, [3])
+    stack = np.stack([np.full((16, 16), n * 10) for n in range(9)])
+    data = made(stack, WindowCenter=40, WindowWidth=81)
+    assert [np.asarray(p)[0, 0, 0] for p in frames(data, None, spec(frames=[1, 7]))] == [33, 225]
+    assert shown(data, frames="montage").shape == (48, 48, 3)
+    assert shown(theirs("examples_ybr_color.dcm"), frames="montage").shape == (960, 1280, 3)
+    with pytest.raises(BadRow, match="names a frame"):
+        frames(data, None, spec(frames=[9]))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("MR_truncated.dcm", r"pixels cannot be decoded \(Explicit VR Little Endian\)"),
+        ("JPGExtended.dcm", r"JPEG Extended.*; install pylibjpeg-libjpeg, whose licence is the GPL"),
+        ("rtplan.dcm", "no image in it"),
+        ("SC_rgb_small_odd.dcm", "image too small: 3×3"),
+    ],
+)
+def test_what_cannot_be_shown_is_a_bad_row(name: str, reason: str):
+    with pytest.raises(BadRow, match=reason):
+        load_anew({"bytes": theirs(name)}, Files(), spec())
+
+
+def test_cut_files_are_bad_rows():
+    data = theirs("CT_small.dcm")
+    for size in (133, 400, 1500, 20000):
+        with pytest.raises(BadRow):
+            load_anew({"bytes": data[:size]}, Files(), spec())
+
+
+SECRET = "Zebedee^Quackenbush"
+
+
+def tree_of(folder: Path, reports: list[dict[str, str]], files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    head = ",".join(reports[0])
+    (folder / "reports.csv").write_text("\n".join([head, *(",".join(row.values()) for row in reports)]) + "\n")
+
+
+@pytest.fixture
+def prepared(tree: dict[str, Any], tmp_path: Path):
+    def prepare_it(**dataset: Any):
+        tree["dataset"] = {"path": str(tmp_path / "d"), "answer_column": "report", "eval_fraction": 0} | dataset
+        return prepare(validate(tree), tmp_path / "scratch")
+
+    return prepare_it
+
+
+def study(n: int, patient: str, modality: str, slices: int) -> dict[str, bytes]:
+    tags = {
+        "StudyInstanceUID": f"1.2.{n}",
+        "SeriesInstanceUID": f"1.2.{n}.1",
+        "PatientID": patient,
+        "PatientName": SECRET,
+    }
+    tags |= {"PatientBirthDate": "19010203", "Modality": modality, "WindowCenter": 512, "WindowWidth": 1024}
+    return {
+        f"st{n}/{k:03d}": made(
+            RAMP.T if k % 2 else RAMP, InstanceNumber=slices - k, SOPInstanceUID=f"1.2.{n}.1.{k}", **tags
+        )
+        for k in range(slices)
+    }
+
+
+def test_a_tree_and_its_reports_are_joined(tmp_path: Path, prepared):
+    files = study(1, "P1", "CT", 9) | study(2, "P2", "CR", 2) | study(3, "P1", "CR", 1) | study(4, "P3", "CR", 1)
+    reports = [{"StudyUID": f"1.2.{n}", "report": f"Report {n}."} for n in (1, 2, 3)]
+    tree_of(tmp_path / "d", reports, files)
+    (tmp_path / "d" / "DICOMDIR").write_bytes(b"no image")
+    data = prepared(instruction="{modality}")
+    rows = {row["reference"]: row for row in data.train}
+    assert [len(rows[f"Report {n}."]["images"]) for n in (1, 2, 3)] == [1, 2, 1]  # the middle slice; both views; one
+    assert rows["Report 1."]["messages"][0]["content"][-1]["text"] == "CT"
+    assert rows["Report 1."]["unit"] == rows["Report 3."]["unit"] != rows["Report 2."]["unit"]
+    assert (
+        "13 DICOM images joined with 3 reports by StudyInstanceUID (column StudyUID), 1 images without a report"
+        in (data.facts["source"])
+    )
+    assert data.facts["grouped"]
+    assert len(prepared(dicom={"frames": [0, 4]}).train[0]["images"]) == 2
+    assert prepared(dicom={"frames": "montage"}).train[0]["images"][0].size == (48, 48)
+
+
+def test_no_tag_of_a_patient_leaves_a_file(tmp_path: Path, prepared):
+    tree_of(tmp_path / "d", [{"study": "1.2.1", "report": "R"}], study(1, "MRN-4711", "CR", 1))
+    data = prepared(instruction="{modality}")
+    (row,) = data.train
+    said = str(data.facts) + str([{**row, "images": [picture.info for picture in row["images"]]}])
+    written = b"".join(path.read_bytes() for path in (tmp_path / "scratch").rglob("*") if path.is_file())
+    for secret in ("4711", "Zebedee", "Quackenbush", "19010203"):
+        assert secret not in said
+        assert secret.encode() not in written
+    for field in ("PatientName", "_patient"):
+        with pytest.raises(DataError, match="no such column"):
+            prepared(instruction=f"{{{field}}}")
+
+
+def test_words_in_the_pixels_are_warned_about(tmp_path: Path, prepared):
+    files = {"a.dcm": made(RAMP, Modality="US"), "b.dcm": made(RAMP.T, Modality="CR", BurnedInAnnotation="YES")}
+    files["c.dcm"] = made(RAMP + 1, Modality="US", BurnedInAnnotation="NO")
+    tree_of(tmp_path / "d", [{"file": name, "report": "R"} for name in files], files)
+    data = prepared()
+    assert (data.facts["burned_in_yes"], data.facts["burned_in_maybe"]) == (1, 1)
+
+
+def test_a_report_without_its_file_and_a_table_that_names_none(tmp_path: Path, prepared):
+    tree_of(
+        tmp_path / "d", [{"study": "1.2.1", "report": "R"}, {"study": "1.2.9", "report": "S"}], study(1, "P", "CR", 1)
+    )
+    assert prepared(max_bad_fraction=0.5).quarantined == [{"row": 1, "reason": "no image"}]
+    tree_of(tmp_path / "d", [{"study": "9", "report": "R"}], {})
+    with pytest.raises(DataError, match=r"no column of the reports names a DICOM file.*the columns are study, report"):
+        prepared()
+    (tmp_path / "d" / "more.csv").write_text("a\n1\n")
+    with pytest.raises(DataError, match=r"2 tables; name the reports' in dataset\.dicom\.reports"):
+        prepared()
+
+
+def test_rows_of_any_table_may_name_dicom_files(tmp_path: Path, prepared):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "x.dcm").write_bytes(theirs("CT_small.dcm"))
+    (tmp_path / "d" / "metadata.jsonl").write_text(json.dumps({"file_name": "x.dcm", "report": "R"}) + "\n")
+    assert prepared().train[0]["images"][0].size == (128, 128)
+
+
+def test_a_montage_fits_pictures_of_different_sizes():
+    from PIL import Image
+
+    assert montage([Image.new("RGB", (600, 300)), Image.new("RGB", (10, 20)), Image.new("RGB", (5, 5))]).size == (
+        1024,
+        512,
+    )

@@ -1,0 +1,230 @@
+"""What `auto` makes of what it finds, and that the rows behind are the same."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import http.server
+import io
+import json
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.data import Data
+from job.data.prepare import prepare
+from job.errors import DataError, Unavailable
+from job.specfile import validate
+from tests.data.test_data import folder_of, png, rows_of
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture
+def prepared(tree: dict[str, Any], tmp_path: Path):
+    def prepare_it(path: Any, **dataset: Any) -> Data:
+        tree["dataset"] = {"path": str(path), "eval_fraction": 0} | dataset
+        return prepare(validate(tree), tmp_path / "scratch")
+
+    return prepare_it
+
+
+def shades(data: Data) -> list[tuple[str, list[int]]]:
+    """Answers, and the grey of each row's pictures."""
+    return [(row["reference"], [image.getpixel((0, 0))[0] for image in row["images"]]) for row in data.train]
+
+
+def shard(file: Path, members: dict[str, bytes]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return file
+
+
+def test_webdataset_shards_are_read_in_place(tmp_path: Path, prepared):
+    for number in range(2):
+        members: dict[str, bytes] = {}
+        for n in range(3 * number, 3 * number + 3):
+            members |= {f"s/{n}.png": png(n), f"s/{n}.json": json.dumps({"caption": f"c{n}"}).encode()}
+        shard(tmp_path / "data" / f"train-{number}.tar", members | {"notes": b"no row"})
+    shard(tmp_path / "data" / "validation-0.tar", {"9.png": png(9), "9.json": b'{"caption": "c9"}'})
+    data = prepared(tmp_path / "data")
+    assert shades(data) == [(f"c{n}", [n]) for n in range(6)]
+    assert data.facts["source"] == "webdataset: 2 .tar file(s); answers in caption, images in image"
+    assert not any(file.stat().st_size > 100_000 for file in (tmp_path / "scratch").rglob("*") if file.is_file())
+
+
+def test_webdataset_texts_and_several_images(tmp_path: Path, prepared):
+    members = {
+        "a.left.png": png(1),
+        "a.right.png": png(2),
+        "a.txt": b"Both clear.",
+        "b.left.png": png(3),
+        "b.txt": b"One.",
+    }
+    data = prepared(shard(tmp_path / "x.tar", members))
+    assert shades(data) == [("Both clear.", [1, 2]), ("One.", [3])]
+    assert shades(prepared(tmp_path / "x.tar", image_column="left.png"))[0] == ("Both clear.", [1])
+
+
+def test_a_shard_that_is_cut_short_or_packed_is_named(tmp_path: Path, prepared):
+    file = shard(tmp_path / "x.tar", {"a.png": png(1, (64, 64)) * 20, "a.txt": b"A"})
+    file.write_bytes(file.read_bytes()[:700])
+    with pytest.raises(DataError, match=r"x\.tar is not a plain tar archive that can be read to its end"):
+        prepared(file)
+
+
+def test_llava_json_with_mixed_rows_is_one_list(tmp_path: Path, prepared):
+    (tmp_path / "0.png").write_bytes(png(7))
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Seven."}]
+    words = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Nobody."}]
+    rows = [{"id": 1, "image": "0.png", "conversations": turns}, {"id": "two", "conversations": words}]
+    (tmp_path / "llava.json").write_text(json.dumps(rows))
+    data = prepared(tmp_path / "llava.json")
+    assert shades(data) == [("Seven.", [7]), ("Nobody.", [])]
+    assert "conversations in conversations, images in image" in data.facts["source"]
+    assert data.facts["without_images"] == 1
+
+
+def test_openai_messages_mix_text_and_parts_in_one_file(tmp_path: Path, prepared):
+    url = f"data:image/png;base64,{base64.b64encode(png(5)).decode()}"
+    parts = [{"type": "text", "text": "Q"}, {"type": "image_url", "image_url": {"url": url}}]
+    rows = [
+        {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "Five."}]},
+        {
+            "messages": [
+                {"role": "user", "content": "Q"},
+                {"role": "assistant", "content": [{"type": "text", "text": "T"}]},
+            ]
+        },
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert shades(prepared(tmp_path / "chat.jsonl")) == [("Five.", [5]), ("T", [])]
+
+
+def test_parquet_with_lists_of_images_and_messages(tmp_path: Path, prepared):
+    from datasets import Dataset, Features, List, Value
+    from datasets import Image as ImageFeature
+
+    turn = {"role": Value("string"), "content": Value("string")}
+    features = Features({"images": List(ImageFeature()), "messages": List(turn)})
+    said = [{"role": "user", "content": "<image>a<image>b"}, {"role": "assistant", "content": "A"}]
+    images = [{"bytes": png(n), "path": None} for n in (1, 2)]
+    Dataset.from_list([{"images": images, "messages": said}], features=features).to_parquet(tmp_path / "r.parquet")
+    data = prepared(tmp_path / "r.parquet")
+    assert shades(data) == [("A", [1, 2])]
+    assert [part["type"] for part in data.train[0]["messages"][0]["content"]] == ["image", "text", "image", "text"]
+
+
+def test_csv_keeps_its_words(tmp_path: Path, prepared):
+    """007 is no 7, NA is no nothing, and a semicolon separates in half of Europe."""
+    for n in range(2):
+        (tmp_path / f"{n}.png").write_bytes(png(n))
+    (tmp_path / "t.csv").write_text("\ufeffimage;patient;caption\n0.png;007;NA\n1.png;8;b\n", encoding="utf-8")
+    data = prepared(tmp_path / "t.csv", group_column="patient", instruction="Patient {patient}")
+    assert shades(data) == [("NA", [0]), ("b", [1])]
+    assert data.train[0]["messages"][0]["content"][1]["text"] == "Patient 007"
+
+
+def test_auto_says_what_it_did_not_read(tmp_path: Path, prepared):
+    folder_of(rows_of(2), tmp_path / "data")
+    (tmp_path / "data" / "metadata.jsonl").rename(tmp_path / "data" / "a.jsonl")
+    (tmp_path / "data" / "b.csv").write_text("x\n1\n")
+    source = prepared(tmp_path / "data", image_column="file_name").facts["source"]
+    assert source.startswith("json: 1 .jsonl file(s) (1 csv beside them not read); answers in caption")
+    with pytest.raises(DataError, match=r"answer_column is caption: no such column; the data has x"):
+        prepared(tmp_path / "data", format="csv", image_column=None)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
+    """A web server over `tmp_path/site`, and what was asked of it."""
+    asked: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            if self.path.startswith("/down"):
+                return self.send_error(503)
+            return super().do_GET()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    (tmp_path / "site").mkdir()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=tmp_path / "site"))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_images_behind_urls_are_fetched_once(tmp_path: Path, prepared, site, monkeypatch):
+    url, asked = site
+    (tmp_path / "site" / "a.png").write_bytes(png(4))
+    rows = [{"image": f"{url}/a.png", "caption": "Four."}, {"image": f"{url}/missing.png", "caption": "None."}]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(2):
+        data = prepared(tmp_path / "r.jsonl", max_bad_fraction=0.5)
+        assert shades(data) == [("Four.", [4])]
+    assert [row["reason"] for row in data.quarantined] == ["image cannot be fetched: there is none at its URL"]
+    assert asked.count("/a.png") == 1
+    (tmp_path / "r.jsonl").write_text(json.dumps({"image": f"{url}/down.png", "caption": "x"}) + "\n")
+    monkeypatch.setattr("job.data.remote.TRIES", 2)
+    with pytest.raises(Unavailable, match="where rows have their images, answers 503"):
+        prepared(tmp_path / "r.jsonl")
+
+
+def test_a_bucket_holds_shards_or_a_table_with_its_images(tmp_path: Path, prepared, bucket: str):
+    from job.store import open_store
+
+    store = open_store(f"s3://{bucket}/d")
+    file = shard(tmp_path / "x.tar", {"a.png": png(1), "a.txt": b"A"})
+    store.upload(file, "shards/x.tar")
+    store.write("table/i/0.png", png(3))
+    store.write("table/rows.jsonl", json.dumps({"image": "i/0.png", "caption": "C"}).encode())
+    store.write("one/0.png", png(3))
+    store.write("one/rows.jsonl", json.dumps({"image": "0.png", "caption": "C"}).encode())
+    assert shades(prepared(f"s3://{bucket}/d/shards")) == [("A", [1])]
+    assert shades(prepared(f"s3://{bucket}/d/table")) == [("C", [3])]
+    assert shades(prepared(f"s3://{bucket}/d/one/rows.jsonl")) == [("C", [3])]
+
+
+def test_shards_too_large_for_scratch_stay_in_their_bucket(tmp_path: Path, prepared, bucket: str):
+    from torch.utils.data import DataLoader
+
+    from job.store import open_store
+
+    store = open_store(f"s3://{bucket}/d")
+    for number in range(2):
+        members: dict[str, bytes] = {}
+        for n in range(8 * number, 8 * number + 8):
+            members |= {f"{n:02d}.png": png(n, (64, 64)), f"{n:02d}.txt": f"c{n}".encode()}
+        store.upload(shard(tmp_path / f"train-{number}.tar", members), f"s/train-{number}.tar")
+        (tmp_path / f"train-{number}.tar").unlink()
+    data = prepared(f"s3://{bucket}/d/s", cache_gb=1e-6)
+    assert "read from their store since they are over cache_gb 1e-06" in data.facts["source"]
+    loader = DataLoader(data.train, batch_size=4, num_workers=1, collate_fn=list)  # a process of its own
+    rows = [row for batch in loader for row in batch]
+    assert [(row["reference"], row["images"][0].getpixel((0, 0))[0]) for row in rows] == [
+        (f"c{n}", n) for n in range(16)
+    ]
+    assert not list((tmp_path / "scratch").rglob("*.tar"))
+
+
+def test_a_zip_is_the_folder_in_it(tmp_path: Path, prepared):
+    import shutil
+
+    folder_of(rows_of(3), tmp_path / "x" / "chest")
+    archive = Path(shutil.make_archive(str(tmp_path / "chest"), "zip", tmp_path / "x"))
+    assert [answer for answer, _ in shades(prepared(archive))] == ["caption 0", "caption 1", "caption 2"]
+    archive.write_bytes(archive.read_bytes()[:200])
+    with pytest.raises(DataError, match=r"chest\.zip cannot be unpacked: File is not a zip file"):
+        prepared(archive)

@@ -1,0 +1,84 @@
+"""What a base says is kept for later runs, and taken only where everything that decides it is the same."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.evaluate import before
+from job.store import open_store
+from tests.tiny import CPU, job_spec, row
+
+RECORD = {"generated": "A nodule.", "tokens": 4, "loss": 1.5, "answer_tokens": 5}
+
+
+def rows(count: int = 3, **changed: Any) -> list[dict[str, Any]]:
+    own = {"reference": "A nodule.", "labels": {"side": "left"}, "groups": {}, "unit": 1}
+    return [row(number) | own | changed for number in range(count)]
+
+
+@pytest.fixture
+def loaded(tmp_path: Path) -> Any:
+    from job.model import Loaded
+
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return Loaded(None, None, folder, "transformers", "32bit", CPU, {})
+
+
+def test_another_run_gets_the_answers_with_its_own_labels(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "kept"))
+    before.keep([store], "k.jsonl", before.held(rows()), [RECORD] * 3)
+    later = before.held(rows(labels={"side": "right"}))
+    found, where = before.recall([open_store(str(tmp_path / "empty")), store], "k.jsonl", later)
+    assert where == store.url
+    assert [record["labels"] for record in found] == [{"side": "right"}] * 3
+    assert [{name: record[name] for name in RECORD} for record in found] == [RECORD] * 3
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"row": "x"}\n', b"\xff", b"[]\n"])
+def test_what_is_not_whole_is_measured_again(tmp_path: Path, damage: bytes) -> None:
+    store = open_store(str(tmp_path))
+    store.write("k.jsonl", damage)
+    assert before.recall([store], "k.jsonl", before.held(rows())) == ([], "")
+
+
+def test_the_key_changes_with_all_that_decides_an_answer_and_with_nothing_else(loaded: Any, tmp_path: Path) -> None:
+    def key(spec: Any = (), model: Any = loaded, given: Any = None, device: str = "A") -> str:
+        return before.key(job_spec(**dict(spec)), model, before.held(given or rows()), device)
+
+    first = key()
+    moved = shutil.copytree(loaded.folder, tmp_path / "moved")
+    same = [
+        key(model=replace(loaded, folder=moved)),
+        key({"lora": {"r": 3}, "training": {"learning_rate": 1e-5}}),
+        key({"dataset": {"path": "elsewhere"}}),
+        key(given=rows(labels={"side": "right"})),
+    ]
+    assert same == [first] * 4
+    (moved / "model.safetensors").write_bytes(b"weightz")
+    pixels, texts = rows(), rows()
+    pixels[1]["images"] = row(9)["images"]
+    texts[1]["messages"] = row(1, question="What?")["messages"]
+    other = [
+        key(model=replace(loaded, folder=moved)),
+        key(model=replace(loaded, precision="4bit")),
+        key({"evaluation": {"max_new_tokens": 9}}),
+        key({"training": {"max_length": 99}}),
+        key(given=pixels),
+        key(given=texts),
+        key(given=rows(2)),
+        key(device="B"),
+    ]
+    assert len({first, *other}) == 9
+
+
+def test_rows_of_like_length_share_a_batch_longest_first() -> None:
+    lengths = [3, 9, 1, 9]
+    given = before.held([rows(1, reference="x" * length)[0] for length in lengths])
+    assert before.longest_first(given) == [1, 3, 0, 2]

@@ -1,0 +1,82 @@
+"""What cannot be exported is refused before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.errors import SpecError
+from job.export import check_export
+from job.export.gguf import converter, write_gguf
+from job.spec import ExportSpec
+from job.specfile import validate
+
+CONVERTER = """
+import json, pathlib, sys
+assert sys.argv[1].endswith("merged") and sys.argv[2] == "--outfile", sys.argv
+pathlib.Path(sys.argv[3]).write_text(json.dumps(sys.argv[4:]))
+if not pathlib.Path(sys.argv[1]).is_dir():
+    sys.exit("ERROR:hf-to-gguf:no such folder")
+"""
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a program that takes the converter's arguments and writes them down."""
+    (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    return tmp_path
+
+
+def base(folder: Path, **config: Any) -> Path:
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_vl"} | config))
+    return folder
+
+
+def test_a_base_that_is_stored_quantised_is_refused(tmp_path: Path) -> None:
+    folder = base(tmp_path, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.raises(SpecError, match="is stored quantised, .* name the base in 16 bits"):
+        check_export(ExportSpec(), folder)
+    check_export(ExportSpec(merged=False), folder)
+
+
+def test_gguf_is_refused_with_the_reason_where_llama_cpp_lacks_the_family(tmp_path: Path, sources: Path) -> None:
+    check_export(ExportSpec(gguf=True), base(tmp_path))
+    for family, says in (
+        ("mllama", "does not know MllamaForConditionalGeneration"),
+        ("llava", "Pixtral"),
+        ("new", "not known"),
+    ):
+        with pytest.raises(SpecError, match=f"llama.cpp does not take {family} models .*{says}"):
+            check_export(ExportSpec(gguf=True), base(tmp_path, model_type=family))
+
+
+def test_gguf_needs_llama_cpps_sources(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="set LLAMA_CPP to a folder with llama.cpp's sources"):
+        check_export(ExportSpec(gguf=True), base(tmp_path))
+
+
+def test_the_converter_makes_one_file_for_the_model_and_one_for_its_tower(tmp_path: Path, sources: Path) -> None:
+    (tmp_path / "merged").mkdir()
+    write_gguf(converter("qwen3_vl"), tmp_path / "merged", tmp_path / "gguf")
+    made = {file.name: json.loads(file.read_text()) for file in (tmp_path / "gguf").iterdir()}
+    assert made == {"model.gguf": ["--outtype", "bf16"], "mmproj.gguf": ["--outtype", "bf16", "--mmproj"]}
+    with pytest.raises(SpecError, match="made no model.gguf; it said: ERROR:hf-to-gguf:no such folder"):
+        write_gguf(converter("qwen3_vl"), tmp_path / "nowhere-merged", tmp_path / "gguf")
+
+
+@pytest.mark.parametrize(
+    ("export", "says"),
+    [
+        ({"merged": False, "merged_4bit": True}, "merged_4bit needs merged weights on scratch; set merged to true"),
+        ({"scratch_copy": False, "gguf": True}, "gguf needs merged weights on scratch; set scratch_copy to true"),
+        ({"scratch_copy": False, "hub": {"merged_repo": "a/b"}}, "hub.merged_repo needs merged weights on scratch"),
+        ({"hub": {"adapter_repo": "no slash"}}, "export.hub.adapter_repo"),
+    ],
+)
+def test_choices_that_cannot_hold_together_are_told(tree: dict[str, Any], export: dict[str, Any], says: str) -> None:
+    with pytest.raises(SpecError, match=says):
+        validate(tree | {"export": export})

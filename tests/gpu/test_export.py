@@ -1,0 +1,93 @@
+"""Folding, both ways of it, and the gate where they really run: `make test-gpu`. Skipped where there is no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("there is no NVIDIA GPU here", allow_module_level=True)
+BACKEND = "unsloth" if importlib.util.find_spec("unsloth") else "transformers"
+
+from job.model import import_first  # isort: skip
+
+import_first(BACKEND)  # before transformers, which it patches
+
+from job.errors import GateRefused
+from job.export.fold import Lora, changed
+from job.export.gate import Verdict, compare, refuse
+from job.export.merge import copy_rest, merge_to_folder, recipe
+from job.export.places import changes, read_adapter, read_base
+from job.export.quantised import held_weights, write_nf4
+from job.model import Loaded, load_model
+from job.model.transformers_backend import load_weights
+from job.spec import JobSpec
+from tests.tiny import batch, job_spec, make_model, perturb
+
+FAMILIES = ("mllama", "qwen2_5_vl", "gemma3")
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        family: make_model(family, tmp_path_factory.mktemp(family), dtype=torch.bfloat16, device="cuda")
+        for family in FAMILIES
+    }
+
+
+def spec_of(**export: Any) -> JobSpec:
+    return job_spec(lora={"r": 4}, evaluation={"batch_size": 2}, export=export)
+
+
+def merged(loaded: Loaded, into: Path, held: dict[str, Any]) -> Path:
+    loaded.model.save_pretrained(into / "adapter")
+    base = read_base(loaded.folder)
+    onto = {key: held[name] for key, name in base.names.items() if name in held}
+    todo = recipe(base, into / "adapter", changes(base, *read_adapter(into / "adapter")), onto, GPU)
+    merge_to_folder(todo, into / "merged")
+    copy_rest(loaded.folder, into / "merged")
+    return into / "merged"
+
+
+def judge(loaded: Loaded, folder: Path, spec: JobSpec) -> Verdict:
+    read = partial(load_weights, spec.model, folder, GPU)
+    verdict = compare(spec, loaded, read_base(loaded.folder), folder.parent / "adapter", read, batch())
+    refuse(verdict, spec.export.gate)
+    return verdict
+
+
+def test_the_gpu_folds_as_the_cpu_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, a, b = (torch.randn(shape, generator=generator) for shape in ((512, 384), (16, 384), (512, 16)))
+    change = Lora(a, b * 0.1, 2.0)
+    here, there = changed(weight.bfloat16(), change), changed(weight.bfloat16().to(GPU), change).cpu()
+    assert float((here != there).float().mean()) < 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_in_16_bits_is_merged_right(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    loaded = perturb(load_model(spec_of(), folders[family], GPU, BACKEND, "16bit", None), 0.05)
+    verdict = judge(loaded, merged(loaded, tmp_path, {}), spec_of())
+    assert verdict.wrong == []
+    assert verdict.mean_logit_difference < 3 * verdict.rounding_logit_difference
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_in_4_bits_is_folded_onto_both_ways(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    loaded = perturb(load_model(spec_of(), folders[family], GPU, BACKEND, "4bit", None), 0.05)
+    original = judge(loaded, merged(loaded, tmp_path / "original", {}), spec_of())
+    folder = merged(loaded, tmp_path / "dequantised", held_weights(loaded.model))
+    dequantised = judge(loaded, folder, spec_of(fold_onto="dequantised"))
+    assert dequantised.difference_from_trained < original.difference_from_trained / 2
+    with pytest.raises(GateRefused, match="weights are not base"):
+        judge(loaded, folder, spec_of())
+    small = write_nf4(spec_of().model, tmp_path / "original" / "merged", tmp_path / "merged_4bit", GPU)
+    assert held_weights(small)
+    assert (tmp_path / "merged_4bit" / "config.json").exists()

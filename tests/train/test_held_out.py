@@ -1,0 +1,134 @@
+"""Held-out loss while training: it disturbs nothing, it survives a stop, and what it chose is what is published."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+
+from job.attempt import Attempt
+from job.errors import Preempted
+from job.model.transformers_backend import load
+from job.plan import make_plan
+from job.preemption import Preemption
+from job.record import Record
+from job.store import open_store
+from job.store.lease import acquire
+from job.survey import survey
+from job.train.fit import fit
+from tests.resume_proof import trajectory
+from tests.tiny import job_spec, picture
+
+STEPS = 8
+RATE = {"learning_rate": 0.05, "lr_scheduler_type": "constant"}
+Weights = dict[str, torch.Tensor]
+Fitted = Callable[..., tuple[Weights, Path]]
+
+
+@pytest.fixture
+def fitted(tmp_path: Path, tiny: Callable[..., Path]) -> Fitted:
+    """`fitted(name, evaluation, stop_at=k)` trains into the output of that name, and is asked to stop at the k-th
+    batch that it measures. Returns the adapter and the file of numbers."""
+    said = {
+        "rows": "There is a nodule. ",
+        "held": "No fracture of the clavicle is seen. ",
+    }  # learning one unlearns the other
+    for name, caption in said.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        lines = [{"file_name": f"{n}.png", "caption": caption * (1 + n % 3)} for n in range(8)]
+        for number, line in enumerate(lines):
+            picture(number).save(folder / str(line["file_name"]))
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def run(name: str, evaluation: dict[str, Any], stop_at: int = 0, **training: Any) -> tuple[Weights, Path]:
+        spec = job_spec(
+            model={"name_or_path": str(tiny("llava"))},
+            dataset={"path": str(tmp_path / "rows"), "eval_path": str(tmp_path / "held"), "image_max_side": None},
+            lora={"r": 4, "lora_dropout": 0.2, "finetune_vision_layers": False},
+            training={
+                "max_steps": STEPS,
+                "effective_batch_size": 4,
+                "learning_rate": 0.05,
+                "lr_scheduler_type": "constant",
+            }
+            | training,
+            evaluation=evaluation,
+            output={"url": str(tmp_path / name)},
+        )
+        store, scratch = open_store(spec.output.url), tmp_path / f"scratch-{name}" / "job"
+        scratch.mkdir(parents=True, exist_ok=True)
+        found = survey(spec, store, scratch, fetch=True)
+        loaded = load(spec, tiny("llava"), torch.device("cpu"))
+        measured = 0
+
+        def notice(model: Any, _arguments: Any) -> None:
+            nonlocal measured
+            measured += not model.training
+            if measured == stop_at and not model.training:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        loaded.model.get_base_model().register_forward_pre_hook(notice)
+        assert found.data is not None
+        preemption = Preemption()
+        with (
+            preemption.listening(too_late=lambda reason: None),
+            acquire(store, "test", 60.0) as lease,
+            Record(store, scratch).kept() as record,
+        ):
+            attempt = Attempt(spec, store, lease, scratch, record, preemption, 1)
+            fit(attempt, make_plan(spec, found.facts), loaded, found.data)
+        return get_peft_model_state_dict(loaded.model), scratch / "metrics.jsonl"
+
+    return run
+
+
+def measured(numbers: Path) -> dict[int, float]:
+    lines = map(json.loads, numbers.read_text().splitlines())
+    return {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+
+
+def same(one: Weights, other: Weights) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_measuring_changes_neither_order_nor_dropout_and_the_best_step_is_taken(fitted: Fitted) -> None:
+    plain, numbers = fitted("plain", {})
+    watched, with_losses = fitted("watched", {"eval_steps": 1})
+    assert same(plain, watched)
+    assert trajectory(numbers.read_bytes()) == trajectory(with_losses.read_bytes())
+    losses = measured(with_losses)
+    assert list(losses) == list(range(1, STEPS + 1))
+    last = first_worse(losses)
+    taken, _ = fitted("taken", {"eval_steps": 1, "take": "best"}, max_steps=last)
+    until_then, _ = fitted("until then", {}, max_steps=last - 1)
+    assert same(taken, until_then)
+
+
+def first_worse(losses: dict[int, float]) -> int:
+    """The first step whose loss is no lower than that of the one before, which is so the best until then."""
+    return next(step for step in losses if step > 1 and losses[step] >= losses[step - 1])
+
+
+def test_a_notice_while_measuring_leaves_at_once_and_what_was_dropped_is_measured_again(fitted: Fitted) -> None:
+    patient = {"eval_steps": 1, "take": "best", "patience": 1}
+    whole, numbers = fitted("whole", patient)
+    losses = measured(numbers)
+    assert max(losses) == first_worse(losses) < STEPS  # it stopped early
+    last = 2 * max(losses)  # two batches a measurement
+    for stop in (last - 1, last - 2):  # in the midst of the last, and at the end of the one before
+        with pytest.raises(Preempted):
+            fitted(f"stopped {stop}", patient, stop_at=stop)
+        again, resumed = fitted(f"stopped {stop}", patient)
+        assert measured(resumed) == losses
+        assert trajectory(resumed.read_bytes()) == trajectory(numbers.read_bytes())
+        assert same(again, whole)
+    once_more, _ = fitted(f"stopped {stop}", patient)
+    assert same(once_more, whole)
