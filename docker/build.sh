@@ -26,7 +26,7 @@ echo "base: $base, revision: $revision"
 case $builder in
     docker) set -- build "$@" ;;
     podman) set -- build --format docker "$@" ;;
-    buildah) set -- bud --format docker --isolation chroot "$@" ;;
+    buildah) set -- bud --format docker --isolation chroot --layers "$@" ;;
 esac
 case " $* " in *" --tag "* | *" -t "*) ;; *) set -- "$@" --tag vision-lora-job:gpu ;; esac
 "$builder" "$@" --build-arg "BASE_IMAGE=$base" --build-arg "REVISION=$revision" --file docker/Dockerfile .

@@ -7,9 +7,10 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 
-def licence(metadata: "importlib.metadata.PackageMetadata") -> str:
+def licence(metadata: importlib.metadata.PackageMetadata) -> str:
     """As its author says it: the expression, else the classifiers, else the first line of the free text."""
     classifiers = [
         value.rpartition(" :: ")[2] for value in metadata.get_all("Classifier", []) if value.startswith("License")
@@ -18,16 +19,27 @@ def licence(metadata: "importlib.metadata.PackageMetadata") -> str:
     return metadata.get("License-Expression") or ", ".join(classifiers) or (text[0] if text else "unknown")
 
 
+def affero(distribution: importlib.metadata.Distribution) -> int:
+    """How many of its modules say in their head that they are under the AGPL, whatever the package as a whole says."""
+    heads = [Path(distribution.locate_file(file)) for file in distribution.files or () if file.suffix == ".py"]
+    return sum(b"Affero" in path.open("rb").read(2000) for path in heads if path.is_file())
+
+
 def python_packages() -> list[dict[str, object]]:
     found = {}
     for distribution in importlib.metadata.distributions():
-        name, version = distribution.metadata["Name"], distribution.version
+        metadata, version = distribution.metadata, distribution.version
+        name = metadata["Name"]
+        licences = [licence(metadata)]
+        marked = affero(distribution)
+        if marked:
+            licences.append(f"AGPL-3.0 in the heads of {marked} files")
         found[name.lower()] = {
             "type": "library",
             "name": name,
             "version": version,
             "purl": f"pkg:pypi/{name.lower()}@{version}",
-            "licenses": [{"license": {"name": licence(distribution.metadata)}}],
+            "licenses": [{"license": {"name": text}} for text in licences],
         }
     return [found[name] for name in sorted(found)]
 

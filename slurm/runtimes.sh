@@ -39,9 +39,10 @@ compose() {
     done
     case $JOB_RUNTIME in
         apptainer)
+            export APPTAINERENV_TMPDIR=/scratch # its own /tmp is 64 MB of memory
             for name in $(names) CUDA_VISIBLE_DEVICES; do export "APPTAINERENV_$name=${!name-}"; done
             for folder in "${mounts[@]:1}"; do options+=(--bind "$folder"); done
-            command=(apptainer exec ${gpus:+--nv} --contain --cleanenv --home "${mounts[0]}" --pwd /scratch "${options[@]}"
+            command=(apptainer exec ${gpus:+--nv} --contain --cleanenv --no-eval --home "${mounts[0]}" --pwd /scratch "${options[@]}"
                 "$JOB_IMAGE" "$@") ;;
         pyxis)
             name=$(names | paste -sd ,),CUDA_VISIBLE_DEVICES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -18,8 +19,11 @@ __all__ = ["cluster"]
 
 
 @pytest.fixture(scope="module")
-def unpacked(image: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The image as a folder, which is what Charliecloud starts."""
+def unpacked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The image as a folder, which Charliecloud and Apptainer can start. `TEST_UNPACKED` names one that is there."""
+    if "TEST_UNPACKED" in os.environ:
+        return Path(os.environ["TEST_UNPACKED"])
+    image = request.getfixturevalue("image")
     folder = tmp_path_factory.mktemp("unpacked") / "image"
     container = subprocess.run(["buildah", "from", image], capture_output=True, text=True, check=True).stdout.strip()
     mounted = subprocess.run(["buildah", "mount", container], capture_output=True, text=True, check=True).stdout.strip()
@@ -28,23 +32,28 @@ def unpacked(image: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["charliecloud", "podman"])
-def site(
-    request: pytest.FixtureRequest, image: str, unpacked: Path, podman_environment: dict[str, str], tmp_path: Path
-) -> dict[str, str]:
-    program = {"charliecloud": "ch-run"}.get(request.param, request.param)
-    if shutil.which(program) is None:
-        pytest.skip(f"there is no {program}")
+PROGRAMS = {"charliecloud": "ch-run", "podman": "podman", "apptainer": "apptainer"}
+
+
+@pytest.fixture(params=PROGRAMS)
+def site(request: pytest.FixtureRequest, podman_environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    if shutil.which(PROGRAMS[request.param]) is None:
+        pytest.skip(f"there is no {PROGRAMS[request.param]}")
+    image = request.getfixturevalue("image" if request.param == "podman" else "unpacked")
     return podman_environment | {
         "JOB_RUNTIME": request.param,
-        "JOB_IMAGE": str(unpacked) if request.param == "charliecloud" else image,
+        "JOB_IMAGE": str(image),
         "JOB_NODE_SCRATCH": str(tmp_path / "node"),
         "JOB_MOUNTS": str(tmp_path),
         "JOB_LEASE_SECONDS": "300",
         "SBATCH_OUTPUT": str(tmp_path / "%j.log"),
         "SECRET": "of mine",
         "AWS_REGION": "eu-central-1",
+        "JOB__DATASET__INSTRUCTION": ODD,
     }
+
+
+ODD = """What's in "it"? $(touch /scratch/oh-no) `id` $HOME \\ ü"""
 
 
 def test_the_job_in_a_container_hears_slurm_and_sees_only_what_it_may(
@@ -55,7 +64,11 @@ def test_the_job_in_a_container_hears_slurm_and_sees_only_what_it_may(
     job_spec.parent.mkdir()
     job_spec.write_text(spec(str(output)))
     with acquire(open_store(str(output)), "another writer", 300, wait=0):
-        options = ("--gres=none", "--mem=1G", "--nodelist=node2", "slurm/train.sh")
+        options = ["--gres=none", "--mem=1G", "--nodelist=node2", "slurm/train.sh"]
+        if site["JOB_RUNTIME"] == "apptainer":  # it wants what root has not in every container: an ordinary user
+            options = ["--uid=daemon", *options]
+            site |= {"HOME": str(tmp_path / "home"), "USER": "daemon"}
+            hand_over(tmp_path)
         job = cluster.submit(*options, **site | {"JOB_SPEC": str(job_spec)})
         log = tmp_path / f"{job}.log"
         cluster.until(lambda: log.exists() and "waiting up to" in log.read_text(), "the wait for the lease")
@@ -63,6 +76,8 @@ def test_the_job_in_a_container_hears_slurm_and_sees_only_what_it_may(
         seen = process_environment(process)
         assert (seen["JOB_SCRATCH"], seen["AWS_REGION"], seen["SLURM_JOB_ID"]) == ("/scratch", "eu-central-1", job)
         assert "SECRET" not in seen
+        assert seen["JOB__DATASET__INSTRUCTION"] == ODD
+        assert not (tmp_path / f"node/vision-lora-{job}/oh-no").exists()
         mounted = {line.split()[1] for line in Path(f"/proc/{process}/mounts").read_text().splitlines()}
         assert {"/scratch", str(tmp_path)} <= mounted
         assert not {"/root", "/home", "/home/root", str(Path.home())} & mounted
@@ -76,6 +91,13 @@ def test_the_job_in_a_container_hears_slurm_and_sees_only_what_it_may(
     assert facts["JobState"] == "CANCELLED"
     assert codes(facts) == [75, 75]
     cluster.until(lambda: not list((tmp_path / "node").iterdir()), "the removal of scratch", 20)
+
+
+def hand_over(folder: Path) -> None:
+    """Give a folder to the user daemon, and let it find the way."""
+    subprocess.run(["chown", "-R", "daemon", folder], check=True)
+    for parent in [folder, *folder.parents[:2]]:
+        parent.chmod(0o755)
 
 
 def inside(cluster: Cluster) -> int | None:
