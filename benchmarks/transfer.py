@@ -3,10 +3,9 @@
     python benchmarks/transfer.py --gib 2 --rounds 3
 
 The store is the one in AWS_ENDPOINT_URL_S3 (`sh tests/store/ceph.sh python benchmarks/transfer.py` brings up a Ceph).
-Each contestant runs in a process of its own, all of them one after the other in each round, which begins with
-another. A ratio is the median over
-the rounds of times taken in the same round. The floor is http.client with presigned urls, sendfile up and recv_into
-down over as many connections as we use: no hashing; `floor+sha` reads and hashes the file once beside it.
+Each contestant runs in a process of its own, one after the other in each round, which begins with another. A ratio is the
+median over the rounds of times taken in the same round. The floor is http.client with presigned urls, sendfile up and
+recv_into down over as many connections as we use: no hashing; `floor+sha` reads and hashes the file once beside it.
 Contestants that are not installed (aws, awscrt) are left out.
 """
 
