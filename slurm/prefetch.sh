@@ -11,9 +11,9 @@
 set -u
 JOB_HOME=${JOB_HOME:-$(cd "$(dirname "$0")/.." && pwd)}
 SLURM_JOB_ID=prefetch-$$
-[ -n "${JOB_BUNDLE:-}" ] || { echo "slurm: JOB_BUNDLE is empty; it is the folder to gather into" >&2; exit 78; }
 # shellcheck source=slurm/runtimes.sh
 . "$JOB_HOME/slurm/runtimes.sh"
+[ -n "${JOB_BUNDLE:-}" ] || fail "JOB_BUNDLE is empty; it is the folder to gather into"
 
 origin=${JOB_IMAGE_SOURCE:-}
 if [ -n "$origin" ] && [ ! -e "$JOB_IMAGE" ]; then
