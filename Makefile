@@ -2,7 +2,7 @@
 PYTHON_VENV = .venv/bin/python
 DEMO = build/demo
 
-.PHONY: demo test lint clean kill-proof resume-proof test-gpu test-image test-store bench-store bench-gpu bench
+.PHONY: demo test lint clean kill-proof resume-proof test-gpu test-image test-slurm test-store bench-store bench-gpu bench
 
 demo:
 	@.ci/venv train
@@ -37,6 +37,12 @@ test-image:
 	@.ci/system
 	@.ci/venv train dev
 	@TEST_IMAGE_VARIANT=cpu $(PYTHON_VENV) -m pytest tests/docker
+
+# The tests of slurm/ on the newest Slurm that Debian has, and under Apptainer; as root on Debian.
+test-slurm:
+	@.ci/system
+	@.ci/venv train dev
+	@tests/cluster/newest.sh $(abspath $(PYTHON_VENV))
 
 # The store's tests on a real Ceph, over http and https; as root on Debian.
 test-store:

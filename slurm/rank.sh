@@ -1,10 +1,6 @@
 # shellcheck shell=bash
 # One process of multinode.sh, on its node; srun has set its RANK. Nothing to edit here.
 
-fail() {
-    echo "slurm: $1" >&2
-    exit 78
-}
 # shellcheck source=slurm/runtimes.sh
 . "$JOB_HOME/slurm/runtimes.sh"
 (umask 077 && mkdir -p "$scratch") || fail "JOB_NODE_SCRATCH: $scratch cannot be made on $(hostname)"

@@ -1,6 +1,25 @@
-# shellcheck shell=bash disable=SC2034 # start.sh runs what `command` holds
-# How each container runtime starts the job: with the GPUs of the Slurm job, a scratch folder, the folders and the
-# variables that the site names, and nothing of the home. Sourced on the compute node; nothing to edit here.
+# shellcheck shell=bash disable=SC2034 # others run what `command` holds
+# The site's settings, and how each container runtime starts the job: with the GPUs of the Slurm job, a scratch folder, the
+# folders and variables that the site names, and nothing of the home. Sourced by the others; nothing to edit here.
+
+say() { echo "slurm: $*" >&2; }
+fail() {
+    say "$1"
+    exit 78
+}
+
+# The site's settings, under those of the environment.
+before=$(export -p)
+set -a
+# shellcheck disable=SC1090  # it is the site's
+if [ -f "${JOB_SITE:=$JOB_HOME/slurm/site.env}" ]; then . "$JOB_SITE"; fi
+eval "$before"
+scratch=${JOB_NODE_SCRATCH:-/tmp}/vision-lora-$SLURM_JOB_ID
+
+# The spec itself travels, so that nobody else need see its file.
+[ -n "${JOB_SPEC:-}" ] || fail "JOB_SPEC is empty; export it (a spec's path, URL or text) first"
+if [ -f "$JOB_SPEC" ]; then JOB_SPEC=$(cat "$JOB_SPEC"); fi
+set +a
 
 : "${JOB_RUNTIME:=apptainer}"
 [ -n "${JOB_IMAGE:-}" ] || fail "JOB_IMAGE is empty; say in slurm/site.env what to start"
@@ -34,6 +53,7 @@ compose() {
     local -a mounts=("$scratch:/scratch") options=()
     export JOB_SCRATCH=/scratch
     if [ -f "$JOB_IMAGE.digest" ]; then JOB_IMAGE_DIGEST=$(cat "$JOB_IMAGE.digest") && export JOB_IMAGE_DIGEST; fi
+    case ${JOB_BUNDLE:-} in /*) mounts+=("$JOB_BUNDLE:$JOB_BUNDLE:ro") ;; esac
     for folder in ${JOB_MOUNTS:-}; do
         case $folder in *:ro) mounts+=("${folder%:ro}:$folder") ;; *) mounts+=("$folder:$folder") ;; esac
     done

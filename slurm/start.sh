@@ -1,32 +1,15 @@
 # shellcheck shell=bash
-# Shared by train.sh, array.sh and multinode.sh, which source it on the compute node: settings, signals, and what
-# becomes of the Slurm job after each exit code. Nothing to edit here; settings are in slurm/site.env.
+# Shared by train.sh, array.sh and multinode.sh, which source it on the compute node: signals, and what becomes of the
+# Slurm job after each exit code. Nothing to edit here; settings are in slurm/site.env.
 
-say() { echo "slurm: $*" >&2; }
-fail() {
-    say "$1"
-    exit 78
-}
-
-# The site's settings, under those of the environment.
-before=$(export -p)
-set -a
-# shellcheck disable=SC1090  # it is the site's
-if [ -f "${JOB_SITE:=$JOB_HOME/slurm/site.env}" ]; then . "$JOB_SITE"; fi
-eval "$before"
-scratch=${JOB_NODE_SCRATCH:-/tmp}/vision-lora-$SLURM_JOB_ID
-
-# The spec itself travels, so that nobody else need see its file.
-[ -n "${JOB_SPEC:-}" ] || fail "JOB_SPEC is empty; export it (a spec's path, URL or text) before sbatch"
-if [ -f "$JOB_SPEC" ]; then JOB_SPEC=$(cat "$JOB_SPEC"); fi
+# shellcheck source=slurm/runtimes.sh
+. "$JOB_HOME/slurm/runtimes.sh"
 
 # How long there is: Slurm kills KillWait seconds after its SIGTERM, and ends the job at its time limit.
 kill_wait=$(scontrol show config | sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p')
 : "${kill_wait:=30}" "${JOB_GRACE_SECONDS:=$((kill_wait > 8 ? kill_wait - 3 : 5))}"
 : "${SLURM_JOB_END_TIME:=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null)}"
-set +a
-# shellcheck source=slurm/runtimes.sh
-. "$JOB_HOME/slurm/runtimes.sh"
+export JOB_GRACE_SECONDS SLURM_JOB_END_TIME
 
 # SIGUSR1 comes ahead of the time limit (--signal): the job saves, leaves with 75, and we requeue it. SIGTERM comes when
 # Slurm ends the job, and Slurm then decides what becomes of it: one that it preempted, or whose node broke, it requeues

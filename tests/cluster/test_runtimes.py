@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT
 
 RUNTIMES = ("apptainer", "pyxis", "podman", "docker", "charliecloud", "venv")
 SHOW = """
-fail() { echo "$1" >&2; exit 78; }
-scratch=/local/vision-lora-7
 . slurm/runtimes.sh
 compose "$python" -m job run
 printf '%s\\n' "${command[@]}"
@@ -32,6 +32,7 @@ def ask(runtime: str, tmp_path: Path, **more: str) -> tuple[list[str], dict[str,
         "HOME": "/home/me",
         "JOB_RUNTIME": runtime,
         "JOB_IMAGE": str(tmp_path / "image"),
+        "JOB_NODE_SCRATCH": "/local",
         "JOB_MOUNTS": "/lustre/runs /lustre/data:ro",
         "JOB_PASS_ENV": "OMP_* WANDB_MODE",
         "JOB_SPEC": "name: a 'b' $(c)\nmodel: {}\n",
@@ -101,3 +102,35 @@ def test_an_unknown_runtime_or_no_image_is_told(tmp_path: Path):
         ask("singularity", tmp_path)
     with pytest.raises(AssertionError, match="JOB_IMAGE is empty"):
         ask("venv", tmp_path, JOB_IMAGE="")
+
+
+def test_prefetch_gathers_image_and_bundle_on_a_login_node(tmp_path: Path, demo: Path):
+    """The image by a stand-in for Apptainer, which starts it by leaving the container out; the bundle is real."""
+    program = tmp_path / "bin/apptainer"
+    program.parent.mkdir()
+    program.write_text(
+        "#!/bin/bash\n"
+        'if [ "$1" = pull ]; then echo "$3" > "$2"; exit; fi\n'
+        'while [ "$1" != /opt/venv/bin/python ]; do shift; done\n'
+        'for name in $(compgen -e APPTAINERENV_JOB); do export ${name#APPTAINERENV_}="${!name}"; done\n'
+        f'export JOB_SCRATCH={tmp_path}/scratch PYTHONPATH={ROOT}\nexec {sys.executable} "${{@:2}}"\n'
+    )
+    program.chmod(0o755)
+    spec, image = tmp_path / "spec.yaml", tmp_path / "image.sif"
+    tree = {"model": {"name_or_path": str(demo / "base")}, "dataset": {"path": str(demo / "data"), "max_rows": 9}}
+    spec.write_text(yaml.safe_dump(tree | {"output": {"url": str(tmp_path / "output")}}))
+    environment = os.environ | {
+        "PATH": f"{program.parent}:{os.environ['PATH']}",
+        "JOB_RUNTIME": "apptainer",
+        "JOB_IMAGE": str(image),
+        "JOB_IMAGE_SOURCE": "docker://registry/image@sha256:abc",
+        "JOB_SPEC": str(spec),
+        "JOB_BUNDLE": str(tmp_path / "bundle"),
+        "JOB_NODE_SCRATCH": str(tmp_path),
+    }
+    done = subprocess.run([ROOT / "slurm/prefetch.sh"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert image.read_text() == "docker://registry/image@sha256:abc\n"
+    assert Path(f"{image}.digest").read_text() == "registry/image@sha256:abc\n"
+    assert (tmp_path / "bundle/BUNDLE.json").exists()
+    assert (tmp_path / "bundle/model/config.json").exists()
