@@ -441,13 +441,15 @@ def contradictions(spec: JobSpec) -> list[str]:
         found.append("model: backend unsloth trains on a 4bit or 16bit base; precision is 32bit")
     if data.eval_path is not None and data.eval_split is not None:
         found.append("dataset: eval_path and eval_split both name held-out rows; keep one")
-    for field in {"eval_fraction", "eval_rows", "stratify_column"} & data.model_fields_set:
+    fields = DatasetSpec.model_fields.items()
+    given = {name for name, field in fields if getattr(data, name) != field.get_default()}  # a resolved spec names all
+    for field in sorted({"eval_fraction", "eval_rows", "stratify_column"} & given):
         if data.eval_path or data.eval_split:
             found.append(f"dataset: {field} holds rows out of path, but held-out rows are named already; remove one")
-    if data.eval_rows is not None and "eval_fraction" in data.model_fields_set:
+    if data.eval_rows is not None and "eval_fraction" in given:
         found.append("dataset: eval_fraction and eval_rows both say how much is held out; keep one")
     if data.messages_column is not None:
-        for field in {"answer", "answer_column", "instruction", "instruction_column"} & data.model_fields_set:
+        for field in sorted({"answer", "answer_column", "instruction", "instruction_column"} & given):
             found.append(f"dataset: {field} has no use beside messages_column; remove one")
     if data.answer is not None and not re.search(r"\{\w", data.answer):
         found.append("dataset.answer: has no column in braces, so every row would learn the same; write {findings}")

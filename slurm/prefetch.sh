@@ -35,7 +35,7 @@ JOB_MOUNTS="${JOB_MOUNTS:-} $JOB_BUNDLE"
 target=$JOB_BUNDLE
 unset JOB_BUNDLE # there is none yet
 compose "$python" -m job prefetch "$JOB_SPEC" "$target"
-"${command[@]}"
+carry_out
 code=$?
 rm -rf "$scratch"
 exit "$code"

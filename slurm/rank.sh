@@ -5,7 +5,7 @@
 . "$JOB_HOME/slurm/runtimes.sh"
 (umask 077 && mkdir -p "$scratch") || fail "JOB_NODE_SCRATCH: $scratch cannot be made on $(hostname)"
 compose "$python" -m job run
-"${command[@]}"
+carry_out
 code=$?
 [ "$LOCAL_RANK" != 0 ] || [ "$SLURM_NODEID" = 0 ] || rm -rf "$scratch"
 (exit "$code")

@@ -77,7 +77,7 @@ compose() {
             esac
             [ "$JOB_RUNTIME" = docker ] || [ "$(id -u)" = 0 ] || options+=(--userns keep-id)
             "$JOB_RUNTIME" rm -f "$container" >/dev/null 2>&1 # of a start that was killed here
-            command=("$JOB_RUNTIME" run --rm --name "$container" --user "$(id -u):$(id -g)" --read-only --tmpfs /tmp --shm-size 8g
+            command=("$JOB_RUNTIME" run --name "$container" --user "$(id -u):$(id -g)" --read-only --tmpfs /tmp --shm-size 8g
                 --cap-drop ALL --security-opt no-new-privileges "${options[@]}" --entrypoint "$1" "$JOB_IMAGE" "${@:2}") ;;
         charliecloud)
             for folder in "${mounts[@]}"; do
@@ -93,4 +93,17 @@ compose() {
             keep_names ;;
         *) fail "JOB_RUNTIME is $JOB_RUNTIME; it can be apptainer, pyxis, podman, docker, charliecloud or venv" ;;
     esac
+}
+
+# Run what `compose` made. Podman's own code is 143 when a second signal comes after its container's end: the container,
+# which is kept for that, knows better.
+carry_out() {
+    "${command[@]}"
+    local code=$?
+    case $JOB_RUNTIME in
+        podman | docker)
+            [ "$code" -lt 126 ] || code=$("$JOB_RUNTIME" wait "$container" 2>/dev/null || echo "$code")
+            "$JOB_RUNTIME" rm -f "$container" >/dev/null 2>&1 ;;
+    esac
+    return "$code"
 }

@@ -38,7 +38,7 @@ to_its_end() {
 
 payload() {
     compose "$python" -m job run
-    "${command[@]}"
+    carry_out
 }
 
 clean_up() {

@@ -7,6 +7,7 @@ them: AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_CA_BUNDLE, AWS_ROLE_ARN with AWS_WEB_
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import io
@@ -295,7 +296,7 @@ class S3Store:
             except SpecError:
                 self.call("delete_object", "s3:DeleteObject", key)
                 raise
-            if checked or self.is_intact(answer, data):
+            if checked or self.is_intact(answer, check["ContentMD5"]):
                 return str(answer["ETag"])
             if condition:
                 condition = self._is(answer["ETag"])  # over our own damaged bytes, and nobody else's
@@ -351,11 +352,11 @@ class S3Store:
             f"{self.sse_kms_key_id or ''} as the spec asks.".replace("  ", " ")
         )
 
-    def is_intact(self, answer: dict[str, Any], data: bytes) -> bool:
+    def is_intact(self, answer: dict[str, Any], content_md5: str) -> bool:
         """For a store that checks no checksum itself: its MD5 against ours, where its ETag is one."""
         etag = str(answer["ETag"]).strip('"')
         is_md5 = len(etag) == 32 and not answer.get("ServerSideEncryption")
-        return not is_md5 or etag == hashlib.md5(data, usedforsecurity=False).hexdigest()
+        return not is_md5 or etag == base64.b64decode(content_md5).hex()
 
     def damaged(self, key: str) -> Unavailable:
         return Unavailable(f"{self.place(key)} arrived damaged at {self.endpoint} again and again.")

@@ -158,7 +158,7 @@ def _send_part(store: S3Store, key: str, upload_id: str, number: int, body: byte
         )
         if checked:
             return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumCRC32C": check["ChecksumCRC32C"]}
-        if store.is_intact(answer, body):
+        if store.is_intact(answer, check["ContentMD5"]):
             return {"PartNumber": number, "ETag": answer["ETag"]}
     raise store.damaged(key)
 
