@@ -128,7 +128,10 @@ def gather_rows(spec: JobSpec, field: str, scratch: Path, folder: Path) -> str:
 
     A folder goes whole; a table with the files that its rows name; rows of the hub as parquet, images and all.
     """
+    from datasets.table import embed_table_storage
+
     from job.data.sources import open_source
+    from job.data.tables import from_hub
 
     dataset = spec.dataset
     split = dataset.eval_split if field == "dataset.eval_split" else dataset.split
@@ -137,18 +140,17 @@ def gather_rows(spec: JobSpec, field: str, scratch: Path, folder: Path) -> str:
     if here.is_dir():
         gather(here, into)
         return into.name
-    source = open_source(dataset, str(path), str(split), scratch, field)
     shutil.rmtree(into, ignore_errors=True)
     into.mkdir(parents=True)
     if here.is_file():
         _link(here, into / here.name)
-        for name, file in source.named_files(dataset):
+        for name, file in open_source(dataset, str(path), str(split), scratch, field).named_files(dataset):
             _link(file, into / name)
         return f"{into.name}/{here.name}"
-    from datasets.table import embed_table_storage
-
-    whole = source.rows.with_format("arrow").map(embed_table_storage, batched=True, batch_size=100)
-    whole.to_parquet(into / f"{split}-00000.parquet", batch_size=100)
+    rows = from_hub(dataset, str(path), str(split), scratch / "cache" / "datasets", field).with_format("arrow")
+    rows.map(embed_table_storage, batched=True, batch_size=100).to_parquet(
+        into / f"{split}-00000.parquet", batch_size=100
+    )
     return into.name
 
 

@@ -28,8 +28,8 @@ TILE = 512
 Numbers = NDArray[Any]
 
 
-def frames(data: bytes, value: Any, spec: DatasetSpec) -> list[Picture]:
-    """The frames of a DICOM file that `value["frame"]` or else `spec.dicom.frames` chooses, windowed to 8 bits. Raises BadRow.
+def frames(data: bytes, spec: DatasetSpec) -> list[Picture]:
+    """The frames of a DICOM file that `spec.dicom.frames` chooses, windowed to 8 bits. Raises BadRow.
 
     The value of a pixel goes through the modality LUT or rescale slope, then the VOI LUT or window (PS3.3 C.11.1, C.11.2), then
     the inversion of MONOCHROME1. Without a window, from the darkest to the brightest that is no padding.
@@ -44,16 +44,14 @@ def frames(data: bytes, value: Any, spec: DatasetSpec) -> list[Picture]:
             raise BadRow("DICOM: no image in it")
         check_size(int(header.Columns), int(header.Rows), spec)
         count = int(header.get("NumberOfFrames") or 1)
-        one = isinstance(value, dict) and "frame" in value
-        shown = [_frame(header, n, spec) for n in ([value["frame"]] if one else choose(count, spec.dicom.frames))]
+        shown = [_frame(header, n, spec) for n in choose(count, spec.dicom.frames)]
     except BadRow:
         raise
     except Exception as error:  # what a decoder raises for a broken file is its own affair
         raise BadRow(f"DICOM: {_cannot(header) if 'header' in locals() else 'header is broken'}") from error
-    found = [montage(shown)] if spec.dicom.frames == "montage" and len(shown) > 1 else shown
-    for picture in found:
+    for picture in shown:
         picture.info["burned_in"] = _burned_in(header)
-    return found
+    return [montage(shown)] if spec.dicom.frames == "montage" and len(shown) > 1 else shown
 
 
 def choose(count: int, frames: str | list[int]) -> list[int]:
@@ -80,6 +78,7 @@ def montage(shown: list[Picture]) -> Picture:
     grid = Image.new("RGB", (side * width, -(-len(shown) // side) * height))
     for place, picture in enumerate(shown):
         grid.paste(picture, (place % side * width, place // side * height))
+    grid.info = dict(shown[0].info)
     return grid
 
 

@@ -80,7 +80,7 @@ def look(
     Raises DataError when too many rows are bad.
     """
     dataset = spec.dataset
-    there = len(source.rows) if dataset.max_rows is None else min(dataset.max_rows, len(source.rows))
+    there = len(source.table.rows) if dataset.max_rows is None else min(dataset.max_rows, len(source.table.rows))
     total = there if most is None else min(most, there)
     places = [place * there // total for place in range(total)]
     good, bad = list[Seen](), list[dict[str, Any]]()
@@ -91,7 +91,7 @@ def look(
         except BadRow as reason:
             return str(reason)
 
-    threads = len(os.sched_getaffinity(0)) + (WAITING if source.streamed else 0)
+    threads = len(os.sched_getaffinity(0)) + (WAITING if source.table.streamed else 0)
     with warnings.catch_warnings(), ThreadPoolExecutor(threads, thread_name_prefix="look") as pool:
         warnings.simplefilter("ignore")  # what Pillow and pydicom find odd in a file is no reason to refuse it
         for start in range(0, total, CHUNK):
@@ -110,7 +110,7 @@ def look(
 
 
 def _rows(source: Source, places: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-    columns = source.rows[places]
+    columns = source.table.rows[places]
     for number, place in enumerate(places):
         yield place, {name: values[number] for name, values in columns.items()}
 

@@ -72,7 +72,7 @@ def prepare(
     facts |= {"train": round(len(seen) / part), "evaluation": round(len(held) / part)}
     facts |= {"quarantined": len(bad), "near_duplicates": len(near)}
     facts["instruction"] = None if source.reading.messages or not fixed(dataset) else dataset.instruction
-    facts |= looked.facts | {"grouped": bool(dataset.group_column or source.patients)}
+    facts |= looked.facts | {"grouped": bool(dataset.group_column or source.table.patients)}
     values = {name: label.values or _values(seen + held, name) for name, label in spec.evaluation.labels.items()}
     return Data(train, evaluation, bad, facts, values, near)
 
@@ -111,11 +111,15 @@ def _values(rows: list[Seen], name: str) -> list[str]:
 def _rows(source: Source, seen: list[Seen], numbers: list[int], spec: JobSpec) -> Dataset:
     """The rows chosen, each with its place and its unit. The columns are added before the choice: afterwards, `datasets` would
     copy every image."""
-    count = len(source.rows)
+    count = len(source.table.rows)
     unit = dict(zip((row.place for row in seen), numbers, strict=True))
-    numbered = source.rows.add_column("_row", range(count)).add_column("_unit", [unit.get(n, -1) for n in range(count)])
+    numbered = source.table.rows.add_column("_row", range(count)).add_column(
+        "_unit", [unit.get(n, -1) for n in range(count)]
+    )
     chosen = numbered.select([row.place for row in seen])
-    return chosen.with_transform(partial(_transform, spec=spec, source=replace(source, rows=None)))
+    return chosen.with_transform(
+        partial(_transform, spec=spec, source=replace(source, table=replace(source.table, rows=None)))
+    )
 
 
 def _transform(batch: dict[str, list[Any]], spec: JobSpec, source: Source) -> dict[str, list[Any]]:
@@ -123,7 +127,7 @@ def _transform(batch: dict[str, list[Any]], spec: JobSpec, source: Source) -> di
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*batch.values(), strict=True)]
-        if source.streamed:  # the rows of a batch wait for the store together
+        if source.table.streamed:  # the rows of a batch wait for the store together
             with ThreadPoolExecutor(len(rows)) as pool:
                 made = list(pool.map(lambda row: _one(row, spec, source), rows))
         else:

@@ -44,16 +44,16 @@ class Reading:
     messages: str | None = None
 
 
-def choose_columns(columns: Iterable[str], spec: DatasetSpec, image_column: str | None) -> Reading:
+def choose_columns(columns: Iterable[str], spec: DatasetSpec) -> Reading:
     """What the columns of a source mean. What the spec names must be there; a default that is not gives way to the usual other
-    names. `image_column` is the one that the format brings. Raises DataError with all that is missing."""
+    names. Raises DataError with all that is missing."""
     present, given = set(columns), spec.model_fields_set
     messages = spec.messages_column
     if messages is None and not {"answer", "answer_column"} & given:
         messages = next((name for name in ("messages", "conversations") if name in present), None)
     names = [spec.image_column] if isinstance(spec.image_column, str) else list(spec.image_column or [])
     if "image_column" not in given:
-        usual = [image_column, *names, "images", "jpg", "png", "jpeg", "webp"]
+        usual = [*names, "file_name", "file_names", "images", "jpg", "png", "jpeg", "webp"]
         names = [next((name for name in usual if name in present), "" if messages else names[0])]
     answer = spec.answer_column
     if "answer_column" not in given and answer not in present:
@@ -147,9 +147,9 @@ def _answer(row: dict[str, Any], spec: DatasetSpec, column: str) -> str:
 
 def _said(row: dict[str, Any], column: str) -> str:
     value = row.get(column)
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str | int) or not str(value).strip():
         raise BadRow(f"no {column}")
-    return value.strip()
+    return str(value).strip()
 
 
 def _weight(row: dict[str, Any], column: str | None) -> float:
@@ -168,7 +168,7 @@ def _values(value: Any) -> list[Any]:
     """The images of one column: one, a list of them (some tables write it as JSON), or none."""
     if isinstance(value, str) and value[:1] == "[" and isinstance(_from_json(value), list):
         value = _from_json(value)
-    if isinstance(value, dict) and value.get("bytes") is None and not value.get("path") and "file" not in value:
+    if isinstance(value, dict) and value.get("bytes") is None and not value.get("path") and "montage" not in value:
         return []
     if isinstance(value, list):
         return [image for image in value if image is not None]

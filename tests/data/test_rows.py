@@ -14,7 +14,7 @@ from job.spec import DatasetSpec
 
 def read(row: dict[str, Any], **fields: Any) -> Sample:
     spec = DatasetSpec.model_validate({"path": "d"} | fields)
-    return read_sample(row, spec, choose_columns(row, spec, None))
+    return read_sample(row, spec, choose_columns(row, spec))
 
 
 def short(sample: Sample) -> list[tuple[str, list[str]]]:
