@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from job.checkpoint import steps
 from job.data.shards import shards_to_stream
@@ -22,7 +22,7 @@ from job.model.fetch import base_facts, fetch_adapter, fetch_base
 from job.output import read_json
 from job.plan import Device, Facts
 from job.preemption import grace_seconds
-from job.record import STATUS_KEY, watched
+from job.record import STATUS_KEY
 from job.scratch import free_bytes
 from job.spec import JobSpec
 from job.stage_in import BUNDLE, local_path
@@ -86,7 +86,7 @@ def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool, all_data:
         measure = ruler(spec, base) if base and has_torch else None
         bounds = Bounds(**measure.room(spec.training.max_length * 3 // 4)) if measure else Bounds()
         most = None if fetch or all_data else QUICK_ROWS
-        data = prepare(spec, scratch, _progress("look at data"), measure, most, bounds)
+        data = prepare(spec, scratch, measure, most, bounds)
     else:
         notes.append(f"{spec.dataset.path} is not here yet: rows are counted after stage in")
     if data is not None and base is not None and has_torch:
@@ -199,22 +199,3 @@ def rendered(spec: JobSpec, base: Path, data: Data) -> str:
 def _repeats(ids: list[int], place: int) -> bool:
     """Whether the token here is one of a run: an expanded image."""
     return ids[place] in (ids[place - 1] if place else None, ids[place + 1] if place + 1 < len(ids) else None)
-
-
-def _progress(title: str) -> Any:
-    """A bar where a terminal watches; silence otherwise."""
-    if not watched():
-        return lambda done, total: None
-    from tqdm import tqdm
-
-    bar: Any = None
-
-    def show(done: int, total: int) -> None:
-        nonlocal bar
-        bar = bar or tqdm(total=total, desc=title, unit="row")
-        bar.update(done - bar.n)
-        if done == total:
-            bar.close()
-            bar = None
-
-    return show

@@ -6,7 +6,7 @@ import hashlib
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -20,6 +20,7 @@ from job.data.similar import Bits, perceptual_hash
 from job.data.sources import Source
 from job.data.tables import PATIENT
 from job.errors import DataError
+from job.record import watched
 from job.spec import JobSpec
 
 MAX_REASONS = 3
@@ -68,51 +69,40 @@ class Looked:
     facts: dict[str, Any]
 
 
-def look(
-    source: Source,
-    spec: JobSpec,
-    progress: Callable[[int, int], None],
-    measure: Measure | None,
-    most: int | None = None,
-) -> Looked:
+def look(source: Source, spec: JobSpec, measure: Measure | None, most: int | None = None) -> Looked:
     """Read every text and decode every image once, on all cores; with `most`, those of so many rows, evenly over all.
 
     Raises DataError when too many rows are bad.
     """
+    from tqdm import tqdm
+
     dataset = spec.dataset
-    there = len(source.table.rows) if dataset.max_rows is None else min(dataset.max_rows, len(source.table.rows))
-    total = there if most is None else min(most, there)
+    there = min(dataset.max_rows or len(source.table.rows), len(source.table.rows))
+    total = min(most or there, there)
     places = [place * there // total for place in range(total)]
     good, bad = list[Seen](), list[dict[str, Any]]()
 
-    def examine(numbered: tuple[int, dict[str, Any]]) -> Seen | str:
+    def examine(place: int, row: dict[str, Any]) -> Seen | str:
         try:
-            return _examine(*numbered, source, spec, measure)
+            return _examine(place, row, source, spec, measure)
         except BadRow as reason:
             return str(reason)
 
     threads = len(os.sched_getaffinity(0)) + (WAITING if source.table.streamed else 0)
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads, thread_name_prefix="look") as pool:
+    bar = tqdm(total=total, desc="look at data", unit="row", disable=not watched())
+    with warnings.catch_warnings(), bar, ThreadPoolExecutor(threads, thread_name_prefix="look") as pool:
         warnings.simplefilter("ignore")  # what Pillow and pydicom find odd in a file is no reason to refuse it
         for start in range(0, total, CHUNK):
             some = places[start : start + CHUNK]
-            for done, (place, found) in enumerate(
-                zip(some, pool.map(examine, _rows(source, some)), strict=True), start + 1
-            ):
+            for place, found in zip(some, pool.map(examine, some, source.rows_at(some)), strict=True):
+                bar.update()
                 if isinstance(found, str):
                     bad.append({"row": place, "reason": found})
                 else:
                     good.append(found)
-                progress(done, total)
     if len(bad) > dataset.max_bad_fraction * total or not good:
         raise BadRows(_too_many(bad, total, dataset.max_bad_fraction), bad)
     return Looked(good, bad, there, _facts(good, bad, spec) | ({"looked_at": total} if total < there else {}))
-
-
-def _rows(source: Source, places: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-    columns = source.table.rows[places]
-    for number, place in enumerate(places):
-        yield place, {name: values[number] for name, values in columns.items()}
 
 
 def _examine(index: int, row: dict[str, Any], source: Source, spec: JobSpec, measure: Measure | None) -> Seen:

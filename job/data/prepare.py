@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,13 +24,10 @@ from job.spec import JobSpec
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Progress = Callable[[int, int], None]
-
 
 def prepare(
     spec: JobSpec,
     scratch: Path,
-    progress: Progress = lambda done, total: None,
     measure: Measure | None = None,
     most: int | None = None,
     bounds: Bounds = AS_IT_IS,
@@ -46,14 +42,14 @@ def prepare(
         bounds = Bounds(side=dataset.image_max_side)
     source = open_source(dataset, dataset.path, dataset.split, scratch, bounds=bounds)
     _require_columns(source, spec)
-    looked = look(source, spec, progress, measure, most)
+    looked = look(source, spec, measure, most)
     bad, facts = looked.bad, {"source": source.decided, "rows": looked.total}
     if dataset.eval_path or dataset.eval_split:
         named = "dataset.eval_path" if dataset.eval_path else "dataset.eval_split"
         split = dataset.eval_split or dataset.split
         other = open_source(dataset, dataset.eval_path or dataset.path, split, scratch, named, bounds)
         _require_columns(other, spec)
-        other_looked = look(other, spec, progress, measure, most)
+        other_looked = look(other, spec, measure, most)
         seen, held = looked.good, other_looked.good
         bad = bad + [{**row, "of": "evaluation"} for row in other_looked.bad]
         numbers = [group_numbers(seen, dataset.group_column), group_numbers(held, dataset.group_column)]
@@ -109,33 +105,24 @@ def _values(rows: list[Seen], name: str) -> list[str]:
 
 
 def _rows(source: Source, seen: list[Seen], numbers: list[int], spec: JobSpec) -> Dataset:
-    """The rows chosen, each with its place and its unit. The columns are added before the choice: afterwards, `datasets` would
-    copy every image."""
-    count = len(source.table.rows)
-    unit = dict(zip((row.place for row in seen), numbers, strict=True))
-    numbered = source.table.rows.add_column("_row", range(count)).add_column(
-        "_unit", [unit.get(n, -1) for n in range(count)]
-    )
-    chosen = numbered.select([row.place for row in seen])
-    return chosen.with_transform(
-        partial(_transform, spec=spec, source=replace(source, table=replace(source.table, rows=None)))
-    )
+    """The rows chosen, by their places: not one is copied."""
+    from datasets import Dataset
+
+    chosen = Dataset.from_dict({"place": [row.place for row in seen], "unit": numbers})
+    return chosen.with_transform(partial(_transform, spec=spec, source=source))
 
 
-def _transform(batch: dict[str, list[Any]], spec: JobSpec, source: Source) -> dict[str, list[Any]]:
-    columns = list(batch)
-    with warnings.catch_warnings():
+def _transform(batch: dict[str, list[int]], spec: JobSpec, source: Source) -> dict[str, list[Any]]:
+    places, units = batch["place"], batch["unit"]
+    at_once = len(places) if source.table.streamed else 1  # the rows of a batch wait for the store together
+    with warnings.catch_warnings(), ThreadPoolExecutor(at_once) as pool:
         warnings.simplefilter("ignore")
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*batch.values(), strict=True)]
-        if source.table.streamed:  # the rows of a batch wait for the store together
-            with ThreadPoolExecutor(len(rows)) as pool:
-                made = list(pool.map(lambda row: _one(row, spec, source), rows))
-        else:
-            made = [_one(row, spec, source) for row in rows]
+        one = pool.map if source.table.streamed else map
+        made = list(one(partial(_one, spec=spec, source=source), places, units, source.rows_at(places)))
     return {name: [row[name] for row in made] for name in made[0]}
 
 
-def _one(row: dict[str, Any], spec: JobSpec, source: Source) -> dict[str, Any]:
+def _one(place: int, unit: int, row: dict[str, Any], spec: JobSpec, source: Source) -> dict[str, Any]:
     dataset, evaluation = spec.dataset, spec.evaluation
     try:
         values = source.read(row)
@@ -143,17 +130,17 @@ def _one(row: dict[str, Any], spec: JobSpec, source: Source) -> dict[str, Any]:
         images = [load(value, source.files, dataset, len(sample.images)) for value in sample.images]
     except BadRow as reason:
         raise DataError(
-            f"dataset: row {row['_row']} was good before and is not now: {reason}; was the data changed?"
+            f"dataset: row {place} was good before and is not now: {reason}; was the data changed?"
         ) from None
     messages = repeat_images(sample.messages, [len(each) for each in images])
     return {
-        "id": f"row-{row['_row']}",
+        "id": f"row-{place}",
         "messages": messages,
         "images": [picture for each in images for picture in each],
         "reference": last_answer(messages),
         "labels": {name: as_text(values.get(label.column)) for name, label in evaluation.labels.items()},
         "groups": {column: as_text(values.get(column)) or None for column in evaluation.groups},
-        "unit": row["_unit"],
+        "unit": unit,
         **({"weight": sample.weight} if dataset.weight_column else {}),
     }
 

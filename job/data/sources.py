@@ -62,6 +62,10 @@ class Source:
     reading: Reading
     decided: str
 
+    def rows_at(self, places: list[int]) -> list[dict[str, Any]]:
+        columns = self.table.rows[places]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
     def read(self, row: dict[str, Any]) -> dict[str, Any]:
         """Values by column of a row of the table. Raises BadRow."""
         return read_line(row[LINE]) if LINE in row else row
