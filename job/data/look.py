@@ -6,10 +6,9 @@ import hashlib
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -23,25 +22,14 @@ from job.errors import DataError
 from job.record import watched
 from job.spec import JobSpec
 
+if TYPE_CHECKING:
+    from job.model.lengths import Ruler
+
 MAX_REASONS = 3
 CHUNK = 256
 """Rows read from the table at a time."""
 WAITING = 16
 """Rows that wait for a store at a time, where images are fetched one by one."""
-
-
-class Length(Protocol):
-    """Tokens of a row, and of what comes before its last answer."""
-
-    @property
-    def whole(self) -> int: ...
-
-    @property
-    def prompt(self) -> int: ...
-
-
-Measure = Callable[[list[Message], list[tuple[int, int]]], Length]
-"""Messages and the sizes (width, height) of their images → tokens. Raises DataError for what the model cannot be given."""
 
 
 class Seen(NamedTuple):
@@ -69,7 +57,7 @@ class Looked:
     facts: dict[str, Any]
 
 
-def look(source: Source, spec: JobSpec, measure: Measure | None, most: int | None = None) -> Looked:
+def look(source: Source, spec: JobSpec, measure: Ruler | None, most: int | None = None) -> Looked:
     """Read every text and decode every image once, on all cores; with `most`, those of so many rows, evenly over all.
 
     Raises DataError when too many rows are bad.
@@ -105,7 +93,7 @@ def look(source: Source, spec: JobSpec, measure: Measure | None, most: int | Non
     return Looked(good, bad, there, _facts(good, bad, spec) | ({"looked_at": total} if total < there else {}))
 
 
-def _examine(index: int, row: dict[str, Any], source: Source, spec: JobSpec, measure: Measure | None) -> Seen:
+def _examine(index: int, row: dict[str, Any], source: Source, spec: JobSpec, measure: Ruler | None) -> Seen:
     dataset = spec.dataset
     values = source.read(row)
     sample = read_sample(values, dataset, source.reading)
@@ -129,7 +117,7 @@ def _examine(index: int, row: dict[str, Any], source: Source, spec: JobSpec, mea
     return Seen(index, keys, hashes, sizes, labels, stratum, tokens, burned_in)
 
 
-def _length(messages: list[Message], sizes: tuple[tuple[int, int], ...], spec: JobSpec, measure: Measure) -> int:
+def _length(messages: list[Message], sizes: tuple[tuple[int, int], ...], spec: JobSpec, measure: Ruler) -> int:
     try:
         length = measure(messages, list(sizes))
     except DataError as error:

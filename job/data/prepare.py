@@ -13,7 +13,7 @@ import numpy as np
 
 from job.data import Data
 from job.data.images import AS_IT_IS, BadRow, Bounds, load
-from job.data.look import Measure, Seen, as_text, look
+from job.data.look import Seen, as_text, look
 from job.data.rows import fixed, last_answer, read_sample, repeat_images, require
 from job.data.similar import near_pairs
 from job.data.sources import Source, open_source
@@ -24,11 +24,13 @@ from job.spec import JobSpec
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from job.model.lengths import Ruler
+
 
 def prepare(
     spec: JobSpec,
     scratch: Path,
-    measure: Measure | None = None,
+    measure: Ruler | None = None,
     most: int | None = None,
     bounds: Bounds = AS_IT_IS,
 ) -> Data:
