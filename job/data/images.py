@@ -69,11 +69,11 @@ class Files(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where an encoded file lies: a path, or a URL of a shard; and which piece of it, where `size` is not 0."""
+    """Where an encoded file lies: a path, or a URL of a shard; and which piece of it, else the whole."""
 
     name: str
     offset: int = 0
-    size: int = 0
+    size: int | None = None
 
 
 def locate(value: Any, files: Files) -> bytes | Place:
@@ -83,7 +83,7 @@ def locate(value: Any, files: Files) -> bytes | Place:
     name = given.get("path") if given.get("bytes") is None else given["bytes"]
     if isinstance(name, bytes):
         return name
-    extent = given.get("offset", 0), given.get("size", 0)
+    extent = [given["offset"], given.get("size")] if "offset" in given else []
     if not (isinstance(name, str) and name and all(isinstance(number, int) and number >= 0 for number in extent)):
         raise BadRow("no image")
     if name.startswith("data:"):
@@ -92,11 +92,9 @@ def locate(value: Any, files: Files) -> bytes | Place:
     if not name.startswith(WEB):
         if files.base is not None:
             name = _below(str(files.base), name)
-        elif (
-            value is not given
-        ):  # a hub's own files come as {"path"}; a word in a row of a stranger's names no file here
+        elif value is not given:  # a hub's own files come as {"path"}; a word in a stranger's row names no file here
             raise BadRow("image is a path, and there is no folder that it starts from")
-    if "offset" in given or not name.startswith(WEB):
+    if extent or not name.startswith(WEB):
         return Place(name, *extent)
     path = fetched(name, files.fetched) if files.fetched else None
     if path is None:
@@ -118,10 +116,10 @@ def read(place: Place) -> bytes:
     size = place.size
     try:
         if place.name.startswith("s3://"):
-            return piece(*place) if size else b""
+            return piece(place.name, place.offset, size) if size else b""
         file = os.open(place.name, os.O_RDONLY | os.O_NONBLOCK)  # a pipe is not waited for
         try:
-            size = size or os.fstat(file).st_size
+            size = os.fstat(file).st_size if size is None else size
             data = os.pread(file, size, place.offset)
         finally:
             os.close(file)

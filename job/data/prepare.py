@@ -110,12 +110,12 @@ def _rows(source: Source, seen: list[Seen], numbers: list[int], spec: JobSpec) -
     """The rows chosen, by their places: not one is copied."""
     from datasets import Dataset
 
-    chosen = Dataset.from_dict({"place": [row.place for row in seen], "unit": numbers})
+    chosen = Dataset.from_dict({"_row": [row.place for row in seen], "_unit": numbers})
     return chosen.with_transform(partial(_transform, spec=spec, source=source))
 
 
 def _transform(batch: dict[str, list[int]], spec: JobSpec, source: Source) -> dict[str, list[Any]]:
-    places, units = batch["place"], batch["unit"]
+    places, units = batch["_row"], batch["_unit"]
     at_once = len(places) if source.table.streamed else 1  # the rows of a batch wait for the store together
     with warnings.catch_warnings(), ThreadPoolExecutor(at_once) as pool:
         warnings.simplefilter("ignore")

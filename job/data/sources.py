@@ -8,12 +8,12 @@ import shutil
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job.data.images import AS_IT_IS, BadRow, Bounds, Files
+from job.data.images import AS_IT_IS, BadRow, Bounds, Files, Place, locate
 from job.data.rows import Reading, choose_columns, read_sample
 from job.data.shards import fetched_shards, index_shards, shards_to_stream
 from job.data.shelf import Shelf
@@ -70,17 +70,16 @@ class Source:
         """Values by column of a row of the table. Raises BadRow."""
         return read_line(row[LINE]) if LINE in row else row
 
-    def named_files(self, spec: DatasetSpec) -> Iterator[tuple[str, Path]]:
-        """Files below the base that good rows name: their relative names, and where they are."""
+    def named_files(self, spec: DatasetSpec, folder: Path) -> set[str]:
+        """Files below `folder` that good rows name, relative to it."""
+        found, root = set[str](), folder.absolute()
         for row in self.table.rows:
-            try:
-                values = read_sample(self.read(row), spec, self.reading).images
-            except BadRow:
-                continue
-            for value in values:
-                path = value.get("path") if isinstance(value, dict) else value
-                if isinstance(path, str) and isinstance(self.files.base, Path) and (self.files.base / path).is_file():
-                    yield path, self.files.base / path
+            with suppress(BadRow):
+                for value in read_sample(self.read(row), spec, self.reading).images:
+                    place = locate(value, self.files)
+                    if isinstance(place, Place) and Path(place.name).is_file() and root in Path(place.name).parents:
+                        found.add(str(Path(place.name).relative_to(root)))
+        return found
 
 
 def open_source(

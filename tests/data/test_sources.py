@@ -69,10 +69,15 @@ def test_webdataset_texts_and_several_images(tmp_path: Path, prepared):
         "a.txt": b"Both clear.",
         "b.left.png": png(3),
         "b.txt": b"One.",
+        "c.left.png": b"",
+        "c.txt": b"An empty file.",
     }
-    data = prepared(shard(tmp_path / "x.tar", members))
+    data = prepared(shard(tmp_path / "x.tar", members), max_bad_fraction=0.4)
     assert shades(data) == [("Both clear.", [1, 2]), ("One.", [3])]
-    assert shades(prepared(tmp_path / "x.tar", image_column="left.png"))[0] == ("Both clear.", [1])
+    assert shades(prepared(tmp_path / "x.tar", image_column="left.png", max_bad_fraction=0.4))[0] == (
+        "Both clear.",
+        [1],
+    )
 
 
 def test_a_shard_that_is_cut_short_or_packed_is_named(tmp_path: Path, prepared):
