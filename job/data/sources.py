@@ -36,6 +36,8 @@ KINDS = {
     ".parquet": "parquet",
     ".tar": "webdataset",
 }
+TRAIN = "train"
+"""The split that is everything where no file is named after a split. For another, everything would be a leak."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 
 
@@ -105,7 +107,7 @@ def _open(spec: DatasetSpec, path: str, split: str, scratch: Path, field: str) -
     cache = scratch / "cache" / "datasets"
     streamed = [] if (scratch / BUNDLE).exists() else shards_to_stream(spec, path)
     if streamed:
-        shards = [shard for shard in streamed if _named(split, shard.key)] or streamed
+        shards = [shard for shard in streamed if _named(split, shard.key)] or streamed * (split == TRAIN)
         why = f"webdataset: {len(shards)} .tar file(s), read from their store since they are over cache_gb {spec.cache_gb:g}"
         lines = index_shards(fetched_shards(path, shards, scratch), field)
         return Table(as_table(lines, cache, f"{path} {split}", field), why, path, streamed=True)
@@ -142,7 +144,9 @@ def _decide(spec: DatasetSpec, here: Path, files: list[Path], split: str, field:
     found = Counter(KINDS[file.suffix.lower()] for file in files if file.suffix.lower() in KINDS)
     asked = spec.format
     if asked in ("auto", "imagefolder") and here.is_dir():
-        for metadata in (here / sub / name for sub in (split, ".") for name in METADATA):
+        for metadata in (
+            here / sub / name for sub in ((split, ".") if split == TRAIN else (split,)) for name in METADATA
+        ):
             if metadata.is_file():
                 return "imagefolder", [metadata], f"image folder: it holds {metadata.relative_to(here)}"
     others = [file for file in files if file.suffix.lower() not in KINDS]
@@ -150,13 +154,15 @@ def _decide(spec: DatasetSpec, here: Path, files: list[Path], split: str, field:
         return "dicom", others, ""
     kind = asked if asked not in ("auto", "hub") else "webdataset" if found["webdataset"] else next(iter(found), "")
     those = [file for file in files if kind and KINDS.get(file.suffix.lower()) == kind]
-    chosen = [file for file in those if here.is_dir() and _named(split, str(file.relative_to(here)))] or those
+    root = here if here.is_dir() else here.parent
+    chosen = [file for file in those if _named(split, str(file.relative_to(root)))] or those * (split == TRAIN)
     if not chosen:
         there = Counter(file.suffix.lower() or "no ending" for file in files).most_common(5)
         listed = ", ".join(f"{count} × {suffix}" for suffix, count in there) or "nothing"
         wanted = "metadata.jsonl or .csv, .jsonl, .json, .csv, .parquet, .tar, DICOM, or a .zip by its own name"
         wanted = {"auto": wanted, "imagefolder": ", ".join(METADATA)}.get(asked, asked)
-        raise DataError(f"{field}: {here} holds {listed}; wanted is {wanted}")
+        after = "" if split == TRAIN else f", named after the split {split}"
+        raise DataError(f"{field}: {here} holds {listed}; wanted is {wanted}{after}")
     why = f"{kind}: {len(chosen)} {chosen[0].suffix} file(s)"
     beside = ", ".join(f"{count} {name}" for name, count in found.items() if name != kind)
     return kind, chosen, f"{why} ({beside} beside them not read)" if beside else why

@@ -66,7 +66,7 @@ def lines_of(file: Path, field: str) -> Iterator[str]:
                 stream.seek(0)
                 yield from (line for line in stream if line.strip())
         except (ValueError, RecursionError, csv.Error) as error:
-            raise DataError(f"{field}: {file} cannot be read: {error}") from error
+            raise DataError(f"{field}: {file} cannot be read: {error}; mend it, or write it anew in UTF-8") from error
 
 
 def _is_csv(file: Path) -> bool:

@@ -62,7 +62,7 @@ def test_an_image_folder_becomes_conversations(tmp_path: Path, prepared):
 
 
 def test_jsonl_parquet_and_image_folder_give_the_same_rows(tmp_path: Path, tree: dict[str, Any]):
-    from datasets import Dataset, Features, Value
+    from datasets import Dataset, Features, List, Value
     from datasets import Image as ImageFeature
 
     rows = rows_of(12)
@@ -70,8 +70,12 @@ def test_jsonl_parquet_and_image_folder_give_the_same_rows(tmp_path: Path, tree:
     (tmp_path / "folder" / "rows.jsonl").write_text(
         "".join(json.dumps({"image": row["file_name"], "caption": row["caption"]}) + "\n" for row in rows)
     )
-    embedded = [{"image": {"bytes": png(n), "path": None}, "caption": row["caption"]} for n, row in enumerate(rows)]
-    features = Features({"image": ImageFeature(), "caption": Value("string")})
+    more = {"image_id": "ROCOv2_1", "cui": ["C0040405", "C1306645"]}  # as unsloth/Radiology_mini has them
+    embedded = [
+        {"image": {"bytes": png(n), "path": None}, "caption": row["caption"]} | more for n, row in enumerate(rows)
+    ]
+    features = Features({"image": ImageFeature(), "image_id": Value("string"), "caption": Value("string")})
+    features["cui"] = List(Value("string"))
     Dataset.from_list(embedded, features=features).to_parquet(tmp_path / "rows.parquet")
     seen = []
     for path in ("folder", "folder/rows.jsonl", "rows.parquet"):

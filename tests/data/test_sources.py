@@ -56,8 +56,11 @@ def test_webdataset_shards_are_read_in_place(tmp_path: Path, prepared):
             members |= {f"s/{n}.png": png(n), f"s/{n}.json": json.dumps({"caption": f"c{n}"}).encode()}
         shard(tmp_path / "data" / f"train-{number}.tar", members | {"notes": b"no row"})
     shard(tmp_path / "data" / "validation-0.tar", {"9.png": png(9), "9.json": b'{"caption": "c9"}'})
-    data = prepared(tmp_path / "data")
+    data = prepared(tmp_path / "data", eval_fraction=0.1, eval_split="validation")
     assert shades(data) == [(f"c{n}", [n]) for n in range(6)]
+    assert [row["reference"] for row in data.evaluation] == ["c9"]
+    with pytest.raises(DataError, match=r"holds 3 × \.tar; wanted is .*, named after the split test"):
+        prepared(tmp_path / "data", eval_fraction=0.1, eval_split="test")
     assert data.facts["source"] == "webdataset: 2 .tar file(s); answers in caption, images in image"
     assert not any(file.stat().st_size > 100_000 for file in (tmp_path / "scratch").rglob("*") if file.is_file())
 
