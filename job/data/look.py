@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -47,20 +47,12 @@ class Seen(NamedTuple):
     burned_in: str
 
 
-@dataclass(frozen=True)
-class Looked:
-    """What one pass over a source found; `total` counts its rows. `facts` are counts for the plan."""
-
-    good: list[Seen]
-    bad: list[dict[str, Any]]
-    total: int
-    facts: dict[str, Any]
-
-
-def look(source: Source, spec: JobSpec, measure: Ruler | None, most: int | None = None) -> Looked:
+def look(
+    source: Source, spec: JobSpec, measure: Ruler | None, most: int | None = None
+) -> tuple[list[Seen], list[dict[str, Any]], dict[str, Any]]:
     """Read every text and decode every image once, on all cores; with `most`, those of so many rows, evenly over all.
 
-    Raises DataError when too many rows are bad.
+    Returns the good rows, the bad ones as `{"row", "reason"}`, and counts for the plan. Raises DataError when too many are bad.
     """
     from tqdm import tqdm
 
@@ -90,7 +82,7 @@ def look(source: Source, spec: JobSpec, measure: Ruler | None, most: int | None 
                     good.append(found)
     if len(bad) > dataset.max_bad_fraction * total or not good:
         raise BadRows(_too_many(bad, total, dataset.max_bad_fraction), bad)
-    return Looked(good, bad, there, _facts(good, bad, spec) | ({"looked_at": total} if total < there else {}))
+    return good, bad, {"rows": there} | _facts(good, bad, spec) | ({"looked_at": total} if total < there else {})
 
 
 def _examine(index: int, row: dict[str, Any], source: Source, spec: JobSpec, measure: Ruler | None) -> Seen:
@@ -142,7 +134,7 @@ def as_text(value: Any) -> str:
 
 def _facts(good: list[Seen], bad: list[dict[str, Any]], spec: JobSpec) -> dict[str, Any]:
     lengths = [row.tokens for row in good if row.tokens]
-    sizes = [size for row in good for size in row.sizes]
+    sizes = sorted((size for row in good for size in row.sizes), key=math.prod)
     over = sum(length > spec.training.max_length for length in lengths)
     if over and spec.dataset.over_length == "fail":
         raise DataError(
@@ -154,16 +146,10 @@ def _facts(good: list[Seen], bad: list[dict[str, Any]], spec: JobSpec) -> dict[s
     }
     facts["reasons"] = dict(Counter(row["reason"] for row in bad).most_common())
     facts |= {"without_images": sum(not row.sizes for row in good), "over_length": over}
-    if lengths:
-        facts["tokens"] = {"median": int(np.median(lengths)), "longest": max(lengths)}
+    facts |= {"tokens": {"median": int(np.median(lengths)), "longest": max(lengths)}} if lengths else {}
     if sizes:
-        areas = sorted(sizes, key=lambda size: size[0] * size[1])
-        facts["images"] = {
-            "count": len(sizes),
-            "smallest": areas[0],
-            "median": areas[len(areas) // 2],
-            "largest": areas[-1],
-        }
+        least, median, most = (sizes[len(sizes) * part // 2 - (part == 2)] for part in range(3))
+        facts["images"] = {"count": len(sizes), "smallest": least, "median": median, "largest": most}
     return facts
 
 

@@ -44,34 +44,36 @@ def prepare(
         bounds = Bounds(side=dataset.image_max_side)
     source = open_source(dataset, dataset.path, dataset.split, scratch, bounds=bounds)
     _require_columns(source, spec)
-    looked = look(source, spec, measure, most)
-    bad, facts = looked.bad, {"source": source.decided, "rows": looked.total}
+    seen, bad, facts = look(source, spec, measure, most)
+    facts["source"] = source.decided
     if dataset.eval_path or dataset.eval_split:
         named = "dataset.eval_path" if dataset.eval_path else "dataset.eval_split"
         split = dataset.eval_split or dataset.split
         other = open_source(dataset, dataset.eval_path or dataset.path, split, scratch, named, bounds)
         _require_columns(other, spec)
-        other_looked = look(other, spec, measure, most)
-        seen, held = looked.good, other_looked.good
-        bad = bad + [{**row, "of": "evaluation"} for row in other_looked.bad]
-        numbers = [group_numbers(seen, dataset.group_column), group_numbers(held, dataset.group_column)]
+        held, bad_held, _ = look(other, spec, measure, most)
+        bad = bad + [{**row, "of": "evaluation"} for row in bad_held]
+        numbers = [group_numbers(side, dataset.group_column) for side in (seen, held)]
         facts["same_in_both"] = len(
-            {key for row in seen for key in row.keys} & {key for row in held for key in row.keys}
+            set.intersection(*({key for row in side for key in row.keys} for side in (seen, held)))
         )
     else:
-        other, other_looked = source, looked
-        seen, held, numbers = _split(looked.good, spec)
+        other = source
+        seen, held, numbers = _split(seen, spec)
     if not seen:
         raise DataError("dataset: no rows are left to train on")
     near = _near(seen, held)
     train = _rows(source, seen, numbers[0], spec)
     evaluation = _spread(_rows(other, held, numbers[1], spec), spec.evaluation.max_rows)
-    part = looked.facts.get("looked_at", looked.total) / looked.total
+    part = facts.get("looked_at", facts["rows"]) / facts["rows"]
     facts |= {"train": round(len(seen) / part), "evaluation": round(len(held) / part)}
     facts |= {"quarantined": len(bad), "near_duplicates": len(near)}
     facts["instruction"] = None if source.reading.messages or not fixed(dataset) else dataset.instruction
-    facts |= looked.facts | {"grouped": bool(dataset.group_column or source.table.patients)}
-    values = {name: label.values or _values(seen + held, name) for name, label in spec.evaluation.labels.items()}
+    facts["grouped"] = bool(dataset.group_column or source.table.patients)
+    values = {
+        name: label.values or sorted({row.labels[name] for row in seen + held} - {""})
+        for name, label in spec.evaluation.labels.items()
+    }
     return Data(train, evaluation, bad, facts, values, near)
 
 
@@ -100,10 +102,6 @@ def _near(train: list[Seen], held: list[Seen]) -> list[dict[str, Any]]:
     ours, theirs = (np.stack([bits for _, bits in side]) for side in places)
     found = [(places[0][a][0], places[1][b][0], apart) for a, b, apart in near_pairs(ours, theirs)]
     return [{"evaluation": f"row-{a}", "train": f"row-{b}", "bits_apart": apart} for a, b, apart in found]
-
-
-def _values(rows: list[Seen], name: str) -> list[str]:
-    return sorted({row.labels[name] for row in rows if row.labels[name]})
 
 
 def _rows(source: Source, seen: list[Seen], numbers: list[int], spec: JobSpec) -> Dataset:
