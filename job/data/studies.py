@@ -77,10 +77,7 @@ def _report(row: dict[str, Any]) -> dict[str, Any] | str:
 
 
 def _headers(folder: Path, files: list[Path]) -> Iterator[Header | None]:
-    try:
-        import pydicom
-    except ImportError as error:
-        raise DataError("dataset: DICOM files need the dicom extra (pip install 'vision-lora-job[dicom]')") from error
+    import pydicom
 
     def header(file: Path) -> Header | None:
         """None for what is no DICOM image (a report, a directory, another file)."""
