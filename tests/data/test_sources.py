@@ -8,6 +8,7 @@ import http.server
 import io
 import json
 import os
+import shutil
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -196,7 +197,9 @@ def test_images_behind_urls_are_fetched_once(tmp_path: Path, prepared, site, mon
         prepared(tmp_path / "r.jsonl")
 
 
-def test_a_bucket_holds_shards_or_a_table_with_its_images(tmp_path: Path, prepared, bucket: str):
+def test_a_bucket_holds_whatever_a_folder_may(tmp_path: Path, prepared, bucket: str):
+    from pydicom.data import get_testdata_file
+
     from job.store import open_store
 
     store = open_store(f"s3://{bucket}/d")
@@ -209,6 +212,12 @@ def test_a_bucket_holds_shards_or_a_table_with_its_images(tmp_path: Path, prepar
     assert shades(prepared(f"s3://{bucket}/d/shards")) == [("A", [1])]
     assert shades(prepared(f"s3://{bucket}/d/table")) == [("C", [3])]
     assert shades(prepared(f"s3://{bucket}/d/one/rows.jsonl")) == [("C", [3])]
+    folder_of(rows_of(2), tmp_path / "chest")
+    store.upload(Path(shutil.make_archive(str(tmp_path / "chest"), "zip", tmp_path / "chest")), "zip/chest.zip")
+    assert shades(prepared(f"s3://{bucket}/d/zip/chest.zip")) == [("caption 0", [0]), ("caption 1", [1])]
+    store.upload(Path(str(get_testdata_file("CT_small.dcm", download=False))), "ct/a.dcm")
+    store.write("ct/reports.csv", b"file,caption\na.dcm,C\n")
+    assert prepared(f"s3://{bucket}/d/ct").train[0]["images"][0].size == (128, 128)
 
 
 def test_shards_too_large_for_scratch_stay_in_their_bucket(tmp_path: Path, prepared, bucket: str):
@@ -234,8 +243,6 @@ def test_shards_too_large_for_scratch_stay_in_their_bucket(tmp_path: Path, prepa
 
 
 def test_a_zip_is_the_folder_in_it(tmp_path: Path, prepared):
-    import shutil
-
     folder_of(rows_of(3), tmp_path / "x" / "chest")
     archive = Path(shutil.make_archive(str(tmp_path / "chest"), "zip", tmp_path / "x"))
     assert [answer for answer, _ in shades(prepared(archive))] == ["caption 0", "caption 1", "caption 2"]
