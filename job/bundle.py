@@ -26,6 +26,7 @@ from job.record import bytes_text
 from job.spec import JobSpec
 from job.stage_in import BUNDLE, FOLDERS, local_path
 from job.store import files_of, open_store, upload_files
+from job.store.local import disk
 
 log = logging.getLogger("job")
 
@@ -165,7 +166,8 @@ def _link(file: str | Path, copy: str | Path) -> None:
     try:
         os.link(Path(file).resolve(), copy)
     except OSError:
-        shutil.copyfile(file, copy)
+        with disk(Path(copy)):
+            shutil.copyfile(file, copy)
 
 
 def _facts(file: Path) -> dict[str, Any]:

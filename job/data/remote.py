@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from job.errors import SpecError, Unavailable
 from job.store import Missing, Store, open_store
+from job.store.local import disk
 
 TRIES = 4
 TIMEOUT = 30.0
@@ -36,8 +37,9 @@ def fetched(url: str, folder: Path) -> Path | None:
     except (Missing, SpecError):  # the latter: a URL that names no bucket
         return None
     partial = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-    partial.write_bytes(data)
-    partial.rename(path)
+    with disk(path):
+        partial.write_bytes(data)
+        partial.rename(path)
     return path
 
 

@@ -6,6 +6,7 @@ import csv
 import glob
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from job.data.images import BadRow
 from job.errors import DataError, NotAllowed, Unavailable
 from job.spec import DatasetSpec
+from job.store.local import disk
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,7 +55,7 @@ def read_table(files: list[Path], cache: Path, field: str) -> Dataset:
 def lines_of(file: Path, field: str) -> Iterator[str]:
     """A file as lines of JSON: its own, or what a CSV, or one long list, says line by line. The words of a CSV stay words:
     patient 007 is not 7."""
-    with file.open("rb") as raw:
+    with disk(file), file.open("rb") as raw:
         encoding = "utf-16" if raw.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     with file.open(encoding=encoding, errors="replace", newline="" if _is_csv(file) else "\n") as stream:
         try:
@@ -96,8 +98,8 @@ def as_table(lines: Iterable[str], cache: Path, name: str, field: str) -> Datase
 
     cache.mkdir(parents=True, exist_ok=True)
     file = cache / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.arrow"
-    partial, left, count = file.with_suffix(".partial"), iter(lines), 0
-    with pyarrow.ipc.new_stream(str(partial), pyarrow.schema({LINE: pyarrow.string()})) as out:
+    partial, left, count = file.with_suffix(f".{os.getpid()}"), iter(lines), 0
+    with disk(cache), pyarrow.ipc.new_stream(str(partial), pyarrow.schema({LINE: pyarrow.string()})) as out:
         while some := list(islice(left, AT_ONCE)):
             out.write_batch(pyarrow.record_batch({LINE: some}))
             count += len(some)
