@@ -3,6 +3,7 @@
     bundle/
       model/            the base: weights in 16 bits, configuration, processor
       adapter/          lora.init_adapter, where the spec has one
+      metrics/          the models of evaluation.extra_metrics
       dataset/          the rows to train on, and evaluation/ those held out by the user
       images/           what is behind URLs in rows
       BUNDLE.json       written last: what was asked for, and the size and SHA-256 of every file
@@ -43,6 +44,8 @@ def asked_for(spec: JobSpec) -> dict[str, dict[str, str | None]]:
     }
     if spec.lora.init_adapter:
         asked["lora.init_adapter"] = {"path": spec.lora.init_adapter}
+    for metric, path in spec.evaluation.extra_metrics.items():
+        asked[f"evaluation.extra_metrics.{metric}"] = {"path": path}
     if data.eval_path:
         asked["dataset.eval_path"] = rows | {"path": data.eval_path, "split": data.split}
     if data.eval_split:
@@ -104,6 +107,10 @@ def prefetch(spec: JobSpec, target: str, scratch: Path) -> None:
     if spec.lora.init_adapter:
         places["lora.init_adapter"] = "adapter"
         gather(fetch_adapter(spec.lora.init_adapter, scratch), folder / "adapter")
+    for metric, path in spec.evaluation.extra_metrics.items():
+        field = f"evaluation.extra_metrics.{metric}"
+        places[field] = f"metrics/{metric}"
+        gather(local_path(path, scratch, field, SpecError), folder / places[field])
     data = prepare(spec, scratch)
     log.info("%d rows (%s), %d set aside", data.facts["rows"], data.facts["source"], len(data.quarantined))
     fields = [field for field in asked_for(spec) if field.startswith("dataset.")]

@@ -75,6 +75,8 @@ def sample_scores(rows: Sequence[Row], labels: Mapping[str, LabelSpec]) -> dict[
     scores["length_ratio"] = Sums(_array(lengths, 2), np.ones(len(rows), bool), ratio)
     scores["empty"] = _mean([not words(text) for text in generated], proportion=True)
     scores["repeated"] = _mean([is_repeated(text) for text in generated], proportion=True)
+    for metric in rows[0].get("extra", {}) if rows else ():
+        scores[metric] = _mean([row["extra"][metric] for row in rows])
     return scores | _losses(rows)
 
 
