@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from job.errors import SpecError
@@ -14,28 +13,8 @@ from job.evaluate import extra, scores
 from job.preemption import Preemption
 from job.record import Record
 from job.store import open_store
-from tests.tiny import job_spec
+from tests.tiny import job_spec, make_encoder
 
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "a",
-    "the",
-    "is",
-    "no",
-    "left",
-    "right",
-    "lung",
-    "nodule",
-    "effusion",
-    "clear",
-    "seen",
-    "in",
-    ".",
-    ",",
-]
 PAIRS = [
     ("A nodule is seen in the left lung.", "a nodule in the right lung."),
     ("The lung is clear, no effusion.", "no effusion is seen"),
@@ -45,20 +24,7 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT of two layers, whose weights are the same everywhere."""
-    import torch
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("encoder")
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    model = BertModel(BertConfig(vocab_size=len(WORDS), max_position_embeddings=64, **size))
-    with torch.no_grad():
-        for number, weight in enumerate(weight for weight in model.parameters() if weight.ndim == 2):
-            weight.copy_(torch.from_numpy(np.random.default_rng(number).normal(0, 0.3, weight.shape)))
-    model.save_pretrained(folder)
-    return folder
+    return make_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 def test_bertscore_is_that_of_the_bert_score_package(encoder: Path) -> None:
