@@ -173,7 +173,7 @@ def verify(store: Store, files: dict[str, Digest]) -> None:
 def keep_for_reports(store: Store, facts: dict[str, Any], images: dict[str, bytes]) -> None:
     """What `job report` needs beside the files that are there anyway; no image where privacy keeps them out."""
     store.write(FACTS_KEY, json.dumps({name: facts[name] for name in KEPT}, indent=1).encode())
-    there = {f"{IMAGES}{identity}.png": content for identity, content in images.items()}
+    there = {f"{IMAGES}{identity}.jpg": content for identity, content in images.items()}
     store.delete([entry.key for entry in store.list(IMAGES) if entry.key not in there])
     for key, content in there.items():
         store.write(key, content)

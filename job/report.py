@@ -34,5 +34,5 @@ def rebuild(store: Store) -> str:
         from job.evaluate.report import render
     except ImportError as error:
         raise SpecError(f"job report needs {error.name}; install the train extra, which brings it") from error
-    found = {entry.key.removeprefix(IMAGES).removesuffix(".png"): entry.key for entry in store.list(IMAGES)}
+    found = {entry.key.removeprefix(IMAGES).removesuffix(".jpg"): entry.key for entry in store.list(IMAGES)}
     return render(stored_facts(store), {identity: store.read(key) for identity, key in found.items()})

@@ -3,7 +3,7 @@
 {"before": {metric: {"value", "low", "high", "n"}}, "after": …, "change": {metric: {…, "p"}},
  "groups": {column: {value: {"rows", "too_few", "before": …, "after": …, "change": …}}},
  "gaps": {column: {metric: {"value", "highest", "lowest", "p", "flagged"}}},
- "labels": {name: {"values", "pattern", "classes", "commonest_share",
+ "labels": {name: {"values", "pattern", "classes", "stated", "commonest_share",
                        "confusion": {"before": {reference: {stated: rows}}, "after": …}}},
  "settings": {"bootstrap_samples", "confidence", "seed", "rows", "units", "scorers"}}
 """
@@ -135,10 +135,12 @@ def _gap(pair: Pair, units: NDArray[np.intp], names: NDArray[np.str_], settings:
 def _label_facts(name: str, spec: LabelSpec, before: Sequence[Row], after: Sequence[Row]) -> dict[str, Any]:
     classes, pairs_before = label_fields.stated_and_right(before, name, spec)
     pairs_after = label_fields.stated_and_right(after, name, spec)[1]
+    besides = {stated for pair in (*pairs_before, *pairs_after) if pair for stated in pair} - set(classes)
     return {
         "values": list(spec.values) if spec.values is not None else None,
         "pattern": spec.pattern,
         "classes": list(classes),
+        "stated": [*classes, *sorted(besides)],
         "commonest_share": label_fields.commonest_share(pairs_after),
         "confusion": {"before": label_fields.confusion(pairs_before), "after": label_fields.confusion(pairs_after)},
     }
