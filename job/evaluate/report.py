@@ -62,10 +62,10 @@ def markdown(facts: Mapping[str, Any]) -> str:
     return fill("report.md", autoescape=False, measured=measured) if measured.get("change") else ""
 
 
-def fill(name: str, *, autoescape: bool, **values: Any) -> str:
-    """A template of this folder with its values; it has `wording`, and the filters `readable` and `cell`."""
+def fill(file: str, *, autoescape: bool, **values: Any) -> str:
+    """A template of this room, or of export, with its values; it has `wording`, and the filters `readable` and `cell`."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([Path(__file__).parent, Path(__file__).parents[1] / "export"]),
         autoescape=autoescape,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -74,7 +74,7 @@ def fill(name: str, *, autoescape: bool, **values: Any) -> str:
     )
     environment.filters |= {"readable": wording.readable, "cell": cell}
     environment.globals["wording"] = wording
-    return str(environment.get_template(name).render(**values))
+    return str(environment.get_template(file).render(**values))
 
 
 def gallery_ids(facts: Mapping[str, Any]) -> list[str]:

@@ -54,9 +54,9 @@ UNSEEN = (
 )
 
 OCCLUSION = (
-    "Where it looked, in orange: covering this part made the tuned model's own answer less likely (occlusion, relative to the strongest cell). "
-    "It shows what the answer depends on, not whether it is right; what stands in two places is not found. Where "
-    "even the strongest cell raised the loss by little, the map is noise."
+    "Orange in a map: covering this part made the tuned model's own answer less likely (occlusion, relative to the strongest "
+    "cell). It shows what the answer depends on, not whether it is right; what stands in two places is not found. Where even "
+    "the strongest cell raised the loss by little, the map is noise."
 )
 
 
