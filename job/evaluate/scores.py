@@ -26,7 +26,7 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
 from job.evaluate import labels as label_fields
-from job.evaluate.labels import LabelSpec
+from job.spec import LabelSpec
 
 Floats = NDArray[np.float64]
 Row = Mapping[str, Any]

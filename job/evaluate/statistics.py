@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from job.errors import DataError
 from job.evaluate import labels as label_fields
 from job.evaluate import paired, scores, wording
-from job.evaluate.labels import LabelSpec
 from job.evaluate.paired import Pair, Settings
 from job.evaluate.scores import Floats, Row
+from job.spec import LabelSpec
 
 FEW_ROWS = 10
 MOST_GROUPS = 12
