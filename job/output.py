@@ -115,10 +115,7 @@ def stored_spec(store: Store) -> JobSpec | None:
         if error.exit_code == 65:
             return None
         raise
-    tree = parse(text)
-    if tree.get("dataset", {}).get("eval_path") or tree.get("dataset", {}).get("eval_split"):
-        tree["dataset"].pop("eval_fraction", None)  # a default written out, not a choice
-    return validate(tree)
+    return validate(parse(text))
 
 
 def _conflict(store: Store, spec: JobSpec) -> str:

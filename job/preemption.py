@@ -22,6 +22,8 @@ FITS = 0.8
 LAST_SECONDS = 1.0
 """Left of the grace when a stage that has not noticed yet (a compile, a hung store) is left as it is."""
 NOTICES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+AGAIN, AGAIN_SECONDS = signal.SIGUSR2, 0.5
+"""Sent to ourselves for as long as a block with nothing to keep goes on after a notice."""
 
 
 class Preemption:
@@ -62,8 +64,8 @@ class Preemption:
 
     @contextmanager
     def leave_at_once(self) -> Iterator[None]:
-        """A block with nothing to keep: a notice inside it, or before it, raises Preempted at once. So it does where a
-        library caught what we raised in the middle of its import, and went on, or made an error of its own of it."""
+        """A block with nothing to keep: a notice inside it, or before it, raises Preempted at once; and again and again
+        where a library caught what we raised in the middle of its import, and went on, or made an error of its own of it."""
         self._raising += 1
         try:
             self.check()
@@ -80,7 +82,9 @@ class Preemption:
         if number == signal.SIGINT and self.reason == "SIGINT":
             os._exit(Preempted.exit_code)  # a person who presses twice means it
         early = number == signal.SIGUSR1
-        if not (early and self.requested):  # it never makes a deadline nearer that another notice set
+        if number != AGAIN and not (
+            early and self.requested
+        ):  # it never makes a deadline nearer that another notice set
             ahead = self.end_time - time.time() if early and self.end_time is not None else 0.0
             self.request(signal.Signals(number).name, max(ahead, self.grace_seconds))
         if self._raising:
@@ -93,18 +97,24 @@ class Preemption:
         When the deadline comes and we are still here, `too_late(reason)` is called from a thread and the process ends
         with 75: what is committed is whole, and the kill that follows could do no better.
         """
-        former = {number: signal.signal(number, self._handle) for number in NOTICES}
+        former = {number: signal.signal(number, self._handle) for number in (*NOTICES, AGAIN)}
         ended = threading.Event()
-        threading.Thread(target=self._watch, args=(ended, too_late), name="deadline", daemon=True).start()
+        watch = threading.Thread(target=self._watch, args=(ended, too_late), name="deadline", daemon=True)
+        watch.start()
         try:
             yield self
         finally:
             ended.set()
+            watch.join()
             for number, handler in former.items():
                 signal.signal(number, handler)
 
     def _watch(self, ended: threading.Event, too_late: Callable[[str], None]) -> None:
+        main, told = threading.main_thread().ident, time.monotonic()
         while not ended.wait(0.1):
+            if self._raising and self.requested and main and time.monotonic() > told + AGAIN_SECONDS:
+                told = time.monotonic()
+                signal.pthread_kill(main, AGAIN)
             if self.remaining < min(LAST_SECONDS, self.grace_seconds / 4):
                 too_late(f"stopped on {self.reason}, in the middle of a stage; run again to continue")
                 os._exit(Preempted.exit_code)

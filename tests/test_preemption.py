@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -125,6 +126,25 @@ def test_a_notice_during_any_import_is_heard(tmp_path, module: str):
     )
     assert result.returncode == 75, result.stderr
     assert result.stderr.strip().splitlines()[-1] == "exit 75: stopped on SIGTERM; run again to continue"
+
+
+def test_a_notice_that_a_library_caught_is_raised_again():
+    preemption = Preemption()
+    began = time.monotonic()
+    with preemption.listening(), pytest.raises(Preempted, match="SIGTERM"), preemption.leave_at_once():
+        with contextlib.suppress(Exception):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        time.sleep(20)
+    assert time.monotonic() - began < 10
+
+
+def test_a_notice_of_a_cloud_is_raised_too():
+    preemption = Preemption()
+    with preemption.listening(), pytest.raises(Preempted, match="spot"), preemption.leave_at_once():
+        threading.Timer(0.1, preemption.request, ["spot notice", 100.0]).start()
+        time.sleep(20)
+        pytest.fail("nobody heard it")
 
 
 @pytest.mark.parametrize("then", [lambda: None, lambda: __import__("no.such.module")])

@@ -51,6 +51,20 @@ def image(request: pytest.FixtureRequest) -> str:
     return str(said.strip().splitlines()[-1])
 
 
+@pytest.fixture(scope="session")
+def unpacked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The image as a folder, which Charliecloud and Apptainer can start. `TEST_UNPACKED` names one that is there."""
+    if "TEST_UNPACKED" in os.environ:
+        return Path(os.environ["TEST_UNPACKED"])
+    image = request.getfixturevalue("image")
+    folder = tmp_path_factory.mktemp("unpacked") / "image"
+    container = subprocess.run(["buildah", "from", image], capture_output=True, text=True, check=True).stdout.strip()
+    mounted = subprocess.run(["buildah", "mount", container], capture_output=True, text=True, check=True).stdout.strip()
+    subprocess.run(["cp", "-a", mounted, folder], check=True)
+    subprocess.run(["buildah", "rm", container], capture_output=True, check=True)
+    return folder
+
+
 Podman = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

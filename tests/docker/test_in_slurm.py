@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,20 +15,6 @@ from tests.cluster.test_train import codes
 from tests.docker.test_image import spec
 
 __all__ = ["cluster"]
-
-
-@pytest.fixture(scope="module")
-def unpacked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The image as a folder, which Charliecloud and Apptainer can start. `TEST_UNPACKED` names one that is there."""
-    if "TEST_UNPACKED" in os.environ:
-        return Path(os.environ["TEST_UNPACKED"])
-    image = request.getfixturevalue("image")
-    folder = tmp_path_factory.mktemp("unpacked") / "image"
-    container = subprocess.run(["buildah", "from", image], capture_output=True, text=True, check=True).stdout.strip()
-    mounted = subprocess.run(["buildah", "mount", container], capture_output=True, text=True, check=True).stdout.strip()
-    subprocess.run(["cp", "-a", mounted, folder], check=True)
-    subprocess.run(["buildah", "rm", container], capture_output=True, check=True)
-    return folder
 
 
 PROGRAMS = {"charliecloud": "ch-run", "podman": "podman", "apptainer": "apptainer"}

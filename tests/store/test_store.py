@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import string
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -243,6 +244,25 @@ def test_a_folder_that_may_not_be_written_is_not_allowed(tmp_path: Path) -> None
         tmp_path.chmod(0o500)
         with pytest.raises(NotAllowed, match="may not write"):
             check_writable(open_store(str(tmp_path)))
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(store: Store, tmp_path: Path, way: str) -> None:
+    small, big = tmp_path / "small", tmp_path / "big"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", small], capture_output=True).returncode:
+        pytest.skip("nothing may be mounted here")
+    try:
+        big.write_bytes(bytes(2**21))
+        store.upload(big, "big")
+        with pytest.raises(Unavailable, match=f"The disk that holds {small}.* (is full|needs 0.0 GB)"):
+            if way == "up":
+                open_store(str(small)).upload(big, "big")
+            else:
+                store.download("big", small / "big")
+        assert sum(path.stat().st_size for path in small.rglob("*")) == 0
+    finally:
+        subprocess.run(["umount", small], check=True)
 
 
 def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path) -> None:
