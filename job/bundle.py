@@ -3,6 +3,7 @@
     bundle/
       model/            the base: weights in 16 bits, configuration, processor
       adapter/          lora.init_adapter, where the spec has one
+      metrics/          the models of evaluation.extra_metrics
       dataset/          the rows to train on, and evaluation/ those held out by the user
       images/           what is behind URLs in rows
       BUNDLE.json       written last: what was asked for, and the size and SHA-256 of every file
@@ -42,6 +43,8 @@ def asked_for(spec: JobSpec) -> dict[str, str]:
 
     asked = {"model.name_or_path": _words(path=model.name_or_path, revision=model.revision)}
     asked |= {"dataset.path": rows(data.path, data.split)}
+    for metric, given in spec.evaluation.extra_metrics.items():
+        asked[f"evaluation.extra_metrics.{metric}"] = _words(path=given)
     asked |= {"lora.init_adapter": _words(path=spec.lora.init_adapter)} if spec.lora.init_adapter else {}
     asked |= {"dataset.eval_path": rows(data.eval_path, data.split)} if data.eval_path else {}
     return asked | ({"dataset.eval_split": rows(data.path, data.eval_split)} if data.eval_split else {})
@@ -104,6 +107,10 @@ def prefetch(spec: JobSpec, target: str, scratch: Path) -> None:
     if spec.lora.init_adapter:
         places["lora.init_adapter"] = "adapter"
         gather(fetch_adapter(spec.lora.init_adapter, scratch), folder / "adapter")
+    for metric, path in spec.evaluation.extra_metrics.items():
+        field = f"evaluation.extra_metrics.{metric}"
+        places[field] = f"metrics/{metric}"
+        gather(local_path(path, scratch, field, SpecError), folder / places[field])
     data = prepare(spec, scratch)
     log.info("%d rows (%s), %d set aside", data.facts["rows"], data.facts["source"], len(data.quarantined))
     for field in asked_for(spec):

@@ -80,6 +80,7 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
             with record.stage("load"):
                 # Imported here: a published job, and one that waits for the lease, need none of the training libraries.
                 from job.evaluate import judge, looked_at, measure, values
+                from job.evaluate.extra import scored
                 from job.export import export
                 from job.publish import publish, report_facts
                 from job.train.fit import fit
@@ -89,6 +90,7 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
         before = measure(attempt, loaded, data, "before")
         fit(attempt, plan, loaded, data)
         after = measure(attempt, loaded, data, "after")
+        scored(attempt, before, after)
         measured, refused = judge(spec, data, before, after)
         record.update(measured=values(measured))
         seen = looked_at(attempt, loaded, data, measured, before, after)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from job.checkpoint import steps
 from job.data.shards import shards_to_stream
+from job.evaluate.extra import model_folders
 from job.export import check_export
 from job.model import choose_backend
 from job.model.compile_cache import CompileCache
@@ -72,6 +73,9 @@ def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool, all_data:
     from_hub = base.parent.name == "snapshots" if base else "://" not in spec.model.name_or_path
     if from_hub and spec.model.revision is None:
         notes.append("model.revision is not set: another attempt may find other weights on the hub; pin a commit")
+    extra = spec.evaluation.extra_metrics.values()
+    if extra and (fetch or bundled or all(map(is_local, extra))):
+        model_folders(spec, scratch)
     start = spec.lora.init_adapter
     adapter = fetch_adapter(start, scratch) if start and (fetch or bundled or is_local(start)) else None
     if importlib.util.find_spec("datasets") is None:
