@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -148,19 +146,13 @@ def is_local(path: str) -> bool:
 
 
 def find_device(has_torch: bool) -> Device:
-    """The GPU that will be used, else the CPU. Without torch, nvidia-smi is asked."""
+    """The GPU that will be used, else the CPU."""
     if has_torch:
         import torch
 
         if torch.cuda.is_available():
             facts = torch.cuda.get_device_properties(0)
             return Device("cuda", str(facts.name), int(facts.total_memory))
-    elif shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-        answer = subprocess.run(query, capture_output=True, text=True, check=False)
-        if answer.returncode == 0 and answer.stdout.strip():
-            name, _, mebibytes = answer.stdout.strip().splitlines()[0].rpartition(",")
-            return Device("cuda", name, int(mebibytes) * 1024**2)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Device("cpu", f"CPU, {os.cpu_count()} cores", memory)
 
