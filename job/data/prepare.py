@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +74,8 @@ def prepare(
     facts |= {"quarantined": len(bad), "near_duplicates": len(near)}
     facts["instruction"] = None if source.reading.messages or not fixed(dataset) else dataset.instruction
     facts |= looked.facts | {"grouped": bool(dataset.group_column or source.patients)}
+    if most is None:
+        facts["train_sha256"] = hashlib.sha256("".join(row.digest for row in seen).encode()).hexdigest()
     values = {name: label.values or _values(seen + held, name) for name, label in spec.evaluation.labels.items()}
     return Data(train, evaluation, bad, facts, values, near)
 
