@@ -5,7 +5,7 @@
 #     JOB_SPEC=spec.yaml sbatch slurm/train.sh
 #
 # Edit below what your site wants (partition, account, GPU type), or give it to sbatch. The figures suit an 11B model on
-# one RTX A6000: merging holds the base in host memory. A job that needs more time than --time goes on by itself.
+# one RTX A6000, with room for loading in 16 bits. A job that needs more time than --time goes on by itself.
 #SBATCH --job-name=vision-lora
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
