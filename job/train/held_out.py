@@ -26,6 +26,7 @@ from job.model import Loaded
 from job.model.transformers_backend import load_adapter
 from job.train.callbacks import random_states, restore_random_states
 from job.train.ladder import Ladder
+from job.train.together import Together
 
 log = logging.getLogger("job")
 
@@ -44,8 +45,8 @@ class HeldOut(TrainerCallback):
     `rows` are all that were held out; at most `evaluation.eval_loss_rows` of them are looked at, always the same ones.
     """
 
-    def __init__(self, attempt: Attempt, loaded: Loaded, rows: Any, ladder: Ladder) -> None:
-        self.attempt, self.loaded, self.ladder = attempt, loaded, ladder
+    def __init__(self, attempt: Attempt, loaded: Loaded, rows: Any, ladder: Ladder, group: Together) -> None:
+        self.attempt, self.loaded, self.ladder, self.group = attempt, loaded, ladder, group
         self.spec = attempt.spec.evaluation
         count = min(len(rows), self.spec.eval_loss_rows)
         self.rows = rows.select([index * len(rows) // count for index in range(count)]) if count else rows
@@ -111,6 +112,8 @@ class HeldOut(TrainerCallback):
         best = self.best_step
         if self.spec.take == "best" and best != last and self.best is not None:
             load_adapter(self.loaded.model, self.best)
+        if self.spec.take == "best" and best != last:
+            self.group.as_first(self.loaded.model)
         taken = best if self.spec.take == "best" else last
         self.attempt.record.update(taken_step=taken)
         said = f"step {taken} is taken, with held-out loss {self.losses[taken]:.4f}"
@@ -133,20 +136,22 @@ class HeldOut(TrainerCallback):
         self._note(step, loss)
 
     def _mean(self, loss_of: LossOf) -> float | None:
-        """Mean loss of all answer tokens; None when a notice came first."""
+        """Mean loss of all answer tokens, of which each rank takes its share; None when a notice came first."""
         total, tokens, size = 0.0, 0, self.ladder.rows_at_once
-        for start in range(0, len(self.rows), size):
+        places = range(self.group.ranks.rank, len(self.rows), self.group.ranks.world)
+        for start in range(0, len(places), size):
             if self.attempt.preemption.requested:
                 return None
             try:
-                loss, count = loss_of([self.rows[place] for place in range(start, min(start + size, len(self.rows)))])
+                loss, count = loss_of([self.rows[place] for place in places[start : start + size]])
             except torch.OutOfMemoryError as error:
                 raise OutOfMemory(
                     "measuring held-out loss while training does not fit the GPU; lower "
                     "training.per_device_train_batch_size, or remove evaluation.eval_steps"
                 ) from error
             total, tokens = total + loss * count, tokens + count
-        return total / max(tokens, 1)
+        total, counted = self.group.sums(total, tokens)
+        return total / max(counted, 1)
 
     def _outside(self, rows: list[dict[str, Any]]) -> tuple[float, int]:
         """For the one case without a trainer: a notice came while the last step was measured."""
@@ -164,7 +169,7 @@ class HeldOut(TrainerCallback):
         self.attempt.record.numbers(step=step, eval_loss=said)
         self.attempt.record.update(eval_loss=said, best_step=self.best_step)
         log.info("train: held-out loss %.4f at step %d, lowest at step %d", loss, step, self.best_step)
-        if self.best_step == step and self.spec.take == "best":
+        if self.best_step == step and self.spec.take == "best" and not self.group.ranks.rank:
             self.best = self.attempt.scratch / "best" / f"step-{step}"
             shutil.rmtree(self.best.parent, ignore_errors=True)
             self.loaded.model.save_pretrained(self.best)
