@@ -62,8 +62,8 @@ def check(spec: str | None, data: bool, bundle: str | None) -> None:
         with preemption.leave_at_once():
             from job.bundle import use_bundle
             from job.output import check_owner, open_output
+            from job.place import place
             from job.plan import describe, make_plan
-            from job.ranks import place
             from job.scratch import prepare_scratch
             from job.specfile import load_spec
             from job.survey import survey

@@ -20,15 +20,15 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 from job.errors import BUG, JobError, RankEnded, SpecError, Unavailable
+from job.place import Place, hide, one_gpu, place
 from job.preemption import Preemption
 
 log = logging.getLogger("job")
@@ -40,65 +40,26 @@ LONGEST_WAIT = 6 * 3600.0
 LEAVE_SECONDS = 10.0
 """Between the end of rank 0 and that of the others."""
 BEAT_SECONDS = 0.5
-VARIABLES = {
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "PMI_SIZE",
-    "OMPI_COMM_WORLD_SIZE",
-    "MV2_COMM_WORLD_SIZE",
-}
-"""Variables by which libraries would take a rank for more than a process with one device, and shard by themselves."""
-
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-@dataclass(frozen=True)
-class Place:
-    """`rank` among `world` processes; `local_rank` among the `local_world` of this node."""
+class _Words:
+    """The store for the main thread. One that is gone is the end of this rank, not an error of its own."""
 
-    rank: int = 0
-    local_rank: int = 0
-    world: int = 1
-    local_world: int = 1
+    def __init__(self, store: Any, ranks: Ranks) -> None:
+        self._store, self._ranks = store, ranks
 
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            try:
+                return getattr(self._store, name)(*arguments)
+            except RuntimeError:
+                self._ranks.lose_store()
+                self._ranks.preemption.check()
+                raise
 
-def place(environment: Mapping[str, str]) -> Place:
-    """Who this process is, by the variables of its launcher. Raises SpecError for variables that say nothing whole."""
-    names = {"rank": "RANK", "local_rank": "LOCAL_RANK", "world": "WORLD_SIZE", "local_world": "LOCAL_WORLD_SIZE"}
-    if not environment.get("RANK"):
-        if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-            names = {"rank": "SLURM_PROCID", "local_rank": "SLURM_LOCALID", "world": "SLURM_STEP_NUM_TASKS"}
-        elif environment.get("PET_NPROC_PER_NODE", "1") != "1":
-            raise SpecError(
-                f"PET_NPROC_PER_NODE is {environment['PET_NPROC_PER_NODE']}, and nobody made these processes; start the job "
-                "as python -m job.torchrun -m job run"
-            )
-        elif environment.get("PET_NNODES"):
-            names = {"rank": "PET_NODE_RANK", "world": "PET_NNODES"}
-    try:
-        found = Place(**{field: int(environment[name]) for field, name in names.items() if environment.get(name)})
-    except ValueError:
-        found = Place(rank=-1)
-    if not 0 <= found.local_rank <= found.rank < found.world:
-        said = ", ".join(f"{name}={environment.get(name, '')}" for name in names.values())
-        raise SpecError(f"{said}: no process has this place; start the job with torchrun, accelerate or srun")
-    return found
-
-
-def one_gpu(environment: MutableMapping[str, str], local_rank: int) -> None:
-    """Let this process see one GPU, which is then its first: libraries need know nothing of the others."""
-    seen = environment.get("CUDA_VISIBLE_DEVICES")
-    devices = seen.split(",") if seen else []
-    if len(devices) == 1:  # the launcher chose it
-        return
-    if devices and local_rank >= len(devices):
-        raise SpecError(
-            f"LOCAL_RANK is {local_rank}, and CUDA_VISIBLE_DEVICES names {len(devices)} GPUs: start one process for each"
-        )
-    environment["CUDA_VISIBLE_DEVICES"] = devices[local_rank] if devices else str(local_rank)
+        return call
 
 
 class Ranks:
@@ -108,6 +69,7 @@ class Ranks:
     """
 
     store: Any
+    words: _Words
     run: str
 
     def __init__(self, place: Place, preemption: Preemption, silence: float = 60.0) -> None:
@@ -116,6 +78,7 @@ class Ranks:
         self.where: Callable[[], str] = lambda: "joining"
         self.states: dict[int, dict[str, Any]] = {}
         self._mine: dict[str, Any] = {"host": socket.gethostname(), "beat": 0, "code": None, "gone": False}
+        self._mine["makes"] = place.local_rank == 0  # what is made once a node
         self._ticked = time.monotonic()
         self._over = threading.Event()
         self._counts: dict[str, int] = {}
@@ -129,10 +92,10 @@ class Ranks:
             return value
         key = self._key(name)
         if self.rank == 0:
-            self.store.set(key, pickle.dumps(value))
+            self.words.set(key, pickle.dumps(value))
             return value
-        self.until(lambda: self.store.check([key]), f"rank 0 to say: {name}")
-        said: T = pickle.loads(self.store.get(key))
+        self.until(lambda: self.words.check([key]), f"rank 0 to say: {name}")
+        said: T = pickle.loads(self.words.get(key))
         return said
 
     def ask(self, task: str, *details: Any) -> None:
@@ -150,13 +113,13 @@ class Ranks:
             return [value]
         key = self._key(name)
         if self.rank:
-            self.store.set(f"{key} of {self.rank}", pickle.dumps(value))
+            self.words.set(f"{key} of {self.rank}", pickle.dumps(value))
             return []
         keys = [f"{key} of {rank}" for rank in range(1, self.world)]
-        self.until(lambda: self.store.check(keys), name)
-        found = [value, *(pickle.loads(self.store.get(each)) for each in keys)]
+        self.until(lambda: self.words.check(keys), name)
+        found = [value, *(pickle.loads(self.words.get(each)) for each in keys)]
         for each in keys:
-            self.store.delete_key(each)
+            self.words.delete_key(each)
         return found
 
     def spread(self, name: str, pieces: Sequence[T], work: Callable[[T], R]) -> Iterator[R]:
@@ -171,19 +134,19 @@ class Ranks:
         got, left = 0, True
         while left or (self.rank == 0 and got < len(pieces)):
             self.preemption.check()
-            if left and (number := self.store.add(f"{key} taken", 1) - 1) < len(pieces):
+            if left and (number := self.words.add(f"{key} taken", 1) - 1) < len(pieces):
                 result = work(pieces[number])
                 if self.rank == 0:
                     yield result
                     got += 1
                 else:
-                    self.store.set(f"{key} {self.store.add(f'{key} done', 1)}", pickle.dumps(result))
+                    self.words.set(f"{key} {self.words.add(f'{key} done', 1)}", pickle.dumps(result))
             else:
                 left = False
-            while self.rank == 0 and self.store.check([fetched := f"{key} {self._counts.setdefault(key, 1)}"]):
+            while self.rank == 0 and self.words.check([fetched := f"{key} {self._counts.setdefault(key, 1)}"]):
                 self._counts[key] += 1
-                yield pickle.loads(self.store.get(fetched))
-                self.store.delete_key(fetched)
+                yield pickle.loads(self.words.get(fetched))
+                self.words.delete_key(fetched)
                 got += 1
             if not left and self.rank == 0 and got < len(pieces):
                 time.sleep(0.02)
@@ -197,14 +160,19 @@ class Ranks:
             with (folder / "lock").open("w") as lock:
                 self.until(lambda: _locked(lock), f"the lock of {folder}")
                 if not made.exists():  # another node may use this very folder
-                    value = make()
                     part = made.with_suffix(".part")
-                    part.write_bytes(pickle.dumps(value))
+                    part.write_bytes(pickle.dumps(make()))
                     part.replace(made)
                     self._made.append(made)
-                    return value
-        self.until(made.exists, f"{name}, in {folder}, which all ranks of a node must see (JOB_SCRATCH)")
-        found: T = pickle.loads(made.read_bytes())
+                self.words.add(f"{name} made", 1)
+        makers = sum(state["makes"] for state in self.states.values())
+        self.until(lambda: made.exists() or self.words.add(f"{name} made", 0) == makers, name)
+        try:
+            found: T = pickle.loads(made.read_bytes())
+        except FileNotFoundError:
+            raise SpecError(
+                f"JOB_SCRATCH: rank {self.rank} does not see {made}; ranks of one node must share it"
+            ) from None
         return found
 
     def until(self, true: Callable[[], object], what: str, seconds: float = LONGEST_WAIT) -> None:
@@ -243,6 +211,9 @@ class Ranks:
 
     # Who lives
 
+    def meet_at(self, store: Any) -> None:
+        self.store, self.words = store, _Words(store, self)
+
     def join(self) -> None:
         """Wait for all ranks, and begin to watch them."""
         keys = [f"rank {rank}" for rank in range(self.world)]
@@ -253,6 +224,7 @@ class Ranks:
             missing = [key for key in keys if not self.store.check([key])]
             raise Unavailable(f"{', '.join(missing)} did not come within {JOIN_SECONDS:.0f} s") from None
         self._ticked = time.monotonic()
+        self.states = {rank: json.loads(self.store.get(key)) for rank, key in enumerate(keys)}
         for work in (self._live, self._guard):
             threading.Thread(target=work, name="ranks", daemon=True).start()
         self.run = self.shared("run", secrets.token_hex(4))
@@ -272,7 +244,7 @@ class Ranks:
                 self._tell(store)
                 told = store.multi_get([f"rank {rank}" for rank in range(self.world)])
             except RuntimeError:
-                self._lose("the ranks' store does not answer: rank 0, or the torchrun that keeps it, is gone")
+                self.lose_store()
                 return
             self._ticked = time.monotonic()
             self.states = {rank: json.loads(text) for rank, text in enumerate(told)}
@@ -294,6 +266,9 @@ class Ranks:
             if time.monotonic() - self._ticked > self.silence:
                 self._lose(f"the ranks' store, with rank 0, is silent for {self.silence:.0f} s")
                 return
+
+    def lose_store(self) -> None:
+        self._lose("the ranks' store does not answer: rank 0, or the torchrun that keeps it, is gone")
 
     def _lose(self, why: str, rank: int = 0) -> None:
         last = self.states.get(rank, {}).get("where", "joining")
@@ -352,6 +327,7 @@ def joined(
     """
     here = place(environment)
     if here.world == 1:
+        hide(environment)
         yield Ranks(here, preemption)
         return
     if environment.get("ACCELERATE_USE_FSDP", "false") == "true" or environment.get("ACCELERATE_USE_DEEPSPEED"):
@@ -359,9 +335,8 @@ def joined(
     one_gpu(environment, here.local_rank)
     ranks = Ranks(here, preemption, silence)
     with preemption.leave_at_once():
-        ranks.store = _connected(ranks, environment)
-    for name in VARIABLES & set(environment):
-        del environment[name]
+        ranks.meet_at(_connected(ranks, environment))
+    hide(environment)
     caught: Exception | None = None
     with _quiet(scratch / f"rank-{here.rank}.log", here.rank > 0):
         try:
@@ -370,7 +345,8 @@ def joined(
             yield ranks
         except Exception as error:
             caught = error
-            log.info("rank %d leaves: %s", here.rank, error, exc_info=not isinstance(error, JobError))
+            if here.rank:
+                log.info("rank %d leaves: %s", here.rank, error, exc_info=not isinstance(error, JobError))
         code = caught.exit_code if isinstance(caught, JobError) else BUG if caught else 0
         own = caught is not None and not isinstance(caught, RankEnded)
         ending, reason = ranks.part(code, str(caught or "published"), own)
@@ -380,11 +356,14 @@ def joined(
         raise RankEnded(reason, ending) from caught
 
 
-def _connected(ranks: Ranks, environment: Mapping[str, str]) -> Any:
+def _connected(ranks: Ranks, environment: MutableMapping[str, str]) -> Any:
     """The store of this start. Raises SpecError when nobody says where it is, Unavailable when it is not there."""
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if environment.get(f"PET_{name}"):
+            environment.setdefault(name, environment[f"PET_{name}"])
     address = f"{environment.get('MASTER_ADDR', '')}:{environment.get('MASTER_PORT', '')}"
     if not all(address.split(":")):
         raise SpecError(f"MASTER_ADDR and MASTER_PORT are {address}; the launcher must say where rank 0 is")

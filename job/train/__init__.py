@@ -18,7 +18,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from trl import SFTConfig, SFTTrainer
 
 from job.attempt import Attempt
-from job.errors import DataError, OutOfMemory, Preempted
+from job.errors import DataError, OutOfMemory, Preempted, SpecError
 from job.model import Loaded, to_generation, to_training
 from job.model.collator import IGNORE, Collator
 from job.model.frozen import Features, Frozen, base, frozen_vision
@@ -92,12 +92,14 @@ class LoraTrainer(SFTTrainer):
         batches, items = super().get_batch_samples(*arguments, **named)
         self.waited += time.monotonic() - began
         if self.ranks.world > 1:
+            if items is None:
+                raise SpecError("model.name_or_path: this model's loss cannot be divided over several devices; use one")
             if self.order.idle(self.state.global_step):
                 for batch in batches:
                     batch["rows"].clear()
                 items = 0
-            (items,) = self.group.sums(float(items))
-            items = torch.tensor(items, device=self.args.device)
+            (total,) = self.group.sums(float(items))
+            items = torch.tensor(total, device=self.args.device)
         return batches, items
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore
 
+from job.errors import Unavailable
 from job.ranks import Ranks
 
 MEETING_SECONDS = 1800.0
@@ -104,6 +105,12 @@ def together(ranks: Ranks) -> Iterator[Together]:
             timeout=timedelta(seconds=MEETING_SECONDS),
         )
 
-    ranks.apart(connect, "all ranks to connect")
+    try:
+        ranks.apart(connect, "all ranks to connect")
+    except RuntimeError as error:
+        raise Unavailable(
+            f"rank {ranks.rank} cannot reach the others ({str(error).splitlines()[0]}); name the network between the nodes in "
+            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+        ) from error
     yield Together(ranks)
     distributed.destroy_process_group()
