@@ -2,7 +2,7 @@
 
 torchrun, accelerate, srun or Kubernetes start them and say who is who. Rank 0 tells the story of `job.run` and alone
 writes to the output; the others do what it asks for. They speak through the key-value store that torch keeps at
-MASTER_ADDR, where each also says every second that it lives and where it is. Nobody waits for one that has gone: the end
+MASTER_ADDR, where each also says twice a second that it lives and where it is. Nobody waits for one that has gone: the end
 of any rank is to all others what a notice is (`job.preemption`), with the code of that end.
 
 Gradients take another way: `job.train.together`.
@@ -81,6 +81,7 @@ class Ranks:
         self._mine["makes"] = place.local_rank == 0  # what is made once a node
         self._ticked = time.monotonic()
         self._over = threading.Event()
+        self._telling = threading.Lock()
         self._counts: dict[str, int] = {}
         self._made: list[Path] = []
 
@@ -230,10 +231,11 @@ class Ranks:
         self.run = self.shared("run", secrets.token_hex(4))
 
     def _tell(self, store: Any) -> None:
-        self._mine["beat"] += 1
-        reason = self.preemption.reason if self.preemption.code is None else None
-        stop = None if reason is None else [reason, self.preemption.remaining]
-        store.set(f"rank {self.rank}", json.dumps(self._mine | {"where": self.where(), "stop": stop}))
+        with self._telling:  # nothing older is written after it
+            self._mine["beat"] += 1
+            reason = self.preemption.reason if self.preemption.code is None else None
+            stop = None if reason is None else [reason, self.preemption.remaining]
+            store.set(f"rank {self.rank}", json.dumps(self._mine | {"where": self.where(), "stop": stop}))
 
     def _live(self) -> None:
         """Say that this rank lives, and look at the others."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import shutil
@@ -169,5 +170,7 @@ def stage_in(
             ranks.once_per_node(scratch, "compiled code", compiled.restore)
         backend = choose_backend(spec.model, device.kind == "cuda")
         import_first(backend)
+    if ranks.rank:
+        importlib.import_module("job.train.fit")  # while rank 0 looks at the rows
     look = ranks.once_per_node(scratch, "rows", lambda: survey(spec, store, scratch, fetch=True, world=ranks.world))
     return look, backend, compiled

@@ -187,6 +187,15 @@ def test_ranks_share_gather_and_do_pieces_once(pair: list[Ranks], tmp_path: Path
     assert sorted(done) == list(range(40))
     made = both(pair, lambda one: one.once_per_node(tmp_path, "thing", lambda: f"by {one.rank}"))
     assert made == ["by 0", "by 0"]
+    (tmp_path / "other").mkdir()
+
+    def apart(one: Ranks) -> str:
+        try:
+            return one.once_per_node(tmp_path / "other" if one.rank else tmp_path, "second", lambda: "made")
+        except SpecError as error:
+            return str(error)
+
+    assert both(pair, apart)[1].startswith("JOB_SCRATCH: rank 1 does not see")
 
 
 def test_a_rank_that_is_silent_is_named_with_where_it_was(pair: list[Ranks]):

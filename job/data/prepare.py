@@ -115,6 +115,8 @@ def _rows(source: Source, seen: list[Seen], numbers: list[int], spec: JobSpec) -
     unit = dict(zip((row.place for row in seen), numbers, strict=True))
     numbered = source.rows.add_column("_row", range(count)).add_column("_unit", [unit.get(n, -1) for n in range(count)])
     chosen = numbered.select([row.place for row in seen])
+    if not seen:  # an empty part of a table cannot be handed on to another process
+        chosen = type(source.rows).from_dict({name: [] for name in numbered.column_names})
     return chosen.with_transform(partial(_transform, spec=spec, source=replace(source, rows=None)))
 
 
