@@ -234,33 +234,30 @@ Times = dict[tuple[str, str], list[float]]
 
 
 def report(gib: float, seconds: Times, processor: Times, memory: dict[str, float]) -> None:
+    what = f"{os.environ.get('TEST_S3_VERSION', '')} {gib:g} GiB".replace("ceph version", "Ceph").strip()
     for way in ("up", "down"):
         for name in (name for direction, name in seconds if direction == way):
-            append(
-                "transfer", f"{gib:g} GiB {way}, {name}", gib * 1024 / statistics.median(seconds[way, name]), "MiB/s"
-            )
+            append("transfer", f"{what} {way}, {name}", gib * 1024 / statistics.median(seconds[way, name]), "MiB/s")
 
         def ratio(slow: str, fast: str, times: Times = seconds, way: str = way) -> float:
             return statistics.median(a / b for a, b in zip(times[way, slow], times[way, fast], strict=True))
 
         times = ratio("boto3", "ours")
-        append("transfer", f"{gib:g} GiB {way}, ours over boto3", times, "×", goal="at least 1.4", meets=times >= 1.4)
+        append("transfer", f"{what} {way}, ours over boto3", times, "×", goal="at least 1.4", meets=times >= 1.4)
         for fast in ("floor", "floor+sha"):  # what a client that does nothing else could be
-            append("transfer", f"{gib:g} GiB {way}, {fast} over boto3", ratio("boto3", fast), "×")
+            append("transfer", f"{what} {way}, {fast} over boto3", ratio("boto3", fast), "×")
         busy = ratio("ours", "boto3", processor)
-        append("transfer", f"{gib:g} GiB {way}, processor time of ours over that of boto3", busy, "×")
+        append("transfer", f"{what} {way}, processor time of ours over that of boto3", busy, "×")
         behind = ratio("ours", "floor+sha")
         append(
             "transfer",
-            f"{gib:g} GiB {way}, time over floor with one SHA-256",
+            f"{what} {way}, time over floor with one SHA-256",
             behind,
             "×",
             goal="at most 1.25",
             meets=behind <= 1.25,
         )
-        append(
-            "transfer", f"{gib:g} GiB {way}, peak memory", memory[way], "MB", goal="under 300", meets=memory[way] < 300
-        )
+        append("transfer", f"{what} {way}, peak memory", memory[way], "MB", goal="under 300", meets=memory[way] < 300)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     bundle/
       model/            the base: weights in 16 bits, configuration, processor
       adapter/          lora.init_adapter, where the spec has one
+      metrics/          the models of evaluation.extra_metrics
       dataset/          the rows to train on, and evaluation/ those held out by the user
       images/           what is behind URLs in rows
       BUNDLE.json       written last: what was asked for, and the size and SHA-256 of every file
@@ -12,7 +13,6 @@ A bundle is used by putting its folders where `stage_in.local_path` looks first.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -33,21 +33,24 @@ log = logging.getLogger("job")
 MANIFEST = "BUNDLE.json"
 
 
-def asked_for(spec: JobSpec) -> dict[str, dict[str, str | None]]:
-    """By field, what a bundle must hold for this spec, as the spec names it."""
+def asked_for(spec: JobSpec) -> dict[str, str]:
+    """By field, what a bundle must hold for this spec, in words."""
     data, model = spec.dataset, spec.model
-    rows: dict[str, str | None] = {"name": data.name, "revision": data.revision}
-    asked: dict[str, dict[str, str | None]] = {
-        "model.name_or_path": {"path": model.name_or_path, "revision": model.revision},
-        "dataset.path": rows | {"path": data.path, "split": data.split},
-    }
-    if spec.lora.init_adapter:
-        asked["lora.init_adapter"] = {"path": spec.lora.init_adapter}
-    if data.eval_path:
-        asked["dataset.eval_path"] = rows | {"path": data.eval_path, "split": data.split}
-    if data.eval_split:
-        asked["dataset.eval_split"] = rows | {"path": data.path, "split": data.eval_split}
-    return asked
+
+    def rows(path: str, split: str) -> str:
+        return _words(path=path, name=data.name, revision=data.revision, split=split)
+
+    asked = {"model.name_or_path": _words(path=model.name_or_path, revision=model.revision)}
+    asked |= {"dataset.path": rows(data.path, data.split)}
+    for metric, given in spec.evaluation.extra_metrics.items():
+        asked[f"evaluation.extra_metrics.{metric}"] = _words(path=given)
+    asked |= {"lora.init_adapter": _words(path=spec.lora.init_adapter)} if spec.lora.init_adapter else {}
+    asked |= {"dataset.eval_path": rows(data.eval_path, data.split)} if data.eval_path else {}
+    return asked | ({"dataset.eval_split": rows(data.path, data.eval_split)} if data.eval_split else {})
+
+
+def _words(**named: str | None) -> str:
+    return ", ".join(f"{name} {value}" for name, value in named.items() if value)
 
 
 def bundle_named(environment: MutableMapping[str, str]) -> str:
@@ -79,8 +82,8 @@ def use_bundle(spec: JobSpec, environment: MutableMapping[str, str], scratch: Pa
     for field, wanted in asked_for(spec).items():
         if asked.get(field) != wanted:
             raise SpecError(
-                f"JOB_BUNDLE: {named} was made for another {field} ({_words(asked.get(field))}); this spec says "
-                f"{_words(wanted)}. Make it again with job prefetch"
+                f"JOB_BUNDLE: {named} was made for another {field} ({asked.get(field, 'none')}); this spec says {wanted}. "
+                "Make it again with job prefetch"
             )
     for name, facts in files.items():
         file = folder / name
@@ -102,19 +105,22 @@ def prefetch(spec: JobSpec, target: str, scratch: Path) -> None:
 
     remote = "://" in target and not target.startswith("file://")
     folder = scratch / "bundle-made" if remote else Path(target.removeprefix("file://"))
-    with contextlib.suppress(FileNotFoundError):
-        (folder / MANIFEST).unlink()  # what is half renewed is no bundle
+    (folder / MANIFEST).unlink(missing_ok=True)  # what is half renewed is no bundle
     folder.mkdir(parents=True, exist_ok=True)
     places = {"model.name_or_path": "model"}
     gather(fetch_base(spec.model, scratch), folder / "model")
     if spec.lora.init_adapter:
         places["lora.init_adapter"] = "adapter"
         gather(fetch_adapter(spec.lora.init_adapter, scratch), folder / "adapter")
+    for metric, path in spec.evaluation.extra_metrics.items():
+        field = f"evaluation.extra_metrics.{metric}"
+        places[field] = f"metrics/{metric}"
+        gather(local_path(path, scratch, field, SpecError), folder / places[field])
     data = prepare(spec, scratch)
     log.info("%d rows (%s), %d set aside", data.facts["rows"], data.facts["source"], len(data.quarantined))
-    fields = [field for field in asked_for(spec) if field.startswith("dataset.")]
-    for field in fields:
-        places[field] = gather_rows(spec, field, scratch, folder)
+    for field in asked_for(spec):
+        if field.startswith("dataset."):
+            places[field] = gather_rows(spec, field, scratch, folder)
     if (scratch / "fetched" / "images").is_dir():
         places["images"] = "images"
         gather(scratch / "fetched" / "images", folder / "images")
@@ -134,7 +140,10 @@ def gather_rows(spec: JobSpec, field: str, scratch: Path, folder: Path) -> str:
 
     A folder goes whole; a table with the files that its rows name; rows of the hub as parquet, images and all.
     """
+    from datasets.table import embed_table_storage
+
     from job.data.sources import open_source
+    from job.data.tables import from_hub
 
     dataset = spec.dataset
     split = dataset.eval_split if field == "dataset.eval_split" else dataset.split
@@ -143,35 +152,31 @@ def gather_rows(spec: JobSpec, field: str, scratch: Path, folder: Path) -> str:
     if here.is_dir():
         gather(here, into)
         return into.name
-    source = open_source(dataset, str(path), str(split), scratch, field)
     shutil.rmtree(into, ignore_errors=True)
     into.mkdir(parents=True)
     if here.is_file():
         _link(here, into / here.name)
-        for name, file in source.named_files(dataset):
-            _link(file, into / name)
+        source = open_source(dataset, str(path), str(split), scratch, field)
+        for name in source.named_files(dataset, here.parent) - {here.name}:
+            (into / name).parent.mkdir(parents=True, exist_ok=True)
+            _link(here.parent / name, into / name)
         return f"{into.name}/{here.name}"
-    from datasets.table import embed_table_storage
-
-    whole = source.rows.with_format("arrow").map(embed_table_storage, batched=True, batch_size=100)
-    whole.to_parquet(into / f"{split}-00000.parquet", batch_size=100)
+    rows = from_hub(dataset, str(path), str(split), scratch / "cache" / "datasets", field).with_format("arrow")
+    rows.map(embed_table_storage, batched=True, batch_size=100).to_parquet(
+        into / f"{split}-00000.parquet", batch_size=100
+    )
     return into.name
 
 
 def gather(folder: Path, into: Path) -> None:
     """The files of a folder, linked where that is possible, else copied. What else is in `into` goes."""
     shutil.rmtree(into, ignore_errors=True)
-    for name in files_of(folder):
-        if not any(part.startswith(".") for part in Path(name).parts):
-            _link(folder / name, into / name)
+    shutil.copytree(folder, into, copy_function=_link, ignore=shutil.ignore_patterns(".*"))
 
 
-def _link(file: Path, copy: Path) -> None:
-    copy.parent.mkdir(parents=True, exist_ok=True)
+def _link(file: str | Path, copy: str | Path) -> None:
     try:
-        os.link(file.resolve(), copy)
-    except FileExistsError:
-        return
+        os.link(Path(file).resolve(), copy)
     except OSError:
         shutil.copyfile(file, copy)
 
@@ -179,7 +184,3 @@ def _link(file: Path, copy: Path) -> None:
 def _facts(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         return {"size": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def _words(asked: dict[str, str | None] | None) -> str:
-    return ", ".join(str(value) for value in asked.values() if value) if asked else "nothing"

@@ -5,21 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from job.attempt import Attempt
 from job.data import Data
 from job.errors import GateRefused, Unavailable
-from job.evaluate import Rows, pictures
-from job.evaluate.before import rows_digest
+from job.evaluate import Rows, pictures, stored_rows
+from job.evaluate.before import base_digest, rows_digest
 from job.export import Exported
 from job.output import MADE_OF_MERGED, REPORT_KEY, RESULT_KEY
 from job.plan import Plan
 from job.record import now, versions
-from job.report import FACTS_KEY, IMAGES, KEPT
+from job.report import FACTS_KEY, IMAGES, KEPT, SAMPLES_KEY
 from job.store import Digest, Store, upload_folder
 from job.survey import Survey
+
+LOCK_KEY = "logs/packages.txt"
 
 
 def lineage(attempt: Attempt, survey: Survey) -> dict[str, Any]:
@@ -35,16 +38,28 @@ def lineage(attempt: Attempt, survey: Survey) -> dict[str, Any]:
         "spec_digest": spec.digest,
         "base_model": spec.model.name_or_path,
         "base_revision": commit(survey.base) or spec.model.revision,
+        "base_sha256": base_digest(survey.base) if survey.base else None,
         "dataset": spec.dataset.path,
         "dataset_revision": spec.dataset.revision,
         "device": device.name if device else None,
         "image": os.environ.get("JOB_IMAGE_DIGEST"),
         "price_per_hour": os.environ.get("JOB_PRICE_PER_HOUR"),
         "held_out_sha256": rows_digest(survey.data.evaluation) if survey.data else None,
+        "trained_steps": attempt.record.read("step"),
+        "taken_step": attempt.record.read("taken_step"),
+        "taken": spec.evaluation.take,
         "attempts": attempt.number,
         "seconds": dict(attempt.record.seconds),
         "packages": versions(),
+        "package_lock": LOCK_KEY,
+        "package_lock_sha256": hashlib.sha256(package_lock()).hexdigest(),
     }
+
+
+def package_lock() -> bytes:
+    """Every installed package as pip would pin it."""
+    found = {f"{package.name}=={package.version}\n" for package in metadata.distributions()}
+    return "".join(sorted(found, key=str.lower)).encode()
 
 
 def commit(base: Path | None) -> str | None:
@@ -71,6 +86,7 @@ def report_facts(
         "metrics": measured,
         "before": before,
         "after": after,
+        "samples": stored_rows(attempt.store, SAMPLES_KEY),
         "log": attempt.record.read_numbers(),
         "plan": {
             "steps": plan.total_steps,
@@ -115,6 +131,7 @@ def publish(attempt: Attempt, data: Data, exported: Exported, facts: dict[str, A
         store.write(REPORT_KEY, render(facts, images).encode())
         keep_for_reports(store, facts, images)
         record.publish_numbers()
+        store.write(LOCK_KEY, package_lock())
         files = {f"merged/{name}": digest for name, digest in exported.sent.items()}
         for name, folder in exported.folders.items():
             if name == "adapter" or refused is None:
@@ -130,7 +147,9 @@ def publish(attempt: Attempt, data: Data, exported: Exported, facts: dict[str, A
             "name": spec.name,
             "spec_digest": spec.digest,
             "published": now(),
-            "steps": facts["plan"]["steps"],
+            "steps": facts["lineage"]["trained_steps"],
+            "taken_step": facts["lineage"]["taken_step"],
+            "taken": facts["lineage"]["taken"],
             "metrics": facts["metrics"] and {k: facts["metrics"][k] for k in ("before", "after", "change")},
             "gate": exported.gate,
             "lineage": facts["lineage"],
@@ -154,7 +173,7 @@ def verify(store: Store, files: dict[str, Digest]) -> None:
 def keep_for_reports(store: Store, facts: dict[str, Any], images: dict[str, bytes]) -> None:
     """What `job report` needs beside the files that are there anyway; no image where privacy keeps them out."""
     store.write(FACTS_KEY, json.dumps({name: facts[name] for name in KEPT}, indent=1).encode())
-    there = {f"{IMAGES}{identity}.png": content for identity, content in images.items()}
+    there = {f"{IMAGES}{identity}.jpg": content for identity, content in images.items()}
     store.delete([entry.key for entry in store.list(IMAGES) if entry.key not in there])
     for key, content in there.items():
         store.write(key, content)

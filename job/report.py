@@ -9,7 +9,7 @@ from job.evaluate import stored_rows
 from job.output import read_json
 from job.store import Store
 
-FACTS_KEY, IMAGES = "evaluation/report.json", "evaluation/images/"
+FACTS_KEY, IMAGES, SAMPLES_KEY = "evaluation/report.json", "evaluation/images/", "evaluation/samples.jsonl"
 KEPT = ("name", "plan", "lineage", "gate", "occlusion", "data", "privacy", "base", "instruction")
 """The facts that lie in no other file of the output."""
 
@@ -23,6 +23,7 @@ def stored_facts(store: Store) -> dict[str, Any]:
         "metrics": read_json(store, "evaluation/metrics.json"),
         "before": stored_rows(store, "evaluation/before.jsonl"),
         "after": stored_rows(store, "evaluation/after.jsonl"),
+        "samples": stored_rows(store, SAMPLES_KEY),
         "log": stored_rows(store, "logs/metrics.jsonl"),
     }
 
@@ -33,5 +34,5 @@ def rebuild(store: Store) -> str:
         from job.evaluate.report import render
     except ImportError as error:
         raise SpecError(f"job report needs {error.name}; install the train extra, which brings it") from error
-    found = {entry.key.removeprefix(IMAGES).removesuffix(".png"): entry.key for entry in store.list(IMAGES)}
+    found = {entry.key.removeprefix(IMAGES).removesuffix(".jpg"): entry.key for entry in store.list(IMAGES)}
     return render(stored_facts(store), {identity: store.read(key) for identity, key in found.items()})

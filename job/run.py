@@ -93,6 +93,7 @@ def lead(
             with record.stage("load"):
                 # Imported here: a published job, and one that waits for the lease, need none of the training libraries.
                 from job.evaluate import judge, looked_at, measure, values
+                from job.evaluate.extra import scored
                 from job.export import export
                 from job.publish import publish, report_facts
                 from job.train.fit import fit
@@ -103,6 +104,7 @@ def lead(
         ranks.ask("train")
         fit(attempt, plan, loaded, data)
         after = measure(attempt, loaded, data, "after")
+        scored(attempt, before, after)
         measured, refused = judge(spec, data, before, after)
         record.update(measured=values(measured))
         seen = looked_at(attempt, loaded, data, measured, before, after)

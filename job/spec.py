@@ -254,6 +254,9 @@ class EvaluationSpec(Section):
     """Facts to score: `finding: {column: finding}` gives `finding_accuracy` and `finding_macro_f1`."""
     groups: list[str] = Field(default_factory=list)
     """Columns to report on separately (modality, sex, site)."""
+    extra_metrics: dict[Literal["bertscore", "radgraph", "chexbert", "green"], str] = Field(default_factory=dict)
+    """Metrics that need a model of their own, each with that model's folder or `s3://` prefix: for bertscore an encoder
+    (`bertscore: /models/roberta-large`), for the others RadEval's cache of models. docs/evaluation.md says how to make it."""
     bootstrap_samples: int = Field(1000, ge=100, le=100_000)
     """Resamples for the intervals."""
     confidence: float = Field(0.95, gt=0.5, lt=1)
@@ -265,6 +268,8 @@ class EvaluationSpec(Section):
     are made."""
     eval_loss_rows: PositiveInt = 64
     """Held-out rows for that, spread evenly over those that are generated for."""
+    eval_samples: NonNegativeInt = 4
+    """How many of them are also answered each time, for `evaluation/samples.jsonl` and the report; always the same ones."""
     take: Literal["last", "best"] = "last"
     """Which step becomes the tuned model: the last, or the one with the lowest held-out loss."""
     patience: PositiveInt | None = None
@@ -382,6 +387,8 @@ HARMLESS = frozenset(
         "export.scratch_copy",
         "evaluation.cache",
         "evaluation.explained_rows",
+        "evaluation.eval_samples",
+        "evaluation.extra_metrics",
         "evaluation.require",
         "output.url",
         "output.on_conflict",
@@ -391,7 +398,7 @@ HARMLESS = frozenset(
 
 
 def _decides(path: str) -> bool:
-    return path not in HARMLESS and not path.startswith("evaluation.require.")
+    return path not in HARMLESS and not path.startswith(("evaluation.require.", "evaluation.extra_metrics."))
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -484,7 +491,8 @@ def contradictions(spec: JobSpec) -> list[str]:
         found += [f"evaluation: {name} needs eval_steps" for name, asked in needing.items() if asked]
     elif not held:
         found.append("evaluation: eval_steps needs held-out rows, and dataset.eval_fraction is 0")
-    known = {*METRICS, *(f"{name}_{kind}" for name in spec.evaluation.labels for kind in ("accuracy", "macro_f1"))}
+    known = {*METRICS, *spec.evaluation.extra_metrics}
+    known |= {*(f"{name}_{kind}" for name in spec.evaluation.labels for kind in ("accuracy", "macro_f1"))}
     for metric, demand in spec.evaluation.require.items():
         if metric not in known:
             found.append(f"evaluation.require.{metric}: no such metric; measured are {', '.join(sorted(known))}")

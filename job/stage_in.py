@@ -36,22 +36,17 @@ def local_path(name: str, scratch: Path, field: str, error: type[JobError] = Dat
     store = open_store(name)
     listing = [[entry.key, entry.size, entry.modified] for entry in store.list()]
     folder = scratch / "fetched" / re.sub(r"[^\w.-]+", "-", name.removeprefix("s3://"))
-    if not listing:
-        return _object(name, folder, field, error)
+    folder.mkdir(parents=True, exist_ok=True)
     mark = folder / HERE
+    if not listing:
+        parent, _, key = name.rpartition("/")
+        try:
+            open_store(parent).download(key, folder / key)
+        except Missing:
+            raise error(f"{field}: there is nothing under {name}") from None
+        return folder / key
     if not mark.exists() or json.loads(mark.read_text()) != listing:
         mark.unlink(missing_ok=True)
         download_folder(store, "", folder)
         mark.write_text(json.dumps(listing))
     return folder
-
-
-def _object(name: str, folder: Path, field: str, error: type[JobError]) -> Path:
-    parent, _, key = name.rpartition("/")
-    file = folder / key
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        open_store(parent).download(key, file)
-    except Missing:
-        raise error(f"{field}: there is nothing under {name}") from None
-    return file

@@ -10,11 +10,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.checkpoint import steps
 from job.data.shards import shards_to_stream
+from job.evaluate.extra import model_folders
 from job.export import check_export
 from job.model import choose_backend
 from job.model.compile_cache import CompileCache
@@ -22,7 +24,7 @@ from job.model.fetch import base_facts, fetch_adapter, fetch_base
 from job.output import read_json
 from job.plan import Device, Facts
 from job.preemption import grace_seconds
-from job.record import STATUS_KEY, watched
+from job.record import STATUS_KEY
 from job.scratch import free_bytes
 from job.spec import JobSpec
 from job.stage_in import BUNDLE, local_path
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     import torch
 
     from job.data import Data
-    from job.model.lengths import Ruler
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,12 @@ def survey(
         check_export(spec.export, base)
     else:
         notes.append(f"{spec.model.name_or_path} is not here yet: sizes are known after stage in")
-    if (
-        spec.model.revision is None
-        and (base is None or base.parent.name == "snapshots")
-        and "://" not in spec.model.name_or_path
-    ):
+    from_hub = base.parent.name == "snapshots" if base else "://" not in spec.model.name_or_path
+    if from_hub and spec.model.revision is None:
         notes.append("model.revision is not set: another attempt may find other weights on the hub; pin a commit")
+    extra = spec.evaluation.extra_metrics.values()
+    if extra and (fetch or bundled or all(map(is_local, extra))):
+        model_folders(spec, scratch)
     start = spec.lora.init_adapter
     adapter = fetch_adapter(start, scratch) if start and (fetch or bundled or is_local(start)) else None
     if importlib.util.find_spec("datasets") is None:
@@ -85,14 +86,19 @@ def survey(
         from job.data.images import Bounds
         from job.data.prepare import prepare
 
-        measure = ruler(spec, base) if base and has_torch else None
-        bounds = Bounds(**measure.room(spec.training.max_length * 3 // 4)) if measure else Bounds()
         most = None if fetch or all_data else QUICK_ROWS
-        data = prepare(spec, scratch, _progress("look at data"), measure, most, bounds)
+        if base and has_torch:
+            from job.model.lengths import Ruler
+            from job.model.transformers_backend import load_processor
+
+            measure = Ruler(load_processor(spec.model, base))
+            bounds = Bounds(**measure.room(spec.training.max_length * 3 // 4))
+            data = prepare(spec, scratch, measure, most, bounds)
+            example = rendered(spec, measure.processor, data)
+        else:
+            data = prepare(spec, scratch, None, most)
     else:
         notes.append(f"{spec.dataset.path} is not here yet: rows are counted after stage in")
-    if data is not None and base is not None and has_torch:
-        example = rendered(spec, base, data)
     facts = Facts(
         keys=frozenset(entry.key for entry in store.list() if not entry.key.startswith("checkpoints/")),
         checkpoints=tuple(steps(store)),
@@ -166,19 +172,10 @@ def torch_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def ruler(spec: JobSpec, base: Path) -> Ruler:
-    from job.model.lengths import Ruler
-    from job.model.transformers_backend import load_processor
-
-    return Ruler(load_processor(spec.model, base))
-
-
-def rendered(spec: JobSpec, base: Path, data: Data) -> str:
+def rendered(spec: JobSpec, processor: Any, data: Data) -> str:
     """The first training row as the model sees it, what is learned between ⟦ and ⟧; without its text when privacy says so."""
     from job.model.collator import IGNORE, Collator
-    from job.model.transformers_backend import load_processor
 
-    processor = load_processor(spec.model, base)
     truncate = spec.dataset.over_length == "truncate"
     collator = Collator(processor, spec.training.max_length, spec.training.train_on_responses_only, truncate)
     batch = collator([data.train[0]])
@@ -186,36 +183,12 @@ def rendered(spec: JobSpec, base: Path, data: Data) -> str:
     learned = [label != IGNORE for label in labels]
     if not spec.privacy.report_images:
         return f"{len(ids)} tokens, {sum(learned)} of them learned (text not shown: privacy.report_images is false)"
-    pieces, start = list[str](), 0
-    for end in range(1, len(ids) + 1):
-        if end == len(ids) or learned[end] != learned[start] or _repeats(ids, end) != _repeats(ids, start):
-            run = ids[start:end]
-            text = processor.tokenizer.decode(run if not _repeats(ids, start) else run[:1])
-            text += f"×{len(run)}" if _repeats(ids, start) else ""
-            pieces.append(f"⟦{text}⟧" if learned[start] else text)
-            start = end
+    again = [near == token for near, token in zip([None, *ids], ids, strict=False)] + [False]
+    image = [token if again[n] or again[n + 1] else None for n, token in enumerate(ids)]  # tokens that stand in a run
+    pieces = list[str]()
+    for (is_learned, repeated), run in groupby(range(len(ids)), key=lambda n: (learned[n], image[n])):
+        places = list(run)
+        text = processor.tokenizer.decode(ids[places[0] : places[-1] + 1] if repeated is None else [repeated])
+        text += f"×{len(places)}" if repeated is not None else ""
+        pieces.append(f"⟦{text}⟧" if is_learned else text)
     return f"{''.join(pieces)}\n{len(ids)} tokens, {sum(learned)} of them learned"
-
-
-def _repeats(ids: list[int], place: int) -> bool:
-    """Whether the token here is one of a run: an expanded image."""
-    return ids[place] in (ids[place - 1] if place else None, ids[place + 1] if place + 1 < len(ids) else None)
-
-
-def _progress(title: str) -> Any:
-    """A bar where a terminal watches; silence otherwise."""
-    if not watched():
-        return lambda done, total: None
-    from tqdm import tqdm
-
-    bar: Any = None
-
-    def show(done: int, total: int) -> None:
-        nonlocal bar
-        bar = bar or tqdm(total=total, desc=title, unit="row")
-        bar.update(done - bar.n)
-        if done == total:
-            bar.close()
-            bar = None
-
-    return show

@@ -95,15 +95,5 @@ compose() {
     esac
 }
 
-# Run what `compose` made. Podman's own code is 143 when a second signal comes after its container's end: the container,
-# which is kept for that, knows better.
-carry_out() {
-    "${command[@]}"
-    local code=$?
-    case $JOB_RUNTIME in
-        podman | docker)
-            [ "$code" -lt 126 ] || code=$("$JOB_RUNTIME" wait "$container" 2>/dev/null || echo "$code")
-            "$JOB_RUNTIME" rm -f "$container" >/dev/null 2>&1 ;;
-    esac
-    return "$code"
-}
+# shellcheck source=slurm/carry_out.sh
+. "$JOB_HOME/slurm/carry_out.sh"

@@ -3,8 +3,9 @@
     python -m tests.resume_proof N [SEED]
 
 Each run is a complete small job on an S3 server: stopped by SIGTERM or SIGKILL, or cut off from the store for a moment, at
-a random time, up to three times, then run to its end. Losses, learning rates and the rows of every step must equal those of
-the undisturbed job, and so must the adapter and every answer, to the last bit. Closes with `runs=N identical=N`.
+a random time, up to three times, then run to its end; every other one measures held-out loss while it trains. Losses,
+learning rates and the rows of every step must equal those of the undisturbed job, and so must the adapter and every
+answer, to the last bit. Closes with `runs=N identical=N`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def trajectory(metrics: bytes) -> list[tuple[Any, ...]]:
     return [(line["step"], line["loss"], line["learning_rate"], line["grad_norm"], line["rows"]) for line in lines]
 
 
-def small_spec(demo: Path, url: str, *, merged: bool = False) -> str:
+def small_spec(demo: Path, url: str, *, merged: bool = False, eval_steps: int | None = None) -> str:
     """24 steps over three epochs that end inside a step's accumulation, with dropout: about ten seconds."""
     return yaml.safe_dump(
         {
@@ -46,7 +47,13 @@ def small_spec(demo: Path, url: str, *, merged: bool = False) -> str:
             "training": {"num_train_epochs": 3, "learning_rate": 1e-3, "per_device_train_batch_size": 2},
             "checkpoint": {"save_steps": 5},
             "preemption": {"max_attempts_without_progress": PATIENCE},
-            "evaluation": {"max_rows": 8, "max_new_tokens": 8, "batch_size": 4, "explained_rows": 0},
+            "evaluation": {
+                "max_rows": 8,
+                "max_new_tokens": 8,
+                "batch_size": 4,
+                "explained_rows": 0,
+                "eval_steps": eval_steps,
+            },
             "export": {"merged": merged, "gate": {"rows": 40}},
             "output": {"url": url},
         }
@@ -91,7 +98,7 @@ class Stage:
         with Proxy(address(self.endpoint), before=between) as proxy:
             environment = {
                 **os.environ,
-                "JOB_SPEC": small_spec(self.demo, url),
+                "JOB_SPEC": small_spec(self.demo, url, eval_steps=self.eval_steps(name)),
                 "JOB_SCRATCH": str(self.scratch / name),
                 "JOB_LEASE_SECONDS": "4",
                 "AWS_ENDPOINT_URL_S3": proxy.url,
@@ -105,6 +112,10 @@ class Stage:
                     process.send_signal(getattr(signal, way))
             _, stderr = process.communicate(timeout=300)
         return process.returncode, "\n".join(stderr.splitlines()[-5:])
+
+    def eval_steps(self, name: str) -> int | None:
+        """Every other disturbed job measures held-out loss on its way, which must change nothing."""
+        return 7 if name[-1] in "13579" else None
 
     def one(self, name: str, chance: random.Random) -> list[str]:
         """A job stopped up to three times; the differences from the undisturbed one, none when it is identical."""

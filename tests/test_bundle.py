@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ import yaml
 from job.bundle import asked_for, prefetch, use_bundle
 from job.data.prepare import prepare
 from job.errors import SpecError
+from job.evaluate.before import base_digest
 from job.specfile import validate
 from job.store import open_store
 from tests.conftest import ROOT, Job, job_environment
 from tests.data.test_data import png
 from tests.hub import Hub, serve
+from tests.tiny import make_encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -50,7 +54,9 @@ def named(tree: dict[str, Any], demo: Path, tmp_path: Path, hub: Hub) -> dict[st
     tree["model"] = {"name_or_path": "lab/base", "revision": commit}
     tree["dataset"] = {"path": "lab/rows", "eval_split": "test"}
     tree["training"] = {"max_steps": 2}
-    tree["evaluation"] = {"max_rows": 4, "max_new_tokens": 4}
+    (tmp_path / "encoder").mkdir()
+    extra = {"bertscore": str(make_encoder(tmp_path / "encoder"))}
+    tree["evaluation"] = {"max_rows": 4, "max_new_tokens": 4, "eval_steps": 1, "extra_metrics": extra}
     return tree
 
 
@@ -66,6 +72,7 @@ def test_a_bundle_runs_where_there_is_no_network(named: dict[str, Any], hub: Hub
     spec, bundle = yaml.safe_dump(named), tmp_path / "bundle"
     gathered = job("prefetch", spec, str(bundle), HF_ENDPOINT=hub.url, HUGGING_FACE_HUB_TOKEN=hub.token)
     assert gathered.returncode == 0, gathered.stderr
+    shutil.rmtree(tmp_path / "encoder")
     command = without_network([sys.executable, "-m", "job", "run", "--bundle", str(bundle)])
     if command is None:
         pytest.skip("no network namespaces here")
@@ -75,6 +82,15 @@ def test_a_bundle_runs_where_there_is_no_network(named: dict[str, Any], hub: Hub
     result = json.loads((tmp_path / "output" / "RESULT.json").read_text())
     assert (result["steps"], result["spec_digest"]) == (2, validate(named).digest)
     assert (tmp_path / "output" / "merged" / "config.json").exists()
+    assert result["metrics"]["after"]["bertscore"]["n"] == 4
+    said = (tmp_path / "output" / "evaluation" / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in said] == [1] * 4 + [2] * 4
+    lineage = result["lineage"]
+    assert (result["taken_step"], lineage["taken_step"], result["taken"]) == (2, 2, "last")
+    assert lineage["base_sha256"] == base_digest(bundle / "model")
+    lock = (tmp_path / "output" / lineage["package_lock"]).read_bytes()
+    assert hashlib.sha256(lock).hexdigest() == lineage["package_lock_sha256"]
+    assert f"torch=={metadata.version('torch')}\n" in lock.decode()
 
 
 def bundle_of(folder: Path, spec: dict[str, Any], files: dict[str, bytes], places: dict[str, str]) -> None:
@@ -129,6 +145,7 @@ def test_a_bundle_in_a_bucket_holds_local_rows_with_their_images(
 
 ENDINGS = """
 import sys
+from importlib import metadata
 from pathlib import Path
 from job.data.sources import open_source
 from job.errors import JobError

@@ -81,3 +81,19 @@ def perturb(loaded: Loaded, size: float = 0.1, seed: int = 0) -> Loaded:
         if "lora_B" in name:
             weight.copy_(torch.randn(weight.shape, generator=generator) * size)
     return loaded
+
+
+def make_encoder(folder: Path) -> Path:
+    """A BERT of two layers, whose weights are the same everywhere."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    words = "[PAD] [UNK] [CLS] [SEP] a the is no left right lung nodule effusion clear seen in . ,"
+    (folder / "vocab.txt").write_text(words.replace(" ", "\n"))
+    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    model = BertModel(BertConfig(vocab_size=18, max_position_embeddings=64, **size))
+    with torch.no_grad():
+        for number, weight in enumerate(weight for weight in model.parameters() if weight.ndim == 2):
+            weight.copy_(torch.from_numpy(np.random.default_rng(number).normal(0, 0.3, weight.shape)))
+    model.save_pretrained(folder)
+    return folder

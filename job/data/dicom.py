@@ -10,7 +10,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from job.data.images import BadRow, Picture, check_size, stretch
+from job.errors import DataError
 from job.spec import DatasetSpec
+
+try:
+    import pydicom
+    from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, pixel_array
+except ImportError as missing:
+    raise DataError("dataset: DICOM files need the dicom extra (pip install 'vision-lora-job[dicom]')") from missing
 
 TECHNICAL = {
     "modality": "Modality",
@@ -28,32 +35,26 @@ TILE = 512
 Numbers = NDArray[Any]
 
 
-def frames(data: bytes, value: Any, spec: DatasetSpec) -> list[Picture]:
-    """The frames of a DICOM file that `value["frame"]` or else `spec.dicom.frames` chooses, windowed to 8 bits. Raises BadRow.
+def frames(data: bytes, spec: DatasetSpec) -> list[Picture]:
+    """The frames of a DICOM file that `spec.dicom.frames` chooses, windowed to 8 bits. Raises BadRow.
 
     The value of a pixel goes through the modality LUT or rescale slope, then the VOI LUT or window (PS3.3 C.11.1, C.11.2), then
     the inversion of MONOCHROME1. Without a window, from the darkest to the brightest that is no padding.
     """
-    try:
-        import pydicom
-    except ImportError as error:
-        raise BadRow("DICOM: install the dicom extra to read it") from error
     try:
         header = pydicom.dcmread(io.BytesIO(data))
         if "Rows" not in header or "Columns" not in header:
             raise BadRow("DICOM: no image in it")
         check_size(int(header.Columns), int(header.Rows), spec)
         count = int(header.get("NumberOfFrames") or 1)
-        one = isinstance(value, dict) and "frame" in value
-        shown = [_frame(header, n, spec) for n in ([value["frame"]] if one else choose(count, spec.dicom.frames))]
+        shown = [_frame(header, n, spec) for n in choose(count, spec.dicom.frames)]
     except BadRow:
         raise
     except Exception as error:  # what a decoder raises for a broken file is its own affair
         raise BadRow(f"DICOM: {_cannot(header) if 'header' in locals() else 'header is broken'}") from error
-    found = [montage(shown)] if spec.dicom.frames == "montage" and len(shown) > 1 else shown
-    for picture in found:
+    for picture in shown:
         picture.info["burned_in"] = _burned_in(header)
-    return found
+    return [montage(shown)] if spec.dicom.frames == "montage" and len(shown) > 1 else shown
 
 
 def choose(count: int, frames: str | list[int]) -> list[int]:
@@ -80,49 +81,40 @@ def montage(shown: list[Picture]) -> Picture:
     grid = Image.new("RGB", (side * width, -(-len(shown) // side) * height))
     for place, picture in enumerate(shown):
         grid.paste(picture, (place % side * width, place // side * height))
+    grid.info = dict(shown[0].info)
     return grid
 
 
 def _frame(header: Any, number: int, spec: DatasetSpec) -> Picture:
-    from pydicom.pixels import apply_color_lut, pixel_array
-
     values = pixel_array(header, index=number)
     if header.PhotometricInterpretation == "PALETTE COLOR":
         values = apply_color_lut(values, header)
         return Image.fromarray((values >> 8 if values.dtype == np.uint16 else values).astype(np.uint8))
     if values.ndim == 3:
         return Image.fromarray((values >> max(int(header.BitsStored) - 8, 0)).astype(np.uint8))
-    shades, padding = _grey(values, _own(header, number), header, spec)
+    padding = _padding(values, header)
+    shades = _grey(values, ~padding, _own(header, number), header, spec)
     if header.PhotometricInterpretation == "MONOCHROME1" or header.get("PresentationLUTShape") == "INVERSE":
         shades = 255 - shades
-    if padding is not None:
-        shades[padding] = 0
+    shades[padding] = 0
     return Image.fromarray(shades).convert("RGB")
 
 
-def _grey(
-    values: Numbers, own: dict[str, Any], header: Any, spec: DatasetSpec
-) -> tuple[NDArray[np.uint8], Numbers | None]:
-    """8-bit shades, and where the pixels are padding."""
-    from pydicom.pixels import apply_modality_lut, apply_voi
-
-    padding = _padding(values, header)
+def _grey(values: Numbers, shown: Numbers, own: dict[str, Any], header: Any, spec: DatasetSpec) -> NDArray[np.uint8]:
+    """8-bit shades; `shown` is where pixels are no padding."""
     if header.get("ModalityLUTSequence"):
         scaled = apply_modality_lut(values, header).astype(np.float32)
     else:
         scaled = values * np.float32(own["RescaleSlope"] or 1) + np.float32(own["RescaleIntercept"] or 0)
     if spec.dicom.window is not None:
-        return _shades(_windowed(scaled, *spec.dicom.window, "LINEAR")), padding
+        return _shades(_windowed(scaled, *spec.dicom.window, "LINEAR"))
     if header.get("VOILUTSequence"):
-        table = header.VOILUTSequence[0]
-        looked_up = apply_voi(scaled.astype(np.int32), header).astype(np.float32)
-        return _shades(looked_up / (2 ** int(table.LUTDescriptor[2]) - 1)), padding
+        bits = int(header.VOILUTSequence[0].LUTDescriptor[2])
+        return _shades(apply_voi(scaled.astype(np.int32), header).astype(np.float32) / (2**bits - 1))
     if own["WindowCenter"] is not None and own["WindowWidth"] is not None:
         center, width = _first(own["WindowCenter"]), _first(own["WindowWidth"])
-        return _shades(_windowed(scaled, center, width, str(own["VOILUTFunction"] or "LINEAR"))), padding
-    if padding is not None and not padding.all():
-        scaled = np.clip(scaled, scaled[~padding].min(), scaled[~padding].max())
-    return stretch(scaled), padding
+        return _shades(_windowed(scaled, center, width, str(own["VOILUTFunction"] or "LINEAR")))
+    return stretch(np.clip(scaled, scaled[shown].min(), scaled[shown].max()) if shown.any() else scaled)
 
 
 def _windowed(values: Numbers, center: float, width: float, function: str) -> Numbers:
@@ -150,14 +142,11 @@ def _own(header: Any, number: int) -> dict[str, Any]:
     return {name: next((place[name].value for place in places if place.get(name) is not None), None) for name in wanted}
 
 
-def _padding(values: Numbers, header: Any) -> Numbers | None:
+def _padding(values: Numbers, header: Any) -> Numbers:
     """Where the scanner put nothing (PixelPaddingValue, up to PixelPaddingRangeLimit)."""
     low = header.get("PixelPaddingValue")
-    if low is None:
-        return None
-    high = header.get("PixelPaddingRangeLimit")
-    ends = sorted((int(low), int(low if high is None else high)))
-    return np.asarray((values >= ends[0]) & (values <= ends[1]))
+    ends = [] if low is None else sorted((int(low), int(header.get("PixelPaddingRangeLimit", low))))
+    return np.asarray((values >= ends[0]) & (values <= ends[1])) if ends else np.zeros(values.shape, bool)
 
 
 def _first(value: Any) -> float:

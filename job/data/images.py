@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
-import binascii
+import hashlib
 import io
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +24,10 @@ MIN_SIDE = 4
 """Below it, processors mistake the height for the number of colours."""
 WORTH_KEEPING = 2
 """A picture that was so many times larger before it was shrunk is kept: reading it again would take longer than reading that."""
-AREA = "pixels in the file"
-DEEP = ("I", "F")
+Image.init()
+FORMATS = sorted({"PNG", "JPEG", "TIFF", "JPEG2000", "WEBP", "GIF", "BMP", "PPM", "AVIF"} & Image.OPEN.keys())
+"""Pillow would also hand PostScript to an interpreter, and read much that no user means."""
+WEB = ("http://", "https://", "s3://")
 Picture = Image.Image
 
 
@@ -65,59 +68,67 @@ class Files(NamedTuple):
     bounds: Bounds = AS_IT_IS
 
 
-def image_bytes(value: Any, files: Files) -> bytes:
-    """The encoded file behind a row's image value: embedded bytes, `{"bytes", "path"}`, a `data:`, http or s3 URL, a path
-    relative to `files.base`, or a piece `{"file", "offset", "size"}` of an archive. Raises BadRow when there is none."""
-    bare = isinstance(value, str)
-    if isinstance(value, dict):
-        if "offset" in value:
-            return _piece(value)
-        value = value["bytes"] if value.get("bytes") is not None else value.get("path") or value.get("file")
-    if isinstance(value, bytes):
-        return value
-    if not isinstance(value, str) or not value:
+class Place(NamedTuple):
+    """Where an encoded file lies: a path, or a URL of a shard; and which piece of it, else the whole."""
+
+    name: str
+    offset: int = 0
+    size: int | None = None
+
+
+def locate(value: Any, files: Files) -> bytes | Place:
+    """The encoded file behind a row's image value, or where it lies: embedded bytes, `{"bytes", "path"}`, a `data:`, http or s3
+    URL, a path relative to `files.base`, or a piece `{"path", "offset", "size"}` of an archive. Raises BadRow for none."""
+    given = value if isinstance(value, dict) else {"path": value}
+    name = given.get("path") if given.get("bytes") is None else given["bytes"]
+    if isinstance(name, bytes):
+        return name
+    extent = [given["offset"], given.get("size")] if "offset" in given else []
+    if not (isinstance(name, str) and name and all(isinstance(number, int) and number >= 0 for number in extent)):
         raise BadRow("no image")
-    if value.startswith("data:"):
-        return _inline(value)
-    if isinstance(files.base, str) and "://" not in value:
-        if ".." in Path(value).parts or value.startswith("/"):
-            raise BadRow("image path leads out of the dataset's folder")
-        value = f"{files.base}/{value}"
-    if value.startswith(("http://", "https://", "s3://")) and files.fetched is not None:
-        path = fetched(value, files.fetched)
-        if path is None:
-            raise BadRow("image cannot be fetched: there is none at its URL")
-    else:
-        path = Path(value.removeprefix("file://"))
-        if (
-            files.base is None and bare
-        ):  # a hub's own files come as {"path"}; a word in a row of a stranger's names no file here
+    if name.startswith("data:"):
+        return _inline(name)
+    name = name.removeprefix("file://")
+    if not name.startswith(WEB):
+        if files.base is not None:
+            name = _below(str(files.base), name)
+        elif value is not given:  # a hub's own files come as {"path"}; a word in a stranger's row names no file here
             raise BadRow("image is a path, and there is no folder that it starts from")
-        if isinstance(files.base, Path):
-            path = files.base / path
-            if not path.resolve().is_relative_to(files.base.resolve()):
-                raise BadRow("image path leads out of the dataset's folder")
+    if extent or not name.startswith(WEB):
+        return Place(name, *extent)
+    path = fetched(name, files.fetched) if files.fetched else None
+    if path is None:
+        raise BadRow("image cannot be fetched: there is none at its URL")
+    return Place(str(path))
+
+
+def _below(base: str, name: str) -> str:
+    """The path or URL of a name that starts from `base`. The owner's links are followed; names that lead out of it are not."""
+    scheme, folder = ("s3:/", base.removeprefix("s3:/")) if base.startswith(WEB) else ("", str(Path(base).absolute()))
+    whole = os.path.normpath(f"{folder}/{name}") if name[:1] != "/" else os.path.normpath(name)
+    if not whole.startswith(f"{os.path.normpath(folder)}/"):
+        raise BadRow("image path leads out of the dataset's folder")
+    return scheme + whole
+
+
+def read(place: Place) -> bytes:
+    """Raises BadRow for what cannot be read."""
+    size = place.size
     try:
-        return path.read_bytes()
+        if place.name.startswith("s3://"):
+            return piece(place.name, place.offset, size) if size else b""
+        file = os.open(place.name, os.O_RDONLY | os.O_NONBLOCK)  # a pipe is not waited for
+        try:
+            size = os.fstat(file).st_size if size is None else size
+            data = os.pread(file, size, place.offset)
+        finally:
+            os.close(file)
+    except DataError as error:
+        raise BadRow("archive is gone from its store") from error
     except (OSError, ValueError) as error:
         raise BadRow(f"image cannot be read: {getattr(error, 'strerror', None) or 'not a path'}") from error
-
-
-def _piece(value: dict[str, Any]) -> bytes:
-    if not value["size"]:
-        return b""
-    if value["file"].startswith("s3://"):
-        try:
-            return piece(value["file"], value["offset"], value["size"])
-        except DataError as error:
-            raise BadRow("archive is gone from its store") from error
-    try:
-        with Path(value["file"]).open("rb", buffering=0) as file:
-            data = os.pread(file.fileno(), value["size"], value["offset"])
-    except OSError as error:
-        raise BadRow(f"archive cannot be read: {error.strerror}") from error
-    if len(data) < value["size"]:
-        raise BadRow("archive is cut short")
+    if len(data) < size:
+        raise BadRow("image's file is cut short")
     return data
 
 
@@ -125,7 +136,7 @@ def _inline(url: str) -> bytes:
     head, _, body = url.partition(",")
     try:
         return base64.b64decode(body, validate=True) if head.endswith(";base64") else b""
-    except binascii.Error as error:
+    except ValueError as error:
         raise BadRow("data: URL is not base64") from error
 
 
@@ -135,47 +146,52 @@ def load(value: Any, files: Files, spec: DatasetSpec, pictures: int = 1) -> list
     One, unless it is a DICOM file of which several frames are chosen. `{"montage": [values]}` is one picture of several.
     Raises BadRow.
     """
-    place = files.shelf.place(value, files.base, pictures) if files.shelf else None
-    kept = files.shelf.take(place) if files.shelf and place else None
+    kept = files.shelf.take(_key(_parts(value, files), pictures)) if files.shelf else None
     return [kept] if kept is not None else load_anew(value, files, spec, pictures)[1]
 
 
 def load_anew(value: Any, files: Files, spec: DatasetSpec, pictures: int = 1) -> tuple[list[bytes], list[Picture]]:
     """The encoded files behind an image value, and its pictures. One that took long to make is kept on the shelf."""
-    if isinstance(value, dict) and "montage" in value:
-        from job.data.dicom import montage
+    parts = _parts(value, files)
+    data = [part if isinstance(part, bytes) else read(part) for part in parts]
+    costly = data[0][128:132] == b"DICM"
+    if costly:
+        from job.data.dicom import frames, montage
 
-        parts = [load_anew(part, files._replace(shelf=None, bounds=AS_IT_IS), spec) for part in value["montage"]]
-        found = [montage([picture for _, shown in parts for picture in shown])]
-        data = [each for encoded, _ in parts for each in encoded]
-        found[0].info |= parts[0][1][0].info
-        costly = True
+        found = [picture for each in data for picture in frames(each, spec)]
+        found = [montage(found)] if len(parts) > 1 else found
     else:
-        data = [image_bytes(value, files)]
-        costly = data[0][128:132] == b"DICM"
-        if costly:
-            from job.data.dicom import frames
-
-            found = frames(data[0], value, spec)
-        else:
-            found = [decode(data[0], spec, files.bounds, pictures)]
-    before = found[0].info.get(AREA, found[0].width * found[0].height)
+        found = [decode(each, spec, files.bounds, pictures) for each in data]
+    before = found[0].width * found[0].height
     found = [shrink(picture, files.bounds.size(*picture.size, pictures)) for picture in found]
     if files.shelf and len(found) == 1 and (costly or before >= WORTH_KEEPING * found[0].width * found[0].height):
-        place = files.shelf.place(value, files.base, pictures)
-        if place is not None:
-            files.shelf.put(place, found[0])
+        files.shelf.put(_key(parts, pictures), found[0])
     return data, found
+
+
+def _parts(value: Any, files: Files) -> list[bytes | Place]:
+    several = value.get("montage") if isinstance(value, dict) else None
+    return [locate(part, files) for part in (several if isinstance(several, list) and several else [value])]
+
+
+def _key(parts: list[bytes | Place], pictures: int) -> str:
+    """What a picture is made from: a file that was written anew has another key."""
+    facts = [str(pictures)]
+    for part in parts:
+        facts.append(hashlib.sha256(part).hexdigest() if isinstance(part, bytes) else str(part))
+        if isinstance(part, Place):
+            with suppress(OSError, ValueError):  # in a store, or not there
+                stat = Path(part.name).stat()
+                facts.append(f"{stat.st_size} {stat.st_mtime_ns}")
+    return "\0".join(facts)
 
 
 def decode(data: bytes, spec: DatasetSpec, bounds: Bounds = AS_IT_IS, pictures: int = 1) -> Picture:
     """RGB picture of shape (height, width), upright. Its size is looked at before any pixel is decoded. Raises BadRow."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             check_size(*image.size, spec)
-            image.draft(
-                None, bounds.size(*image.size, pictures)
-            )  # a JPEG can be decoded at a half, a quarter or an eighth
+            image.draft(None, bounds.size(*image.size, pictures))  # a JPEG decodes at a half, a quarter or an eighth
             image.load()
             return as_rgb(ImageOps.exif_transpose(image))
     except BadRow:
@@ -199,7 +215,7 @@ def check_size(width: int, height: int, spec: DatasetSpec) -> None:
 def as_rgb(image: Picture) -> Picture:
     """Every mode of Pillow's as RGB. Deep greys (16 bits, floats) are stretched from their own darkest to their own brightest
     value: scanners use 10 or 12 of 16 bits, and Pillow's own conversion would cut at 255. What is transparent becomes white."""
-    if image.mode.startswith(DEEP):
+    if image.mode.startswith(("I", "F")):
         return Image.fromarray(stretch(np.asarray(image, dtype=np.float32))).convert("RGB")
     if image.mode in ("RGBA", "LA", "La", "PA", "RGBa") or "transparency" in image.info:
         solid = image.convert("RGBA")

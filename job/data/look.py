@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -20,27 +19,17 @@ from job.data.similar import Bits, perceptual_hash
 from job.data.sources import Source
 from job.data.tables import PATIENT
 from job.errors import DataError
+from job.record import watched
 from job.spec import JobSpec
+
+if TYPE_CHECKING:
+    from job.model.lengths import Ruler
 
 MAX_REASONS = 3
 CHUNK = 256
 """Rows read from the table at a time."""
 WAITING = 16
 """Rows that wait for a store at a time, where images are fetched one by one."""
-
-
-class Length(Protocol):
-    """Tokens of a row, and of what comes before its last answer."""
-
-    @property
-    def whole(self) -> int: ...
-
-    @property
-    def prompt(self) -> int: ...
-
-
-Measure = Callable[[list[Message], list[tuple[int, int]]], Length]
-"""Messages and the sizes (width, height) of their images → tokens. Raises DataError for what the model cannot be given."""
 
 
 class Seen(NamedTuple):
@@ -58,64 +47,45 @@ class Seen(NamedTuple):
     burned_in: str
 
 
-@dataclass(frozen=True)
-class Looked:
-    """What one pass over a source found; `total` counts its rows. `facts` are counts for the plan."""
-
-    good: list[Seen]
-    bad: list[dict[str, Any]]
-    total: int
-    facts: dict[str, Any]
-
-
 def look(
-    source: Source,
-    spec: JobSpec,
-    progress: Callable[[int, int], None],
-    measure: Measure | None,
-    most: int | None = None,
-) -> Looked:
+    source: Source, spec: JobSpec, measure: Ruler | None, most: int | None = None
+) -> tuple[list[Seen], list[dict[str, Any]], dict[str, Any]]:
     """Read every text and decode every image once, on all cores; with `most`, those of so many rows, evenly over all.
 
-    Raises DataError when too many rows are bad.
+    Returns the good rows, the bad ones as `{"row", "reason"}`, and counts for the plan. Raises DataError when too many are bad.
     """
+    from tqdm import tqdm
+
     dataset = spec.dataset
-    there = len(source.rows) if dataset.max_rows is None else min(dataset.max_rows, len(source.rows))
-    total = there if most is None else min(most, there)
+    there = min(dataset.max_rows or len(source.table.rows), len(source.table.rows))
+    total = min(most or there, there)
     places = [place * there // total for place in range(total)]
     good, bad = list[Seen](), list[dict[str, Any]]()
 
-    def examine(numbered: tuple[int, dict[str, Any]]) -> Seen | str:
+    def examine(place: int, row: dict[str, Any]) -> Seen | str:
         try:
-            return _examine(*numbered, source, spec, measure)
+            return _examine(place, row, source, spec, measure)
         except BadRow as reason:
             return str(reason)
 
-    threads = len(os.sched_getaffinity(0)) + (WAITING if source.streamed else 0)
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads, thread_name_prefix="look") as pool:
+    threads = len(os.sched_getaffinity(0)) + (WAITING if source.table.streamed else 0)
+    bar = tqdm(total=total, desc="look at data", unit="row", disable=not watched())
+    with warnings.catch_warnings(), bar, ThreadPoolExecutor(threads, thread_name_prefix="look") as pool:
         warnings.simplefilter("ignore")  # what Pillow and pydicom find odd in a file is no reason to refuse it
         for start in range(0, total, CHUNK):
             some = places[start : start + CHUNK]
-            for done, (place, found) in enumerate(
-                zip(some, pool.map(examine, _rows(source, some)), strict=True), start + 1
-            ):
+            for place, found in zip(some, pool.map(examine, some, source.rows_at(some)), strict=True):
+                bar.update()
                 if isinstance(found, str):
                     bad.append({"row": place, "reason": found})
                 else:
                     good.append(found)
-                progress(done, total)
     if len(bad) > dataset.max_bad_fraction * total or not good:
         raise BadRows(_too_many(bad, total, dataset.max_bad_fraction), bad)
-    return Looked(good, bad, there, _facts(good, bad, spec) | ({"looked_at": total} if total < there else {}))
+    return good, bad, {"rows": there} | _facts(good, bad, spec) | ({"looked_at": total} if total < there else {})
 
 
-def _rows(source: Source, places: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-    columns = source.rows[places]
-    for number, place in enumerate(places):
-        yield place, {name: values[number] for name, values in columns.items()}
-
-
-def _examine(index: int, row: dict[str, Any], source: Source, spec: JobSpec, measure: Measure | None) -> Seen:
+def _examine(index: int, row: dict[str, Any], source: Source, spec: JobSpec, measure: Ruler | None) -> Seen:
     dataset = spec.dataset
     values = source.read(row)
     sample = read_sample(values, dataset, source.reading)
@@ -139,7 +109,7 @@ def _examine(index: int, row: dict[str, Any], source: Source, spec: JobSpec, mea
     return Seen(index, keys, hashes, sizes, labels, stratum, tokens, burned_in)
 
 
-def _length(messages: list[Message], sizes: tuple[tuple[int, int], ...], spec: JobSpec, measure: Measure) -> int:
+def _length(messages: list[Message], sizes: tuple[tuple[int, int], ...], spec: JobSpec, measure: Ruler) -> int:
     try:
         length = measure(messages, list(sizes))
     except DataError as error:
@@ -164,7 +134,7 @@ def as_text(value: Any) -> str:
 
 def _facts(good: list[Seen], bad: list[dict[str, Any]], spec: JobSpec) -> dict[str, Any]:
     lengths = [row.tokens for row in good if row.tokens]
-    sizes = [size for row in good for size in row.sizes]
+    sizes = sorted((size for row in good for size in row.sizes), key=math.prod)
     over = sum(length > spec.training.max_length for length in lengths)
     if over and spec.dataset.over_length == "fail":
         raise DataError(
@@ -176,16 +146,10 @@ def _facts(good: list[Seen], bad: list[dict[str, Any]], spec: JobSpec) -> dict[s
     }
     facts["reasons"] = dict(Counter(row["reason"] for row in bad).most_common())
     facts |= {"without_images": sum(not row.sizes for row in good), "over_length": over}
-    if lengths:
-        facts["tokens"] = {"median": int(np.median(lengths)), "longest": max(lengths)}
+    facts |= {"tokens": {"median": int(np.median(lengths)), "longest": max(lengths)}} if lengths else {}
     if sizes:
-        areas = sorted(sizes, key=lambda size: size[0] * size[1])
-        facts["images"] = {
-            "count": len(sizes),
-            "smallest": areas[0],
-            "median": areas[len(areas) // 2],
-            "largest": areas[-1],
-        }
+        least, median, most = (sizes[len(sizes) * part // 2 - (part == 2)] for part in range(3))
+        facts["images"] = {"count": len(sizes), "smallest": least, "median": median, "largest": most}
     return facts
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ import numpy as np
 
 from job.data import Data
 from job.data.images import AS_IT_IS, BadRow, Bounds, load
-from job.data.look import Measure, Seen, as_text, look
+from job.data.look import Seen, as_text, look
 from job.data.rows import fixed, last_answer, read_sample, repeat_images, require
 from job.data.similar import near_pairs
 from job.data.sources import Source, open_source
@@ -25,14 +24,13 @@ from job.spec import JobSpec
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Progress = Callable[[int, int], None]
+    from job.model.lengths import Ruler
 
 
 def prepare(
     spec: JobSpec,
     scratch: Path,
-    progress: Progress = lambda done, total: None,
-    measure: Measure | None = None,
+    measure: Ruler | None = None,
     most: int | None = None,
     bounds: Bounds = AS_IT_IS,
 ) -> Data:
@@ -46,34 +44,36 @@ def prepare(
         bounds = Bounds(side=dataset.image_max_side)
     source = open_source(dataset, dataset.path, dataset.split, scratch, bounds=bounds)
     _require_columns(source, spec)
-    looked = look(source, spec, progress, measure, most)
-    bad, facts = looked.bad, {"source": source.decided, "rows": looked.total}
+    seen, bad, facts = look(source, spec, measure, most)
+    facts["source"] = source.decided
     if dataset.eval_path or dataset.eval_split:
         named = "dataset.eval_path" if dataset.eval_path else "dataset.eval_split"
         split = dataset.eval_split or dataset.split
         other = open_source(dataset, dataset.eval_path or dataset.path, split, scratch, named, bounds)
         _require_columns(other, spec)
-        other_looked = look(other, spec, progress, measure, most)
-        seen, held = looked.good, other_looked.good
-        bad = bad + [{**row, "of": "evaluation"} for row in other_looked.bad]
-        numbers = [group_numbers(seen, dataset.group_column), group_numbers(held, dataset.group_column)]
+        held, bad_held, _ = look(other, spec, measure, most)
+        bad = bad + [{**row, "of": "evaluation"} for row in bad_held]
+        numbers = [group_numbers(side, dataset.group_column) for side in (seen, held)]
         facts["same_in_both"] = len(
-            {key for row in seen for key in row.keys} & {key for row in held for key in row.keys}
+            set.intersection(*({key for row in side for key in row.keys} for side in (seen, held)))
         )
     else:
-        other, other_looked = source, looked
-        seen, held, numbers = _split(looked.good, spec)
+        other = source
+        seen, held, numbers = _split(seen, spec)
     if not seen:
         raise DataError("dataset: no rows are left to train on")
     near = _near(seen, held)
     train = _rows(source, seen, numbers[0], spec)
     evaluation = _spread(_rows(other, held, numbers[1], spec), spec.evaluation.max_rows)
-    part = looked.facts.get("looked_at", looked.total) / looked.total
+    part = facts.get("looked_at", facts["rows"]) / facts["rows"]
     facts |= {"train": round(len(seen) / part), "evaluation": round(len(held) / part)}
     facts |= {"quarantined": len(bad), "near_duplicates": len(near)}
     facts["instruction"] = None if source.reading.messages or not fixed(dataset) else dataset.instruction
-    facts |= looked.facts | {"grouped": bool(dataset.group_column or source.patients)}
-    values = {name: label.values or _values(seen + held, name) for name, label in spec.evaluation.labels.items()}
+    facts["grouped"] = bool(dataset.group_column or source.table.patients)
+    values = {
+        name: label.values or sorted({row.labels[name] for row in seen + held} - {""})
+        for name, label in spec.evaluation.labels.items()
+    }
     return Data(train, evaluation, bad, facts, values, near)
 
 
@@ -104,36 +104,25 @@ def _near(train: list[Seen], held: list[Seen]) -> list[dict[str, Any]]:
     return [{"evaluation": f"row-{a}", "train": f"row-{b}", "bits_apart": apart} for a, b, apart in found]
 
 
-def _values(rows: list[Seen], name: str) -> list[str]:
-    return sorted({row.labels[name] for row in rows if row.labels[name]})
-
-
 def _rows(source: Source, seen: list[Seen], numbers: list[int], spec: JobSpec) -> Dataset:
-    """The rows chosen, each with its place and its unit. The columns are added before the choice: afterwards, `datasets` would
-    copy every image."""
-    count = len(source.rows)
-    unit = dict(zip((row.place for row in seen), numbers, strict=True))
-    numbered = source.rows.add_column("_row", range(count)).add_column("_unit", [unit.get(n, -1) for n in range(count)])
-    chosen = numbered.select([row.place for row in seen])
-    if not seen:  # an empty part of a table cannot be handed on to another process
-        chosen = type(source.rows).from_dict({name: [] for name in numbered.column_names})
-    return chosen.with_transform(partial(_transform, spec=spec, source=replace(source, rows=None)))
+    """The rows chosen, by their places: not one is copied."""
+    from datasets import Dataset
+
+    chosen = Dataset.from_dict({"_row": [row.place for row in seen], "_unit": numbers})
+    return chosen.with_transform(partial(_transform, spec=spec, source=source))
 
 
-def _transform(batch: dict[str, list[Any]], spec: JobSpec, source: Source) -> dict[str, list[Any]]:
-    columns = list(batch)
-    with warnings.catch_warnings():
+def _transform(batch: dict[str, list[int]], spec: JobSpec, source: Source) -> dict[str, list[Any]]:
+    places, units = batch["_row"], batch["_unit"]
+    at_once = len(places) if source.table.streamed else 1  # the rows of a batch wait for the store together
+    with warnings.catch_warnings(), ThreadPoolExecutor(at_once) as pool:
         warnings.simplefilter("ignore")
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*batch.values(), strict=True)]
-        if source.streamed:  # the rows of a batch wait for the store together
-            with ThreadPoolExecutor(len(rows)) as pool:
-                made = list(pool.map(lambda row: _one(row, spec, source), rows))
-        else:
-            made = [_one(row, spec, source) for row in rows]
+        one = pool.map if source.table.streamed else map
+        made = list(one(partial(_one, spec=spec, source=source), places, units, source.rows_at(places)))
     return {name: [row[name] for row in made] for name in made[0]}
 
 
-def _one(row: dict[str, Any], spec: JobSpec, source: Source) -> dict[str, Any]:
+def _one(place: int, unit: int, row: dict[str, Any], spec: JobSpec, source: Source) -> dict[str, Any]:
     dataset, evaluation = spec.dataset, spec.evaluation
     try:
         values = source.read(row)
@@ -141,17 +130,17 @@ def _one(row: dict[str, Any], spec: JobSpec, source: Source) -> dict[str, Any]:
         images = [load(value, source.files, dataset, len(sample.images)) for value in sample.images]
     except BadRow as reason:
         raise DataError(
-            f"dataset: row {row['_row']} was good before and is not now: {reason}; was the data changed?"
+            f"dataset: row {place} was good before and is not now: {reason}; was the data changed?"
         ) from None
     messages = repeat_images(sample.messages, [len(each) for each in images])
     return {
-        "id": f"row-{row['_row']}",
+        "id": f"row-{place}",
         "messages": messages,
         "images": [picture for each in images for picture in each],
         "reference": last_answer(messages),
         "labels": {name: as_text(values.get(label.column)) for name, label in evaluation.labels.items()},
         "groups": {column: as_text(values.get(column)) or None for column in evaluation.groups},
-        "unit": row["_unit"],
+        "unit": unit,
         **({"weight": sample.weight} if dataset.weight_column else {}),
     }
 

@@ -44,28 +44,26 @@ class Reading:
     messages: str | None = None
 
 
-def choose_columns(columns: Iterable[str], spec: DatasetSpec, image_column: str | None) -> Reading:
+def choose_columns(columns: Iterable[str], spec: DatasetSpec) -> Reading:
     """What the columns of a source mean. What the spec names must be there; a default that is not gives way to the usual other
-    names. `image_column` is the one that the format brings. Raises DataError with all that is missing."""
+    names. Raises DataError with all that is missing."""
     present, given = set(columns), spec.model_fields_set
     messages = spec.messages_column
     if messages is None and not {"answer", "answer_column"} & given:
         messages = next((name for name in ("messages", "conversations") if name in present), None)
     names = [spec.image_column] if isinstance(spec.image_column, str) else list(spec.image_column or [])
     if "image_column" not in given:
-        usual = [image_column, *names, "images", "jpg", "png", "jpeg", "webp"]
+        usual = [*names, "file_name", "file_names", "images", "jpg", "png", "jpeg", "webp"]
         names = [next((name for name in usual if name in present), "" if messages else names[0])]
     answer = spec.answer_column
     if "answer_column" not in given and answer not in present:
         answer = next((name for name in ("text", "txt") if name in present), answer)
-    wanted: dict[str, str | None] = {f"dataset.image_column is {name}": name for name in names if name}
-    wanted |= {
-        f"dataset.{field}": getattr(spec, field) for field in ("group_column", "stratify_column", "weight_column")
-    }
-    if messages is not None:
-        wanted["dataset.messages_column"] = messages
-    else:
-        wanted |= {"dataset.instruction_column": spec.instruction_column}
+    fields = ("group_column", "stratify_column", "weight_column", "messages_column")
+    named = {field: getattr(spec, field) for field in fields}
+    wanted: dict[str, str | None] = {f"dataset.{field} is {column}": column for field, column in named.items()}
+    wanted |= {f"dataset.image_column is {name}": name for name in names if name}
+    if messages is None:
+        wanted |= {f"dataset.instruction_column is {spec.instruction_column}": spec.instruction_column}
         wanted |= {f"dataset.instruction has {{{name}}}": name for name in FIELD.findall(spec.instruction)}
         wanted |= {f"dataset.answer has {{{name}}}": name for name in FIELD.findall(spec.answer or "")}
         wanted |= {} if spec.answer else {f"dataset.answer_column is {answer}": answer}
@@ -86,7 +84,7 @@ def read_sample(row: dict[str, Any], spec: DatasetSpec, reading: Reading) -> Sam
     if reading.messages is not None:
         turns = _conversation(row.get(reading.messages), spec.system_prompt)
     else:
-        if reading.images and not images and not any(row.get(name) == [] for name in reading.images):
+        if reading.images and not images and not any(row.get(name) in ([], "[]") for name in reading.images):
             raise BadRow("no image")
         turns = conversation(_instruction(row, spec), _answer(row, spec, reading.answer), spec.system_prompt, images=0)
     return Sample(*_place(turns, images), _weight(row, spec.weight_column))
@@ -147,9 +145,9 @@ def _answer(row: dict[str, Any], spec: DatasetSpec, column: str) -> str:
 
 def _said(row: dict[str, Any], column: str) -> str:
     value = row.get(column)
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str | int) or not str(value).strip():
         raise BadRow(f"no {column}")
-    return value.strip()
+    return str(value).strip()
 
 
 def _weight(row: dict[str, Any], column: str | None) -> float:
@@ -168,7 +166,7 @@ def _values(value: Any) -> list[Any]:
     """The images of one column: one, a list of them (some tables write it as JSON), or none."""
     if isinstance(value, str) and value[:1] == "[" and isinstance(_from_json(value), list):
         value = _from_json(value)
-    if isinstance(value, dict) and value.get("bytes") is None and not value.get("path") and "file" not in value:
+    if isinstance(value, dict) and value.get("bytes") is None and not value.get("path") and "montage" not in value:
         return []
     if isinstance(value, list):
         return [image for image in value if image is not None]
@@ -225,11 +223,10 @@ def _part(part: Any) -> Message:
 def _place(messages: list[Message], images: list[Any]) -> tuple[list[Message], list[Any]]:
     """Every image at its place, and the values in that order. Images that no turn asks for go before the first user's text."""
     cut = [message | {"content": _cut(message)} for message in messages]
-    parts = [part for message in cut for part in message["content"] if _is_image(part)]
-    if images and all("image" in part for part in parts):
+    if images and all("image" in part for message in cut for part in message["content"] if _is_image(part)):
         first = next(message for message in cut if message["role"] == "user")
         first["content"][:0] = [{"type": "image"} for _ in images]
-        parts = [part for message in cut for part in message["content"] if _is_image(part)]
+    parts = [part for message in cut for part in message["content"] if _is_image(part)]
     asked = sum("image" not in part for part in parts)
     if asked != len(images):
         raise BadRow(f"{asked} places for {len(images)} images")

@@ -14,7 +14,8 @@ BITS = KEPT * KEPT - 1
 NEAR = 10
 """Bits. On drawn radiographs of one kind it finds 97 % of copies (JPEG of quality 50, half the size, brighter, flatter) and none
 of 180,000 pairs of different ones (benchmarks/near_duplicates.py)."""
-CHUNK = 2048
+PRODUCTS = 2**25
+"""Pairs looked at at a time: 128 MB."""
 
 Bits = NDArray[np.int8]
 PLACE = np.arange(SIDE)
@@ -40,14 +41,11 @@ def near_pairs(some: NDArray[Any], others: NDArray[Any], most: int = NEAR) -> li
     """
     found = []
     columns = np.ascontiguousarray(others.T, dtype=np.float32)
-    for start in range(0, len(some), CHUNK):
-        for begin in range(0, columns.shape[1], CHUNK * 8):
-            products = some[start : start + CHUNK].astype(np.float32) @ columns[:, begin : begin + CHUNK * 8]
-            nearest = products.argmax(axis=1)
-            apart = (BITS - products[np.arange(len(nearest)), nearest]) / 2
-            near = np.flatnonzero(apart <= most).tolist()
-            found += [(start + row, begin + int(nearest[row]), int(apart[row])) for row in near]
-    best: dict[int, tuple[int, int, int]] = {}
-    for pair in sorted(found, key=lambda pair: pair[2]):
-        best.setdefault(pair[0], pair)
-    return [best[place] for place in sorted(best)]
+    at_once = max(1, PRODUCTS // len(others))
+    for start in range(0, len(some), at_once):
+        products = some[start : start + at_once].astype(np.float32) @ columns
+        nearest = products.argmax(axis=1)
+        apart = (BITS - products.max(axis=1)) / 2
+        near = np.flatnonzero(apart <= most).tolist()
+        found += [(start + place, int(nearest[place]), int(apart[place])) for place in near]
+    return found

@@ -8,73 +8,80 @@ import shutil
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job.data.images import AS_IT_IS, BadRow, Bounds, Files
+from job.data.images import AS_IT_IS, BadRow, Bounds, Files, Place, locate
 from job.data.rows import Reading, choose_columns, read_sample
-from job.data.shards import index_remote_shards, index_shards, shards_to_stream
+from job.data.shards import fetched_shards, index_shards, shards_to_stream
 from job.data.shelf import Shelf
-from job.data.tables import LINE, as_table, columns_of, from_hub, read_line, read_table
+from job.data.tables import LINE, as_table, columns_of, from_hub, read_line, read_table, undecoded
 from job.errors import DataError
 from job.record import bytes_text
 from job.scratch import free_bytes
 from job.spec import DatasetSpec
 from job.stage_in import BUNDLE, local_path
-from job.store import Entry
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-FILE_NAMES = ("file_name", "file_names")
+KINDS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".tar": "webdataset",
+}
+TRAIN = "train"
+"""The split that is everything where no file is named after a split. For another, everything would be a leak."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 
 
 @dataclass(frozen=True)
-class Source:
-    """`rows` is lazy. `columns` are what `read` gives of a row. `decided` says how it was read, and why."""
+class Table:
+    """Lazy rows as some format has them. `why` says in words how they were read; paths in them start from `base`."""
 
     rows: Dataset
-    columns: tuple[str, ...]
-    files: Files
-    reading: Reading
-    decided: str
+    why: str
+    base: Path | str | None = None
     patients: bool = False
     """Whether the format itself says which rows are of one patient."""
     streamed: bool = False
     """Whether each image is fetched when its row is used."""
 
-    def read(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Values by column of a row of `rows`. Raises BadRow."""
-        return read_line(row[LINE]) if LINE in row else row
-
-    def named_files(self, spec: DatasetSpec) -> Iterator[tuple[str, Path]]:
-        """Files below the base that good rows name: their relative names, and where they are."""
-        for row in self.rows:
-            try:
-                values = read_sample(self.read(row), spec, self.reading).images
-            except BadRow:
-                continue
-            for value in values:
-                path = value.get("path") or value.get("file") if isinstance(value, dict) else value
-                if isinstance(path, str) and isinstance(self.files.base, Path) and (self.files.base / path).is_file():
-                    yield path, self.files.base / path
-
 
 @dataclass(frozen=True)
-class Table:
-    """Rows as some format has them; `image_column` where the format itself says which that is."""
+class Source:
+    """A table, and how it is read: `columns` are what `read` gives of a row."""
 
-    rows: Dataset
+    table: Table
+    columns: tuple[str, ...]
+    files: Files
+    reading: Reading
     decided: str
-    base: Path | str | None = None
-    image_column: str | None = None
-    patients: bool = False
-    streamed: bool = False
+
+    def rows_at(self, places: list[int]) -> list[dict[str, Any]]:
+        columns = self.table.rows[places]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def read(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Values by column of a row of the table. Raises BadRow."""
+        return read_line(row[LINE]) if LINE in row else row
+
+    def named_files(self, spec: DatasetSpec, folder: Path) -> set[str]:
+        """Files below `folder` that good rows name, relative to it."""
+        found, root = set[str](), folder.absolute()
+        for row in self.table.rows:
+            with suppress(BadRow):
+                for value in read_sample(self.read(row), spec, self.reading).images:
+                    place = locate(value, self.files)
+                    if isinstance(place, Place) and Path(place.name).is_file() and root in Path(place.name).parents:
+                        found.add(str(Path(place.name).relative_to(root)))
+        return found
 
 
 def open_source(
@@ -82,8 +89,8 @@ def open_source(
 ) -> Source:
     """The rows at `path`, images not decoded. Raises DataError naming `field` when there is nothing to read."""
     table = _open(spec, path, split, scratch, field)
-    columns = tuple(columns_of(table.rows))
-    reading = choose_columns(columns, spec, table.image_column)
+    columns = columns_of(table.rows, f"{field}: {path}")
+    reading = choose_columns(columns, spec)
     bundled = scratch / BUNDLE / "images"
     fetched = bundled if bundled.exists() else scratch / "fetched" / "images"
     way = hashlib.sha256(f"{bounds} {spec.dicom}".encode()).hexdigest()[:16]
@@ -93,79 +100,72 @@ def open_source(
     if spec.answer and not reading.messages:
         what = "answers by template"
     images = f"images in {', '.join(reading.images)}" if reading.images else "no images"
-    return Source(
-        table.rows, columns, files, reading, f"{table.decided}; {what}, {images}", table.patients, table.streamed
-    )
+    return Source(table, columns, files, reading, f"{table.why}; {what}, {images}")
 
 
 def _open(spec: DatasetSpec, path: str, split: str, scratch: Path, field: str) -> Table:
     cache = scratch / "cache" / "datasets"
-    streamed = [] if (scratch / BUNDLE).exists() else _of_split_keys(shards_to_stream(spec, path), split)
+    streamed = [] if (scratch / BUNDLE).exists() else shards_to_stream(spec, path)
     if streamed:
-        why = f"webdataset: {len(streamed)} .tar file(s), read from their store since they are over cache_gb {spec.cache_gb:g}"
-        return Table(as_table(index_remote_shards(path, streamed, scratch, field)), why, None, "image", streamed=True)
+        shards = [shard for shard in streamed if _named(split, shard.key)] or streamed * (split == TRAIN)
+        why = f"webdataset: {len(shards)} .tar file(s), read from their store since they are over cache_gb {spec.cache_gb:g}"
+        lines = index_shards(fetched_shards(path, shards, scratch), field)
+        return Table(as_table(lines, cache, f"{path} {split}", field), why, path, streamed=True)
     here = local_path(path, scratch, field)
     if not here.exists():
         if spec.format in ("auto", "hub") and HUB_ID.fullmatch(path):
-            return Table(from_hub(spec, path, split, cache, field), "hub dataset")
+            return Table(undecoded(from_hub(spec, path, split, cache, field)), "hub dataset")
         raise DataError(f"{field}: {path} does not exist")
     if here.suffix.lower() == ".zip":
         here = _unpacked(here, scratch, field)
     files = [here] if here.is_file() else _files(here)
     kind, chosen, why = _decide(spec, here, files, split, field)
     base: Path | str = chosen[0].parent if kind == "imagefolder" or here.is_file() else here
+    if kind == "webdataset":
+        lines = index_shards(((str(file.relative_to(base)), file) for file in chosen), field)
+        return Table(as_table(lines, cache, f"{here} {split}", field), why, base)
     if path.startswith("s3://") and here.is_file():
         base = path.rpartition("/")[0]  # what lies beside it was not fetched with it
-    if kind == "webdataset":
-        return Table(as_table(index_shards(chosen, field)), why, base, "image")
     if kind == "dicom":
         from job.data.studies import index_studies
 
-        tables = [here / spec.dicom.reports] if spec.dicom.reports else [f for f in files if f.suffix.lower() in TABLES]
+        tables = [here / spec.dicom.reports] if spec.dicom.reports else [f for f in files if f.suffix.lower() in KINDS]
         if len(tables) != 1 or not tables[0].is_file():
             raise DataError(
                 f"{field}: {here} holds DICOM files and {len(tables)} tables; name the reports' in dataset.dicom.reports"
             )
-        reports = read_table(TABLES[tables[0].suffix.lower()], tables, cache, field)
-        read = (read_line(row[LINE]) if LINE in row else row for row in reports)
-        rows, why = index_studies(spec, here, chosen, read, field)
-        return Table(as_table(rows), why, here, "image", patients=True)
-    if kind == "imagefolder":
-        rows = read_table(TABLES[chosen[0].suffix.lower()], chosen, cache, field)
-        return Table(rows, why, base, next((name for name in FILE_NAMES if name in columns_of(rows)), None))
-    return Table(read_table(kind, chosen, cache, field), why, base)
+        lines, why = index_studies(spec, here, chosen, read_table(tables, cache, field), field)
+        return Table(as_table(lines, cache, f"{here} dicom", field), why, here, patients=True)
+    return Table(read_table(chosen, cache, field), why, base)
 
 
 def _decide(spec: DatasetSpec, here: Path, files: list[Path], split: str, field: str) -> tuple[str, list[Path], str]:
     """The format, the files that make it up, and the reason in words."""
-    kinds = {
-        file: "webdataset" if file.suffix.lower() == ".tar" else TABLES.get(file.suffix.lower(), "") for file in files
-    }
-    found = Counter(kind for kind in kinds.values() if kind)
+    found = Counter(KINDS[file.suffix.lower()] for file in files if file.suffix.lower() in KINDS)
     asked = spec.format
     if asked in ("auto", "imagefolder") and here.is_dir():
-        for metadata in (here / sub / name for sub in (split, ".") for name in METADATA):
+        for metadata in (
+            here / sub / name for sub in ((split, ".") if split == TRAIN else (split,)) for name in METADATA
+        ):
             if metadata.is_file():
                 return "imagefolder", [metadata], f"image folder: it holds {metadata.relative_to(here)}"
-    if asked == "imagefolder":
-        raise DataError(f"{field}: {here} holds none of {', '.join(METADATA)}")
-    if asked == "dicom" or (
-        asked == "auto" and not found["webdataset"] and any(_is_dicom(file) for file in files[:200])
-    ):
-        dicom = [file for file in files if not kinds[file]]
-        return "dicom", dicom, ""
+    others = [file for file in files if file.suffix.lower() not in KINDS]
+    if asked == "dicom" or (asked == "auto" and not found["webdataset"] and any(map(_is_dicom, others[:200]))):
+        return "dicom", others, ""
     kind = asked if asked not in ("auto", "hub") else "webdataset" if found["webdataset"] else next(iter(found), "")
-    chosen = _of_split([file for file in files if kind and kinds[file] == kind], here, split)
+    those = [file for file in files if kind and KINDS.get(file.suffix.lower()) == kind]
+    root = here if here.is_dir() else here.parent
+    chosen = [file for file in those if _named(split, str(file.relative_to(root)))] or those * (split == TRAIN)
     if not chosen:
         there = Counter(file.suffix.lower() or "no ending" for file in files).most_common(5)
         listed = ", ".join(f"{count} × {suffix}" for suffix, count in there) or "nothing"
-        wanted = "metadata.jsonl or .csv, .jsonl, .json, .csv, .parquet, .tar or DICOM" if asked == "auto" else asked
-        raise DataError(f"{field}: {here} holds {listed}; wanted is {wanted}")
+        wanted = "metadata.jsonl or .csv, .jsonl, .json, .csv, .parquet, .tar, DICOM, or a .zip by its own name"
+        wanted = {"auto": wanted, "imagefolder": ", ".join(METADATA)}.get(asked, asked)
+        after = "" if split == TRAIN else f", named after the split {split}"
+        raise DataError(f"{field}: {here} holds {listed}; wanted is {wanted}{after}")
     why = f"{kind}: {len(chosen)} {chosen[0].suffix} file(s)"
-    others = {name: count for name, count in found.items() if name != kind}
-    if others:
-        why += f" ({', '.join(f'{count} {name}' for name, count in others.items())} beside them not read)"
-    return kind, chosen, why
+    beside = ", ".join(f"{count} {name}" for name, count in found.items() if name != kind)
+    return kind, chosen, f"{why} ({beside} beside them not read)" if beside else why
 
 
 def _unpacked(archive: Path, scratch: Path, field: str) -> Path:
@@ -175,6 +175,7 @@ def _unpacked(archive: Path, scratch: Path, field: str) -> Path:
     folder, partial = scratch / "fetched" / name, scratch / "fetched" / f"{name}.partial"
     if not folder.exists():
         shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         try:
             with zipfile.ZipFile(archive) as packed:
                 need = sum(member.file_size for member in packed.infolist())
@@ -192,18 +193,8 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
 
 
-def _of_split(files: list[Path], here: Path, split: str) -> list[Path]:
-    """Those named after the split, when there are any."""
-    if not here.is_dir():
-        return files
-    return [file for file in files if _named(split, str(file.relative_to(here)))] or files
-
-
-def _of_split_keys(shards: list[Entry], split: str) -> list[Entry]:
-    return [shard for shard in shards if _named(split, shard.key)] or shards
-
-
 def _named(split: str, name: str) -> bool:
+    """Whether a file is named after the split. When any is, the others are not read."""
     return re.search(rf"(^|[/_.-]){re.escape(split)}[/_.-]", name) is not None
 
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from job.data.dicom import TECHNICAL, choose
 from job.data.images import BadRow
-from job.data.tables import PATIENT
+from job.data.tables import LINE, PATIENT, read_line
 from job.errors import DataError
 from job.spec import DatasetSpec
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 STACKED = ("CT", "MR", "PT", "NM")
 """Modalities whose series are stacks of slices; each file of the others is a picture by itself."""
@@ -30,96 +33,90 @@ KEYS = {
     "path": ("filename", "file", "path", "filepath", "image"),
 }
 """What a report may name its images by → names of the column, in small letters and digits; the narrowest that fits is taken."""
-TAGS = (
-    "SeriesInstanceUID",
-    "StudyInstanceUID",
-    "SOPInstanceUID",
-    "AccessionNumber",
-    "PatientID",
-    "InstanceNumber",
-    "Rows",
-)
-ALL_TAGS = [*TAGS, "SeriesNumber", "NumberOfFrames", *TECHNICAL.values(), "ImageLaterality"]
+TAGS = [*KEYS, "InstanceNumber", "SeriesNumber", "NumberOfFrames", "Rows", "ImageLaterality", *TECHNICAL.values()]
+TAGS.remove("path")
 
-
-@dataclass(frozen=True)
-class Header:
-    """What is read of a file; `tags` stay in memory."""
-
-    path: str
-    tags: dict[str, str]
-    frames: int
-    technical: dict[str, str]
+Header = dict[str, str]
+"""What is read of a file: its `TAGS` as text, and its `path`. It stays in memory."""
 
 
 def index_studies(
-    spec: DatasetSpec, folder: Path, files: list[Path], reports: Iterable[dict[str, Any]], field: str
-) -> tuple[list[dict[str, Any]], str]:
-    """The rows: each report with `image` (values for `job.data.images`), the technical columns and the patient's digest; and
-    how they were joined, in words. Raises DataError when no report names a file."""
+    spec: DatasetSpec, folder: Path, files: list[Path], reports: Dataset, field: str
+) -> tuple[Iterator[str], str]:
+    """A line of JSON for each report, with `image` (values for `job.data.images`), the technical columns and the patient's
+    digest; and how they were joined, in words. Raises DataError when no report names a file."""
     headers = [header for header in _headers(folder, files) if header is not None]
-    table = list(reports)
-    if not headers or not table:
-        raise DataError(f"{field}: {folder} holds {len(headers)} DICOM images and {len(table)} reports")
-    key, column, found = _join(spec, headers, table, field)
-    rows = [_row(report, found.get(str(report.get(column) or ""), []), spec) for report in table]
-    named = {str(report.get(column) or "") for report in table}
+    table = [_report(row) for row in reports]
+    said = [report for report in table if isinstance(report, dict)]
+    if not headers or not said:
+        raise DataError(f"{field}: {folder} holds {len(headers)} DICOM images and {len(said)} reports")
+    key, column = _join(spec, headers, said, field)
+    found: dict[str, list[Header]] = {}
+    for header in headers:
+        found.setdefault(header[key], []).append(header)
+
+    def lines() -> Iterator[str]:
+        for report in table:
+            if isinstance(report, str):
+                yield report
+            else:
+                yield json.dumps(_row(report, found.get(str(report.get(column) or ""), []), spec), default=str)
+
+    named = {str(report.get(column) or "") for report in said}
     alone = sum(len(those) for name, those in found.items() if name not in named)
     words = f"{len(headers)} DICOM images joined with {len(table)} reports by {key} (column {column})"
-    return rows, words + (f", {alone} images without a report left out" if alone else "")
+    return lines(), words + (f", {alone} images without a report left out" if alone else "")
+
+
+def _report(row: dict[str, Any]) -> dict[str, Any] | str:
+    """Values by column; a broken line as it is, so that it becomes a bad row."""
+    try:
+        return read_line(row[LINE]) if LINE in row else row
+    except BadRow:
+        return str(row[LINE])
 
 
 def _headers(folder: Path, files: list[Path]) -> Iterator[Header | None]:
+    import pydicom
+
+    def header(file: Path) -> Header | None:
+        """None for what is no DICOM image (a report, a directory, another file)."""
+        try:
+            read = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(TAGS))
+            tags = {name: str(read.get(name) or "").strip() for name in TAGS}
+        except Exception:  # what it raises for other files is its own affair
+            return None
+        tags |= {
+            "path": file.relative_to(folder).as_posix(),
+            "Laterality": tags["Laterality"] or tags["ImageLaterality"],
+        }
+        return tags if tags["Rows"] else None
+
     with warnings.catch_warnings(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         warnings.simplefilter("ignore")
-        yield from pool.map(lambda file: _header(folder, file), files)
+        yield from pool.map(header, files)
 
 
-def _header(folder: Path, file: Path) -> Header | None:
-    """None for what is no DICOM image (a report, a directory, another file)."""
-    try:
-        import pydicom
-    except ImportError as error:
-        raise DataError("dataset: DICOM files need the dicom extra (pip install 'vision-lora-job[dicom]')") from error
-    try:
-        read = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=ALL_TAGS)
-        if read.get("Rows") is None:
-            return None
-        frames = int(read.get("NumberOfFrames") or 1)
-    except Exception:  # what it raises for other files is its own affair
-        return None
-    tags = {name: str(read.get(name, "") or "").strip() for name in (*TAGS, "SeriesNumber")}
-    technical = {column: str(read.get(tag, "") or "") for column, tag in TECHNICAL.items()}
-    technical["laterality"] = technical["laterality"] or str(read.get("ImageLaterality", "") or "")
-    relative = file.relative_to(folder).as_posix()
-    return Header(relative, tags | {"path": relative}, frames, technical)
-
-
-def _join(
-    spec: DatasetSpec, headers: list[Header], table: list[dict[str, Any]], field: str
-) -> tuple[str, str, dict[str, list[Header]]]:
-    columns = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in reversed(list(table[0]))}
+def _join(spec: DatasetSpec, headers: list[Header], reports: list[dict[str, Any]], field: str) -> tuple[str, str]:
+    """The key, and the column of the reports that names files by it."""
+    columns = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in reversed(list(reports[0]))}
     for key, names in KEYS.items():
         column = spec.dicom.report_key or next((columns[name] for name in names if name in columns), None)
-        found: dict[str, list[Header]] = {}
-        for header in headers:
-            found.setdefault(header.tags[key], []).append(header)
-        if column is not None and any(str(report.get(column) or "") in found for report in table if report.get(column)):
-            return key, column, found
+        there = {header[key] for header in headers} - {""}
+        if column is not None and any(str(report.get(column) or "") in there for report in reports):
+            return key, column
     raise DataError(
-        f"{field}: no column of the reports names a DICOM file by {', '.join(KEYS)}; the columns are {', '.join(table[0])}. "
-        "Set dataset.dicom.report_key"
+        f"{field}: no column of the reports names a DICOM file by {', '.join(KEYS)}; the columns are "
+        f"{', '.join(reports[0])}. Set dataset.dicom.report_key to the one that does"
     )
 
 
 def _row(report: dict[str, Any], headers: list[Header], spec: DatasetSpec) -> dict[str, Any]:
     """A report with no file has no image, which makes it a bad row."""
-    patients = {header.tags["PatientID"] for header in headers} - {""}
-    technical = {
-        column: Counter(header.technical[column] for header in headers).most_common(1)[0][0] if headers else ""
-        for column in TECHNICAL
-    }
-    digest = hashlib.sha256("\0".join(sorted(patients)).encode()).hexdigest() if patients else None
+    patients = sorted({header["PatientID"] for header in headers} - {""})
+    digest = hashlib.sha256("\0".join(patients).encode()).hexdigest() if patients else None
+    commonest = {tag: Counter(header[tag] for header in headers).most_common(1) for tag in TECHNICAL.values()}
+    technical = {column: commonest[tag][0][0] if headers else "" for column, tag in TECHNICAL.items()}
     return {**technical, **report, "image": _images(headers, spec) or None, PATIENT: digest}
 
 
@@ -128,23 +125,24 @@ def _images(headers: list[Header], spec: DatasetSpec) -> list[dict[str, Any]]:
     values: list[dict[str, Any]] = []
     series: dict[str, list[Header]] = {}
     for header in sorted(headers, key=_order):
-        stacked = header.technical["modality"] in STACKED and header.frames == 1
-        series.setdefault(header.tags["SeriesInstanceUID"] if stacked else header.path, []).append(header)
+        stacked = header["Modality"] in STACKED and header["NumberOfFrames"] in ("", "1")
+        series.setdefault(header["SeriesInstanceUID"] if stacked else header["path"], []).append(header)
     for stack in series.values():
-        if len(stack) == 1:
-            values.append({"file": stack[0].path})
-            continue
         try:
-            chosen: list[dict[str, Any]] = [{"file": stack[n].path} for n in choose(len(stack), spec.dicom.frames)]
+            chosen = [{"path": stack[n]["path"]} for n in choose(len(stack), spec.dicom.frames)]
         except BadRow:
             return []
-        values += [{"montage": chosen}] if spec.dicom.frames == "montage" else chosen
+        values += [{"montage": chosen}] if len(chosen) > 1 and spec.dicom.frames == "montage" else chosen
     return values
 
 
 def _order(header: Header) -> tuple[int, str, int, str]:
-    tags = header.tags
-    return _number(tags["SeriesNumber"]), tags["SeriesInstanceUID"], _number(tags["InstanceNumber"]), header.path
+    return (
+        _number(header["SeriesNumber"]),
+        header["SeriesInstanceUID"],
+        _number(header["InstanceNumber"]),
+        header["path"],
+    )
 
 
 def _number(text: str) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from job.data.images import BadRow
 from job.errors import DataError, NotAllowed, Unavailable
@@ -21,61 +23,88 @@ LINE = "_line"
 for a column, and one broken line spoils one row."""
 PATIENT = "_patient"
 """A digest of DICOM's PatientID: it groups rows for the split, is no column that a spec can name, and is written nowhere."""
+AT_ONCE = 100
+"""Lines written at a time: some hold whole images."""
 
 
-def read_table(kind: str, files: list[Path], cache: Path, field: str) -> Dataset:
-    from datasets import Dataset, load_dataset
+def read_table(files: list[Path], cache: Path, field: str) -> Dataset:
+    """The rows of files of one kind. Raises DataError naming the first that cannot be read."""
+    if files[0].suffix.lower() != ".parquet":
+        return as_table((line for file in files for line in lines_of(file, field)), cache, str(files[0]), field)
+    from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
+    from pyarrow import ArrowException, parquet
 
-    if not any(file.stat().st_size for file in files):
-        raise DataError(f"{field}: {files[0]} is empty")
-    options: dict[str, Any] = {}
     try:
-        if kind in ("json", "csv"):
-            files = [_as_lines(file, kind, cache / "lines") for file in files]
-            kind, options = "text", {"encoding": "utf-8-sig", "encoding_errors": "replace"}
-        names = [str(file) for file in files]
-        rows = load_dataset(kind, data_files=names, split="train", cache_dir=str(cache), **options)
-    except Exception as error:  # what a parser raises for a broken file is its own affair
-        cause = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0][:200]
-        raise DataError(f"{field}: {files[0]} cannot be read as {kind}: {cause}") from error
-    if not isinstance(rows, Dataset) or not len(rows):
-        raise DataError(f"{field}: {files[0]} has no rows")
-    return rows.rename_column("text", LINE) if kind == "text" else undecoded(rows)
+        for file in files:
+            found = parquet.read_metadata(file)
+            if not found.num_rows:
+                raise ValueError("it has no rows")
+            if set(found.schema.names) != set(parquet.read_metadata(files[0]).schema.names):
+                raise ValueError(f"its columns are not those of {files[0].name}")
+        rows = Dataset.from_parquet([glob.escape(str(file)) for file in files], cache_dir=str(cache))
+    except (ArrowException, DatasetGenerationError, ValueError, OSError) as error:
+        cause = str(error.__cause__ or error).splitlines()[0][:200]
+        raise DataError(f"{field}: {file} cannot be read as parquet: {cause}") from error
+    assert isinstance(rows, Dataset)
+    return undecoded(rows)
 
 
-def _as_lines(file: Path, kind: str, made: Path) -> Path:
-    """A file of JSON lines: itself, or what a CSV, or one long list, says line by line. The words of a CSV stay words: patient
-    007 is not 7."""
-    with file.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
-        head = stream.read(4096)
-        stream.seek(0)
-        if kind == "json" and not head.lstrip().startswith("["):
-            return file
-        mark = file.stat()
-        name = hashlib.sha256(f"{file.resolve()} {mark.st_size} {mark.st_mtime_ns}".encode()).hexdigest()
-        lines = made / f"{name[:24]}.jsonl"
-        lines.parent.mkdir(parents=True, exist_ok=True)
-        rows = json.loads(stream.read().lstrip("\ufeff")) if kind == "json" else _csv(stream, head)
-        with lines.open("w", encoding="utf-8") as out:
-            out.writelines(f"{json.dumps(row)}\n" for row in rows)
-    return lines
+def lines_of(file: Path, field: str) -> Iterator[str]:
+    """A file as lines of JSON: its own, or what a CSV, or one long list, says line by line. The words of a CSV stay words:
+    patient 007 is not 7."""
+    with file.open("rb") as raw:
+        encoding = "utf-16" if raw.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    with file.open(encoding=encoding, errors="replace", newline="" if _is_csv(file) else "\n") as stream:
+        try:
+            if _is_csv(file):
+                yield from _csv_lines(stream)
+            elif stream.read(4096).lstrip().startswith("["):
+                stream.seek(0)
+                yield from map(json.dumps, json.load(stream))
+            else:
+                stream.seek(0)
+                yield from (line for line in stream if line.strip())
+        except (ValueError, RecursionError, csv.Error) as error:
+            raise DataError(f"{field}: {file} cannot be read: {error}; mend it, or write it anew in UTF-8") from error
 
 
-def _csv(stream: IO[str], head: str) -> Iterator[dict[str, str] | None]:
-    """Rows by the names in the first line; None for one with more fields than names."""
+def _is_csv(file: Path) -> bool:
+    return file.suffix.lower() in (".csv", ".tsv")
+
+
+def _csv_lines(stream: Iterator[str]) -> Iterator[str]:
+    """Rows by the names in the first line that is not empty; null for one with more fields than names."""
     csv.field_size_limit(2**31 - 1)
+    head = next((line for line in stream if line.strip()), "")
     try:
-        delimiter = csv.Sniffer().sniff(head.splitlines()[0], ",;\t|").delimiter
+        delimiter = csv.Sniffer().sniff(head, ",;\t|").delimiter
     except csv.Error:
         delimiter = ","
-    for row in csv.DictReader(stream, delimiter=delimiter):
-        yield None if None in row else row
+    names = next(csv.reader([head], delimiter=delimiter), [])
+    if len(set(names)) < len(names):
+        raise csv.Error("two columns have the same name")
+    # Strict: a quote that is never closed would swallow the rows behind it.
+    for row in csv.DictReader(stream, names, delimiter=delimiter, strict=True):
+        yield json.dumps(None if None in row else row)
 
 
-def as_table(rows: Iterable[dict[str, Any]]) -> Dataset:
+def as_table(lines: Iterable[str], cache: Path, name: str, field: str) -> Dataset:
+    """Lines as a table in a file on scratch, which is mapped and not held in memory. Raises DataError when there are none."""
+    import pyarrow
     from datasets import Dataset
 
-    return Dataset.from_dict({LINE: [json.dumps(row) for row in rows]})
+    cache.mkdir(parents=True, exist_ok=True)
+    file = cache / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.arrow"
+    partial, left, count = file.with_suffix(".partial"), iter(lines), 0
+    with pyarrow.ipc.new_stream(str(partial), pyarrow.schema({LINE: pyarrow.string()})) as out:
+        while some := list(islice(left, AT_ONCE)):
+            out.write_batch(pyarrow.record_batch({LINE: some}))
+            count += len(some)
+    if not count:
+        raise DataError(f"{field}: {name} has no rows")
+    partial.rename(file)
+    return Dataset.from_file(str(file))
 
 
 def read_line(line: str) -> dict[str, Any]:
@@ -85,24 +114,26 @@ def read_line(line: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise BadRow("line is not JSON") from error
     if not isinstance(row, dict):
-        raise BadRow("line is not a JSON object")
-    if "\ufffd" in line:
-        raise BadRow("line is not UTF-8")
+        raise BadRow("line is not a JSON object, or has more fields than there are columns")
+    if "\ufffd" in line or "\\ufffd" in line:
+        raise BadRow("line is not UTF-8; save the table as UTF-8")
     return row
 
 
-def columns_of(rows: Dataset) -> list[str]:
-    """Names of the columns; of lines, all that any of them has."""
+def columns_of(rows: Dataset, field: str) -> tuple[str, ...]:
+    """Names of the columns; of lines, all that any of them has. Raises DataError when not one line can be read."""
     if rows.column_names != [LINE]:
-        return list(rows.column_names)
+        return tuple(rows.column_names)
     names: dict[str, None] = {}
     for batch in rows.iter(1000):
         for line in batch[LINE]:
             try:
                 names |= dict.fromkeys(read_line(line))
-            except BadRow:
-                continue
-    return [name for name in names if name != PATIENT]
+            except BadRow as error:
+                reason = error
+    if not names:
+        raise DataError(f"{field}: not one row can be read: {reason}")
+    return tuple(name for name in names if name != PATIENT)
 
 
 def from_hub(spec: DatasetSpec, path: str, split: str, cache: Path, field: str) -> Dataset:
@@ -130,24 +161,12 @@ def from_hub(spec: DatasetSpec, path: str, split: str, cache: Path, field: str) 
             f"{field}: neither a folder nor reachable on the hub: {path} ({type(error).__name__})"
         ) from error
     assert isinstance(rows, Dataset)
-    return undecoded(rows)
+    return rows
 
 
 def undecoded(rows: Dataset) -> Dataset:
-    """Embedded images stay bytes until a row is used, so that one broken image spoils one row."""
-    from datasets import Dataset, Features, Image
+    """The rows as they are stored: without its features, `datasets` hands on the bytes of images, and one broken image spoils one
+    row."""
+    from datasets import Dataset
 
-    def plain(feature: Any) -> Any:
-        if isinstance(feature, Image):
-            return Image(decode=False)
-        if isinstance(feature, dict):
-            return {name: plain(part) for name, part in feature.items()}
-        if isinstance(feature, list):
-            return [plain(part) for part in feature]
-        inner = getattr(feature, "feature", None)
-        return type(feature)(plain(inner)) if inner is not None else feature
-
-    features = Features({name: plain(feature) for name, feature in rows.features.items()})
-    info = rows.info.copy()
-    info.features = features
-    return Dataset(rows.data.cast(features.arrow_schema), info=info)  # `Dataset.cast` would copy every image
+    return Dataset(rows.data.replace_schema_metadata(None))

@@ -168,7 +168,7 @@ def values(measured: dict[str, Any] | None) -> dict[str, dict[str, float]]:
 
 
 def pictures(rows: Any, ids: Iterable[str], longest_side: int = 384) -> dict[str, bytes]:
-    """PNG files of held-out rows for the report, by id: the first picture of each that has one."""
+    """JPEG files of held-out rows for the report, by id: the first picture of each that has one."""
     from job.evaluate.generate import rows_ids
 
     places = {identity: place for place, identity in enumerate(rows_ids(rows))}
@@ -177,10 +177,10 @@ def pictures(rows: Any, ids: Iterable[str], longest_side: int = 384) -> dict[str
         images = rows[places[identity]]["images"]
         if not images:
             continue
-        image = images[0]
+        image = images[0].convert("RGB")
         image.thumbnail((longest_side, longest_side))
         stream = io.BytesIO()
-        image.save(stream, "PNG", optimize=True)
+        image.save(stream, "JPEG", quality=85)
         found[identity] = stream.getvalue()
     return found
 

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,14 @@ def key(spec: JobSpec, loaded: Loaded, rows: Sequence[Held], device: str) -> str
 
 
 def base_digest(folder: Path) -> str:
-    """SHA-256 over names and contents of all files of a model's folder."""
-    names = sorted(files_of(folder))
+    """SHA-256 over names and contents of all files of a model's folder, which are read once a process."""
+    stats = {name: (folder / name).stat() for name in sorted(files_of(folder))}
+    return _contents(folder, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()))
+
+
+@cache
+def _contents(folder: Path, files: tuple[tuple[str, int, int], ...]) -> str:
+    names = [name for name, *_ in files]
     with ThreadPoolExecutor(4) as threads:
         digests = list(threads.map(lambda name: sha256_of(folder / name), names))
     return hashlib.sha256(json.dumps(list(zip(names, digests, strict=True))).encode()).hexdigest()

@@ -16,75 +16,42 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from job.evaluate.negation import affirmed
+from job.spec import LabelSpec
 
 NONE = "(none)"
 SEVERAL = "(several)"
 OTHER = "(other)"
 
 
-class LabelSpec(Protocol):
-    """What this module needs of `evaluation.labels.<name>` in the spec; read-only, so that a frozen model fits."""
+def reader(spec: LabelSpec, references: Sequence[str]) -> tuple[dict[str, str], Callable[[str], str]]:
+    """The labels that can be right, spelled as spec or data spell them, by their folded spelling; and what reads one from text.
 
-    @property
-    def values(self) -> Sequence[str] | None: ...
-
-    @property
-    def pattern(self) -> str | None: ...
-
-
-@dataclass(frozen=True)
-class LabelReader:
-    """Reads one label from text. `classes` are the labels that can be right, as the spec or the data spells them."""
-
-    classes: tuple[str, ...]
-    expression: re.Pattern[str]
-    by_pattern: bool
-
-    def read(self, text: str) -> str:
-        """The label that `text` states: one of `classes`, or NONE, SEVERAL, or OTHER for what a pattern found besides.
-
-        Never text of the caption itself, so that a table of labels holds nothing that spec and data did not name.
-        """
-        if self.by_pattern:
-            match = self.expression.search(text)
-            found = {match[1] or ""} - {""} if match else set()
-        else:
-            found = affirmed(self.expression, text)
-        stated = {self.canonical(value) for value in found}
-        if len(stated) > 1:
-            return SEVERAL
-        return stated.pop() if stated else NONE
-
-    def canonical(self, value: str) -> str:
-        """`value` in the spelling of `classes`, or OTHER."""
-        return self.spelling.get(_folded(value), OTHER)
-
-    @cached_property
-    def spelling(self) -> dict[str, str]:
-        return {_folded(name): name for name in self.classes}
-
-
-def reader(spec: LabelSpec, references: Sequence[str]) -> LabelReader:
-    """A reader for `spec`; `references` are the reference labels of the rows, which become classes of their own.
-
-    Raises `ValueError` when the pattern has no group, and `re.error` when it is not a regular expression.
+    `references` are the reference labels of the rows. What is read is one of the labels, or NONE, SEVERAL, or OTHER for what
+    a pattern found besides: never text of the caption itself, so that a table of labels holds nothing that spec and data did
+    not name.
     """
     spelled = {_folded(value): value.strip() for value in [*sorted(references), *(spec.values or ())] if value.strip()}
-    classes = tuple(sorted(spelled.values()))
     if spec.pattern is not None:
         expression = re.compile(spec.pattern, re.IGNORECASE)
-        if not expression.groups:
-            raise ValueError(f"the pattern {spec.pattern!r} has no group; put the label in parentheses")
-        return LabelReader(classes, expression, by_pattern=True)
-    longest_first = sorted(classes, key=len, reverse=True)
-    words = "|".join(r"\s+".join(re.escape(word) for word in value.split()) for value in longest_first)
-    return LabelReader(classes, re.compile(rf"(?<!\w)({words})(?!\w)" if words else r"(?!)()", re.IGNORECASE), False)
+    else:
+        longest_first = sorted(spelled.values(), key=len, reverse=True)
+        words = "|".join(r"\s+".join(re.escape(word) for word in value.split()) for value in longest_first)
+        expression = re.compile(rf"(?<!\w)({words})(?!\w)" if words else r"(?!)()", re.IGNORECASE)
+
+    def read(text: str) -> str:
+        if spec.pattern is None:
+            found = affirmed(expression, text)
+        else:
+            match = expression.search(text)
+            found = {match[1]} if match and match[1] else set()
+        stated = {spelled.get(_folded(value), OTHER) for value in found}
+        return SEVERAL if len(stated) > 1 else next(iter(stated), NONE)
+
+    return spelled, read
 
 
 def stated_and_right(
@@ -92,12 +59,12 @@ def stated_and_right(
 ) -> tuple[tuple[str, ...], list[tuple[str, str] | None]]:
     """The classes, and for each row (reference label, label that the generated text states); None without a label."""
     references = [str((row.get("labels") or {}).get(name) or "").strip() for row in rows]
-    read = reader(spec, [reference for reference in references if reference])
+    spelled, read = reader(spec, references)
     pairs = [
-        (read.canonical(reference), read.read(str(row["generated"]))) if reference else None
+        (spelled[_folded(reference)], read(str(row["generated"]))) if reference else None
         for row, reference in zip(rows, references, strict=True)
     ]
-    return read.classes, pairs
+    return tuple(sorted(spelled.values())), pairs
 
 
 def confusion(pairs: Sequence[tuple[str, str] | None]) -> dict[str, dict[str, int]]:

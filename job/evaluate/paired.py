@@ -7,17 +7,20 @@ within a row; rows of one unit (a patient with several images) go together. Sinc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from job.evaluate import intervals
 from job.evaluate.scores import Floats, Sums
 
-CELLS_AT_ONCE = 8_000_000
+AT_ONCE = 500
+"""Resamples whose draws are in memory together."""
+NORMAL = NormalDist()
 Span = tuple[float, float]
 
 
@@ -34,50 +37,55 @@ class Settings:
 class Pair:
     """One metric before and after, on the rows (n,) `counted` in both; the sums of the other rows are zero."""
 
-    before: Sums
-    after: Sums
+    before: Floats
+    after: Floats
     counted: NDArray[np.bool_]
+    finish: Callable[[Floats], Floats]
+    proportion: bool
 
     def subset(self, rows: NDArray[np.bool_]) -> Pair:
-        return Pair(self.before.subset(rows), self.after.subset(rows), self.counted[rows])
+        return replace(self, before=self.before[rows], after=self.after[rows], counted=self.counted[rows])
 
 
 def pair(before: Sums, after: Sums) -> Pair:
     """Keeps only the rows that have the metric both before and after."""
     counted = before.counted & after.counted
-    return Pair(before.masked(counted), after.masked(counted), counted)
+    old, new = before.rows * counted[:, None], after.rows * counted[:, None]
+    return Pair(old, new, counted, before.finish, before.proportion)
 
 
 def measure(pairs: Mapping[str, Pair], units: NDArray[np.intp], settings: Settings) -> dict[str, dict[str, Any]]:
     """{"before", "after", "change"} → metric → {"value", "low", "high", "n"}, and "p" in a change.
 
-    `units` (n,) numbers the unit of each row from 0. Proportions get closed intervals, all else the bootstrap's.
+    `units` (n,) says which rows belong together. Proportions get closed intervals, all else the bootstrap's.
     """
     result: dict[str, dict[str, Any]] = {"before": {}, "after": {}, "change": {}}
     if not pairs:
         return result
-    tables = [
-        by_unit(np.hstack([one.before.rows for one in pairs.values()]), units),
-        by_unit(np.hstack([one.after.rows for one in pairs.values()]), units),
-    ]
-    resampled = _resampled(tables, settings)
-    left_out = [table.sum(axis=0) - table for table in tables]
-    swapped = _swapped(tables, settings)
+    units = np.unique(units, return_inverse=True)[1]
+    before = by_unit(np.hstack([one.before for one in pairs.values()]), units)
+    after = by_unit(np.hstack([one.after for one in pairs.values()]), units)
+    resampled = _resampled([before, after], settings)
+    left_out = [table.sum(axis=0) - table for table in (before, after)]
+    swapped = _swapped(before, after, settings)
     start = 0
     for name, one in pairs.items():
-        part, finish = slice(start, start := start + one.before.rows.shape[1]), one.before.finish
-        values = [float(finish(table[:, part].sum(axis=0))) for table in tables]
-        values.append(values[1] - values[0])
-        if one.before.proportion:
+        part = slice(start, start := start + one.before.shape[1])
+
+        def values(tables: Sequence[Floats], part: slice = part, one: Pair = one) -> list[Floats]:
+            """Before, after and change from sums of each."""
+            old, new = (one.finish(table[..., part]) for table in tables)
+            return [old, new, new - old]
+
+        measured = [float(value) for value in values([before.sum(axis=0), after.sum(axis=0)])]
+        if one.proportion:
             spans = _proportion_spans(one, units, settings.confidence)
         else:
-            drawn = _with_change([finish(sums[:, part]) for sums in resampled])
-            without = _with_change([finish(sums[:, part]) for sums in left_out])
-            spans = [intervals.bca(*each, settings.confidence) for each in zip(values, drawn, without, strict=True)]
-        for key, value, span in zip(result, values, spans, strict=True):
+            drawn = zip(measured, values(resampled), values(left_out), strict=True)
+            spans = [bca(*each, settings.confidence) for each in drawn]
+        for key, value, span in zip(result, measured, spans, strict=True):
             result[key][name] = entry(value, span, int(one.counted.sum()))
-        under_null = finish(swapped[1][:, part]) - finish(swapped[0][:, part])
-        result["change"][name]["p"] = permutation_p(abs(values[2]), np.abs(under_null))
+        result["change"][name]["p"] = permutation_p(abs(measured[2]), np.abs(values(swapped)[2]))
     return result
 
 
@@ -88,68 +96,131 @@ def permutation_p(observed: float, under_null: Floats) -> float:
 
 
 def by_unit(rows: Floats, units: NDArray[np.intp]) -> Floats:
-    """(n, k) sums of rows to (units, k) sums of units."""
+    """(n, k) sums of rows to (units, k) sums of units, which are numbered from 0."""
     total = np.zeros((int(units.max()) + 1, rows.shape[1]))
     np.add.at(total, units, rows)
     return total
 
 
-def numbered(keys: Iterable[object]) -> NDArray[np.intp]:
-    """0, 1, 2 … in place of arbitrary keys, in the order in which they first come."""
-    seen: dict[object, int] = {}
-    return np.array([seen.setdefault(key, len(seen)) for key in keys], np.intp)
-
-
-def chunks(units: int, samples: int) -> Iterator[int]:
-    """`samples` in parts whose (part, units) matrix fits comfortably in memory."""
-    most = max(1, CELLS_AT_ONCE // units)
-    for start in range(0, samples, most):
-        yield min(most, samples - start)
+def parts(samples: int) -> list[int]:
+    return [min(AT_ONCE, samples - start) for start in range(0, samples, AT_ONCE)]
 
 
 def entry(value: float, span: Span, rows: int) -> dict[str, float | int | None]:
     """One measured number as it is stored; what is not defined (no row of a class, say) is None."""
-    low, high = (round(bound, 6) if np.isfinite(bound) else None for bound in span)
-    return {"value": round(value, 6) if np.isfinite(value) else None, "low": low, "high": high, "n": rows}
+    known = [round(each, 6) if math.isfinite(each) else None for each in (value, *span)]
+    return dict(zip(("value", "low", "high"), known, strict=True)) | {"n": rows}
 
 
-def _with_change(both: list[Floats]) -> list[Floats]:
-    return [*both, both[1] - both[0]]
+def bca(value: float, resampled: Floats, left_out: Floats, confidence: float) -> Span:
+    """The bias-corrected and accelerated bootstrap interval (Efron 1987, JASA 82).
+
+    `resampled` are the values of bootstrap resamples, `left_out` those with one unit left out at a time (the jackknife, for
+    the acceleration). It is second-order accurate where the percentile interval is first-order, which shows for BLEU,
+    perplexity and other skewed or biased statistics of a few hundred rows. The quantiles are first moved outwards for small
+    samples (Hesterberg 2015, The American Statistician 69): a resample of n units has sqrt((n-1)/n) of the spread it should,
+    and its own spread is uncertain, for which a t quantile stands in place of the normal one.
+    Values that are not finite (a resample without any row of a class) are left out. All equal: no interval but a point.
+    """
+    resampled, left_out = resampled[np.isfinite(resampled)], left_out[np.isfinite(left_out)]
+    if resampled.size == 0 or not math.isfinite(value):
+        return math.nan, math.nan
+    if np.ptp(resampled) == 0:
+        return float(resampled[0]), float(resampled[0])
+    below = (np.count_nonzero(resampled < value) + np.count_nonzero(resampled <= value)) / 2 / resampled.size
+    edge = 0.5 / resampled.size
+    bias = NORMAL.inv_cdf(min(max(below, edge), 1 - edge))
+    distance = left_out.mean() - left_out if left_out.size else np.zeros(1)
+    spread = float(distance @ distance)
+    acceleration = float((distance**3).sum()) / (6 * spread**1.5) if spread > 0 else 0.0
+    units = max(left_out.size, 2)
+    half = math.sqrt(units / (units - 1)) * t_quantile((1 + confidence) / 2, units - 1)
+    shifted = [bias - half, bias + half]
+    levels = [NORMAL.cdf(bias + each / max(1 - acceleration * each, 1e-6)) for each in shifted]
+    low, high = np.quantile(resampled, levels)
+    return float(low), float(high)
+
+
+def t_quantile(level: float, degrees: float) -> float:
+    """Student's t quantile by its expansion around the normal one (Abramowitz & Stegun 1964, 26.7.5), to the third term.
+
+    Within 0.3 % of the exact value from 4 degrees of freedom up to a `level` of 0.975.
+    """
+    z = NORMAL.inv_cdf(level)
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / degrees + second / degrees**2 + third / degrees**3
+
+
+def wilson(share: float, rows: float, confidence: float) -> Span:
+    """The score interval of a proportion: right also where the bootstrap is a point, at 0 of n and n of n.
+
+    Wilson 1927, JASA 22; recommended by Brown, Cai & DasGupta 2001, Statistical Science 16. `rows` may be an effective
+    number of rows (see `effective_rows`).
+    """
+    z = NORMAL.inv_cdf((1 + confidence) / 2)
+    centre = (share + z * z / (2 * rows)) / (1 + z * z / rows)
+    half = z / (1 + z * z / rows) * math.sqrt(share * (1 - share) / rows + (z / (2 * rows)) ** 2)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bonett_price(gained: float, lost: float, rows: float, confidence: float) -> Span:
+    """The interval of the change of a proportion measured twice on the same rows; never a point.
+
+    `gained` and `lost` are the shares of rows that became right and wrong. Bonett & Price 2012, Journal of Educational and
+    Behavioral Statistics 37; recommended by Fagerland, Lydersen & Laake 2014, Statistics in Medicine 33.
+    """
+    z = NORMAL.inv_cdf((1 + confidence) / 2)
+    up, down = (gained * rows + 1) / (rows + 2), (lost * rows + 1) / (rows + 2)
+    half = z * math.sqrt(max(up + down - (up - down) ** 2, 0.0) / (rows + 2))
+    return max(-1.0, up - down - half), min(1.0, up - down + half)
+
+
+def effective_rows(values: Floats, units: NDArray[np.intp]) -> float:
+    """How many independent rows `values` (n,) are worth when rows of one unit (a patient) resemble each other.
+
+    n divided by the design effect of Kish 1965, "Survey Sampling": the variance of the mean with whole units drawn,
+    over that of rows drawn one by one. Never more than n. Where all values are equal it cannot be seen how alike the
+    rows of a unit are, and the number of units is returned, which is the cautious end.
+    """
+    units = np.unique(units, return_inverse=True)[1]
+    rows, count = values.size, int(units.max(initial=-1)) + 1
+    if count in (0, 1) or count == rows:
+        return float(rows)
+    residual = values - values.mean()
+    if not residual.any():
+        return float(count)
+    of_units = np.bincount(units, residual)
+    clustered = count / (count - 1) * float(of_units @ of_units)
+    return min(float(rows), rows * float(residual @ residual) / clustered) if clustered > 0 else float(rows)
+
+
+def _proportion_spans(one: Pair, units: NDArray[np.intp], confidence: float) -> list[Span]:
+    before, after, units = one.before[one.counted, 0], one.after[one.counted, 0], units[one.counted]
+    gained, lost = float((after > before).mean()), float((after < before).mean())
+    return [
+        wilson(float(before.mean()), effective_rows(before, units), confidence),
+        wilson(float(after.mean()), effective_rows(after, units), confidence),
+        bonett_price(gained, lost, effective_rows(after - before, units), confidence),
+    ]
 
 
 def _resampled(tables: Sequence[Floats], settings: Settings) -> list[Floats]:
     """For each (units, k) table, its (samples, k) sums when units are drawn with replacement, alike for all tables."""
     draw, units = np.random.default_rng([settings.seed, 0]), len(tables[0])
-    sums: list[list[Floats]] = [[] for _ in tables]
-    for size in chunks(units, settings.samples):
-        times = draw.multinomial(units, np.full(units, 1 / units), size=size).astype(float)
-        for table, into in zip(tables, sums, strict=True):
-            into.append(times @ table)
-    return [np.concatenate(parts) for parts in sums]
+    sums: list[list[Floats]] = []
+    for size in parts(settings.samples):
+        times = draw.multinomial(units, np.full(units, 1 / units), size).astype(float)
+        sums.append([times @ table for table in tables])
+    return [np.concatenate(of_table) for of_table in zip(*sums, strict=True)]
 
 
-def _swapped(tables: Sequence[Floats], settings: Settings) -> list[Floats]:
+def _swapped(before: Floats, after: Floats, settings: Settings) -> list[Floats]:
     """The (samples, k) sums before and after when each unit's before and after are swapped by the toss of a coin.
 
     Approximate randomization: Noreen 1989; for BLEU and ROUGE, Riezler & Maxwell 2005.
     """
-    before, after = tables
     toss = np.random.default_rng([settings.seed, 1])
-    moved = np.concatenate(
-        [
-            toss.integers(0, 2, (size, len(before))).astype(float) @ (after - before)
-            for size in chunks(len(before), settings.samples)
-        ]
-    )
+    sizes = parts(settings.samples)
+    moved = np.concatenate([toss.integers(0, 2, (size, len(before))) @ (after - before) for size in sizes])
     return [before.sum(axis=0) + moved, after.sum(axis=0) - moved]
-
-
-def _proportion_spans(one: Pair, units: NDArray[np.intp], confidence: float) -> list[Span]:
-    before, after = one.before.rows[one.counted, 0], one.after.rows[one.counted, 0]
-    here = numbered(units[one.counted])
-    gained, lost = float((after > before).mean()), float((after < before).mean())
-    return [
-        intervals.wilson(float(before.mean()), intervals.effective_rows(before, here), confidence),
-        intervals.wilson(float(after.mean()), intervals.effective_rows(after, here), confidence),
-        intervals.bonett_price(gained, lost, intervals.effective_rows(after - before, here), confidence),
-    ]

@@ -14,40 +14,27 @@ def unmet(required: Mapping[str, RequirementSpec], measured: Mapping[str, Any] |
 
     `measured` is the content of metrics.json, None when nothing was measured: then no demand is met.
     """
-    return [sentence for metric, demand in required.items() for sentence in _unmet(metric, demand, measured or {})]
-
-
-def _unmet(metric: str, demand: RequirementSpec, measured: Mapping[str, Any]) -> list[str]:
+    measured = measured or {}
     found = []
-    for part, says, field, bound, least in (
-        ("change", "changed by", "min_change", demand.min_change, True),
-        ("change", "changed by", "max_change", demand.max_change, False),
-        ("after", "is", "min_value", demand.min_value, True),
-        ("after", "is", "max_value", demand.max_value, False),
-    ):
-        if bound is None:
-            continue
-        entry = (measured.get(part) or {}).get(metric)
-        if entry is None or entry["value"] is None:
-            found.append(f"{metric} was not measured, and evaluation.require.{metric}.{field} is {bound:g}")
-            continue
-        judged = entry["value"]
-        if demand.judged_by == "interval":
-            judged = entry["low" if least else "high"]
-        if judged is None or (judged < bound if least else judged > bound):
-            found.append(
-                f"{metric} {says} {_said(entry, signed=part == 'change')} ({_interval(entry, measured)}, "
-                f"n = {entry['n']}), {'under' if least else 'over'} evaluation.require.{metric}.{field} {bound:g}"
-                + (", which the whole interval must meet" if demand.judged_by == "interval" else "")
-            )
+    for metric, demand in required.items():
+        for field, bound in demand.model_dump(exclude={"judged_by"}, exclude_none=True).items():
+            least, of_change = field.startswith("min"), field.endswith("change")
+            entry = (measured.get("change" if of_change else "after") or {}).get(metric)
+            if entry is None or entry["value"] is None:
+                found.append(f"{metric} was not measured, and evaluation.require.{metric}.{field} is {bound:g}")
+                continue
+            whole = demand.judged_by == "interval"
+            judged = entry["low" if least else "high"] if whole else entry["value"]
+            if judged is None or (judged < bound if least else judged > bound):
+                says = f"changed by {entry['value']:+.4f}" if of_change else f"is {entry['value']:.4f}"
+                found.append(
+                    f"{metric} {says} ({_interval(entry, measured)}, n = {entry['n']}), {'under' if least else 'over'} "
+                    f"evaluation.require.{metric}.{field} {bound:g}{', which the whole interval must meet' if whole else ''}"
+                )
     return found
 
 
-def _said(entry: Mapping[str, Any], *, signed: bool) -> str:
-    return f"{entry['value']:+.4f}" if signed else f"{entry['value']:.4f}"
-
-
 def _interval(entry: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
-    if entry["low"] is None or entry["high"] is None:
+    if entry["low"] is None:
         return "no interval: too few rows"
     return f"{wording.confidence(measured)} interval {entry['low']:.4f} to {entry['high']:.4f}".replace("\u00a0", " ")

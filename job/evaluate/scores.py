@@ -15,7 +15,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -26,7 +26,7 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
 from job.evaluate import labels as label_fields
-from job.evaluate.labels import LabelSpec
+from job.spec import LabelSpec
 
 Floats = NDArray[np.float64]
 Row = Mapping[str, Any]
@@ -36,7 +36,6 @@ WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
 ARTICLE = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 LONGEST_LOOP = 20
-BLEU_ORDER, CHRF_ORDER, CHRF_BETA = 4, 6, 2
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,6 @@ class Sums:
     finish: Callable[[Floats], Floats]
     proportion: bool = False
 
-    def subset(self, rows: NDArray[np.bool_]) -> Sums:
-        return replace(self, rows=self.rows[rows], counted=self.counted[rows])
-
-    def masked(self, counted: NDArray[np.bool_]) -> Sums:
-        return replace(self, rows=self.rows * counted[:, None], counted=counted)
-
 
 def sample_scores(rows: Sequence[Row], labels: Mapping[str, LabelSpec]) -> dict[str, Sums]:
     """Every metric of `rows` by name, in the order of a report. `rows` are those of `before.jsonl` or `after.jsonl`."""
@@ -66,15 +59,16 @@ def sample_scores(rows: Sequence[Row], labels: Mapping[str, LabelSpec]) -> dict[
     for name, spec in labels.items():
         scores |= _label_scores(rows, name, spec)
     scores |= rouge(references, generated)
-    scores["bleu"] = _corpus(BLEU(force=True), references, generated, bleu_from_sums, 2 + 2 * BLEU_ORDER)
-    scores["chrf"] = _corpus(CHRF(), references, generated, chrf_from_sums, 3 * CHRF_ORDER)
+    scores |= {"bleu": _corpus(BLEU(force=True), references, generated), "chrf": _corpus(CHRF(), references, generated)}
     pairs = [(_squad_words(one), _squad_words(other)) for one, other in zip(references, generated, strict=True)]
     scores["exact_match"] = _mean([one == other for one, other in pairs], proportion=True)
     scores["token_f1"] = _mean([bag_f1(one, other) for one, other in pairs])
     lengths = [[len(words(text)), len(words(reference))] for text, reference in zip(generated, references, strict=True)]
-    scores["length_ratio"] = Sums(_array(lengths, 2), np.ones(len(rows), bool), ratio)
+    scores["length_ratio"] = Sums(np.array(lengths, float), np.ones(len(rows), bool), ratio)
     scores["empty"] = _mean([not words(text) for text in generated], proportion=True)
     scores["repeated"] = _mean([is_repeated(text) for text in generated], proportion=True)
+    for metric in rows[0].get("extra", {}):
+        scores[metric] = _mean([row["extra"][metric] for row in rows])
     return scores | _losses(rows)
 
 
@@ -107,39 +101,6 @@ def ratio(sums: Floats) -> Floats:
     """First column over second; NaN where the second is zero. A mean is this over (sum, count)."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(np.where(sums[..., 1] > 0, sums[..., 0] / sums[..., 1], np.nan))
-
-
-def bleu_from_sums(sums: Floats) -> Floats:
-    """Corpus BLEU, 0..100, from (…, 10) sums of sacrebleu's statistics: lengths, 4 n-gram matches, 4 n-gram totals.
-
-    Papineni et al. 2002 with the "exp" smoothing of mteval-v13a, as `sacrebleu.BLEU.compute_bleu` does by default: an
-    order without a match counts as 1 / (2^k × its n-grams), k being the number of such orders so far.
-    """
-    hypothesis, reference = sums[..., 0], sums[..., 1]
-    matches, totals = sums[..., 2 : 2 + BLEU_ORDER], sums[..., 2 + BLEU_ORDER :]
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        smoothed = 0.5 ** np.cumsum((matches == 0) & (totals > 0), axis=-1)
-        precisions = np.where(matches > 0, matches, smoothed) / totals
-        brevity = np.where(hypothesis < reference, np.exp(1 - reference / hypothesis), 1.0)
-        score = 100 * brevity * np.exp(np.log(precisions).mean(axis=-1))
-    scored = (matches.sum(axis=-1) > 0) & (totals > 0).all(axis=-1)
-    return np.where(scored, score, 0.0)
-
-
-def chrf_from_sums(sums: Floats) -> Floats:
-    """Corpus chrF2, 0..100, from (…, 18) sums of sacrebleu's statistics: (hypothesis, reference, match) of 6 orders.
-
-    Popović 2015: F-beta (beta 2) of precision and recall averaged over the character n-gram orders that both sides
-    have, as `sacrebleu.CHRF` does by default.
-    """
-    hypothesis, reference, match = sums[..., 0::3], sums[..., 1::3], sums[..., 2::3]
-    both = (hypothesis > 0) & (reference > 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        orders = both.sum(axis=-1)
-        precision = np.where(both, match / hypothesis, 0.0).sum(axis=-1) / orders
-        recall = np.where(both, match / reference, 0.0).sum(axis=-1) / orders
-        score = (1 + CHRF_BETA**2) * precision * recall / (CHRF_BETA**2 * precision + recall)
-    return np.asarray(np.nan_to_num(100 * score, nan=0.0))
 
 
 def macro_f1_from_sums(sums: Floats) -> Floats:
@@ -181,12 +142,14 @@ def rouge(references: Sequence[str], generated: Sequence[str]) -> dict[str, Sums
     return {name: _mean([row[name].fmeasure for row in scored]) for name in names}
 
 
-def _corpus(
-    metric: Any, references: Sequence[str], generated: Sequence[str], finish: Callable[[Floats], Floats], width: int
-) -> Sums:
-    # sacrebleu's own per-sentence statistics; its public API gives only their total.
-    statistics = metric._extract_corpus_statistics(list(generated), [list(references)]) if references else []
-    return Sums(_array(statistics, width), np.ones(len(references), bool), finish)
+def _corpus(metric: Any, references: Sequence[str], generated: Sequence[str]) -> Sums:
+    """A corpus metric of sacrebleu by its own per-sentence counts and its own formula, for which it has no public names."""
+
+    def finish(sums: Floats) -> Floats:
+        return np.apply_along_axis(lambda one: metric._compute_score_from_stats(one.tolist()).score, -1, sums)
+
+    counts = metric._extract_corpus_statistics(list(generated), [list(references)])
+    return Sums(np.array(counts, float), np.ones(len(references), bool), finish)
 
 
 def _label_scores(rows: Sequence[Row], name: str, spec: LabelSpec) -> dict[str, Sums]:
@@ -224,10 +187,6 @@ def _mean(values: Sequence[float], counted: NDArray[np.bool_] | None = None, *, 
     present = np.ones(len(values), bool) if counted is None else counted
     sums = np.stack([np.array(values, float) * present, present.astype(float)], axis=-1)
     return Sums(sums, present, ratio, proportion)
-
-
-def _array(rows: Sequence[Sequence[float]], width: int) -> Floats:
-    return np.array(rows, float).reshape(len(rows), width)
 
 
 def _squad_words(text: str) -> list[str]:

@@ -3,7 +3,7 @@
 {"before": {metric: {"value", "low", "high", "n"}}, "after": …, "change": {metric: {…, "p"}},
  "groups": {column: {value: {"rows", "too_few", "before": …, "after": …, "change": …}}},
  "gaps": {column: {metric: {"value", "highest", "lowest", "p", "flagged"}}},
- "labels": {name: {"values", "pattern", "classes", "commonest_share",
+ "labels": {name: {"values", "pattern", "classes", "stated", "commonest_share",
                        "confusion": {"before": {reference: {stated: rows}}, "after": …}}},
  "settings": {"bootstrap_samples", "confidence", "seed", "rows", "units", "scorers"}}
 """
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from job.errors import DataError
 from job.evaluate import labels as label_fields
-from job.evaluate import paired, scores
-from job.evaluate.labels import LabelSpec
+from job.evaluate import paired, scores, wording
 from job.evaluate.paired import Pair, Settings
-from job.evaluate.scores import Row
+from job.evaluate.scores import Floats, Row
+from job.spec import LabelSpec
 
 FEW_ROWS = 10
 MOST_GROUPS = 12
@@ -49,15 +49,20 @@ def compare(
             "the same order; delete the evaluation folder of the output to measure both again"
         )
     settings = Settings(bootstrap_samples, confidence, seed)
-    units = paired.numbered(_unit(row) for row in before_rows)
+    keys = [f"row {row['id']}" if row.get("unit") is None else f"unit {row['unit']}" for row in before_rows]
+    units = np.unique(keys, return_inverse=True)[1]
     before, after = scores.sample_scores(before_rows, labels), scores.sample_scores(after_rows, labels)
     pairs = {name: paired.pair(before[name], after[name]) for name in before}
     pairs = {name: pair for name, pair in pairs.items() if pair.counted.any()}
     names = {column: group_names(before_rows, column) for column in groups}
+    wanted = wording.primary(pairs)
     return {
         **paired.measure(pairs, units, settings),
         "groups": {column: _by_group(pairs, units, names[column], settings) for column in groups},
-        "gaps": {column: _gaps(pairs, units, names[column], primary(labels, pairs), settings) for column in groups},
+        "gaps": {
+            column: {metric: gap for metric in wanted if (gap := _gap(pairs[metric], units, names[column], settings))}
+            for column in groups
+        },
         "labels": {name: _label_facts(name, spec, before_rows, after_rows) for name, spec in labels.items()},
         "settings": {
             "bootstrap_samples": bootstrap_samples,
@@ -68,11 +73,6 @@ def compare(
             "scorers": scores.signatures(),
         },
     }
-
-
-def primary(labels: Mapping[str, Any], measured: Mapping[str, Any]) -> list[str]:
-    """The metrics that a reader should look at first: is the finding right, then how alike is the wording."""
-    return [name for name in [*(f"{label}_accuracy" for label in labels), "rougeL"] if name in measured]
 
 
 def group_names(rows: Sequence[Row], column: str) -> NDArray[np.str_]:
@@ -86,10 +86,6 @@ def group_names(rows: Sequence[Row], column: str) -> NDArray[np.str_]:
     return np.where(np.isin(names, common), names, OTHER)
 
 
-def _unit(row: Row) -> tuple[str, object]:
-    return ("row", row["id"]) if row.get("unit") is None else ("unit", row["unit"])
-
-
 def _by_group(
     pairs: Mapping[str, Pair], units: NDArray[np.intp], names: NDArray[np.str_], settings: Settings
 ) -> dict[str, Any]:
@@ -98,19 +94,12 @@ def _by_group(
         inside = names == value
         own = {name: pair.subset(inside) for name, pair in pairs.items() if pair.counted[inside].any()}
         rows = int(inside.sum())
-        measured = paired.measure(own, paired.numbered(units[inside]), settings)
-        result[value] = {"rows": rows, "too_few": rows < FEW_ROWS, **measured}
+        result[value] = {"rows": rows, "too_few": rows < FEW_ROWS, **paired.measure(own, units[inside], settings)}
     return result
 
 
-def _gaps(
-    pairs: Mapping[str, Pair],
-    units: NDArray[np.intp],
-    names: NDArray[np.str_],
-    wanted: Sequence[str],
-    settings: Settings,
-) -> dict[str, Any]:
-    """The largest difference between two groups of enough rows after tuning, for each of the `wanted` metrics.
+def _gap(pair: Pair, units: NDArray[np.intp], names: NDArray[np.str_], settings: Settings) -> dict[str, Any] | None:
+    """The largest difference of a metric between two groups of enough rows after tuning; None without two such groups.
 
     `p` is the share of random re-assignments of units to groups whose own largest difference is as large, so that
     having chosen the extremes among several groups is paid for. `flagged` means p < 1 - confidence.
@@ -118,38 +107,40 @@ def _gaps(
     whole = len(set(zip(units.tolist(), names.tolist(), strict=True))) == int(units.max()) + 1
     own = units if whole else np.arange(len(units))  # a unit in several groups cannot be re-assigned as a whole
     values, member = np.unique(names[np.unique(own, return_index=True)[1]], return_inverse=True)
-    result = {}
-    for metric in wanted:
-        pair = pairs[metric]
-        enough = [index for index, value in enumerate(values) if pair.counted[names == value].sum() >= FEW_ROWS]
-        if len(enough) < 2:
-            continue
-        sums, finish = paired.by_unit(pair.after.rows, own), pair.after.finish
-        observed = np.array([finish(sums[member == index].sum(axis=0)) for index in enough])
-        shuffle = np.random.default_rng([settings.seed, 2])
-        drawn = []
-        for size in paired.chunks(len(sums), settings.samples):
-            assigned = shuffle.permuted(np.tile(member, (size, 1)), axis=1)
-            scored = np.stack([finish((assigned == index).astype(float) @ sums) for index in enough])
-            drawn.append(np.ptp(scored, axis=0))
-        p = paired.permutation_p(float(np.ptp(observed)), np.concatenate(drawn))
-        result[metric] = {
-            "value": round(float(np.ptp(observed)), 6),
-            "highest": str(values[enough[int(observed.argmax())]]),
-            "lowest": str(values[enough[int(observed.argmin())]]),
-            "p": p,
-            "flagged": p < 1 - settings.confidence,
-        }
-    return result
+    enough = [index for index, value in enumerate(values) if pair.counted[names == value].sum() >= FEW_ROWS]
+    if len(enough) < 2:
+        return None
+    sums = paired.by_unit(pair.after, own)
+
+    def by_group(assigned: NDArray[np.intp]) -> Floats:
+        """(groups, …) values of (…, units) groups."""
+        return np.stack([pair.finish((assigned == index).astype(float) @ sums) for index in enough])
+
+    observed = by_group(member)
+    shuffle = np.random.default_rng([settings.seed, 2])
+    drawn = [
+        np.ptp(by_group(shuffle.permuted(np.tile(member, (size, 1)), axis=1)), axis=0)
+        for size in paired.parts(settings.samples)
+    ]
+    p = paired.permutation_p(float(np.ptp(observed)), np.concatenate(drawn))
+    return {
+        "value": round(float(np.ptp(observed)), 6),
+        "highest": str(values[enough[int(observed.argmax())]]),
+        "lowest": str(values[enough[int(observed.argmin())]]),
+        "p": p,
+        "flagged": p < 1 - settings.confidence,
+    }
 
 
 def _label_facts(name: str, spec: LabelSpec, before: Sequence[Row], after: Sequence[Row]) -> dict[str, Any]:
     classes, pairs_before = label_fields.stated_and_right(before, name, spec)
     pairs_after = label_fields.stated_and_right(after, name, spec)[1]
+    besides = {stated for pair in (*pairs_before, *pairs_after) if pair for stated in pair} - set(classes)
     return {
         "values": list(spec.values) if spec.values is not None else None,
         "pattern": spec.pattern,
         "classes": list(classes),
+        "stated": [*classes, *sorted(besides)],
         "commonest_share": label_fields.commonest_share(pairs_after),
         "confusion": {"before": label_fields.confusion(pairs_before), "after": label_fields.confusion(pairs_after)},
     }

@@ -36,6 +36,12 @@ ABOUT = {
     "loss": About("Loss", "number", -1, "mean over held-out answer tokens, in nats"),
     "perplexity": About("Perplexity", "number", -1, "exponential of the loss"),
 }
+EXTRA = {
+    "bertscore": About("BERTScore", "fraction", 1, "likeness of word pieces as an encoder sees them, F1", 1),
+    "radgraph": About("RadGraph F1", "fraction", 1, "entities and relations in common with the reference", 1),
+    "chexbert": About("CheXbert", "share", 1, "all five main findings labelled as in the reference", 1),
+    "green": About("GREEN", "fraction", 1, "a language model's count of clinically significant errors", 1),
+}
 ABBREVIATIONS = {
     **{word: word.upper() for word in ("gpu", "cpu", "mlp", "id", "url", "bleu", "rouge", "trl", "gb")},
     **{"lora": "LoRA", "chrf": "chrF", "peft": "PEFT"},
@@ -47,27 +53,30 @@ UNSEEN = (
     "findings."
 )
 
-NOT_MEASURED = (
-    "Not measured: BERTScore, RadGraph F1, CheXbert and GREEN. Each needs a model of its own, which this job does not bring; "
-    "they can be given the answers in evaluation/before.jsonl and after.jsonl."
-)
 OCCLUSION = (
-    "Orange: covering this part made the tuned model's own answer less likely (occlusion, relative to the strongest cell). "
-    "It shows what the answer depends on, not whether it is right; what stands in two places is not found."
+    "Orange in a map: covering this part made the tuned model's own answer less likely (occlusion, relative to the strongest "
+    "cell). It shows what the answer depends on, not whether it is right; what stands in two places is not found. Where even "
+    "the strongest cell raised the loss by little, the map is noise."
 )
 
 
 def about(metric: str) -> About:
     """What is known of `metric`; of a label's metrics by their ending."""
-    if metric in ABOUT:
-        return ABOUT[metric]
+    known = ABOUT | EXTRA
+    if metric in known:
+        return known[metric]
     if metric.endswith("_accuracy"):
         label = readable(metric.removesuffix("_accuracy"))
         return About(f"{label} correct", "share", 1, "the text states exactly the reference label", 1)
-    if metric.endswith("_macro_f1"):
-        label = readable(metric.removesuffix("_macro_f1"))
-        return About(f"{label} macro-F1", "fraction", 1, "F1 of each class, averaged with equal weight", 1)
-    return About(readable(metric), "number", 0, "")
+    label = readable(metric.removesuffix("_macro_f1"))
+    return About(f"{label} macro-F1", "fraction", 1, "F1 of each class, averaged with equal weight", 1)
+
+
+def unmeasured(measured: Mapping[str, Any]) -> str:
+    """Which of the metrics that need a model of their own this run had none for; empty when it had all."""
+    missing = [known.title for metric, known in EXTRA.items() if metric not in (measured.get("change") or {})]
+    why = "each needs a model of its own, named in evaluation.extra_metrics, and this run had none"
+    return f"Not measured: {', '.join(missing)}; {why}." if missing else ""
 
 
 def readable(name: str) -> str:
@@ -116,10 +125,8 @@ def verdict(metric: str, change: Entry) -> Literal["better", "worse", "changed",
 
 
 def primary(measured: Mapping[str, Any]) -> list[str]:
-    """The metrics of a headline: is each label right, then how alike the wording is."""
-    return [name for name in measured if name.endswith("_accuracy")] + [
-        name for name in ("rougeL",) if name in measured
-    ]
+    """The metrics that a reader should look at first: is each label right, then how alike the wording is."""
+    return [name for name in measured if name.endswith("_accuracy") or name == "rougeL"]
 
 
 def headline(measured: Mapping[str, Any], metric: str) -> str:
@@ -146,6 +153,16 @@ def confidence(measured: Mapping[str, Any]) -> str:
     return f"{100 * (measured.get('settings') or {}).get('confidence', 0.95):g}{JOINED}%"
 
 
+def gap(metric: str, gap: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
+    """One sentence on the largest difference between groups."""
+    known, chance = about(metric), f"within what chance explains at the {confidence(measured)} level"
+    width = number(gap["value"], known.kind, signed=True).lstrip("+")
+    return (
+        f"{known.title}: the largest gap is {width}, between {gap['highest']} (highest) and {gap['lowest']} (lowest); "
+        f"{'more than chance explains' if gap['flagged'] else chance} ({p_text(gap['p'])})."
+    )
+
+
 def flat(facts: Mapping[str, Any] | Sequence[Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested facts as (name, text) lines; empty ones left out, and of a long list only the first `MOST_ITEMS`."""
     lines: list[tuple[str, str]] = []
@@ -155,14 +172,11 @@ def flat(facts: Mapping[str, Any] | Sequence[Any], prefix: str = "") -> list[tup
         if isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(one, Mapping) for one in value)):
             lines += flat(value, f"{name} · ")
         elif isinstance(value, list | tuple):
-            text = ", ".join(plain(one) for one in value[:MOST_ITEMS])
             more = f" and {len(value) - MOST_ITEMS:,} more" if len(value) > MOST_ITEMS else ""
-            lines += [(name, text + more)] if value else []
+            lines += [(name, ", ".join(map(plain, value[:MOST_ITEMS])) + more)] if value else []
         elif value is not None and value != "":
             lines.append((name, plain(value)))
-    if len(items) > MOST_ITEMS:
-        lines.append((f"{prefix}and more", f"{len(items) - MOST_ITEMS:,}"))
-    return lines
+    return lines + ([(f"{prefix}and more", f"{len(items) - MOST_ITEMS:,}")] if len(items) > MOST_ITEMS else [])
 
 
 def plain(value: object) -> str:

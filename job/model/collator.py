@@ -147,11 +147,8 @@ def finished(processor: Any, messages: Messages) -> str:
     """The text of whole turns. Where the template ends no turn (LLaVA 1.5's), the end of text is put behind the last:
     a model that is never shown where an answer ends does not stop."""
     text = render(processor, messages)
-    return (
-        text
-        if text.rstrip().endswith(special_tokens(processor))
-        else text.rstrip() + str(processor.tokenizer.eos_token)
-    )
+    ended = text.rstrip().endswith(special_tokens(processor))
+    return text if ended else text.rstrip() + str(processor.tokenizer.eos_token)
 
 
 @lru_cache(8)

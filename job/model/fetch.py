@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import struct
@@ -108,10 +109,7 @@ def base_facts(folder: Path) -> BaseFacts:
     for file in files:
         for name, tensor in read_header(file)[0].items():
             shape = tensor["shape"]
-            size = 1
-            for length in shape:
-                size *= length
-            count += size
+            count += math.prod(shape)
             layer = name.removesuffix(".weight")
             if layer != name and len(shape) == 2 and "embed" not in layer.rpartition(".")[2]:
                 linears[module_name(layer)] = Linear(*shape)

@@ -176,6 +176,17 @@ class Frozen:
         finally:
             del inner.get_image_features
 
+    @contextmanager
+    def pixels(self) -> Iterator[None]:
+        """Inside `given`, the model takes pixels for a while, as generation gives them."""
+        inner = base(self.model).model
+        features = vars(inner).pop("get_image_features", None)
+        try:
+            yield
+        finally:
+            if features is not None:
+                inner.get_image_features = features
+
     def inputs(self, batch: Batch) -> Batch:
         """A batch with features in the words of the model's forward."""
         if FEATURES not in batch:

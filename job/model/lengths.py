@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from job.errors import DataError
-from job.model.collator import Messages, expand, finished, render, replacement, special_tokens, tokens
+from job.model.collator import Messages, expand, finished, render, replacement, special_tokens
+from job.model.collator import tokens as tokens_of
 
 Size = tuple[int, int]
 
@@ -41,27 +42,22 @@ class Ruler:
         except ValueError as error:
             raise DataError("the model's processor refuses an image of this size") from error
         text = finished(self.processor, messages)
-        bare = len(tokens(self.processor, text))
-        whole = len(tokens(self.processor, expand(self.processor, text, expansions))) if sizes else bare
-        before = len(tokens(self.processor, render(self.processor, messages[:-1], prompt=True)))
+        bare = len(tokens_of(self.processor, text))
+        whole = len(tokens_of(self.processor, expand(self.processor, text, expansions))) if sizes else bare
+        before = len(tokens_of(self.processor, render(self.processor, messages[:-1], prompt=True)))
         return Length(whole, whole - bare + before, whole - bare + len(sizes))  # all images come before the last answer
 
     def room(self, tokens: int) -> dict[str, float | None]:
         """What of a picture this processor keeps, in pixels: `area` of the whole or its `short` side; and the area of all
         pictures of a row (`row`) that together take so many tokens, where tokens depend on the size."""
-        size, tiles = (
-            dict(self.processor.image_processor.size),
-            getattr(self.processor.image_processor, "max_image_tiles", 0),
-        )
+        pictures = self.processor.image_processor
+        size, tiles = dict(pictures.size), getattr(pictures, "max_image_tiles", 0)
         high, wide = size.get("height") or 0, size.get("width") or 0
         area = tiles * high * wide or None
         short = None if area else max(high, wide) or size.get("shortest_edge")
-        if size.get("longest_edge") and hasattr(self.processor.image_processor, "merge_size"):
+        if size.get("longest_edge") and hasattr(pictures, "merge_size"):
             area, short = size["longest_edge"], None  # Qwen's edges are areas
         side = int(min(area or 1024**2, 1024**2) ** 0.5)
-        few, many = (len(self._placed((each, each))) for each in (side // 2, side))
+        few, many = (len(tokens_of(self.processor, self.expansion((each, each)))) for each in (side // 2, side))
         row = tokens * (side**2 - (side // 2) ** 2) / (many - few) if many > few else None
         return {"area": area, "short": short, "row": row}
-
-    def _placed(self, size: Size) -> list[int]:
-        return tokens(self.processor, self.expansion(size))

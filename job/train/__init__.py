@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from job.attempt import Attempt
 from job.errors import DataError, OutOfMemory, Preempted, SpecError
 from job.model import Loaded, to_generation, to_training
-from job.model.collator import IGNORE, Collator
+from job.model.collator import Collator
 from job.model.frozen import Features, Frozen, base, frozen_vision
 from job.model.pictures import LAYOUTS, Layout, cut
 from job.plan import Plan
@@ -151,13 +151,15 @@ class LoraTrainer(SFTTrainer):
             return self.frozen.inputs(self.frozen.look(inputs, keys))
 
     @torch.no_grad()
-    def loss_of(self, rows: list[dict[str, Any]]) -> tuple[float, int]:
-        """Mean loss of rows that are not trained on, as training takes it, and over how many answer tokens."""
+    def loss_of(self, rows: list[dict[str, Any]]) -> tuple[float, float]:
+        """Mean loss of rows that are not trained on, as training takes it, and over how many answer tokens (each as often as
+        its row's weight says)."""
         inputs = self.data_collator(rows)
         for name in ("rows", "pictures"):
             inputs.pop(name)
         keys = inputs.pop("picture_keys")
-        count = int((inputs["labels"][:, 1:] != IGNORE).sum())
+        weights = inputs.get(WEIGHTS, torch.ones(len(rows)))
+        count = float(sum_of_weights([{WEIGHTS: weights, "labels": inputs["labels"]}]))
         inputs = self._seen(self._prepare_inputs(inputs), keys)
         with self.compute_loss_context_manager():
             return float(self.compute_loss(self.model, inputs)), count

@@ -59,7 +59,7 @@ def _fit(
     if restored is not None:
         held_out.resume(restored.folder)
     with record.stage("train") as facts:
-        if restored is not None and (step == plan.total_steps or held_out.is_over):
+        if restored is not None and (step == plan.total_steps or held_out.is_over) and not held_out.is_due(step):
             load_adapter(loaded.model, restored.folder)
             facts += [f"step {step} was saved already", *held_out.finish(step)]
             return

@@ -1,4 +1,4 @@
-"""Held-out loss while training: which step was the best, its adapter, and when to stop because none got better.
+"""Held-out loss while training, and what the model says by then: which step was the best, its adapter, and when to stop.
 
 All of it travels in the checkpoints, so that a resumed run knows what a run that was never stopped would know. Nothing is
 drawn from a random generator, and a notice is never kept waiting: what is half measured is dropped and measured again.
@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,19 @@ import torch
 from transformers import TrainerCallback
 
 from job.attempt import Attempt
-from job.errors import OutOfMemory
-from job.evaluate.generate import answer_losses
-from job.model import Loaded
+from job.errors import JobError, OutOfMemory, Preempted
+from job.evaluate import Rows, jsonl
+from job.evaluate.generate import answer
+from job.model import Loaded, to_generation, to_training
 from job.model.transformers_backend import load_adapter
+from job.report import SAMPLES_KEY
 from job.train.callbacks import random_states, restore_random_states
 from job.train.ladder import Ladder
 from job.train.together import Together
 
 log = logging.getLogger("job")
 
-LossOf = Callable[[list[dict[str, Any]]], tuple[float, int]]
-LOSSES, BEST = "held_out/losses.json", "held_out/best"
+LOSSES, SAMPLES, BEST = "held_out/losses.json", "held_out/samples.jsonl", "held_out/best"
 """In a checkpoint's folder. An adapter right below it would be loaded by transformers beside the one that is trained."""
 
 
@@ -40,9 +41,11 @@ class NoneBetter(Exception):
 
 
 class HeldOut(TrainerCallback):
-    """`losses` are those measured so far, nats over answer tokens by step; `best` is the folder with the best adapter.
+    """`losses` are those measured so far, nats over answer tokens by step; `samples` what was said by then to the first
+    `evaluation.eval_samples` rows; `best` is the folder with the best adapter.
 
-    `rows` are all that were held out; at most `evaluation.eval_loss_rows` of them are looked at, always the same ones.
+    `rows` are all that were held out; at most `evaluation.eval_loss_rows` of them are looked at, always the same ones. All
+    ranks know the losses; rank 0 alone has samples and the best adapter.
     """
 
     def __init__(self, attempt: Attempt, loaded: Loaded, rows: Any, ladder: Ladder, group: Together) -> None:
@@ -51,6 +54,7 @@ class HeldOut(TrainerCallback):
         count = min(len(rows), self.spec.eval_loss_rows)
         self.rows = rows.select([index * len(rows) // count for index in range(count)]) if count else rows
         self.losses: dict[int, float] = {}
+        self.samples: Rows = []
         self.best: Path | None = None
         self.trainer: Any = None
 
@@ -59,6 +63,7 @@ class HeldOut(TrainerCallback):
         if (checkpoint / LOSSES).exists():
             stored = json.loads((checkpoint / LOSSES).read_text())
             self.losses = {int(step): float(loss) for step, loss in stored.items()}
+            self.samples = [json.loads(line) for line in (checkpoint / SAMPLES).read_text().splitlines()]
             self.best = checkpoint / BEST if (checkpoint / BEST).exists() else None
 
     def put_into(self, checkpoint: Path) -> None:
@@ -66,6 +71,7 @@ class HeldOut(TrainerCallback):
         if self.losses:
             (checkpoint / LOSSES).parent.mkdir(parents=True, exist_ok=True)
             (checkpoint / LOSSES).write_text(json.dumps(self.losses))
+            (checkpoint / SAMPLES).write_bytes(jsonl(self.samples))
         if self.best is not None:
             shutil.copytree(self.best, checkpoint / BEST, copy_function=_linked)
 
@@ -81,10 +87,14 @@ class HeldOut(TrainerCallback):
         """The step with the lowest loss; of several, the first."""
         return min(self.losses, key=lambda step: (self.losses[step], step))
 
+    def is_due(self, last: int) -> bool:
+        """Whether the last step is still to be measured."""
+        return self.spec.eval_steps is not None and len(self.rows) > 0 and last not in self.losses
+
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         self._measure_if_due(state)  # left out by the attempt that was stopped at this step
         self.attempt.preemption.check()
-        if self.is_over:
+        if self.is_over or state.global_step == state.max_steps:
             raise NoneBetter  # upstream asks whether to stop behind the next step only
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -102,77 +112,89 @@ class HeldOut(TrainerCallback):
 
     def finish(self, last: int) -> list[str]:
         """Put the best adapter into the model where the spec asks for it. Returns what to say of it, if anything."""
-        if self.spec.eval_steps is None or not len(self.rows):
-            return []
-        if last not in self.losses:
-            loss = self._mean(self._outside)
-            if loss is None:
-                self.attempt.preemption.check()
-            self._note(last, loss)
-        best = self.best_step
-        if self.spec.take == "best" and best != last and self.best is not None:
-            load_adapter(self.loaded.model, self.best)
-        if self.spec.take == "best" and best != last:
-            self.group.as_first(self.loaded.model)
-        taken = best if self.spec.take == "best" else last
-        self.attempt.record.update(taken_step=taken)
-        said = f"step {taken} is taken, with held-out loss {self.losses[taken]:.4f}"
-        return [said, f"the lowest is {self.losses[best]:.4f} at step {best}"]
+        taken, said = last, list[str]()
+        if self.losses:
+            self._show_samples()
+            if self.spec.take == "best" and self.best_step != last:
+                if self.best is not None:
+                    load_adapter(self.loaded.model, self.best)
+                self.group.as_first(self.loaded.model)
+                taken = self.best_step
+            said = [f"step {taken} is taken, with held-out loss {self.losses[taken]:.4f}"]
+            said.append(f"the lowest is {self.losses[self.best_step]:.4f} at step {self.best_step}")
+        self.attempt.record.update(step=last, taken_step=taken)
+        return said
 
     def _measure_if_due(self, state: Any) -> None:
         step, every = state.global_step, self.spec.eval_steps
-        if every is None or not step or step in self.losses or not len(self.rows):
-            return
-        if step % every and step != state.max_steps:
+        if every is None or not step or not self.is_due(step) or (step % every and step != state.max_steps):
             return
         began, states = time.monotonic(), random_states()
         self.loaded.model.eval()
         try:
-            loss = self._mean(self.trainer.loss_of)
+            loss = self._mean()
+            answers = self._answers(step)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                "measuring on held-out rows while training does not fit the GPU; lower "
+                "training.per_device_train_batch_size or evaluation.eval_samples, or remove evaluation.eval_steps"
+            ) from error
         finally:
-            self.loaded.model.train()
+            to_training(self.loaded)
             restore_random_states(states)
             self.trainer.paused += time.monotonic() - began
-        self._note(step, loss)
+        if not self.attempt.preemption.requested:
+            self._note(step, loss, answers)
 
-    def _mean(self, loss_of: LossOf) -> float | None:
-        """Mean loss of all answer tokens, of which each rank takes its share; None when a notice came first."""
-        total, tokens, size = 0.0, 0, self.ladder.rows_at_once
+    def _mean(self) -> float:
+        """Mean loss of all answer tokens, weighted as in training; of those so far when a notice comes. Each rank takes its
+        share of the rows."""
+        total, tokens, size = 0.0, 0.0, self.ladder.rows_at_once
         places = range(self.group.ranks.rank, len(self.rows), self.group.ranks.world)
         for start in range(0, len(places), size):
-            if self.attempt.preemption.requested:
-                return None
-            try:
-                loss, count = loss_of([self.rows[place] for place in places[start : start + size]])
-            except torch.OutOfMemoryError as error:
-                raise OutOfMemory(
-                    "measuring held-out loss while training does not fit the GPU; lower "
-                    "training.per_device_train_batch_size, or remove evaluation.eval_steps"
-                ) from error
-            total, tokens = total + loss * count, tokens + count
-        total, counted = self.group.sums(total, tokens)
-        return total / max(counted, 1)
+            if not self.attempt.preemption.requested:
+                rows = [self.rows[place] for place in places[start : start + size]]
+                loss, count = self.trainer.loss_of(rows)
+                total, tokens = total + loss * count, tokens + count
+        total, tokens = self.group.sums(total, tokens)
+        return total / tokens if tokens else math.nan
 
-    def _outside(self, rows: list[dict[str, Any]]) -> tuple[float, int]:
-        """For the one case without a trainer: a notice came while the last step was measured."""
-        with torch.no_grad():
-            spec = self.attempt.spec
-            found = answer_losses(self.loaded, rows, spec.training.max_length, spec.dataset.over_length == "truncate")
-        count = sum(tokens for _, tokens in found)
-        return sum(loss * tokens for loss, tokens in found) / max(count, 1), count
+    def _answers(self, step: int) -> Rows:
+        rows = [self.rows[place] for place in range(min(len(self.rows), self.spec.eval_samples))]
+        if not rows or self.attempt.preemption.requested or self.group.ranks.rank:
+            return []
+        to_generation(self.loaded)
+        frozen = self.trainer.frozen
+        with torch.no_grad(), frozen.pixels() if frozen else nullcontext():
+            said = answer(self.loaded, rows, self.spec.max_new_tokens)
+        return [
+            {"step": step, "id": row["id"], "reference": row["reference"], "generated": text}
+            for row, (text, _) in zip(rows, said, strict=True)
+        ]
 
-    def _note(self, step: int, loss: float | None) -> None:
-        if loss is None:
-            return
+    def _note(self, step: int, loss: float, answers: Rows) -> None:
         self.losses[step] = round(loss, 6) if math.isfinite(loss) else math.inf
+        self.samples += answers
         said = self.losses[step] if math.isfinite(loss) else None
         self.attempt.record.numbers(step=step, eval_loss=said)
         self.attempt.record.update(eval_loss=said, best_step=self.best_step)
         log.info("train: held-out loss %.4f at step %d, lowest at step %d", loss, step, self.best_step)
+        self._show_samples()
         if self.best_step == step and self.spec.take == "best" and not self.group.ranks.rank:
             self.best = self.attempt.scratch / "best" / f"step-{step}"
             shutil.rmtree(self.best.parent, ignore_errors=True)
             self.loaded.model.save_pretrained(self.best)
+
+    def _show_samples(self) -> None:
+        """A store that does not take them is reported and stops nothing."""
+        if self.group.ranks.rank:
+            return
+        try:
+            self.attempt.store.write(SAMPLES_KEY, jsonl(self.samples))
+        except Preempted:
+            raise
+        except JobError as error:
+            log.warning("samples are not written: %s", error)
 
 
 def _linked(source: str, target: str) -> None:

@@ -43,7 +43,7 @@ class Cluster:
         """What Slurm knows of a job: JobState, Restarts, ExitCode, NodeList, …"""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", "-o", job)))
 
-    def until(self, true: Callable[[], object], what: str, seconds: float = 60) -> None:
+    def until(self, true: Callable[[], object], what: str, seconds: float = 180) -> None:
         """Wait for something that is bound to come."""
         deadline = time.monotonic() + seconds
         while not true():

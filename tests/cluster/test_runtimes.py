@@ -30,6 +30,8 @@ def ask(runtime: str, tmp_path: Path, **more: str) -> tuple[list[str], dict[str,
     environment = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "HOME": "/home/me",
+        "JOB_HOME": str(ROOT),
+        "JOB_SITE": "/dev/null",
         "JOB_RUNTIME": runtime,
         "JOB_IMAGE": str(tmp_path / "image"),
         "JOB_NODE_SCRATCH": "/local",

@@ -35,7 +35,7 @@ def spec(**dicom: Any) -> DatasetSpec:
 
 
 def shown(data: bytes, **dicom: Any) -> np.ndarray:
-    (picture,) = frames(data, None, spec(**dicom))
+    (picture,) = frames(data, spec(**dicom))
     assert picture.mode == "RGB"
     return np.asarray(picture)
 
@@ -162,7 +162,7 @@ def test_an_enhanced_file_has_its_window_in_each_frame():
         return frame
 
     data = made(np.stack([RAMP, RAMP]), PerFrameFunctionalGroupsSequence=[group(200), group(800)])
-    first, second = (np.asarray(frames(data, {"frame": n}, spec())[0])[..., 0] for n in (0, 1))
+    first, second = (np.asarray(frames(data, spec(frames=[n]))[0])[..., 0] for n in (0, 1))
     assert first.mean() > second.mean() + 100
 
 
@@ -175,11 +175,11 @@ def test_frames_are_chosen():
         choose(3, [3])
     stack = np.stack([np.full((16, 16), n * 10) for n in range(9)])
     data = made(stack, WindowCenter=40, WindowWidth=81)
-    assert [np.asarray(p)[0, 0, 0] for p in frames(data, None, spec(frames=[1, 7]))] == [33, 225]
+    assert [np.asarray(p)[0, 0, 0] for p in frames(data, spec(frames=[1, 7]))] == [33, 225]
     assert shown(data, frames="montage").shape == (48, 48, 3)
     assert shown(theirs("examples_ybr_color.dcm"), frames="montage").shape == (960, 1280, 3)
     with pytest.raises(BadRow, match="names a frame"):
-        frames(data, None, spec(frames=[9]))
+        frames(data, spec(frames=[9]))
 
 
 @pytest.mark.parametrize(
@@ -285,6 +285,9 @@ def test_a_report_without_its_file_and_a_table_that_names_none(tmp_path: Path, p
         tmp_path / "d", [{"study": "1.2.1", "report": "R"}, {"study": "1.2.9", "report": "S"}], study(1, "P", "CR", 1)
     )
     assert prepared(max_bad_fraction=0.5).quarantined == [{"row": 1, "reason": "no image"}]
+    with (tmp_path / "d" / "reports.csv").open("a") as table:
+        table.write("1.2.1,too,many\n")
+    assert [row["row"] for row in prepared(max_bad_fraction=0.7).quarantined] == [1, 2]
     tree_of(tmp_path / "d", [{"study": "9", "report": "R"}], {})
     with pytest.raises(DataError, match=r"no column of the reports names a DICOM file.*the columns are study, report"):
         prepared()

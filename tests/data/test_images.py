@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from job.data.images import BadRow, Bounds, Files, decode, image_bytes, load, load_anew, shrink
+from job.data.images import BadRow, Bounds, Files, decode, load, load_anew, locate, shrink
 from job.data.shelf import Shelf
 from job.spec import DatasetSpec
 
@@ -46,7 +46,7 @@ def test_the_bound_is_on_pixels_not_on_bytes():
 @pytest.mark.parametrize("value", [None, 3, {"bytes": None, "path": None}, ""])
 def test_a_value_that_is_no_image_is_a_bad_row(value: object):
     with pytest.raises(BadRow, match="no image"):
-        image_bytes(value, Files())
+        locate(value, Files())
 
 
 def deep(values: np.ndarray, kind: str) -> bytes:
@@ -119,7 +119,7 @@ def test_a_damaged_file_is_a_picture_or_a_bad_row(kind: str, seed: int, hits: in
 
 
 @pytest.mark.parametrize(
-    "value", ["data:image/png;base64,!!", "data:text/plain,hello", {"file": "/no", "offset": 0, "size": 9}]
+    "value", ["data:image/png;base64,!!", "data:text/plain,hello", {"path": "/no", "offset": 0, "size": 9}]
 )
 def test_a_url_or_a_piece_that_holds_no_image_is_a_bad_row(value: object):
     with pytest.raises(BadRow):

@@ -14,7 +14,7 @@ from job.spec import DatasetSpec
 
 def read(row: dict[str, Any], **fields: Any) -> Sample:
     spec = DatasetSpec.model_validate({"path": "d"} | fields)
-    return read_sample(row, spec, choose_columns(row, spec, None))
+    return read_sample(row, spec, choose_columns(row, spec))
 
 
 def short(sample: Sample) -> list[tuple[str, list[str]]]:
@@ -63,7 +63,7 @@ def test_several_images_come_from_a_list_or_from_several_columns():
 def test_no_images_are_taken_only_where_that_is_said():
     with pytest.raises(BadRow, match="no image"):
         read({"image": None, "caption": "c"})
-    assert read({"image": [], "caption": "c"}).images == []
+    assert read({"image": [], "caption": "c"}).images == read({"image": "[]", "caption": "c"}).images == []
     assert short(read({"caption": "c"}, image_column=None, instruction="Q"))[0] == ("user", ["Q"])
 
 

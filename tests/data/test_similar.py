@@ -37,7 +37,7 @@ def test_copies_are_found_and_others_are_not():
 
 
 def test_pairs_are_those_that_counting_bits_finds(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("job.data.similar.CHUNK", 7)
+    monkeypatch.setattr("job.data.similar.PRODUCTS", 1000)
     some, others = (np.random.default_rng(n).choice([-1, 1], (40 + n, BITS)).astype(np.int8) for n in (0, 100))
     apart = (some[:, None] != others[None]).sum(axis=2)
     most = int(np.quantile(apart.min(axis=1), 0.5))

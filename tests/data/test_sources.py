@@ -7,6 +7,8 @@ import functools
 import http.server
 import io
 import json
+import os
+import shutil
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -55,8 +57,11 @@ def test_webdataset_shards_are_read_in_place(tmp_path: Path, prepared):
             members |= {f"s/{n}.png": png(n), f"s/{n}.json": json.dumps({"caption": f"c{n}"}).encode()}
         shard(tmp_path / "data" / f"train-{number}.tar", members | {"notes": b"no row"})
     shard(tmp_path / "data" / "validation-0.tar", {"9.png": png(9), "9.json": b'{"caption": "c9"}'})
-    data = prepared(tmp_path / "data")
+    data = prepared(tmp_path / "data", eval_fraction=0.1, eval_split="validation")
     assert shades(data) == [(f"c{n}", [n]) for n in range(6)]
+    assert [row["reference"] for row in data.evaluation] == ["c9"]
+    with pytest.raises(DataError, match=r"holds 3 × \.tar; wanted is .*, named after the split test"):
+        prepared(tmp_path / "data", eval_fraction=0.1, eval_split="test")
     assert data.facts["source"] == "webdataset: 2 .tar file(s); answers in caption, images in image"
     assert not any(file.stat().st_size > 100_000 for file in (tmp_path / "scratch").rglob("*") if file.is_file())
 
@@ -68,10 +73,15 @@ def test_webdataset_texts_and_several_images(tmp_path: Path, prepared):
         "a.txt": b"Both clear.",
         "b.left.png": png(3),
         "b.txt": b"One.",
+        "c.left.png": b"",
+        "c.txt": b"An empty file.",
     }
-    data = prepared(shard(tmp_path / "x.tar", members))
+    data = prepared(shard(tmp_path / "x.tar", members), max_bad_fraction=0.4)
     assert shades(data) == [("Both clear.", [1, 2]), ("One.", [3])]
-    assert shades(prepared(tmp_path / "x.tar", image_column="left.png"))[0] == ("Both clear.", [1])
+    assert shades(prepared(tmp_path / "x.tar", image_column="left.png", max_bad_fraction=0.4))[0] == (
+        "Both clear.",
+        [1],
+    )
 
 
 def test_a_shard_that_is_cut_short_or_packed_is_named(tmp_path: Path, prepared):
@@ -151,6 +161,10 @@ def site(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
     class Handler(http.server.SimpleHTTPRequestHandler):
         def do_GET(self) -> None:
             asked.append(self.path)
+            if self.path == "/again":
+                self.send_response(302)
+                self.send_header("Location", "/again")
+                return self.end_headers()
             if self.path.startswith("/down"):
                 return self.send_error(503)
             return super().do_GET()
@@ -170,11 +184,12 @@ def test_images_behind_urls_are_fetched_once(tmp_path: Path, prepared, site, mon
     url, asked = site
     (tmp_path / "site" / "a.png").write_bytes(png(4))
     rows = [{"image": f"{url}/a.png", "caption": "Four."}, {"image": f"{url}/missing.png", "caption": "None."}]
+    rows += [{"image": f"{url}/again", "caption": "Round and round."}]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for _ in range(2):
-        data = prepared(tmp_path / "r.jsonl", max_bad_fraction=0.5)
+        data = prepared(tmp_path / "r.jsonl", max_bad_fraction=0.9)
         assert shades(data) == [("Four.", [4])]
-    assert [row["reason"] for row in data.quarantined] == ["image cannot be fetched: there is none at its URL"]
+    assert [row["reason"] for row in data.quarantined] == ["image cannot be fetched: there is none at its URL"] * 2
     assert asked.count("/a.png") == 1
     (tmp_path / "r.jsonl").write_text(json.dumps({"image": f"{url}/down.png", "caption": "x"}) + "\n")
     monkeypatch.setattr("job.data.remote.TRIES", 2)
@@ -182,7 +197,9 @@ def test_images_behind_urls_are_fetched_once(tmp_path: Path, prepared, site, mon
         prepared(tmp_path / "r.jsonl")
 
 
-def test_a_bucket_holds_shards_or_a_table_with_its_images(tmp_path: Path, prepared, bucket: str):
+def test_a_bucket_holds_whatever_a_folder_may(tmp_path: Path, prepared, bucket: str):
+    from pydicom.data import get_testdata_file
+
     from job.store import open_store
 
     store = open_store(f"s3://{bucket}/d")
@@ -195,6 +212,12 @@ def test_a_bucket_holds_shards_or_a_table_with_its_images(tmp_path: Path, prepar
     assert shades(prepared(f"s3://{bucket}/d/shards")) == [("A", [1])]
     assert shades(prepared(f"s3://{bucket}/d/table")) == [("C", [3])]
     assert shades(prepared(f"s3://{bucket}/d/one/rows.jsonl")) == [("C", [3])]
+    folder_of(rows_of(2), tmp_path / "chest")
+    store.upload(Path(shutil.make_archive(str(tmp_path / "chest"), "zip", tmp_path / "chest")), "zip/chest.zip")
+    assert shades(prepared(f"s3://{bucket}/d/zip/chest.zip")) == [("caption 0", [0]), ("caption 1", [1])]
+    store.upload(Path(str(get_testdata_file("CT_small.dcm", download=False))), "ct/a.dcm")
+    store.write("ct/reports.csv", b"file,caption\na.dcm,C\n")
+    assert prepared(f"s3://{bucket}/d/ct").train[0]["images"][0].size == (128, 128)
 
 
 def test_shards_too_large_for_scratch_stay_in_their_bucket(tmp_path: Path, prepared, bucket: str):
@@ -220,11 +243,74 @@ def test_shards_too_large_for_scratch_stay_in_their_bucket(tmp_path: Path, prepa
 
 
 def test_a_zip_is_the_folder_in_it(tmp_path: Path, prepared):
-    import shutil
-
     folder_of(rows_of(3), tmp_path / "x" / "chest")
     archive = Path(shutil.make_archive(str(tmp_path / "chest"), "zip", tmp_path / "x"))
     assert [answer for answer, _ in shades(prepared(archive))] == ["caption 0", "caption 1", "caption 2"]
     archive.write_bytes(archive.read_bytes()[:200])
     with pytest.raises(DataError, match=r"chest\.zip cannot be unpacked: File is not a zip file"):
         prepared(archive)
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [
+        (b'file_name,caption\n0.png,"a\n1.png,b\n', "metadata.csv cannot be read: unexpected end of data"),
+        (b"file_name,caption,caption\n0.png,a,b\n", "two columns have the same name"),
+        (b"file_name,caption\n", "metadata.csv has no rows"),
+        ("file_name,caption\n0.png,Größe\n".encode("latin-1"), "line is not UTF-8; save the table as UTF-8"),
+        (bytes(8), "metadata.csv has no rows"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_told_why(tmp_path: Path, prepared, table: bytes, reason: str):
+    (tmp_path / "0.png").write_bytes(png())
+    (tmp_path / "metadata.csv").write_bytes(table)
+    with pytest.raises(DataError, match=reason):
+        prepared(tmp_path)
+
+
+def test_odd_tables_are_read(tmp_path: Path, prepared):
+    """Excel's own text, empty lines, names that look like patterns."""
+    folder = tmp_path / "we[i]rd*"
+    folder.mkdir()
+    (folder / "0.png").write_bytes(png())
+    (folder / "a[1].csv").write_text("\nimage\tcaption\n\n0.png\tGröße\n", encoding="utf-16")
+    (folder / "b.jsonl").write_text('\n{"image": "0.png", "caption": "a\u2028b"}\n\n', encoding="utf-8")
+    assert shades(prepared(folder / "a[1].csv")) == [("Größe", [0])]
+    assert shades(prepared(folder / "b.jsonl")) == [("a\u2028b", [0])]
+
+
+def test_values_of_a_stranger_are_bad_rows_at_most(tmp_path: Path, prepared):
+    """No file outside the folder, no pipe that never ends, no value of another type."""
+    (tmp_path / "d").mkdir()
+    (tmp_path / "secret.png").write_bytes(png())
+    os.mkfifo(tmp_path / "d" / "pipe.png")
+    secret = str(tmp_path / "secret.png")
+    values = ["pipe.png", "a\0b", "http://", "https://[::1", "s3://x", ".", {"path": secret, "offset": 0, "size": 9}]
+    values += [
+        {"montage": 5, "path": "x"},
+        {"montage": [3, []]},
+        {"path": "x", "offset": "y"},
+        {"bytes": [1]},
+        secret,
+        7,
+    ]
+    lines = [json.dumps({"image": value, "caption": "c"}) for value in values]
+    (tmp_path / "d" / "r.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=f"{len(values)} of {len(values)} rows are bad"):
+        prepared(tmp_path / "d" / "r.jsonl")
+    shard(tmp_path / "t" / "x.tar", {"a.png": png(), "a.json": b'{"caption": "c", "png": {"path": "/etc/passwd"}}'})
+    assert shades(prepared(tmp_path / "t")) == [("c", [0])]
+
+
+def test_parquet_files_that_do_not_belong_together_are_named(tmp_path: Path, prepared):
+    from datasets import Dataset
+
+    for name, columns in (("a", {"image": [""], "caption": ["c"]}), ("b", {"x": [1]})):
+        Dataset.from_dict(columns).to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(
+        DataError, match=r"b\.parquet cannot be read as parquet: its columns are not those of a\.parquet"
+    ):
+        prepared(tmp_path)
+    (tmp_path / "b.parquet").write_bytes(b"")
+    with pytest.raises(DataError, match=r"b\.parquet cannot be read as parquet: .* 0 bytes"):
+        prepared(tmp_path)

@@ -24,7 +24,7 @@ def test_the_kubelet_ends_it_in_time_and_learns_why(image: str, unpacked: Path, 
         pytest.skip(f"a container cannot be run here: {reason}")
     config = json.loads(subprocess.run(["buildah", "inspect", image], capture_output=True, check=True).stdout)
     given = dict(entry.split("=", 1) for entry in config["OCIv1"]["config"]["Env"])
-    (tmp_path / "spec.yaml").write_text(spec("/output/run"))
+    (tmp_path / "spec.yaml").write_text(spec("/output/run").replace('"/', '"/bundle/', 2))
     run = read_run({}, str(tmp_path / "spec.yaml"), None, None)
     (tree,) = documents(kubernetes(run, "example.com/vision-lora-job:0.1.0", ("cpu", "airgapped")))
     pod = tree["spec"]["template"]["spec"]

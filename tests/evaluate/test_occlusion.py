@@ -49,7 +49,7 @@ def test_a_model_answers_for_every_cell(tiny: Callable[..., Path]) -> None:
 
 
 def test_the_report_shows_the_map_and_says_what_it_is(facts: dict[str, Any]) -> None:
-    identity = gallery.sample(facts, gallery.chosen(facts)["random"][0], {}).id
+    identity = gallery.sample(facts, gallery.chosen(facts)["random"][0], {})["id"]
     content = io.BytesIO()
     Image.new("RGB", (20, 20), "white").save(content, "PNG")
     facts["occlusion"] = {identity: [[0.0, -1.0], [0.5, 1.0]]}

@@ -1,4 +1,4 @@
-"""Before against after on the same rows: coverage, p, and reproducibility."""
+"""Before against after on the same rows: published examples, coverage at the stated rate, p, and reproducibility."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_intervals_of_a_skewed_mean_and_its_change_cover_at_the_stated_rate() ->
 
 
 def test_intervals_of_bleu_cover_the_value_of_the_whole_population(make_rows: Callable[..., Any]) -> None:
-    size, runs = 3000, 250
+    size, runs = 3000, 200
     before, after = make_rows(0.2, size, wordy=False), make_rows(0.7, size)
     sums = [scores.sample_scores(rows, {})["bleu"] for rows in (before, after)]
     whole = paired.pair(*sums)
@@ -52,7 +52,7 @@ def test_intervals_of_bleu_cover_the_value_of_the_whole_population(make_rows: Ca
     for seed in range(runs):
         chosen = np.zeros(size, bool)
         chosen[draw.choice(size, 40, replace=False)] = True
-        result = paired.measure({"bleu": whole.subset(chosen)}, np.arange(40), Settings(400, 0.95, seed))
+        result = paired.measure({"bleu": whole.subset(chosen)}, np.arange(40), Settings(300, 0.95, seed))
         for place, (when, true) in enumerate((("after", truth[1]), ("change", truth[1] - truth[0]))):
             hits[place] += result[when]["bleu"]["low"] <= true <= result[when]["bleu"]["high"]
     assert hits / runs == pytest.approx(0.95, abs=0.035)
@@ -101,7 +101,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_does_not() -> None:
 def test_memory_is_bounded_by_drawing_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = np.random.default_rng(8).random((2, 30))
     whole = measured(*rows)
-    monkeypatch.setattr(paired, "CELLS_AT_ONCE", 100)
+    monkeypatch.setattr(paired, "AT_ONCE", 7)
     assert measured(*rows) == whole
 
 
@@ -116,3 +116,56 @@ def test_a_row_without_the_metric_on_one_side_is_left_out_of_both() -> None:
         2,
         1,
     )
+
+
+@pytest.mark.parametrize(
+    ("share", "rows", "low", "high"),
+    [(0.8, 10, 0.4902, 0.9433), (0.0, 20, 0.0, 0.1611), (1.0, 20, 0.8389, 1.0)],
+)
+def test_wilson_gives_known_paired(share: float, rows: int, low: float, high: float) -> None:
+    assert paired.wilson(share, rows, 0.95) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_bonett_price_gives_the_interval_of_the_airway_example() -> None:
+    # Fagerland, Lydersen & Laake 2014, table 1: of 21 children, 1 changed one way and 7 the other.
+    assert paired.bonett_price(1 / 21, 7 / 21, 21, 0.95) == pytest.approx((-0.508, -0.013), abs=1e-3)
+
+
+@pytest.mark.parametrize(("degrees", "exact"), [(4, 2.7764), (9, 2.2622), (29, 2.0452), (999, 1.9623)])
+def test_t_quantiles_are_those_of_the_tables(degrees: int, exact: float) -> None:
+    assert paired.t_quantile(0.975, degrees) == pytest.approx(exact, rel=3e-3)
+
+
+def test_bca_of_equal_values_is_a_point() -> None:
+    assert paired.bca(0.5, np.full(100, 0.5), np.full(10, 0.5), 0.95) == (0.5, 0.5)
+
+
+def test_bca_of_no_finite_value_is_undefined() -> None:
+    assert np.isnan(paired.bca(0.5, np.full(100, np.nan), np.full(10, 0.5), 0.95)).all()
+
+
+def test_independent_rows_are_worth_themselves() -> None:
+    assert paired.effective_rows(np.arange(9.0), np.arange(9)) == 9
+
+
+def test_rows_of_a_unit_that_are_alike_are_worth_one_row() -> None:
+    units = np.repeat(np.arange(200), 5)
+    values = (np.arange(200) % 2).repeat(5).astype(float)
+    assert paired.effective_rows(values, units) == pytest.approx(200, rel=0.02)
+
+
+def test_rows_of_a_unit_that_differ_are_worth_no_more_than_they_are() -> None:
+    assert paired.effective_rows(np.tile([0.0, 1.0], 50), np.repeat(np.arange(50), 2)) == 100
+
+
+def test_wilson_with_effective_rows_covers_when_rows_come_in_patients() -> None:
+    draw, covered, naive, runs = np.random.default_rng(0), 0, 0, 400
+    units = np.repeat(np.arange(40), 6)
+    for _ in range(runs):
+        right = (draw.random(240) < draw.beta(0.8, 0.8, 40).repeat(6)).astype(float)
+        low, high = paired.wilson(right.mean(), paired.effective_rows(right, units), 0.95)
+        covered += low <= 0.5 <= high
+        low, high = paired.wilson(right.mean(), 240, 0.95)
+        naive += low <= 0.5 <= high
+    assert covered / runs == pytest.approx(0.95, abs=0.03)
+    assert naive / runs < 0.85

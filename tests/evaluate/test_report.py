@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import inspect
 import json
 import re
 from html.parser import HTMLParser
@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from PIL import Image
 
-from job.evaluate import report
+from job.evaluate import pictures, report
+from job.train import callbacks, held_out, watch
 
 ATTACK = "<script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>\"'--></style>{{ 7 * 7 }}|*_`"
 
@@ -60,8 +62,8 @@ def test_every_part_is_there(facts: dict[str, Any]) -> None:
 )
 def test_what_is_missing_is_left_out(facts: dict[str, Any], missing: str) -> None:
     without = {key: value for key, value in facts.items() if key != missing}
-    assert report.render(without).endswith("</html>")
-    assert report.render({**facts, missing: None}).endswith("</html>")
+    assert report.render(without).endswith("</html>\n")
+    assert report.render({**facts, missing: None}).endswith("</html>\n")
 
 
 def test_nothing_at_all_is_still_a_page() -> None:
@@ -84,9 +86,7 @@ def test_text_from_data_is_inert(facts: dict[str, Any]) -> None:
 
 
 def test_the_page_asks_nothing_of_the_network(facts: dict[str, Any]) -> None:
-    stream = io.BytesIO()
-    Image.new("L", (8, 8)).save(stream, "PNG")
-    tags = Tags(report.render(facts, dict.fromkeys(report.gallery_ids(facts), stream.getvalue())))
+    tags = Tags(report.render(facts, dict.fromkeys(report.gallery_ids(facts), b"picture")))
     links = [
         attributes[name] or ""
         for _, attributes in tags.found
@@ -103,7 +103,7 @@ def test_the_page_asks_nothing_of_the_network(facts: dict[str, Any]) -> None:
 def test_privacy_leaves_out_images_texts_and_ids(facts: dict[str, Any]) -> None:
     private = {**facts, "privacy": {"report_images": False}}
     assert report.gallery_ids(private) == []
-    page = report.render(private, {row["id"]: b"\x89PNG\r\n\x1a\n" for row in facts["after"]})
+    page = report.render(private, {row["id"]: b"picture" for row in facts["after"]})
     assert "<img" not in page
     assert "patient-" not in page
     assert "heart" not in page
@@ -112,12 +112,15 @@ def test_privacy_leaves_out_images_texts_and_ids(facts: dict[str, Any]) -> None:
 
 
 def test_a_default_gallery_of_large_images_stays_under_five_megabytes(facts: dict[str, Any]) -> None:
-    stream = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 256, (1500, 1500), np.uint8)
-    Image.fromarray(noise).save(stream, "PNG")
+    noise = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), np.uint8)
+    rows = Dataset.from_list([{"_row": number, "images": []} for number in range(16)])
     ids = report.gallery_ids(facts)
     assert len(ids) == 16
-    assert len(report.render(facts, dict.fromkeys(ids, stream.getvalue())).encode()) < 5_000_000
+    rows.set_transform(lambda batch: {"images": [[Image.fromarray(noise)] for _ in batch["_row"]]})
+    made = pictures(rows, [f"row-{number}" for number in range(16)])
+    images = dict(zip(ids, made.values(), strict=True))
+    facts["occlusion"] = {key: [[1.0]] for key in ids[:3]}
+    assert len(report.render(facts, images).encode()) < 5_000_000
 
 
 def test_links_within_the_page_lead_somewhere(facts: dict[str, Any]) -> None:
@@ -175,4 +178,17 @@ def test_energy_and_cost_are_sums_over_all_steps(facts: dict[str, Any]) -> None:
 
 
 def test_what_is_not_measured_is_said(facts: dict[str, Any]) -> None:
-    assert "Not measured: BERTScore, RadGraph F1, CheXbert and GREEN" in report.render(facts)
+    assert "Not measured: BERTScore, RadGraph F1, CheXbert, GREEN; each needs a model" in report.render(facts)
+    for when in ("before", "after", "change"):
+        facts["metrics"][when]["bertscore"] = facts["metrics"][when]["rougeL"]
+    page = report.render(facts)
+    assert "Not measured: RadGraph F1, CheXbert, GREEN;" in page
+    assert "likeness of word pieces" in page
+
+
+def test_the_curves_are_of_numbers_that_training_writes(facts: dict[str, Any]) -> None:
+    written = inspect.getsource(callbacks.Numbers) + inspect.getsource(watch) + inspect.getsource(held_out)
+    for key in {*report.SPEED, *(key for keys, _ in report.CURVES.values() for key in keys), "gpu_power_watts"}:
+        assert f"{key}=" in written or f'"{key}"' in written, key
+    facts["log"] = [line | {"gpu_memory_peak_gb": 30 + line["step"] / 100} for line in facts["log"]]
+    assert "GPU memory over 100 steps: peak from 30.01 to 31 GB." in report.render(facts)

@@ -43,7 +43,7 @@ def page(facts: dict[str, Any], tmp_path: Path) -> str:
     for number, identity in enumerate(report.gallery_ids(facts)):
         stream = io.BytesIO()
         noise = np.random.default_rng(number).integers(0, 256, (96, 128), np.uint8)
-        Image.fromarray(noise).save(stream, "PNG")
+        Image.fromarray(noise).save(stream, "JPEG")
         images[identity] = stream.getvalue()
     path = tmp_path / "report.html"
     path.write_text(report.render(facts, images), encoding="utf-8")

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from job.evaluate import wording
+from job.evaluate.extra import RADEVAL
 from job.evaluate.requirements import unmet
-from job.spec import METRICS, RequirementSpec, contradictions
+from job.spec import METRICS, EvaluationSpec, RequirementSpec, contradictions
 from tests.tiny import job_spec
 
 MEASURED = {
@@ -67,3 +68,5 @@ def test_a_demand_may_change_between_attempts() -> None:
 
 def test_the_spec_knows_the_metrics_that_are_measured() -> None:
     assert set(METRICS) == set(wording.ABOUT)
+    extra = EvaluationSpec.model_json_schema()["properties"]["extra_metrics"]["propertyNames"]["enum"]
+    assert set(extra) == set(wording.EXTRA) == {"bertscore", *RADEVAL}

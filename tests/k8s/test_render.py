@@ -198,6 +198,8 @@ def test_an_installed_package_finds_its_templates(tmp_path: Path, job: Job):
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    for template in ("evaluate/report.html", "evaluate/report.md", "export/card.md"):
+        assert (tmp_path / "installed" / "job" / template).exists()
     arguments = [
         "render",
         "kubernetes",

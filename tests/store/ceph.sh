@@ -5,7 +5,7 @@
 #
 # As root on Debian. Takes ceph-mon, ceph-osd and radosgw from the machine, or from the folder CEPH_CHROOT when it is
 # set (mmdebstrap of a newer suite, with /proc and /dev mounted; Ceph 20 checks more than Debian 12's 16), and otherwise
-# installs them. The command gets the AWS_ variables and TEST_S3_SERVER=ceph. CEPH_SCHEMES=http leaves out the second run.
+# installs them. The command gets the AWS_ variables, TEST_S3_SERVER=ceph and TEST_S3_VERSION. CEPH_SCHEMES=http leaves out the second run.
 set -eu
 
 root=${CEPH_CHROOT:-}
@@ -91,7 +91,9 @@ done
 export AWS_ACCESS_KEY_ID=tester AWS_SECRET_ACCESS_KEY=testersecret AWS_DEFAULT_REGION=us-east-1 TEST_S3_SERVER=ceph
 in_root radosgw-admin -c "$c/ceph.conf" user create --uid tester --display-name tester \
     --access-key "$AWS_ACCESS_KEY_ID" --secret-key "$AWS_SECRET_ACCESS_KEY" >>"$d/setup.log" 2>&1
-in_root radosgw --version
+TEST_S3_VERSION=$(in_root radosgw --version | cut -d ' ' -f 1-3)
+export TEST_S3_VERSION
+echo "$TEST_S3_VERSION"
 
 for scheme in ${CEPH_SCHEMES:-http https}; do
     echo "== $scheme: $*"

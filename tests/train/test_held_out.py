@@ -36,22 +36,23 @@ Fitted = Callable[..., tuple[Weights, Path]]
 def fitted(tmp_path: Path, tiny: Callable[..., Path]) -> Fitted:
     """`fitted(name, evaluation, stop_at=k)` trains into the output of that name, and is asked to stop at the k-th
     batch that it measures. Returns the adapter and the file of numbers."""
-    said = {
-        "rows": "There is a nodule. ",
-        "held": "No fracture of the clavicle is seen. ",
-    }  # learning one unlearns the other
-    for name, caption in said.items():
+    no_fracture = "No fracture of the clavicle is seen. "  # learning the other unlearns this
+    said = {"rows": ("There is a nodule. ", range(8)), "held": (no_fracture, range(8)), "one": (no_fracture, [1])}
+    for name, (caption, numbers) in said.items():
         folder = tmp_path / name
         folder.mkdir()
-        lines = [{"file_name": f"{n}.png", "caption": caption * (1 + n % 3)} for n in range(8)]
-        for number, line in enumerate(lines):
+        lines = [{"file_name": f"{n}.png", "caption": caption * (1 + n % 3), "weight": 3.0 * (n == 1)} for n in numbers]
+        for number, line in zip(numbers, lines, strict=True):
             picture(number).save(folder / str(line["file_name"]))
         (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    def run(name: str, evaluation: dict[str, Any], stop_at: int = 0, **training: Any) -> tuple[Weights, Path]:
+    def run(
+        name: str, evaluation: dict[str, Any], stop_at: int = 0, dataset: dict[str, str] | None = None, **training: Any
+    ) -> tuple[Weights, Path]:
         spec = job_spec(
             model={"name_or_path": str(tiny("llava"))},
-            dataset={"path": str(tmp_path / "rows"), "eval_path": str(tmp_path / "held"), "image_max_side": None},
+            dataset={"path": str(tmp_path / "rows"), "eval_path": str(tmp_path / "held"), "image_max_side": None}
+            | (dataset or {}),
             lora={"r": 4, "lora_dropout": 0.2, "finetune_vision_layers": False},
             training={
                 "max_steps": STEPS,
@@ -90,6 +91,11 @@ def fitted(tmp_path: Path, tiny: Callable[..., Path]) -> Fitted:
     return run
 
 
+def samples(numbers: Path) -> list[dict[str, Any]]:
+    output = numbers.parent.parent.with_name(numbers.parent.parent.name.removeprefix("scratch-"))
+    return [json.loads(line) for line in (output / "evaluation" / "samples.jsonl").read_text().splitlines()]
+
+
 def measured(numbers: Path) -> dict[int, float]:
     lines = map(json.loads, numbers.read_text().splitlines())
     return {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
@@ -118,17 +124,31 @@ def first_worse(losses: dict[int, float]) -> int:
 
 
 def test_a_notice_while_measuring_leaves_at_once_and_what_was_dropped_is_measured_again(fitted: Fitted) -> None:
-    patient = {"eval_steps": 1, "take": "best", "patience": 1}
+    patient = {"eval_steps": 1, "take": "best", "patience": 1, "eval_samples": 2, "max_new_tokens": 1}
     whole, numbers = fitted("whole", patient)
     losses = measured(numbers)
     assert max(losses) == first_worse(losses) < STEPS  # it stopped early
-    last = 2 * max(losses)  # two batches a measurement
-    for stop in (last - 1, last - 2):  # in the midst of the last, and at the end of the one before
+    last = 3 * max(losses)  # two batches a measurement, and one that is answered
+    for stop in (last, last - 2):  # in the midst of the last answers, and of the last losses
         with pytest.raises(Preempted):
             fitted(f"stopped {stop}", patient, stop_at=stop)
         again, resumed = fitted(f"stopped {stop}", patient)
         assert measured(resumed) == losses
         assert trajectory(resumed.read_bytes()) == trajectory(numbers.read_bytes())
         assert same(again, whole)
+        assert samples(resumed) == samples(numbers)
+        assert [(line["step"], line["id"]) for line in samples(numbers)] == [
+            (step, row) for step in losses for row in ("row-0", "row-1")
+        ]
     once_more, _ = fitted(f"stopped {stop}", patient)
     assert same(once_more, whole)
+
+
+def test_rows_count_as_often_as_their_weight_says(fitted: Fitted, tmp_path: Path) -> None:
+    """Where all held-out rows but one weigh nothing, the loss is that of the one row alone."""
+    weighted, once = {"weight_column": "weight"}, {"eval_steps": 1, "eval_samples": 0}
+    _, all_rows = fitted("all", once, dataset=weighted, max_steps=1)
+    _, one_row = fitted("alone", once, dataset=weighted | {"eval_path": str(tmp_path / "one")}, max_steps=1)
+    assert measured(all_rows)[1] == pytest.approx(measured(one_row)[1], rel=1e-5)
+    _, plain = fitted("plain", once, max_steps=1)
+    assert measured(plain)[1] != pytest.approx(measured(one_row)[1], rel=1e-3)
