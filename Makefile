@@ -2,7 +2,7 @@
 PYTHON_VENV = .venv/bin/python
 DEMO = build/demo
 
-.PHONY: demo test lint clean kill-proof resume-proof test-gpu test-image test-slurm test-store bench-store bench-gpu bench
+.PHONY: demo test lint clean kill-proof resume-proof test-gpu test-image test-slurm test-store bench-store bench-gpu bench-scaling bench
 
 demo:
 	@.ci/venv train
@@ -61,6 +61,11 @@ bench-gpu:
 	@$(PYTHON_GPU) benchmarks/throughput.py $(MODEL) --case language --restart --folder $(or $(FOLDER),/tmp/throughput)
 	@$(PYTHON_GPU) benchmarks/throughput.py $(MODEL) --case everywhere --generate 16 --folder $(or $(FOLDER),/tmp/throughput)
 	@$(PYTHON_GPU) benchmarks/merge.py $(or $(FOLDER),/tmp/merge)
+	@$(PYTHON_GPU) benchmarks/record.py
+
+# The same with several GPUs.
+bench-scaling:
+	@$(PYTHON_GPU) benchmarks/scaling.py $(MODEL) --folder $(or $(FOLDER),/tmp/scaling)
 	@$(PYTHON_GPU) benchmarks/record.py
 
 bench:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from job.model.compile_cache import CompileCache
 from job.preemption import Preemption
+from job.ranks import ONE, Ranks
 from job.record import Record
 from job.spec import JobSpec
 from job.store import Store
@@ -16,7 +17,7 @@ from job.store.lease import Lease
 @dataclass(frozen=True)
 class Attempt:
     """`number` counts from 1 over all attempts at this output; `scratch` is this job's own folder on the node; `compiled`
-    is None where nothing is compiled (a CPU), or its keeping switched off."""
+    is None where nothing is compiled (a CPU), or its keeping switched off; `ranks` are this process and those it works with."""
 
     spec: JobSpec
     store: Store
@@ -26,3 +27,4 @@ class Attempt:
     preemption: Preemption
     number: int
     compiled: CompileCache | None = None
+    ranks: Ranks = ONE

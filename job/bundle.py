@@ -54,6 +54,14 @@ def _words(**named: str | None) -> str:
     return ", ".join(f"{name} {value}" for name, value in named.items() if value)
 
 
+def bundle_named(environment: MutableMapping[str, str]) -> str:
+    """What `JOB_BUNDLE` says; with it, libraries are told to ask nothing of the network."""
+    named = environment.get("JOB_BUNDLE", "").strip()
+    if named:
+        environment.update(dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1"))
+    return named
+
+
 def use_bundle(spec: JobSpec, environment: MutableMapping[str, str], scratch: Path) -> None:
     """Take from `JOB_BUNDLE` what the spec names, and nothing from the network; without the variable, nothing changes.
 
@@ -61,11 +69,9 @@ def use_bundle(spec: JobSpec, environment: MutableMapping[str, str], scratch: Pa
     """
     place = scratch / BUNDLE
     shutil.rmtree(place, ignore_errors=True)
-    named = environment.get("JOB_BUNDLE", "").strip()
+    named = bundle_named(environment)
     if not named:
         return
-    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
-        environment[variable] = "1"
     folder = local_path(named, scratch, "JOB_BUNDLE", SpecError)
     try:
         manifest = json.loads((folder / MANIFEST).read_text())

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import click
 
-from job.errors import BUG, JobError, Preempted, SpecError
+from job.errors import BUG, JobError, SpecError
 from job.preemption import NOTICES, Preemption, end_time, grace_seconds
 
 TERMINATION_LOG = Path("/dev/termination-log")
@@ -62,6 +62,7 @@ def check(spec: str | None, data: bool, bundle: str | None) -> None:
         with preemption.leave_at_once():
             from job.bundle import use_bundle
             from job.output import check_owner, open_output
+            from job.place import place
             from job.plan import describe, make_plan
             from job.scratch import prepare_scratch
             from job.specfile import load_spec
@@ -73,7 +74,8 @@ def check(spec: str | None, data: bool, bundle: str | None) -> None:
             check_owner(store, loaded)
             scratch = prepare_scratch(os.environ)
             use_bundle(loaded, os.environ, scratch)
-            found = survey(loaded, store, scratch, fetch=False, all_data=data)
+            world = place(os.environ).world
+            found = survey(loaded, store, scratch, fetch=False, all_data=data, world=world)
             click.echo(describe(loaded, make_plan(loaded, found.facts), found.facts))
 
     finish(work)
@@ -194,7 +196,7 @@ def finish(work: Callable[[Preemption], None]) -> NoReturn:
         preemption = Preemption(grace_seconds(os.environ), end_time(os.environ))
     except ValueError as error:
         _end(SpecError.exit_code, f"JOB_GRACE_SECONDS is {error}; give a number of seconds above 0")
-    with preemption.listening(too_late=lambda reason: _tell(Preempted.exit_code, reason)):
+    with preemption.listening(too_late=lambda error: _tell(error.exit_code, str(error))):
         try:
             work(preemption)
             _end(0, None)

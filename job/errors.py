@@ -5,6 +5,7 @@
     ├── Unavailable      69  a service did not answer after retries
     ├── OutOfMemory      71  nothing smaller is left to try
     ├── Preempted        75  stopped on request; run again to continue
+    │   └── RankEnded        another process of this run has ended, and this one goes with it: with its code, or 69
     ├── GateRefused      76  a measurement says: do not publish this
     ├── NotAllowed       77  credentials, a gated model, a folder without permission
     ├── SpecError        78  the job spec is wrong
@@ -18,7 +19,7 @@ that name the place and the cure, and never holds a credential, a caption or a p
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 
 class ExitCode(NamedTuple):
@@ -49,7 +50,7 @@ BUG = 70
 class JobError(Exception):
     """An ending that we foresaw. `str(error)` is the reason given to people; `exit_code` the one given to schedulers."""
 
-    exit_code: ClassVar[int] = BUG
+    exit_code: int = BUG
 
 
 class DataError(JobError):
@@ -66,6 +67,14 @@ class OutOfMemory(JobError):
 
 class Preempted(JobError):
     exit_code = 75
+
+
+class RankEnded(Preempted):
+    """Raised wherever a notice is, and as a notice leaves what is finished safe; only the code is another's."""
+
+    def __init__(self, reason: str, exit_code: int) -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code
 
 
 class GateRefused(JobError):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from job.errors import SpecError
+from job.model import SUPPORTED
 from job.model.fetch import BaseFacts
 from job.model.lora import GROUPS, parameters, targets
 from job.model.memory import Memory
@@ -46,6 +47,8 @@ class Facts:
     data: dict[str, Any] | None = None
     base: BaseFacts | None = None
     device: Device | None = None
+    world: int = 1
+    """Processes, each with a device like this one."""
     scratch_free: int = 0
     example: str | None = None
     notes: tuple[str, ...] = ()
@@ -63,12 +66,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes in bytes; `micro_batch` × `accumulation` = the effective batch."""
+    """Sizes in bytes; `micro_batch` × `accumulation` × `world` = the effective batch."""
 
     stages: tuple[Stage, ...]
     total_steps: int | None
     micro_batch: int
     accumulation: int
+    world: int
     precision: str
     groups: dict[str, int] = field(default_factory=dict)
     estimates: dict[str, int] = field(default_factory=dict)
@@ -79,22 +83,25 @@ class Plan:
 
 
 def make_plan(spec: JobSpec, facts: Facts) -> Plan:
-    """The plan for these facts. Raises SpecError when the model has no layers of a group asked for, or cannot
-    have its rows in one batch."""
+    """The plan for these facts. Raises SpecError when the model has no layers of a group asked for, cannot have its rows
+    in one batch, or cannot be trained on so many devices."""
+    share = share_of_batch(spec, facts.world)
     groups: dict[str, int] = {}
     if facts.base is not None:
         counts = parameters(spec.lora.r, facts.base.linears, targets(spec.lora, facts.base.linears))
         groups = {name: counts[name] for name in (*GROUPS, "other") if name in counts}
     precision = held_precision(spec, facts, groups)
     memory = needed_memory(spec, facts, groups, precision)
-    micro = micro_batch(spec, facts.device, memory)
+    micro = micro_batch(spec, facts.device, memory, share)
+    _refuse_many(facts, memory)
     _refuse_mixed_batches(spec, facts, micro)
-    total = total_steps(spec, facts.data["train"], micro) if facts.data else None
+    total = total_steps(spec, facts.data["train"]) if facts.data else None
     return Plan(
         stages=tuple(stages(spec, facts, total)),
         total_steps=total,
         micro_batch=micro,
-        accumulation=spec.training.effective_batch_size // micro,
+        accumulation=share // micro,
+        world=facts.world,
         precision=precision,
         groups=groups,
         estimates=estimates(spec, facts, groups, memory, micro),
@@ -134,14 +141,43 @@ def _refuse_mixed_batches(spec: JobSpec, facts: Facts, micro: int) -> None:
         )
 
 
-def micro_batch(spec: JobSpec, device: Device | None, memory: Memory | None) -> int:
-    """Rows per forward pass: the largest divisor of the effective batch that fits the card; at most 8 on a CPU."""
+def share_of_batch(spec: JobSpec, world: int) -> int:
+    """Rows of a step that each device takes. Raises SpecError when they cannot all take as many."""
     given, effective = spec.training.per_device_train_batch_size, spec.training.effective_batch_size
+    least = world if given == "auto" else world * given
+    if effective % least:
+        each = "" if given == "auto" else f" of per_device_train_batch_size {given}"
+        raise SpecError(
+            f"training.effective_batch_size: {effective} rows cannot be dealt out to {world} devices{each}; make it a "
+            f"multiple of {least}"
+        )
+    return effective // world
+
+
+def _refuse_many(facts: Facts, memory: Memory | None) -> None:
+    """Several devices share the rows, not the model; and the loss must be one that a whole step can be divided by."""
+    device = facts.device
+    if facts.world > 1 and facts.base and facts.base.model_type not in SUPPORTED:
+        raise SpecError(
+            f"model.name_or_path: whether a {facts.base.model_type} model divides its loss by the tokens of a whole step is "
+            f"not known, so it trains on one device only; known are {', '.join(SUPPORTED.values())}"
+        )
+    if facts.world > 1 and device and device.kind == "cuda" and memory and memory.of(1) > device.memory and facts.base:
+        raise SpecError(
+            f"model.name_or_path: one row of {facts.base.architecture} needs about {bytes_text(memory.of(1))} "
+            f"({bytes_text(memory.weights)} of it weights), and {device.name} has {bytes_text(device.memory)}; each of the "
+            f"{facts.world} GPUs holds the whole model, since it is not sharded: take larger cards, or model.precision 4bit"
+        )
+
+
+def micro_batch(spec: JobSpec, device: Device | None, memory: Memory | None, share: int) -> int:
+    """Rows per forward pass: the largest divisor of the device's share that fits the card; at most 8 on a CPU."""
+    given = spec.training.per_device_train_batch_size
     if given != "auto":
         return given
     if device is None or device.kind == "cpu":
-        return max(size for size in range(1, 9) if effective % size == 0)
-    sizes = [size for size in range(1, MOST_AT_ONCE + 1) if effective % size == 0]
+        return max(size for size in range(1, 9) if share % size == 0)
+    sizes = [size for size in range(1, MOST_AT_ONCE + 1) if share % size == 0]
     return max((size for size in sizes if fits(memory, device, size)), default=1)
 
 
@@ -151,15 +187,13 @@ def held_precision(spec: JobSpec, facts: Facts, groups: dict[str, int]) -> str:
         return spec.model.precision
     if facts.device is None or facts.device.kind == "cpu":
         return "32bit"
-    rows = min(4, spec.training.effective_batch_size)
+    rows = min(4, share_of_batch(spec, facts.world))
     return "16bit" if fits(needed_memory(spec, facts, groups, "16bit"), facts.device, rows) else "4bit"
 
 
-def total_steps(spec: JobSpec, rows: int, micro: int) -> int:
+def total_steps(spec: JobSpec, rows: int) -> int:
     """Optimizer steps in all; the last step of an epoch may be short, as in transformers."""
-    accumulation = spec.training.effective_batch_size // micro
-    per_epoch = math.ceil(math.ceil(rows / micro) / accumulation)
-    total = per_epoch * spec.training.num_train_epochs
+    total = math.ceil(rows / spec.training.effective_batch_size) * spec.training.num_train_epochs
     return min(total, spec.training.max_steps) if spec.training.max_steps else total
 
 
@@ -312,7 +346,8 @@ def describe(spec: JobSpec, plan: Plan, facts: Facts) -> str:
     if facts.data is not None:
         lines += _describe_data(facts.data)
     batch = spec.training.effective_batch_size
-    lines.append(f"batch: {batch} = {plan.micro_batch} at once × {plan.accumulation} accumulated")
+    devices = f" × {plan.world} devices" if plan.world > 1 else ""
+    lines.append(f"batch: {batch} = {plan.micro_batch} at once × {plan.accumulation} accumulated{devices}")
     if facts.base is not None:
         base = facts.base
         lines.append(f"base: {base.architecture}, {base.parameters:,} parameters, held in {plan.precision}")

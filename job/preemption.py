@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
-from job.errors import Preempted
+from job.errors import Preempted, RankEnded
 
 DEFAULT_GRACE_SECONDS = 30.0
 FITS = 0.8
@@ -38,6 +38,8 @@ class Preemption:
         self.end_time = end_time
         self.reason: str | None = None
         self.noticed: float | None = None
+        self.code: int | None = None
+        """That of another rank whose end is the reason; None for a notice."""
         self._deadline = float("inf")
         self._raising = 0
 
@@ -50,17 +52,23 @@ class Preemption:
         """Seconds until we must be gone; infinite before any notice."""
         return self._deadline - time.monotonic()
 
-    def request(self, reason: str, seconds: float | None = None) -> None:
-        """Ask to stop within `seconds` (default: the grace). The first reason stands, and the nearest deadline."""
+    def request(self, reason: str, seconds: float | None = None, code: int | None = None) -> None:
+        """Ask to stop within `seconds` (default: the grace), with `code` where another rank's end asks for it. The first
+        reason stands, and the nearest deadline."""
         now = time.monotonic()
         self._deadline = min(self._deadline, now + (self.grace_seconds if seconds is None else seconds))
         if self.reason is None:
-            self.noticed, self.reason = now, reason
+            self.noticed, self.code, self.reason = now, code, reason
 
     def check(self) -> None:
         """Raises Preempted once asked to stop."""
         if self.reason is not None:
-            raise Preempted(f"stopped on {self.reason}; run again to continue")
+            raise self._ending(self.reason)
+
+    def _ending(self, reason: str) -> Preempted:
+        if self.code is not None:
+            return RankEnded(reason, self.code)
+        return Preempted(f"stopped on {reason}; run again to continue")
 
     @contextmanager
     def leave_at_once(self) -> Iterator[None]:
@@ -72,9 +80,9 @@ class Preemption:
             yield
             self.check()
         except Exception as error:
-            if isinstance(error, Preempted) or not self.requested:
+            if isinstance(error, Preempted) or self.reason is None:
                 raise
-            raise Preempted(f"stopped on {self.reason}; run again to continue") from error
+            raise self._ending(self.reason) from error
         finally:
             self._raising -= 1
 
@@ -91,11 +99,11 @@ class Preemption:
             self.check()
 
     @contextmanager
-    def listening(self, too_late: Callable[[str], None] = lambda reason: None) -> Iterator[Preemption]:
+    def listening(self, too_late: Callable[[Preempted], None] = lambda error: None) -> Iterator[Preemption]:
         """Install the handlers; put the former ones back on exit. Main thread only.
 
-        When the deadline comes and we are still here, `too_late(reason)` is called from a thread and the process ends
-        with 75: what is committed is whole, and the kill that follows could do no better.
+        When the deadline comes and we are still here, `too_late(error)` is called from a thread and the process ends
+        with the error's code: what is committed is whole, and the kill that follows could do no better.
         """
         former = {number: signal.signal(number, self._handle) for number in (*NOTICES, AGAIN)}
         ended = threading.Event()
@@ -109,15 +117,16 @@ class Preemption:
             for number, handler in former.items():
                 signal.signal(number, handler)
 
-    def _watch(self, ended: threading.Event, too_late: Callable[[str], None]) -> None:
+    def _watch(self, ended: threading.Event, too_late: Callable[[Preempted], None]) -> None:
         main, told = threading.main_thread().ident, time.monotonic()
         while not ended.wait(0.1):
             if self._raising and self.requested and main and time.monotonic() > told + AGAIN_SECONDS:
                 told = time.monotonic()
                 signal.pthread_kill(main, AGAIN)
             if self.remaining < min(LAST_SECONDS, self.grace_seconds / 4):
-                too_late(f"stopped on {self.reason}, in the middle of a stage; run again to continue")
-                os._exit(Preempted.exit_code)
+                error = self._ending(f"{self.reason}, in the middle of a stage")
+                too_late(error)
+                os._exit(error.exit_code)
 
 
 def grace_seconds(environment: Mapping[str, str]) -> float:

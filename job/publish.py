@@ -44,6 +44,7 @@ def lineage(attempt: Attempt, survey: Survey) -> dict[str, Any]:
         "device": device.name if device else None,
         "image": os.environ.get("JOB_IMAGE_DIGEST"),
         "price_per_hour": os.environ.get("JOB_PRICE_PER_HOUR"),
+        "train_sha256": survey.data.facts["train_sha256"] if survey.data else None,
         "held_out_sha256": rows_digest(survey.data.evaluation) if survey.data else None,
         "trained_steps": attempt.record.read("step"),
         "taken_step": attempt.record.read("taken_step"),

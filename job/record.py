@@ -115,7 +115,7 @@ class Record:
         try:
             yield self
         except JobError as error:
-            state = "preempted" if isinstance(error, Preempted) else "failed"
+            state = "preempted" if error.exit_code == Preempted.exit_code else "failed"
             ending = {"state": state, "exit_code": error.exit_code, "reason": one_line(error)}
             raise
         except BaseException as error:
@@ -139,6 +139,11 @@ class Record:
         """A field of the status; None when it was never set."""
         with self._lock:
             return self._status.get(field)
+
+    def where(self) -> str:
+        """Stage and step, for whoever looks for this process."""
+        status = self.snapshot()
+        return f"{status['stage']}, step {status['step']}" if "step" in status else str(status["stage"])
 
     def snapshot(self) -> dict[str, Any]:
         """All fields as they are now."""

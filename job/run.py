@@ -1,34 +1,40 @@
-"""The story of one job, top to bottom."""
+"""The story of one job, top to bottom: `lead` is that of the one process, or of the first of many, `follow` that of others."""
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import shutil
 import socket
 from collections.abc import MutableMapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
 
 from job import output
 from job.attempt import Attempt
-from job.bundle import use_bundle
+from job.bundle import bundle_named, use_bundle
 from job.data import NEAR_KEY, QUARANTINE_KEY, BadRows, as_jsonl
+from job.errors import SpecError
 from job.export import check_mergeable, hub
 from job.metrics import serving, writing
 from job.model import choose_backend, import_first, load_model
-from job.plan import describe, make_plan
+from job.model.compile_cache import CompileCache
+from job.plan import Plan, describe, make_plan
 from job.preemption import Preemption
+from job.ranks import Ranks, joined
 from job.record import Record
 from job.scratch import breathing, prepare_scratch
 from job.spec import JobSpec
 from job.spot import watching
-from job.store import check_writable
-from job.store.lease import acquire
-from job.survey import arriving, find_device, restored_cache, survey, torch_device
+from job.store import ReadOnly, Store, check_writable, open_store
+from job.store.lease import Lease, acquire
+from job.survey import Survey, arriving, compile_cache, find_device, survey, torch_device
 
 log = logging.getLogger("job")
 
 LEASE_SECONDS = 60.0
-"""How long a killed job keeps its successor waiting; `JOB_LEASE_SECONDS` overrides it."""
+"""How long a killed job keeps its successor waiting, and a rank the others; `JOB_LEASE_SECONDS` overrides it."""
 
 
 def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemption) -> None:
@@ -39,38 +45,45 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
     root = prepare_scratch(environment)
     scratch = root / spec.digest[:16]
     scratch.mkdir(exist_ok=True)
+    ttl = float(environment.get("JOB_LEASE_SECONDS") or LEASE_SECONDS)
+    with breathing(root), joined(environment, preemption, root, silence=ttl) as ranks:
+        story = follow if ranks.rank else lead
+        story(spec, environment, preemption, ranks, scratch, ttl)
+
+
+def lead(
+    spec: JobSpec,
+    environment: MutableMapping[str, str],
+    preemption: Preemption,
+    ranks: Ranks,
+    scratch: Path,
+    ttl: float,
+) -> None:
     with ExitStack() as stack:
-        stack.enter_context(breathing(root))
         with preemption.leave_at_once():
             store = output.open_output(spec)
             if output.is_published(store, spec):
                 log.info("published already: %s", spec.output.url)
                 return
             check_writable(store)
-            ttl = float(environment.get("JOB_LEASE_SECONDS") or LEASE_SECONDS)
             holder = f"{socket.gethostname()}:{os.getpid()}"
             lease = stack.enter_context(acquire(store, holder, ttl, wait=ttl + 5))
         stack.enter_context(watching(spec.preemption.spot_notices, preemption, environment))
-        number = output.begin(store, spec)
-        record = stack.enter_context(Record(store, scratch, name=spec.name, attempt=number).kept())
+        number = ranks.shared("attempt", output.begin(store, spec))
+        record = stack.enter_context(Record(store, scratch, name=spec.name, attempt=number, ranks=ranks.world).kept())
+        ranks.where = record.where
         stack.enter_context(serving(record, environment))
         stack.enter_context(writing(record, environment))
         with preemption.leave_at_once():
             with record.stage("stage in"):
-                use_bundle(spec, environment, scratch)
                 hub.check_token(spec.export.hub)
-                with arriving(spec, scratch):
-                    device = find_device(has_torch=True)
-                    compiled = restored_cache(spec, store, scratch.parent, device)
-                    backend = choose_backend(spec.model, device.kind == "cuda")
-                    import_first(backend)
                 try:
-                    found = survey(spec, store, scratch, fetch=True)
+                    found, backend, compiled = stage_in(spec, environment, store, scratch, ranks)
                 except BadRows as error:
                     store.write(QUARANTINE_KEY, as_jsonl(error.rows))
                     raise
-            attempt = Attempt(spec, store, lease, scratch, record, preemption, number, compiled)
-            plan = make_plan(spec, found.facts)
+            attempt = Attempt(spec, store, lease, scratch, record, preemption, number, compiled, ranks)
+            plan = ranks.shared("plan", make_plan(spec, found.facts))
             log.info("%s", describe(spec, plan, found.facts))
             data, base = found.data, found.base
             assert data is not None
@@ -88,6 +101,7 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
                 loaded = load_model(spec, base, torch_device(), backend, plan.precision, found.adapter)
                 check_mergeable(spec, loaded)
         before = measure(attempt, loaded, data, "before")
+        ranks.ask("train")
         fit(attempt, plan, loaded, data)
         after = measure(attempt, loaded, data, "after")
         scored(attempt, before, after)
@@ -99,3 +113,66 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
             facts = report_facts(attempt, found, plan, before, after, measured, exported, seen)
             publish(attempt, data, exported, facts, refused)
         log.info("published: %s", spec.output.url)
+
+
+def follow(
+    spec: JobSpec,
+    environment: MutableMapping[str, str],
+    preemption: Preemption,
+    ranks: Ranks,
+    scratch: Path,
+    ttl: float,
+) -> None:
+    """Train and answer when rank 0 asks for it, until it ends. Its status and its numbers are in a folder of its own."""
+    store, own = ReadOnly(output.open_output(spec)), scratch.with_suffix(f".rank-{ranks.rank}")
+    shutil.rmtree(own, ignore_errors=True)
+    own.mkdir()
+    with ExitStack() as stack:
+        record = stack.enter_context(Record(open_store(str(own)), own, name=spec.name, rank=ranks.rank).kept())
+        ranks.where = record.where
+        if ranks.place.local_rank == 0:  # on another machine than rank 0
+            stack.enter_context(watching(spec.preemption.spot_notices, preemption, environment))
+        with preemption.leave_at_once():
+            number = ranks.shared("attempt", 0)
+            with record.stage("stage in"):
+                found, backend, _ = stage_in(spec, environment, store, scratch, ranks)
+            plan: Plan | None = ranks.shared("plan", None)
+            assert found.data is not None
+            assert found.base is not None
+            assert plan is not None
+            with record.stage("load"):
+                from job.evaluate import answer_for
+                from job.train.fit import fit
+
+                loaded = load_model(spec, found.base, torch_device(), backend, plan.precision, found.adapter)
+        lease = Lease(open_store(str(own)), f"rank {ranks.rank}", ttl)
+        attempt = Attempt(spec, store, lease, own, record, preemption, number, None, ranks)
+        for task, details in ranks.asked():
+            if task == "train":
+                fit(attempt, plan, loaded, found.data)
+            else:
+                answer_for(attempt, loaded, found.data, *details)
+
+
+def stage_in(
+    spec: JobSpec, environment: MutableMapping[str, str], store: Store, scratch: Path, ranks: Ranks
+) -> tuple[Survey, str, CompileCache | None]:
+    """Base, data and what was compiled, brought to `scratch` once a node; with the backend imported meanwhile."""
+    bundle_named(environment)
+    ranks.once_per_node(scratch, "bundle", lambda: use_bundle(spec, environment, scratch))
+    with nullcontext() if ranks.place.local_rank else arriving(spec, scratch):
+        device = find_device(has_torch=True)
+        if ranks.shared("device", device.kind) != device.kind:
+            raise SpecError(
+                f"rank {ranks.rank} on {socket.gethostname()} has a {device.kind} and rank 0 has none of these: start as many "
+                "processes on a node as it has GPUs"
+            )
+        compiled = compile_cache(spec, store, scratch.parent, device)
+        if compiled is not None:
+            ranks.once_per_node(scratch, "compiled code", compiled.restore)
+        backend = choose_backend(spec.model, device.kind == "cuda")
+        import_first(backend)
+    if ranks.rank:
+        importlib.import_module("job.train.fit")  # while rank 0 looks at the rows
+    look = ranks.once_per_node(scratch, "rows", lambda: survey(spec, store, scratch, fetch=True, world=ranks.world))
+    return look, backend, compiled

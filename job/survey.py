@@ -48,7 +48,9 @@ QUICK_ROWS = 1000
 """Rows that a quick look takes of a large dataset."""
 
 
-def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool, all_data: bool = False) -> Survey:
+def survey(
+    spec: JobSpec, store: Store, scratch: Path, *, fetch: bool, all_data: bool = False, world: int = 1
+) -> Survey:
     """Look at everything. With `fetch`, remote models and data are brought to scratch; without, they stay unknown, and of
     data that is here only `QUICK_ROWS` rows are looked at, unless `all_data` wants them fetched and looked at all.
 
@@ -101,6 +103,7 @@ def survey(spec: JobSpec, store: Store, scratch: Path, *, fetch: bool, all_data:
         data=data.facts if data else None,
         base=base_facts(base) if base else None,
         device=device,
+        world=world,
         scratch_free=free_bytes(scratch),
         example=example,
         notes=tuple(notes),
@@ -132,13 +135,11 @@ def arriving(spec: JobSpec, scratch: Path) -> Iterator[None]:
         raise failed[0]
 
 
-def restored_cache(spec: JobSpec, store: Store, scratch: Path, device: Device) -> CompileCache | None:
-    """What was compiled for this card by earlier attempts, back on scratch; None on a CPU or when switched off."""
+def compile_cache(spec: JobSpec, store: Store, scratch: Path, device: Device) -> CompileCache | None:
+    """Where what is compiled for this card is kept; None on a CPU or when switched off."""
     if device.kind != "cuda" or not spec.checkpoint.compile_cache:
         return None
-    cache = CompileCache(store, scratch / "cache", device.name)
-    cache.restore()
-    return cache
+    return CompileCache(store, scratch / "cache", device.name)
 
 
 def is_local(path: str) -> bool:

@@ -30,7 +30,7 @@ python=/opt/venv/bin/python
 # Variables that the job may see: its own, and what stores, hubs, proxies and NCCL are set up with.
 shopt -s extglob
 known='JOB_SPEC|JOB__*|JOB_SCRATCH|JOB_GRACE_SECONDS|JOB_LEASE_SECONDS|JOB_IMAGE_DIGEST|JOB_BUNDLE|AWS_*|HF_*'
-known+='|HUGGING_FACE_HUB_TOKEN|SSL_CERT_FILE|REQUESTS_CA_BUNDLE|@(http|https|no|HTTP|HTTPS|NO)_@(proxy|PROXY)|NCCL_*'
+known+='|HUGGING_FACE_HUB_TOKEN|SSL_CERT_FILE|REQUESTS_CA_BUNDLE|@(http|https|no|HTTP|HTTPS|NO)_@(proxy|PROXY)|NCCL_*|GLOO_*'
 known+='|SLURM_JOB_ID|SLURM_JOB_END_TIME|SLURM_RESTART_COUNT|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_@(ADDR|PORT)'
 [ -z "${JOB_PASS_ENV:-}" ] || known+="|${JOB_PASS_ENV// /|}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -88,6 +89,7 @@ def test_a_bundle_runs_where_there_is_no_network(named: dict[str, Any], hub: Hub
     lineage = result["lineage"]
     assert (result["taken_step"], lineage["taken_step"], result["taken"]) == (2, 2, "last")
     assert lineage["base_sha256"] == base_digest(bundle / "model")
+    assert re.fullmatch("[0-9a-f]{64}", lineage["train_sha256"])
     lock = (tmp_path / "output" / lineage["package_lock"]).read_bytes()
     assert hashlib.sha256(lock).hexdigest() == lineage["package_lock_sha256"]
     assert f"torch=={metadata.version('torch')}\n" in lock.decode()

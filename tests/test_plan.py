@@ -194,3 +194,31 @@ def test_what_the_data_is_like_is_told(tree):
     ):
         assert words in text
     assert "group_column" not in text
+
+
+def test_devices_share_the_effective_batch(tree):
+    four = plan(tree, replace(FACTS, world=4))
+    assert (four.micro_batch, four.accumulation, four.world) == (2, 1, 4)
+    assert four.total_steps == plan(tree).total_steps
+    assert "batch: 8 = 2 at once × 1 accumulated × 4 devices" in describe(validate(tree), four, FACTS)
+
+
+@pytest.mark.parametrize(("world", "training"), [(3, {}), (4, {"per_device_train_batch_size": 4})])
+def test_a_batch_that_devices_cannot_share_is_refused(tree, world: int, training: dict[str, Any]):
+    with pytest.raises(SpecError, match=f"8 rows cannot be dealt out to {world} devices"):
+        plan(tree, replace(FACTS, world=world), training=training)
+
+
+def test_a_model_that_would_have_to_be_sharded_is_refused_with_its_memory(tree):
+    card = Device("cuda", "A100", 10**8)
+    with pytest.raises(
+        SpecError, match=r"Qwen2_5_VL.* needs about .* A100 has 100.0 MB; each of the 2 GPUs holds the whole"
+    ):
+        plan(tree, replace(FACTS, world=2, device=card))
+
+
+def test_an_unknown_family_trains_on_one_device_only(tree):
+    other = replace(BASE, model_type="idefics3")
+    plan(tree, replace(FACTS, base=other))
+    with pytest.raises(SpecError, match="idefics3 .* one device only"):
+        plan(tree, replace(FACTS, base=other, world=2))

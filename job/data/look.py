@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import warnings
@@ -45,6 +46,8 @@ class Seen(NamedTuple):
     stratum: str
     tokens: int
     burned_in: str
+    digest: str
+    """SHA-256 of its texts and of its image files."""
 
 
 def look(
@@ -106,7 +109,8 @@ def _examine(index: int, row: dict[str, Any], source: Source, spec: JobSpec, mea
     tokens = _length(messages, sizes, spec, measure) if measure else 0
     hashes = tuple(perceptual_hash(picture) for each in shown for picture in each)
     burned_in = max((str(picture.info.get("burned_in", "")) for each in shown for picture in each), default="")
-    return Seen(index, keys, hashes, sizes, labels, stratum, tokens, burned_in)
+    digest = hashlib.sha256(json.dumps([keys, messages]).encode()).hexdigest()
+    return Seen(index, keys, hashes, sizes, labels, stratum, tokens, burned_in, digest)
 
 
 def _length(messages: list[Message], sizes: tuple[tuple[int, int], ...], spec: JobSpec, measure: Ruler) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +70,8 @@ def prepare(
     facts |= {"train": round(len(seen) / part), "evaluation": round(len(held) / part)}
     facts |= {"quarantined": len(bad), "near_duplicates": len(near)}
     facts["instruction"] = None if source.reading.messages or not fixed(dataset) else dataset.instruction
+    if most is None:
+        facts["train_sha256"] = hashlib.sha256("".join(row.digest for row in seen).encode()).hexdigest()
     facts["grouped"] = bool(dataset.group_column or source.table.patients)
     values = {
         name: label.values or sorted({row.labels[name] for row in seen + held} - {""})

@@ -73,13 +73,27 @@ def _made(attempt: Attempt, loaded: Loaded, data: Data, when: str, order: Sequen
         show(len(made))
         record.update(rows=len(made), of_rows=len(data.evaluation))
         nonlocal kept
-        if preemption.requested or time.monotonic() > kept + KEEP_SECONDS:
+        preemption.check()
+        if time.monotonic() > kept + KEEP_SECONDS:
             store.write(partial, jsonl(made))
             kept = time.monotonic()
-            preemption.check()
 
-    known, tuned = list(made), when == "after"
-    return generations(loaded, data.evaluation, attempt.spec, tuned=tuned, order=order, known=known, each=each)
+    known, tuned, ranks = list(made), when == "after", attempt.ranks
+    try:
+        return generations(
+            loaded, data.evaluation, attempt.spec, tuned=tuned, order=order, known=known, each=each, ranks=ranks
+        )
+    except Preempted:
+        store.write(partial, jsonl(made))
+        raise
+
+
+def answer_for(attempt: Attempt, loaded: Loaded, data: Data, tuned: bool, batches: Sequence[Sequence[int]]) -> None:
+    """Do a share of what rank 0 measures."""
+    from job.evaluate.generate import answers
+
+    for _ in answers(loaded, data.evaluation, attempt.spec, tuned, batches, attempt.ranks):
+        pass
 
 
 def _device(loaded: Loaded) -> str:

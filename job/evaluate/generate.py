@@ -14,6 +14,7 @@ from job.errors import OutOfMemory
 from job.evaluate.before import OWN
 from job.model import Loaded, to_generation
 from job.model.collator import IGNORE, Collator, encode, render
+from job.ranks import ONE, Ranks
 from job.spec import JobSpec
 
 Generation = dict[str, Any]
@@ -38,23 +39,32 @@ def generations(
     order: Sequence[int],
     known: Sequence[Generation] = (),
     each: Callable[[list[Generation]], None] = lambda batch: None,
+    ranks: Ranks = ONE,
 ) -> list[Generation]:
     """One record a row, in the order of `rows`: `id, reference, generated, labels, groups, unit,
     tokens, loss, answer_tokens`.
 
     `tuned` False silences the adapters, which gives the base model. Batches are cut from `order`, places of all rows,
     whatever is `known`: records of an earlier attempt, which are not made again. So a row has the same neighbours, and the
-    same answer, however often the job was stopped. `each` is called with every finished batch. `loss` is the mean over
-    the answer's tokens, nats.
+    same answer, however often the job was stopped, and whichever of the `ranks` makes it. `each` is called with every
+    finished batch. `loss` is the mean over the answer's tokens, nats.
     """
     finished = {record["id"]: record for record in known}
-    to_generation(loaded)
-    with base_or_tuned(loaded, tuned), torch.inference_mode():
-        for batch in _batches(rows, order, spec.evaluation.batch_size, finished):
-            made = _generate(loaded, batch, spec)
-            finished |= {record["id"]: record for record in made}
-            each(made)
+    batches = _batches(rows, order, spec.evaluation.batch_size, finished)
+    ranks.ask("answer", tuned, batches)
+    for made in answers(loaded, rows, spec, tuned, batches, ranks):
+        finished |= {record["id"]: record for record in made}
+        each(made)
     return [finished[identity] for identity in rows_ids(rows)]
+
+
+def answers(
+    loaded: Loaded, rows: Any, spec: JobSpec, tuned: bool, batches: Sequence[Sequence[int]], ranks: Ranks
+) -> Iterator[list[Generation]]:
+    """Records of each batch (places of `rows`), as they are made by all ranks together; nothing on others than rank 0."""
+    to_generation(loaded)
+    with base_or_tuned(loaded, tuned):
+        yield from ranks.spread("answers", batches, lambda batch: _generate(loaded, [rows[n] for n in batch], spec))
 
 
 def rows_ids(rows: Any) -> list[str]:
@@ -74,17 +84,14 @@ def base_or_tuned(loaded: Loaded, tuned: bool) -> Iterator[None]:
         yield
 
 
-def _batches(
-    rows: Any, order: Sequence[int], size: int, finished: dict[str, Generation]
-) -> Iterator[list[dict[str, Any]]]:
-    """Whole batches, as long as any row of them is missing."""
-    ids, done = rows_ids(rows), set(finished)
-    for start in range(0, len(order), size):
-        batch = order[start : start + size]
-        if any(ids[place] not in done for place in batch):
-            yield [rows[place] for place in batch]
+def _batches(rows: Any, order: Sequence[int], size: int, finished: dict[str, Generation]) -> list[Sequence[int]]:
+    """Places of whole batches that miss any row."""
+    ids = rows_ids(rows)
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    return [batch for batch in batches if any(ids[place] not in finished for place in batch)]
 
 
+@torch.inference_mode()
 def _generate(loaded: Loaded, batch: list[dict[str, Any]], spec: JobSpec) -> list[Generation]:
     try:
         texts = answer(loaded, batch, spec.evaluation.max_new_tokens)

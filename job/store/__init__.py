@@ -11,6 +11,7 @@ from job.errors import JobError, SpecError
 from job.store.folders import download_folder, files_of, inside, upload_files, upload_folder
 from job.store.local import LocalStore
 from job.store.protocol import Capabilities, Conflict, Corrupt, Digest, Entry, Missing, Store, checked_key
+from job.store.reader import ReadOnly
 
 __all__ = [
     "Capabilities",
@@ -19,6 +20,7 @@ __all__ = [
     "Digest",
     "Entry",
     "Missing",
+    "ReadOnly",
     "Store",
     "check_writable",
     "checked_key",

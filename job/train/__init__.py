@@ -8,6 +8,7 @@ import time
 import warnings
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from trl import SFTConfig, SFTTrainer
 
 from job.attempt import Attempt
-from job.errors import DataError, OutOfMemory
+from job.errors import DataError, OutOfMemory, Preempted, SpecError
 from job.model import Loaded, to_generation, to_training
 from job.model.collator import Collator
 from job.model.frozen import Features, Frozen, base, frozen_vision
@@ -25,12 +26,12 @@ from job.model.pictures import LAYOUTS, Layout, cut
 from job.plan import Plan
 from job.record import Record
 from job.scratch import free_bytes
-from job.spec import JobSpec
 from job.train.callbacks import Numbers, Safety, lost
 from job.train.held_out import HeldOut, NoneBetter
 from job.train.ladder import Ladder
 from job.train.order import EpochOrder
 from job.train.snapshot import Snapshot
+from job.train.together import Together
 from job.train.weights import WEIGHTS, sum_of_weights, weighted_loss
 
 log = logging.getLogger("job")
@@ -47,6 +48,9 @@ class LoraTrainer(SFTTrainer):
     Since the last line of numbers: `rows_of_step` holds the rows seen, `tokens_of_step` counts their tokens, `waited` the
     seconds spent waiting for the loader, `paused` those in which nothing was trained. `finite` tells, without waiting for
     the GPU, whether every loss was a number.
+
+    Upstream knows of one process alone. With more ranks the order gives each its rows, and the step's last micro-batch ends
+    with `_over_ranks`; only rank 0 saves, and only rank 0 knows the rows and tokens of all.
     """
 
     def __init__(
@@ -56,8 +60,10 @@ class LoraTrainer(SFTTrainer):
         ladder: Ladder,
         frozen: Frozen | None,
         layout: Layout | None,
+        group: Together,
         **named: Any,
     ) -> None:
+        self.group, self.ranks = group, group.ranks
         super().__init__(*arguments, **named)
         self.record, self.ladder, self.frozen, self.layout = record, ladder, frozen, layout
         if layout is not None:
@@ -69,6 +75,7 @@ class LoraTrainer(SFTTrainer):
         self.waited = 0.0
         self.paused = 0.0
         self.finite: torch.Tensor | bool = True
+        self.own_rows, self.own_tokens, self.own_loss = list[int](), 0, torch.zeros(())
         self.snapshot = Snapshot(Path(str(self.args.output_dir)) / "unchanging")
         # Once, and by upstream's own hand; it writes all but weights and states, which `snapshot` does from copies.
         SFTTrainer._save(self, str(self.snapshot.unchanging), state_dict={})
@@ -76,15 +83,24 @@ class LoraTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
         rows = train_dataset if train_dataset is not None else self.train_dataset
-        self.order = EpochOrder(len(rows), self.args.seed)
+        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.ranks.world
+        self.order = EpochOrder(len(rows), self.args.seed, batch, self.ranks.rank, self.ranks.world)
         return self.order
 
     def get_batch_samples(self, *arguments: Any, **named: Any) -> Any:
         began = time.monotonic()
-        try:
-            return super().get_batch_samples(*arguments, **named)
-        finally:
-            self.waited += time.monotonic() - began
+        batches, items = super().get_batch_samples(*arguments, **named)
+        self.waited += time.monotonic() - began
+        if self.ranks.world > 1:
+            if items is None:
+                raise SpecError("model.name_or_path: this model's loss cannot be divided over several devices; use one")
+            if self.order.idle(self.state.global_step):
+                for batch in batches:
+                    batch["rows"].clear()
+                items = 0
+            (total,) = self.group.sums(float(items))
+            items = torch.tensor(total, device=self.args.device)
+        return batches, items
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro-batch, in as many parts as the ladder says. Returns the loss, detached."""
@@ -103,11 +119,28 @@ class LoraTrainer(SFTTrainer):
             )
             return loss
 
+        if self.ranks.world > 1:
+            loss = self.ladder.climb(len(counts), model, part) if numbers else torch.zeros((), device=self.args.device)
+            return self._over_ranks(loss, numbers, tokens if numbers else 0)
         loss = self.ladder.climb(len(counts), model, part)
         self.rows_of_step += numbers
         self.tokens_of_step += tokens
         self.finite = torch.isfinite(loss) & self.finite
         return loss
+
+    def _over_ranks(self, loss: torch.Tensor, numbers: list[int], tokens: int) -> torch.Tensor:
+        """0 until the last micro-batch of a step; then the loss of all of them on all ranks, and gradients likewise."""
+        self.own_rows, self.own_tokens = self.own_rows + numbers, self.own_tokens + tokens
+        self.own_loss = self.own_loss.to(loss.device) + loss
+        if not self.accelerator.gradient_state.sync_gradients:
+            return torch.zeros_like(loss)
+        shares = self.ranks.gathered("rows of a step", (self.own_rows, self.own_tokens))
+        total = self.group.add_up([weight for weight in self.model.parameters() if weight.requires_grad], self.own_loss)
+        self.finite = torch.isfinite(total) & self.finite
+        self.rows_of_step += [row for row in chain(*zip_longest(*(rows for rows, _ in shares))) if row is not None]
+        self.tokens_of_step += sum(tokens for _, tokens in shares)
+        self.own_rows, self.own_tokens, self.own_loss = [], 0, torch.zeros(())
+        return total
 
     def _seen(self, inputs: dict[str, torch.Tensor], keys: list[str]) -> dict[str, torch.Tensor]:
         """What the model takes: with a frozen tower, features instead of pixels."""
@@ -151,10 +184,11 @@ class LoraTrainer(SFTTrainer):
         """What the loss of a step is divided by: its answer tokens, each as often as its row's weight says."""
         if not batch_samples or WEIGHTS not in batch_samples[0]:
             return super()._get_num_items_in_batch(batch_samples, device)
-        total = sum_of_weights(batch_samples).to(device)
-        return self.accelerator.gather(total).sum() if self.args.world_size > 1 else total
+        return sum_of_weights(batch_samples).to(device)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.ranks.rank:
+            return
         if not self.finite:
             raise DataError(lost(self.state.global_step, "the loss is no number any more", self.record))
         Trainer._save_checkpoint(self, model, trial)
@@ -201,7 +235,8 @@ class NumberedRows:
 
 
 class _Epochs(TrainerCallback):
-    """Tells the order which epoch begins; upstream reaches the sampler on some paths only."""
+    """Tells the order which epoch begins; upstream reaches the sampler on some paths only. Ranks draw dropout of their own,
+    the same whenever a step is made again: so no checkpoint need hold the state of each."""
 
     trainer: LoraTrainer
     begun = False
@@ -212,13 +247,12 @@ class _Epochs(TrainerCallback):
                 (), dtype=torch.int64
             ).random_()  # the seed that a fresh loader draws, for dropout to go on alike
         self.begun = True
-        self.trainer.order.set_epoch(state.global_step // steps_per_epoch(len(self.trainer.order), args))
+        self.trainer.order.set_epoch(state.global_step // self.trainer.order.steps)
 
-
-def steps_per_epoch(rows: int, args: Any) -> int:
-    """Optimizer steps in one pass: the last one may be short."""
-    micro = -(-rows // args.per_device_train_batch_size)
-    return int(-(-micro // args.gradient_accumulation_steps))
+    def on_step_begin(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
+        ranks = self.trainer.ranks
+        if ranks.world > 1:
+            torch.manual_seed((args.seed * 1_000_003 + state.global_step * ranks.world + ranks.rank) % 2**63)
 
 
 def train(
@@ -229,6 +263,7 @@ def train(
     safety: Safety,
     ladder: Ladder,
     held_out: HeldOut,
+    group: Together,
     resume_from: Path | None,
 ) -> int:
     """Train to the end and return the last step. `loaded.model` then holds the tuned adapters.
@@ -246,7 +281,7 @@ def train(
         warnings.simplefilter("ignore")
         trainer = LoraTrainer(
             model=loaded.model,
-            args=arguments(spec, loaded, plan, attempt.scratch),
+            args=arguments(attempt, loaded, plan),
             train_dataset=rows,
             data_collator=NumberedRows(collator, frozen.features if frozen else None),
             processing_class=loaded.processor,
@@ -255,15 +290,20 @@ def train(
             ladder=ladder,
             frozen=frozen,
             layout=LAYOUTS.get(base(loaded.model).config.model_type),
+            group=group,
         )
     for theirs in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(theirs)
     safety.trainer = epochs.trainer = numbers.trainer = held_out.trainer = trainer
     to_training(loaded)
+    group.as_first(loaded.model)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(attempt.scratch / "tensorboard")
     try:
         with frozen.given() if frozen else nullcontext(), suppress(NoneBetter):
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    except Preempted:
+        safety.leave()
+        raise
     except torch.OutOfMemoryError as error:  # in the optimizer: the ladder has the rest
         raise OutOfMemory(
             "the optimizer's state does not fit the GPU; lower lora.r, set training.optim to adamw_8bit, or set "
@@ -278,7 +318,8 @@ def vision_kept(attempt: Attempt, loaded: Loaded) -> Frozen | None:
     """A frozen tower with its features on scratch, which jobs on the same node share; None when the tower is trained."""
     given = attempt.spec.training.vision_cache_gb
     room = free_bytes(attempt.scratch) // 2 if given == "auto" else int(given * 1e9)
-    return frozen_vision(loaded, attempt.scratch.parent / "features", room, attempt.spec.lora.bias)
+    sharers = attempt.ranks.place.local_world
+    return frozen_vision(loaded, attempt.scratch.parent / "features", room // sharers, attempt.spec.lora.bias)
 
 
 def loader_workers(given: int | str, on_gpu: bool) -> int:
@@ -290,13 +331,14 @@ def loader_workers(given: int | str, on_gpu: bool) -> int:
     return min(4, len(os.sched_getaffinity(0)) - 1, shared // SHARED_BYTES) if on_gpu else 0
 
 
-def arguments(spec: JobSpec, loaded: Loaded, plan: Plan, scratch: Path) -> SFTConfig:
+def arguments(attempt: Attempt, loaded: Loaded, plan: Plan) -> SFTConfig:
     """Our spec in TRL's words."""
+    spec = attempt.spec
     training, on_gpu = spec.training, loaded.device.type == "cuda"
     workers = loader_workers(training.dataloader_num_workers, on_gpu)
     checkpointing = on_gpu if training.gradient_checkpointing == "auto" else training.gradient_checkpointing
     return SFTConfig(
-        output_dir=str(scratch / "trainer"),
+        output_dir=str(attempt.scratch / "trainer"),
         num_train_epochs=training.num_train_epochs,
         max_steps=training.max_steps or -1,
         learning_rate=training.learning_rate,
@@ -323,7 +365,7 @@ def arguments(spec: JobSpec, loaded: Loaded, plan: Plan, scratch: Path) -> SFTCo
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=spec.checkpoint.save_steps,
-        report_to=training.report_to,
+        report_to=[] if attempt.ranks.rank else training.report_to,
         run_name=spec.name,
         disable_tqdm=True,
     )

@@ -146,13 +146,10 @@ class Safety(TrainerCallback):
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.half_made += 1
-        if self.preemption.requested:
-            if self.random_states:
-                restore_random_states(self.random_states)
-            self._leave(args, state)
+        self.preemption.check()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if not self.random_states:  # the first step of this attempt: from here on the optimizer has a state
+        if not self.random_states and not self.trainer.ranks.rank:  # from here on the optimizer has a state
             self.trainer.snapshot.prepare(self.trainer.states())
         self.random_states, self.half_made = random_states(), 0
         if self.preemption.requested:
@@ -170,20 +167,23 @@ class Safety(TrainerCallback):
             )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._commit(args, state)
-        if self.preemption.requested and state.global_step < state.max_steps:
-            self._leave(args, state)
+        self._commit(state)
+        if state.global_step < state.max_steps:
+            self.preemption.check()
 
-    def _commit(self, args: TrainingArguments, state: TrainerState) -> None:
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+    def _commit(self, state: TrainerState) -> None:
+        folder = Path(str(self.trainer.args.output_dir)) / f"checkpoint-{state.global_step}"
         self.keep(state.global_step, folder, state.epoch or 0.0, self.trainer.snapshot.written)
         self.last_saved = state.global_step
 
-    def _leave(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Save the last finished step unless it is saved already, then raise Preempted."""
+    def leave(self) -> None:
+        """Save the last finished step unless it is saved already, once a notice has ended training."""
+        state = self.trainer.state
         if state.global_step > 0 and state.global_step != self.last_saved:
+            if self.random_states:
+                restore_random_states(self.random_states)
             self.trainer.save_state_now()
-            self._commit(args, state)
+            self._commit(state)
         try:
             self.settle()
         except JobError as error:
@@ -196,7 +196,6 @@ class Safety(TrainerCallback):
                 state.global_step,
                 self.half_made,
             )
-        self.preemption.check()
 
 
 def random_states() -> dict[str, Any]:

@@ -6,12 +6,13 @@ import logging
 import shutil
 import time
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 
 from job import checkpoint
 from job.attempt import Attempt
 from job.data import Data
-from job.errors import Preempted
+from job.errors import Preempted, Unavailable
 from job.model import Loaded
 from job.model.transformers_backend import load_adapter
 from job.plan import Plan
@@ -22,6 +23,7 @@ from job.train import train
 from job.train.callbacks import Safety
 from job.train.held_out import HeldOut
 from job.train.ladder import Ladder
+from job.train.together import Together, together
 
 log = logging.getLogger("job")
 
@@ -32,15 +34,28 @@ LEAVE_SECONDS = 2.0
 
 def fit(attempt: Attempt, plan: Plan, loaded: Loaded, data: Data) -> None:
     """Bring `loaded.model` to the last step of the plan, from wherever the output's newest checkpoint left it."""
-    record, preemption = attempt.record, attempt.preemption
-    folder = attempt.scratch / "trainer"
+    preemption, ranks = attempt.preemption, attempt.ranks
+    folder, shared = attempt.scratch / "trainer", attempt.scratch.with_suffix("")
     shutil.rmtree(folder, ignore_errors=True)
     with preemption.leave_at_once():
-        restored = checkpoint.restore(attempt.store, folder, on_skip=passed_over)
+        restored = ranks.once_per_node(
+            shared, "checkpoint", lambda: checkpoint.restore(attempt.store, folder, on_skip=passed_over)
+        )
+        step = restored.manifest.step if restored else 0
+        if (first := ranks.shared("resumed step", step)) != step:
+            raise Unavailable(f"rank {ranks.rank} could restore step {step} and rank 0 step {first}; run again")
+    with together(ranks) as group:
+        _fit(attempt, plan, loaded, data, restored, group)
+
+
+def _fit(
+    attempt: Attempt, plan: Plan, loaded: Loaded, data: Data, restored: checkpoint.Restored | None, group: Together
+) -> None:
+    record, preemption, first = attempt.record, attempt.preemption, attempt.ranks.rank == 0
     step = restored.manifest.step if restored else 0
     record.resume_numbers(restored.folder if restored else None)
     ladder = Ladder(plan.micro_batch)
-    held_out = HeldOut(attempt, loaded, data.evaluation, ladder)
+    held_out = HeldOut(attempt, loaded, data.evaluation, ladder, group)
     if restored is not None:
         held_out.resume(restored.folder)
     with record.stage("train") as facts:
@@ -51,9 +66,11 @@ def fit(attempt: Attempt, plan: Plan, loaded: Loaded, data: Data) -> None:
         if restored is not None:
             log.info("resuming from step %d of attempt %d", step, restored.manifest.attempt)
             ladder.rows_at_once = min(plan.micro_batch, restored.manifest.extra.get("rows_at_once", plan.micro_batch))
-        with uploader(attempt) as uploads:
+        with uploader(attempt) if first else nullcontext() as uploads:
 
             def keep(saved: int, made: Path, epoch: float, written: Future[None]) -> None:
+                if uploads is None:
+                    return
                 record.copy_numbers(made)
                 held_out.put_into(made)
                 extra = {"submitted": time.time(), "rows_at_once": ladder.rows_at_once}
@@ -61,9 +78,10 @@ def fit(attempt: Attempt, plan: Plan, loaded: Loaded, data: Data) -> None:
 
             safety = Safety(preemption, keep, lambda: settle(uploads, preemption), record)
             start = restored.folder if restored else None
-            last = train(attempt, plan, loaded, data.train, safety, ladder, held_out, start)
+            last = train(attempt, plan, loaded, data.train, safety, ladder, held_out, group, start)
             settle(uploads, preemption)
-        publish_tensorboard(attempt)
+        if first:
+            publish_tensorboard(attempt)
         facts.append(f"{last} steps" + (f", the first {step} from an earlier attempt" if step else ""))
         facts += held_out.finish(last)
 
@@ -103,10 +121,10 @@ def publish_tensorboard(attempt: Attempt) -> None:
         upload_folder(attempt.store, folder, "logs/tensorboard")
 
 
-def settle(uploads: checkpoint.Uploader, preemption: Preemption) -> None:
+def settle(uploads: checkpoint.Uploader | None, preemption: Preemption) -> None:
     """Wait until all that was saved is committed: after a notice for as long as the grace allows, else until the store
     has failed `MOST_FAILURES` times. Raises what the store raised, or Preempted."""
-    while not uploads.wait(0.2):
+    while uploads is not None and not uploads.wait(0.2):
         lost = isinstance(uploads.error, Preempted)
         if uploads.error is not None and (lost or uploads.failures >= MOST_FAILURES):
             raise uploads.error

@@ -28,6 +28,7 @@ from job.model.transformers_backend import load_adapter
 from job.report import SAMPLES_KEY
 from job.train.callbacks import random_states, restore_random_states
 from job.train.ladder import Ladder
+from job.train.together import Together
 
 log = logging.getLogger("job")
 
@@ -43,11 +44,12 @@ class HeldOut(TrainerCallback):
     """`losses` are those measured so far, nats over answer tokens by step; `samples` what was said by then to the first
     `evaluation.eval_samples` rows; `best` is the folder with the best adapter.
 
-    `rows` are all that were held out; at most `evaluation.eval_loss_rows` of them are looked at, always the same ones.
+    `rows` are all that were held out; at most `evaluation.eval_loss_rows` of them are looked at, always the same ones. All
+    ranks know the losses; rank 0 alone has samples and the best adapter.
     """
 
-    def __init__(self, attempt: Attempt, loaded: Loaded, rows: Any, ladder: Ladder) -> None:
-        self.attempt, self.loaded, self.ladder = attempt, loaded, ladder
+    def __init__(self, attempt: Attempt, loaded: Loaded, rows: Any, ladder: Ladder, group: Together) -> None:
+        self.attempt, self.loaded, self.ladder, self.group = attempt, loaded, ladder, group
         self.spec = attempt.spec.evaluation
         count = min(len(rows), self.spec.eval_loss_rows)
         self.rows = rows.select([index * len(rows) // count for index in range(count)]) if count else rows
@@ -113,8 +115,10 @@ class HeldOut(TrainerCallback):
         taken, said = last, list[str]()
         if self.losses:
             self._show_samples()
-            if self.spec.take == "best" and self.best is not None and self.best_step != last:
-                load_adapter(self.loaded.model, self.best)
+            if self.spec.take == "best" and self.best_step != last:
+                if self.best is not None:
+                    load_adapter(self.loaded.model, self.best)
+                self.group.as_first(self.loaded.model)
                 taken = self.best_step
             said = [f"step {taken} is taken, with held-out loss {self.losses[taken]:.4f}"]
             said.append(f"the lowest is {self.losses[self.best_step]:.4f} at step {self.best_step}")
@@ -143,18 +147,21 @@ class HeldOut(TrainerCallback):
             self._note(step, loss, answers)
 
     def _mean(self) -> float:
-        """Mean loss of all answer tokens, weighted as in training; of those so far when a notice comes."""
+        """Mean loss of all answer tokens, weighted as in training; of those so far when a notice comes. Each rank takes its
+        share of the rows."""
         total, tokens, size = 0.0, 0.0, self.ladder.rows_at_once
-        for start in range(0, len(self.rows), size):
+        places = range(self.group.ranks.rank, len(self.rows), self.group.ranks.world)
+        for start in range(0, len(places), size):
             if not self.attempt.preemption.requested:
-                rows = [self.rows[place] for place in range(start, min(start + size, len(self.rows)))]
+                rows = [self.rows[place] for place in places[start : start + size]]
                 loss, count = self.trainer.loss_of(rows)
                 total, tokens = total + loss * count, tokens + count
+        total, tokens = self.group.sums(total, tokens)
         return total / tokens if tokens else math.nan
 
     def _answers(self, step: int) -> Rows:
         rows = [self.rows[place] for place in range(min(len(self.rows), self.spec.eval_samples))]
-        if not rows or self.attempt.preemption.requested:
+        if not rows or self.attempt.preemption.requested or self.group.ranks.rank:
             return []
         to_generation(self.loaded)
         frozen = self.trainer.frozen
@@ -173,13 +180,15 @@ class HeldOut(TrainerCallback):
         self.attempt.record.update(eval_loss=said, best_step=self.best_step)
         log.info("train: held-out loss %.4f at step %d, lowest at step %d", loss, step, self.best_step)
         self._show_samples()
-        if self.best_step == step and self.spec.take == "best":
+        if self.best_step == step and self.spec.take == "best" and not self.group.ranks.rank:
             self.best = self.attempt.scratch / "best" / f"step-{step}"
             shutil.rmtree(self.best.parent, ignore_errors=True)
             self.loaded.model.save_pretrained(self.best)
 
     def _show_samples(self) -> None:
         """A store that does not take them is reported and stops nothing."""
+        if self.group.ranks.rank:
+            return
         try:
             self.attempt.store.write(SAMPLES_KEY, jsonl(self.samples))
         except Preempted:

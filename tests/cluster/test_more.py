@@ -10,6 +10,7 @@ import pytest
 
 from job.specfile import load_spec
 from tests.cluster.conftest import Cluster
+from tests.resume_proof import small_spec, trajectory
 
 ALL_REDUCE = """
 import json, os, signal, sys, time
@@ -47,7 +48,7 @@ def site(tmp_path: Path) -> dict[str, str]:
         "SECRET": "of mine",
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
-        "JOB_PASS_ENV": "OMP_* GLOO_*",
+        "JOB_PASS_ENV": "OMP_*",
     }
 
 
@@ -97,3 +98,20 @@ def test_ranks_of_two_nodes_meet_and_their_codes_reach_slurm(cluster: Cluster, s
     assert list((tmp_path / "node").iterdir()) == []
     failing = cluster.end(cluster.submit(*two, **site | more | {"JOB_SPEC": "70"}))
     assert (failing["ExitCode"], failing["Restarts"]) == ("70:0", "0")
+
+
+def test_two_nodes_train_one_model(cluster: Cluster, site: dict[str, str], venv: Path, demo: Path, tmp_path: Path):
+    """The notice ahead of the time limit reaches both; they go on together and end together."""
+    output = tmp_path / "output"
+    more = {"JOB_IMAGE": str(venv), "JOB_SPEC": small_spec(demo, str(output)), "JOB_LEASE_SECONDS": "15"}
+    two = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--mem=1G", "--gres=none", "slurm/multinode.sh")
+    job = cluster.submit(*two, **site | more)
+    cluster.until((output / "checkpoints/step-00000005/MANIFEST.json").exists, "a checkpoint", 120)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    facts = cluster.end(job, 240)
+    log = (tmp_path / f"{job}.log").read_text()
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log
+    assert "× 2 devices" in log
+    assert "stopped on SIGUSR1" in log
+    assert [line[0] for line in trajectory((output / "logs/metrics.jsonl").read_bytes())] == list(range(1, 25))
+    assert list((tmp_path / "node").iterdir()) == []

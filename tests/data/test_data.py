@@ -295,3 +295,15 @@ def test_a_row_that_went_bad_after_the_look_names_itself(tmp_path: Path, prepare
         DataError, match="row 2 was good before and is not now: image cannot be read.*was the data changed"
     ):
         list(data.train)
+
+
+def test_the_digest_of_training_rows_changes_with_their_words_and_pixels_alone(tmp_path: Path, prepared):
+    def digest(rows: list[dict[str, Any]], **images: bytes) -> str:
+        folder_of(rows, tmp_path / "data", {f"{name}.png": image for name, image in images.items()})
+        return prepared(eval_fraction=0).facts["train_sha256"]
+
+    rows = rows_of(4)
+    first = digest(rows)
+    assert digest(rows) == first
+    assert digest([*rows[:3], rows[3] | {"caption": "Another."}]) != first
+    assert digest(rows, **{"3": png(200)}) != first

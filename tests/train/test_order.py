@@ -3,6 +3,7 @@
 import random
 
 import numpy as np
+import pytest
 import torch
 
 from job.train.order import EpochOrder
@@ -30,3 +31,21 @@ def test_the_order_does_not_depend_on_what_was_drawn_before_and_draws_nothing():
     assert order(50, 7, 2) == first
     assert torch.equal(state[0], torch.get_rng_state())
     assert state[1:] == (random.getstate(), np.random.get_state()[1].tolist())
+
+
+@pytest.mark.parametrize("rows", [48, 49, 51, 58])
+def test_every_step_has_the_same_rows_on_any_number_of_ranks(rows: int):
+    batch, whole = 8, order(rows, 3, 1)
+    steps = [whole[start : start + batch] for start in range(0, rows, batch)]
+    for world in (1, 2, 4, 8):
+        ranks = [EpochOrder(rows, 3, batch, rank, world) for rank in range(world)]
+        shares = []
+        for sampler in ranks:
+            sampler.set_epoch(1)
+            own = list(sampler)
+            assert len(own) == len(sampler)
+            shares.append([own[start : start + batch // world] for start in range(0, len(own), batch // world)])
+            assert len(shares[-1]) == sampler.steps == len(steps)
+        for number, step in enumerate(steps):
+            seen = [row for rank in range(world) if not ranks[rank].idle(number) for row in shares[rank][number]]
+            assert sorted(seen) == sorted(step)

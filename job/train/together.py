@@ -1,0 +1,116 @@
+"""What the ranks of a run add up in every step: gradients, losses, tokens.
+
+Each rank trains as if it were alone, on its share of the rows, with a loss that is divided by the tokens of the whole
+step. The sum of the gradients is then that of the step, and it is all that training wants of the other ranks: one that
+runs out of memory and goes on in halves, or has fewer micro-batches, or rows without pictures, disturbs nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.distributed.distributed_c10d import PrefixStore
+
+from job.errors import Unavailable
+from job.ranks import Ranks
+
+MEETING_SECONDS = 1800.0
+"""For all ranks to come to the end of a step, or of a measurement: the first step compiles."""
+GONE_SECONDS = 5.0
+"""After a connection broke, without a sign of life: then that rank is dead."""
+BUCKET = 2**24
+"""Numbers that are added up at once, 64 MB."""
+
+
+class Together:
+    """Sums over `ranks`; those of one rank are its own. All ranks must call these in the same order."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def sums(self, *values: float) -> list[float]:
+        """Each value summed over all ranks."""
+        if self.ranks.world == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        self._wait(distributed.all_reduce(total, async_op=True))
+        found: list[float] = total.tolist()
+        return found
+
+    def add_up(self, weights: Sequence[torch.Tensor], loss: torch.Tensor) -> torch.Tensor:
+        """Sum the gradients of `weights`, in place, and return the sum of `loss`."""
+        given = torch.tensor([weight.grad is not None for weight in weights], dtype=torch.uint8)
+        self._wait(distributed.all_reduce(given, distributed.ReduceOp.MAX, async_op=True))
+        # What no rank has a gradient for stays without: the optimizer leaves it alone, as it would with one rank.
+        trained = [weight for weight, one in zip(weights, given.tolist(), strict=True) if one]
+        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in trained]
+        total = loss.detach().float().reshape(1).clone()
+        for bucket in buckets([*gradients, total]):
+            flat = torch.cat([tensor.reshape(-1).float() for tensor in bucket])
+            self._wait(distributed.all_reduce(flat, async_op=True))
+            for tensor, part in zip(bucket, torch.split(flat, [each.numel() for each in bucket]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+        for weight, gradient in zip(trained, gradients, strict=True):
+            weight.grad = gradient
+        return total[0]
+
+    def as_first(self, model: Any) -> None:
+        """Give every rank the trained weights of rank 0."""
+        if self.ranks.world > 1:
+            for weight in model.parameters():
+                if weight.requires_grad:
+                    self._wait(distributed.broadcast(weight.data, 0, async_op=True))
+
+    def _wait(self, work: Any) -> None:
+        """Until all ranks have come, or one is known to be gone: no wait in here is deaf to that."""
+        what = "all ranks to add up a step"
+        self.ranks.until(work.is_completed, what, MEETING_SECONDS)
+        try:
+            work.wait()
+        except RuntimeError:  # a connection broke; who it was is known in a moment
+            self.ranks.silence = min(self.ranks.silence, GONE_SECONDS)
+            self.ranks.until(lambda: False, what, 4 * GONE_SECONDS)
+
+
+def buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """The tensors in order, in lists of up to `BUCKET` numbers."""
+    bucket, size = list[torch.Tensor](), 0
+    for tensor in tensors:
+        if bucket and size + tensor.numel() > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.numel()
+    yield bucket
+
+
+@contextmanager
+def together(ranks: Ranks) -> Iterator[Together]:
+    """The ranks connected with each other while the block runs: by NCCL for GPUs, by gloo for words and for CPUs."""
+    if ranks.world == 1:
+        yield Together(ranks)
+        return
+
+    def connect() -> None:
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            store=PrefixStore("sums", ranks.store),
+            rank=ranks.rank,
+            world_size=ranks.world,
+            timeout=timedelta(seconds=MEETING_SECONDS),
+        )
+
+    try:
+        ranks.apart(connect, "all ranks to connect")
+    except RuntimeError as error:
+        raise Unavailable(
+            f"rank {ranks.rank} cannot reach the others ({str(error).splitlines()[0]}); name the network between the nodes in "
+            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+        ) from error
+    yield Together(ranks)
+    distributed.destroy_process_group()

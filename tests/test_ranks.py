@@ -1,0 +1,266 @@
+"""Several processes do one job: same order, same losses, one writer, one ending."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from job.errors import JobError, SpecError
+from job.place import Place, one_gpu, place
+from job.preemption import Preemption
+from job.ranks import Ranks
+from job.store import ReadOnly, open_store
+from job.store.lease import acquire
+from tests.conftest import ROOT, job_environment
+from tests.resume_proof import small_spec, trajectory
+
+SILENCE = 6
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Run:
+    """`world` processes of one job with the variables that srun and rank.sh give them. None sees to the others."""
+
+    def __init__(self, world: int, spec: str, folder: Path) -> None:
+        self.output = Path(yaml.safe_load(spec)["output"]["url"])
+        there = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        there |= {"JOB_SPEC": spec, "JOB_LEASE_SECONDS": str(SILENCE), "LOCAL_WORLD_SIZE": str(world)}
+        self.said = [folder / f"stderr-{rank}" for rank in range(world)]
+        self.processes = []
+        for rank, said in enumerate(self.said):
+            environment = job_environment(folder, **there, RANK=str(rank), LOCAL_RANK=str(rank))
+            with said.open("w") as stream:
+                command = [sys.executable, "-m", "job", "run"]
+                self.processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, stderr=stream))
+
+    def send(self, number: signal.Signals, rank: int, step: int) -> None:
+        """A signal to one rank, once the checkpoint of `step` or a later one is committed."""
+        while not any(saved >= step for saved in committed(self.output)):
+            assert all(process.poll() is None for process in self.processes), self.words()
+            time.sleep(0.02)
+        self.processes[rank].send_signal(number)
+
+    def end(self) -> list[int]:
+        return [process.wait(timeout=200) for process in self.processes]
+
+    def words(self) -> str:
+        return "\n".join(file.read_text() for file in self.said)
+
+
+def committed(output: Path) -> list[int]:
+    return sorted(int(file.parent.name.removeprefix("step-")) for file in output.glob("checkpoints/*/MANIFEST.json"))
+
+
+def spec_of(demo: Path, output: Path) -> str:
+    """58 rows in steps of 8: with four ranks two of them have no row in the last step of an epoch."""
+    tree = yaml.safe_load(small_spec(demo, str(output)))
+    tree["dataset"]["max_rows"], tree["lora"]["lora_dropout"] = 66, 0.0
+    tree["training"] |= {"num_train_epochs": 2, "per_device_train_batch_size": 1}
+    tree["checkpoint"] = {"save_steps": 3, "keep": 3}
+    tree["evaluation"] |= {"eval_steps": 5, "take": "best"}
+    return yaml.safe_dump(tree)
+
+
+def held_out(output: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (output / "logs" / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+
+
+def close(one: list[Any], other: list[Any]) -> bool:
+    return bool(one == pytest.approx(other, rel=1e-4, abs=1e-5))
+
+
+@pytest.mark.timeout(600)
+def test_two_ranks_then_one_then_four_do_what_one_process_does(demo: Path, tmp_path: Path):
+    """Stopped at one rank, killed at another, resumed on other numbers of them; nothing but rounding differs."""
+    from safetensors.torch import load_file
+
+    whole, output = tmp_path / "whole", tmp_path / "output"
+    alone = Run(1, spec_of(demo, whole), tmp_path)
+    assert alone.end() == [0], alone.words()
+
+    two = Run(2, spec_of(demo, output), tmp_path)
+    two.send(signal.SIGTERM, 1, 3)
+    assert two.end() == [75, 75], two.words()
+    status = json.loads((output / "status.json").read_text())
+    assert (status["state"], status["exit_code"], status["ranks"]) == ("preempted", 75, 2)
+    assert status["last_checkpoint"] == status["step"] == committed(output)[-1] < 6
+    assert "evaluate before has" not in two.words()  # only rank 0 speaks
+    assert two.said[1].read_text() == "exit 75: stopped on SIGTERM; run again to continue\n"
+
+    two = Run(2, spec_of(demo, output), tmp_path)
+    two.send(signal.SIGKILL, 1, 6)
+    assert two.end() == [69, -signal.SIGKILL], two.words()
+    assert f"rank 1 on {socket.gethostname()} is silent for {SILENCE} s; it was last at: train, step" in two.words()
+    assert committed(output)[-1] == json.loads((output / "status.json").read_text())["step"]
+
+    one = Run(1, spec_of(demo, output), tmp_path)
+    one.send(signal.SIGTERM, 0, 9)
+    assert one.end() == [75], one.words()
+    four = Run(4, spec_of(demo, output), tmp_path)
+    assert four.end() == [0, 0, 0, 0], four.words()
+    assert "resuming from step" in four.words()
+
+    ours, theirs = (trajectory((folder / "logs/metrics.jsonl").read_bytes()) for folder in (output, whole))
+    assert [(step, rate, rows) for step, _, rate, _, rows in ours] == [(s, r, rows) for s, _, r, _, rows in theirs]
+    assert close([line[1] for line in ours], [line[1] for line in theirs])
+    assert [step for step, _ in held_out(output)] == [5, 10, 15, 16]
+    assert close([loss for _, loss in held_out(output)], [loss for _, loss in held_out(whole)])
+    adapters = [load_file(folder / "adapter/adapter_model.safetensors") for folder in (output, whole)]
+    assert max(float((adapters[0][name] - adapters[1][name]).abs().max()) for name in adapters[1]) < 1e-4
+    answers = [(folder / "evaluation/after.jsonl").read_text().splitlines() for folder in (output, whole)]
+    generated = [[json.loads(line)["generated"] for line in lines] for lines in answers]
+    assert sum(a == b for a, b in zip(*generated, strict=True)) >= 7
+
+
+def test_without_rank_0_the_others_end(demo: Path, tmp_path: Path):
+    output = tmp_path / "output"
+    with acquire(open_store(str(output)), "another writer", 300):  # rank 0 waits to see whether it lives
+        two = Run(2, spec_of(demo, output), tmp_path)
+        while "waiting up to" not in two.words():
+            assert all(process.poll() is None for process in two.processes), two.words()
+            time.sleep(0.02)
+        two.processes[0].kill()
+        assert two.end() == [-signal.SIGKILL, 69], two.words()
+    assert "the ranks' store does not answer: rank 0, or the torchrun that keeps it, is gone" in two.words()
+
+
+@pytest.fixture
+def pair() -> Iterator[list[Ranks]]:
+    """Two ranks in one process."""
+    from torch.distributed import PrefixStore, TCPStore
+
+    port = free_port()
+    server = TCPStore("127.0.0.1", port, 2, is_master=True, wait_for_workers=False)
+    stores = [server, TCPStore("127.0.0.1", port, 2, is_master=False)]
+    ranks = [Ranks(Place(rank, rank, 2, 2), Preemption(), silence=2) for rank in (0, 1)]
+    for one, store in zip(ranks, stores, strict=True):
+        one.meet_at(PrefixStore("test", store))
+    both(ranks, Ranks.join)
+    yield ranks
+    both(ranks, lambda one: one.part(0, "published", own=False))
+
+
+def both(ranks: list[Ranks], work: Any) -> list[Any]:
+    found: dict[int, Any] = {}
+
+    def do(one: Ranks) -> None:
+        found[one.rank] = work(one)
+
+    threads = [threading.Thread(target=do, args=(one,)) for one in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return [found[one.rank] for one in ranks]
+
+
+def test_ranks_share_gather_and_do_pieces_once(pair: list[Ranks], tmp_path: Path):
+    assert both(pair, lambda one: one.shared("what", f"of {one.rank}")) == ["of 0", "of 0"]
+    assert both(pair, lambda one: one.gathered("rows", one.rank)) == [[0, 1], []]
+    done = []
+
+    def work(piece: int) -> int:
+        time.sleep(0.01)
+        done.append(piece)
+        return piece * piece
+
+    results = both(pair, lambda one: list(one.spread("squares", range(40), work)))
+    assert (sorted(results[0]), results[1]) == ([piece * piece for piece in range(40)], [])
+    assert sorted(done) == list(range(40))
+    made = both(pair, lambda one: one.once_per_node(tmp_path, "thing", lambda: f"by {one.rank}"))
+    assert made == ["by 0", "by 0"]
+    (tmp_path / "other").mkdir()
+
+    def apart(one: Ranks) -> str:
+        try:
+            return one.once_per_node(tmp_path / "other" if one.rank else tmp_path, "second", lambda: "made")
+        except SpecError as error:
+            return str(error)
+
+    assert both(pair, apart)[1].startswith("JOB_SCRATCH: rank 1 does not see")
+
+
+def test_a_rank_that_is_silent_is_named_with_where_it_was(pair: list[Ranks]):
+    pair[1].where = lambda: "train, step 7"
+    time.sleep(1)
+    pair[1]._over.set()
+    with pytest.raises(JobError, match=r"rank 1 on .* is silent for 2 s; it was last at: train, step 7") as caught:
+        pair[0].until(lambda: False, "the other", 20)
+    assert caught.value.exit_code == 69
+
+
+def test_a_notice_at_one_rank_is_one_at_all_and_so_is_an_end(pair: list[Ranks]):
+    pair[1].preemption.request("a spot notice", 50)
+    with pytest.raises(JobError, match="stopped on a spot notice"):
+        pair[0].until(lambda: False, "the other", 20)
+    assert 40 < pair[0].preemption.remaining < 50
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({}, Place()),
+        ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, Place(3, 1, 4, 2)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, Place(1, 0, 2)),
+        ({"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8"}, Place(5, 1, 8)),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, Place()),
+        ({"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_NODE_RANK": "1"}, Place(1, 0, 2)),
+        ({"WORLD_SIZE": "4"}, Place(0, 0, 4)),
+    ],
+)
+def test_every_launcher_s_variables_are_read(variables: dict[str, str], found: Place):
+    assert place(variables) == found
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"RANK": "x", "WORLD_SIZE": "2"},
+        {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "4"},
+    ],
+)
+def test_variables_that_place_no_process_are_refused(variables: dict[str, str]):
+    with pytest.raises(SpecError):
+        place(variables)
+
+
+@pytest.mark.parametrize(("seen", "local_rank", "device"), [(None, 2, "2"), ("4,5,6", 1, "5"), ("GPU-1", 3, "GPU-1")])
+def test_a_rank_sees_one_gpu(seen: str | None, local_rank: int, device: str):
+    environment = {} if seen is None else {"CUDA_VISIBLE_DEVICES": seen}
+    one_gpu(environment, local_rank)
+    assert environment["CUDA_VISIBLE_DEVICES"] == device
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_refused():
+    with pytest.raises(SpecError, match="start one process for each"):
+        one_gpu({"CUDA_VISIBLE_DEVICES": "0,1"}, 2)
+
+
+def test_who_may_only_read_an_output_cannot_write_to_it(tmp_path: Path):
+    store = open_store(str(tmp_path))
+    store.write("spec.yaml", b"there")
+    reader = ReadOnly(store)
+    assert (reader.read("spec.yaml"), [entry.key for entry in reader.list()]) == (b"there", ["spec.yaml"])
+    for attempt in (lambda: reader.write("x", b""), lambda: reader.delete(["spec.yaml"])):
+        with pytest.raises(JobError, match="only rank 0 writes"):
+            attempt()
+    assert [file.name for file in tmp_path.iterdir()] == ["spec.yaml"]
