@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -108,7 +109,9 @@ def test_two_ranks_then_one_then_four_do_what_one_process_does(demo: Path, tmp_p
     two = Run(2, spec_of(demo, output), tmp_path)
     two.send(signal.SIGKILL, 1, 6)
     assert two.end() == [69, -signal.SIGKILL], two.words()
-    assert f"rank 1 on {socket.gethostname()} is silent for {SILENCE} s; it was last at: train, step" in two.words()
+    # Sooner, where the connection to it broke in the middle of a sum.
+    gone = rf"rank 1 on {re.escape(socket.gethostname())} is silent for [5{SILENCE}] s; it was last at: train, step"
+    assert re.search(gone, two.words())
     assert committed(output)[-1] == json.loads((output / "status.json").read_text())["step"]
 
     one = Run(1, spec_of(demo, output), tmp_path)
