@@ -18,7 +18,7 @@ child='' noticed='' ended=''
 hear() {
     noticed=$1
     [ "$1" = USR1 ] || ended=1
-    [ -z "$child" ] || { kill "-$1" "$child" && pkill "-$1" -P "$child"; }
+    [ -z "$child" ] || { kill "-$1" "$child" 2>/dev/null && pkill "-$1" -P "$child"; }
 }
 trap 'hear USR1' USR1
 trap 'hear TERM' TERM INT

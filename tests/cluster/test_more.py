@@ -13,7 +13,7 @@ from tests.cluster.conftest import Cluster
 from tests.resume_proof import small_spec, trajectory
 
 ALL_REDUCE = """
-import json, os, signal, sys, time
+import json, os, signal, time
 from pathlib import Path
 import torch, torch.distributed as dist
 signal.signal(signal.SIGUSR1, lambda *_: os._exit(75))
@@ -25,7 +25,8 @@ facts = {"total": int(total), "host": os.uname().nodename} | {name: os.environ.g
 Path(os.environ["JOB__OUTPUT__URL"], f"{dist.get_rank()}.json").write_text(json.dumps(facts))
 if os.environ["JOB_SPEC"] == "wait" and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
     time.sleep(600)
-sys.exit(int(os.environ["JOB_SPEC"]) if dist.get_rank() == 1 and os.environ["JOB_SPEC"] != "wait" else 0)
+# Not sys.exit: gloo may abort on the way out.
+os._exit(int(os.environ["JOB_SPEC"]) if dist.get_rank() == 1 and os.environ["JOB_SPEC"] != "wait" else 0)
 """
 
 
