@@ -6,9 +6,10 @@ import logging
 import os
 import time
 import warnings
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,13 @@ class LoraTrainer(SFTTrainer):
         self.order = EpochOrder(len(rows), self.args.seed, batch, self.ranks.rank, self.ranks.world)
         return self.order
 
-    def get_batch_samples(self, *arguments: Any, **named: Any) -> Any:
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of a step, and what its loss is divided by. As upstream does it, which Unsloth replaces by a
+        count that knows no weights."""
         began = time.monotonic()
-        batches, items = super().get_batch_samples(*arguments, **named)
+        batches = list(islice(epoch_iterator, num_batches))
         self.waited += time.monotonic() - began
+        items = self._get_num_items_in_batch(batches, device)
         if self.ranks.world > 1:
             if items is None:
                 raise SpecError("model.name_or_path: this model's loss cannot be divided over several devices; use one")
