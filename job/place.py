@@ -51,7 +51,7 @@ def one_gpu(environment: MutableMapping[str, str], local_rank: int) -> None:
     """Let this process see one GPU, which is then its first: libraries need know nothing of the others."""
     seen = environment.get("CUDA_VISIBLE_DEVICES")
     devices = seen.split(",") if seen else []
-    if len(devices) == 1:  # the launcher chose it
+    if len(devices) == 1 or seen == "":  # the launcher chose it, or none
         return
     if devices and local_rank >= len(devices):
         raise SpecError(

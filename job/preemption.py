@@ -118,9 +118,10 @@ class Preemption:
                 signal.signal(number, handler)
 
     def _watch(self, ended: threading.Event, too_late: Callable[[Preempted], None]) -> None:
-        main, told = threading.main_thread().ident, time.monotonic()
+        main, told = threading.main_thread().ident, 0.0
         while not ended.wait(0.1):
-            if self._raising and self.requested and main and time.monotonic() > told + AGAIN_SECONDS:
+            # Not right behind the notice: whoever cleans up after it would be torn out of that.
+            if self._raising and self.noticed and main and time.monotonic() > max(told, self.noticed) + AGAIN_SECONDS:
                 told = time.monotonic()
                 signal.pthread_kill(main, AGAIN)
             if self.remaining < min(LAST_SECONDS, self.grace_seconds / 4):

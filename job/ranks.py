@@ -328,13 +328,13 @@ def joined(
     What ranks other than 0 say goes to `scratch/rank-N.log`; their last words come out all the same.
     """
     here = place(environment)
+    one_gpu(environment, here.local_rank)
     if here.world == 1:
         hide(environment)
         yield Ranks(here, preemption)
         return
     if environment.get("ACCELERATE_USE_FSDP", "false") == "true" or environment.get("ACCELERATE_USE_DEEPSPEED"):
         raise SpecError("accelerate is set up to shard the model, which this job does not do; choose plain multi-GPU")
-    one_gpu(environment, here.local_rank)
     ranks = Ranks(here, preemption, silence)
     with preemption.leave_at_once():
         ranks.meet_at(_connected(ranks, environment))
@@ -351,7 +351,9 @@ def joined(
                 log.info("rank %d leaves: %s", here.rank, error, exc_info=not isinstance(error, JobError))
         code = caught.exit_code if isinstance(caught, JobError) else BUG if caught else 0
         own = caught is not None and not isinstance(caught, RankEnded)
-        ending, reason = ranks.part(code, str(caught or "published"), own)
+        # The words of a bug may be a patient's, and what is told here goes to the output's status.
+        known = str(caught or "published") if code != BUG else f"a bug: {type(caught).__name__}"
+        ending, reason = ranks.part(code, known, own)
     if caught is not None and ending == code and (own or here.rank == 0):
         raise caught
     if ending:

@@ -26,6 +26,7 @@ trap 'hear TERM' TERM INT
 # Run the function given to its end, whatever signals come. Returns its exit code; 75 when a signal came before it.
 to_its_end() {
     [ -z "$noticed" ] || return 75
+    rm -f "$scratch.code" # of a start that was killed here
     (
         trap : USR1 TERM INT # outlive them, to tell the code: bash's wait can lose it when a signal comes with the end
         "$@"

@@ -139,6 +139,23 @@ def test_a_notice_that_a_library_caught_is_raised_again():
     assert time.monotonic() - began < 10
 
 
+def test_who_cleans_up_after_a_notice_has_a_moment_for_it():
+    cleaned = []
+
+    def clean() -> None:
+        time.sleep(0.3)
+        cleaned.append(True)
+
+    preemption = Preemption()
+    with preemption.listening():
+        time.sleep(1)
+        with pytest.raises(Preempted), preemption.leave_at_once(), contextlib.ExitStack() as stack:
+            stack.callback(clean)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+    assert cleaned
+
+
 def test_a_notice_of_a_cloud_is_raised_too():
     preemption = Preemption()
     with preemption.listening(), pytest.raises(Preempted, match="spot"), preemption.leave_at_once():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import signal
 import socket
@@ -20,11 +22,12 @@ import yaml
 from job.errors import JobError, SpecError
 from job.place import Place, one_gpu, place
 from job.preemption import Preemption
-from job.ranks import Ranks
+from job.ranks import Ranks, joined
 from job.store import ReadOnly, open_store
 from job.store.lease import acquire
 from tests.conftest import ROOT, job_environment
 from tests.resume_proof import small_spec, trajectory
+from tests.tiny import job_spec
 
 SILENCE = 6
 
@@ -246,7 +249,61 @@ def test_variables_that_place_no_process_are_refused(variables: dict[str, str]):
         place(variables)
 
 
-@pytest.mark.parametrize(("seen", "local_rank", "device"), [(None, 2, "2"), ("4,5,6", 1, "5"), ("GPU-1", 3, "GPU-1")])
+def test_who_was_asked_to_stop_adds_nothing_half_counted(tmp_path: Path):
+    """Its share would be taken for that of all its rows by ranks that have not heard of the notice yet."""
+    from job.attempt import Attempt
+    from job.record import Record
+    from job.store.lease import Lease
+    from job.train.held_out import HeldOut
+    from job.train.ladder import Ladder
+    from job.train.together import Together
+
+    store, preemption = open_store(str(tmp_path)), Preemption()
+    group = Together(Ranks(Place(0, 0, 2, 2), preemption))
+    preemption.request("SIGTERM")
+    with pytest.raises(JobError, match="stopped on SIGTERM"):
+        group.sums(1.0)
+    record = Record(store, tmp_path)
+    attempt = Attempt(job_spec(), store, Lease(store, "test", 60.0), tmp_path, record, preemption, 1)
+    held_out = HeldOut(attempt, None, [], Ladder(1), group)  # type: ignore[arg-type]
+    assert math.isnan(held_out._mean())  # and the step goes on to its line of numbers
+
+
+ENDS_BY_A_BUG = """
+import os, sys, time
+from pathlib import Path
+from job.preemption import Preemption
+from job.ranks import joined
+with joined(os.environ, Preemption(), Path(sys.argv[1]), silence=30) as ranks:
+    if ranks.rank:
+        raise ValueError("a patient's words")
+    ranks.until(lambda: False, "the other")
+"""
+
+
+def test_the_words_of_a_bug_stay_with_the_rank_that_has_it(tmp_path: Path):
+    there = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-c", ENDS_BY_A_BUG, str(tmp_path)]
+    ranks = [
+        subprocess.Popen(command, env=there | {"RANK": rank}, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]
+    said = [process.communicate(timeout=60)[1] for process in ranks]
+    assert "RankEnded: rank 1: a bug: ValueError" in said[0]
+    assert "a patient's words" not in said[0]
+    assert "ValueError: a patient's words" in said[1]
+
+
+def test_a_process_that_is_alone_sees_one_gpu_too(tmp_path: Path):
+    """Of several, transformers would make a batch each."""
+    environment = {"CUDA_VISIBLE_DEVICES": "4,5"}
+    with joined(environment, Preemption(), tmp_path, silence=1):
+        assert environment["CUDA_VISIBLE_DEVICES"] == "4"
+
+
+@pytest.mark.parametrize(
+    ("seen", "local_rank", "device"), [(None, 2, "2"), ("4,5,6", 1, "5"), ("GPU-1", 3, "GPU-1"), ("", 1, "")]
+)
 def test_a_rank_sees_one_gpu(seen: str | None, local_rank: int, device: str):
     environment = {} if seen is None else {"CUDA_VISIBLE_DEVICES": seen}
     one_gpu(environment, local_rank)

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,8 @@ class HeldOut(TrainerCallback):
                 rows = [self.rows[place] for place in places[start : start + size]]
                 loss, count = self.trainer.loss_of(rows)
                 total, tokens = total + loss * count, tokens + count
-        total, tokens = self.group.sums(total, tokens)
+        with suppress(Preempted):  # the step's line of numbers is still to be written
+            total, tokens = self.group.sums(total, tokens)
         return total / tokens if tokens else math.nan
 
     def _answers(self, step: int) -> Rows:

@@ -34,9 +34,10 @@ class Together:
         self.ranks = ranks
 
     def sums(self, *values: float) -> list[float]:
-        """Each value summed over all ranks."""
+        """Each value summed over all ranks. Who was asked to stop, and so may have counted half, adds nothing."""
         if self.ranks.world == 1:
             return list(values)
+        self.ranks.preemption.check()
         total = torch.tensor(values, dtype=torch.float64)
         self._wait(distributed.all_reduce(total, async_op=True))
         found: list[float] = total.tolist()

@@ -99,6 +99,18 @@ def test_folders_and_gpus_of_the_job_are_there_and_the_home_is_not(runtime: str,
     assert not any(gpu in " ".join(without) for gpu in gpus.values())
 
 
+def test_a_killed_start_is_not_told_by_the_code_of_an_earlier_one(tmp_path: Path):
+    """Slurm may kill the script while it cleans up, and requeue it to the same node."""
+    for name in ("scontrol", "squeue"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "vision-lora-7.code").write_text("75\n")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JOB_HOME": str(ROOT), "JOB_SITE": "/dev/null"}
+    environment |= {"JOB_IMAGE": "x", "JOB_SPEC": "x", "JOB_NODE_SCRATCH": str(tmp_path), "SLURM_JOB_ID": "7"}
+    script = ". slurm/start.sh; die() { kill -KILL $BASHPID; }; to_its_end die"
+    assert subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, check=False).returncode == 137
+
+
 def test_an_unknown_runtime_or_no_image_is_told(tmp_path: Path):
     with pytest.raises(AssertionError, match="it can be apptainer, pyxis"):
         ask("singularity", tmp_path)
