@@ -1,5 +1,6 @@
 """Whose an output is."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,14 @@ def test_published_is_only_this_very_spec(store: Store, tree: dict[str, Any]):
         is_published(store, validate(tree))
 
 
-def test_a_job_that_went_silent_is_told_from_a_running_one(store: Store):
-    import json
+def test_a_metric_without_an_interval_is_shown_in_the_status(store: Store):
+    value, none = {"value": 0.5, "low": None, "high": None, "n": 2}, {"value": None, "low": None, "high": None, "n": 2}
+    metrics = {"before": {"f1": none}, "after": {"f1": value}, "change": {"f1": none}}
+    store.write("RESULT.json", json.dumps({"metrics": metrics}).encode())
+    assert "– →    0.5000  (too few rows for an interval)" in describe_status(store)
 
+
+def test_a_job_that_went_silent_is_told_from_a_running_one(store: Store):
     running = {"state": "running", "stage": "train", "step": 3, "steps": 9, "updated": "2020-01-01T00:00:00Z"}
     store.write("status.json", json.dumps(running).encode())
     assert "killed, or cut off from its store" in describe_status(store)
