@@ -16,7 +16,7 @@ test:
 	@$(PYTHON_VENV) -m ruff check .
 	@$(PYTHON_VENV) -m ruff format --check .
 	@$(PYTHON_VENV) -m mypy
-	@$(PYTHON_VENV) -m pytest -n auto --maxprocesses 4 --dist loadgroup
+	@$(PYTHON_VENV) -m pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 # Long proofs; a smaller sample of each is in the suite.
 kill-proof:

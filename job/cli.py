@@ -39,7 +39,10 @@ bundle_option = click.option(
 @click.argument("spec", required=False)
 @bundle_option
 def run(spec: str | None, bundle: str | None) -> None:
-    """Run the job of SPEC (default: the variable JOB_SPEC; text, path, file:// or s3:// URL)."""
+    """Run the job of SPEC.
+
+    SPEC is a path, a file:// or s3:// URL, or the text itself; without it, the variable JOB_SPEC is.
+    """
 
     def work(preemption: Preemption) -> None:
         from job.run import run as run_job
@@ -56,7 +59,7 @@ def run(spec: str | None, bundle: str | None) -> None:
 @click.option("--data", is_flag=True, help="Fetch the data and look at every row, not at a sample of a large dataset.")
 @bundle_option
 def check(spec: str | None, data: bool, bundle: str | None) -> None:
-    """Print the plan that `run` would execute, with all that can be known here. Changes nothing."""
+    """Print the plan that `run` would execute. Changes nothing."""
 
     def work(preemption: Preemption) -> None:
         with preemption.leave_at_once():
@@ -85,7 +88,10 @@ def check(spec: str | None, data: bool, bundle: str | None) -> None:
 @click.argument("spec")
 @click.argument("folder")
 def prefetch(spec: str, folder: str) -> None:
-    """Gather base, processor and data of SPEC into FOLDER (or an s3:// prefix), for `run --bundle` where there is no network."""
+    """Gather base and data into FOLDER, for where there is no network.
+
+    FOLDER may be an s3:// prefix. `run --bundle FOLDER` then needs nothing else.
+    """
 
     def work(preemption: Preemption) -> None:
         with preemption.leave_at_once():
@@ -101,7 +107,7 @@ def prefetch(spec: str, folder: str) -> None:
 @main.command()
 @click.argument("output")
 def status(output: str) -> None:
-    """Show how the job at OUTPUT stands, from anywhere that can read it."""
+    """Show how the job at OUTPUT stands."""
 
     def work(_preemption: Preemption) -> None:
         from job.status import describe_status
@@ -118,7 +124,10 @@ def status(output: str) -> None:
     "--to", type=click.Path(path_type=Path, dir_okay=False), help="A file here, instead of OUTPUT/report.html."
 )
 def report(output: str, to: Path | None) -> None:
-    """Make the report of the job at OUTPUT again from its stored files. Needs no GPU and no model."""
+    """Make the report of the job at OUTPUT again.
+
+    It is made from the stored files: no GPU and no model are needed.
+    """
 
     def work(preemption: Preemption) -> None:
         with preemption.leave_at_once():
@@ -147,7 +156,7 @@ def schema() -> None:
 
 @main.group()
 def render() -> None:
-    """Print what a scheduler takes, made from a spec and the templates of k8s/ and slurm/."""
+    """Print a Kubernetes Job or a Slurm script for a spec."""
 
 
 @render.command()

@@ -16,7 +16,8 @@ from job.store import Store, open_store
 
 RESULT_KEY, SPEC_KEY, REPORT_KEY = "RESULT.json", "spec.yaml", "report.html"
 MADE_OF_MERGED = ("merged/", "merged_4bit/", "merged_fp8/", "gguf/")
-OURS = ("checkpoints/", "evaluation/", "adapter/", *MADE_OF_MERGED, "data/", "logs/")
+WORK = ("checkpoints/", "evaluation/", "adapter/", *MADE_OF_MERGED)
+OURS = (*WORK, "data/", "logs/")
 ATTEMPTS_KEY = "attempts.json"
 TRIED_AGAIN = {row.code for row in EXIT_CODES if row.kubernetes == "Count"}
 OUR_FILES = (RESULT_KEY, REPORT_KEY, STATUS_KEY, SPEC_KEY, ATTEMPTS_KEY)
@@ -48,11 +49,12 @@ def is_published(store: Store, spec: JobSpec) -> bool:
 
 
 def check_owner(store: Store, spec: JobSpec) -> bool:
-    """Whether the output holds a run of another spec, to be deleted. Raises SpecError when the spec does not say so."""
+    """Whether the output holds a run of another spec, to be deleted. Raises SpecError when the spec does not say so, unless
+    that run came to nothing: its spec was wrong, say, and has been mended."""
     stored = stored_spec(store)
     if stored is None or stored.digest == spec.digest:
         return False
-    if spec.output.on_conflict == "refuse":
+    if spec.output.on_conflict == "refuse" and any(entry.key.startswith(WORK) for entry in store.list()):
         raise SpecError(_conflict(store, spec))
     return True
 
@@ -60,7 +62,7 @@ def check_owner(store: Store, spec: JobSpec) -> bool:
 def begin(store: Store, spec: JobSpec) -> int:
     """Make the output this spec's and return the attempt's number, from 1.
 
-    Raises SpecError when it holds a run of another spec, unless `on_conflict` is restart: then that run is deleted.
+    Raises SpecError when it holds the work of another spec, unless `on_conflict` is restart: then that run is deleted.
     Raises NoProgress when the last attempts all died at the same place.
     """
     if check_owner(store, spec):

@@ -218,7 +218,7 @@ def stages(spec: JobSpec, facts: Facts, total: int | None) -> list[Stage]:
         Stage("load", "do", spec.model.name_or_path),
         _evaluation("before", facts, measured),
         _training(facts, total, done),
-        _evaluation("after", facts, measured) if done else _evaluation("after", Facts(), measured),
+        _evaluation("after", facts if done else Facts(data=facts.data), measured),
         Stage("export", "do", what),
         Stage("publish", "do", spec.output.url),
     ]
@@ -327,7 +327,7 @@ def _data_warnings(spec: JobSpec, data: dict[str, Any]) -> list[str]:
     ):
         found.append("dataset.group_column is not set: rows of one patient may be on both sides of the split")
     if data["quarantined"]:
-        found.append(f"{data['quarantined']} bad rows are set aside (data/quarantine.jsonl)")
+        found.append(f"bad rows set aside: {data['quarantined']} (data/quarantine.jsonl)")
     if data.get("over_length"):
         found.append(f"{data['over_length']} rows are over training.max_length: their answers are cut there")
     if data.get("burned_in_yes"):

@@ -158,6 +158,8 @@ def _sentence(detail: dict[str, Any]) -> str:
     if kind == "missing":
         return f"{path}: missing; {_meaning(path)}"
     found = "" if SECRET.search(path) else f"found {_describe(detail['input'])}; "
+    if kind == "model_type":
+        return f"{path}: {found}must be a mapping of its fields"
     message = detail["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
     return f"{path}: {found}{message}"
 
@@ -184,8 +186,11 @@ def _nearest(path: str) -> str:
     if close:
         return f"; did you mean {siblings[close[0]]}?"
     elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]
-    close = elsewhere or difflib.get_close_matches(path, known, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; the fields here are {', '.join(sorted(siblings)) or 'none'}"
+    return (
+        f"; did you mean {elsewhere[0]}?"
+        if elsewhere
+        else f"; the fields here are {', '.join(sorted(siblings)) or 'none'}"
+    )
 
 
 def _meaning(path: str) -> str:

@@ -21,7 +21,8 @@ def describe_status(store: Store) -> str:
     status = status or {}
     lines = [f"{status.get('name', 'job')}: {_state(status, published=result is not None)}"]
     if "step" in status:
-        lines.append(f"step {status['step']} of {status.get('steps', '?')}, loss {status.get('loss', '?')}")
+        loss = f", loss {status['loss']:.4f}" if "loss" in status else ""
+        lines.append(f"step {status['step']} of {status.get('steps', '?')}{loss}")
     if status.get("state") == "running" and "seconds_left" in status:
         lines.append(f"training ends in about {status['seconds_left']} s")
     saved = steps(store)
@@ -31,13 +32,17 @@ def describe_status(store: Store) -> str:
         lines.append(f"attempt {status['attempt']} on {status.get('host', '?')}, since {status.get('started', '?')}")
     metrics = (result or {}).get("metrics") or {}
     for name, change in sorted(metrics.get("change", {}).items()):
-        before, after = metrics["before"][name]["value"], metrics["after"][name]["value"]
-        lines.append(
-            f"  {name:<24} {before:>9.4f} → {after:>9.4f}  (change {change['low']:+.4f} to {change['high']:+.4f})"
-        )
+        before, after = (_number(metrics[when][name]["value"]) for when in ("before", "after"))
+        none = change["low"] is None
+        span = "too few rows for an interval" if none else f"change {change['low']:+.4f} to {change['high']:+.4f}"
+        lines.append(f"  {name:<24} {before:>9} → {after:>9}  ({span})")
     if result is not None:
         lines.append(f"report: {store.url.rstrip('/')}/{REPORT_KEY}")
     return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
 
 
 def _state(status: dict[str, object], *, published: bool) -> str:

@@ -69,7 +69,7 @@ def survey(
         base = fetch_base(spec.model, scratch)
         check_export(spec.export, base)
     else:
-        notes.append(f"{spec.model.name_or_path} is not here yet: sizes are known after stage in")
+        notes.append(f"{_not_here(spec.model.name_or_path)}: sizes are known after stage in")
     from_hub = base.parent.name == "snapshots" if base else "://" not in spec.model.name_or_path
     if from_hub and spec.model.revision is None:
         notes.append("model.revision is not set: another attempt may find other weights on the hub; pin a commit")
@@ -96,7 +96,7 @@ def survey(
         else:
             data = prepare(spec, scratch, None, most)
     else:
-        notes.append(f"{spec.dataset.path} is not here yet: rows are counted after stage in")
+        notes.append(f"{_not_here(spec.dataset.path)}: rows are counted after stage in, or by check --data")
     facts = Facts(
         keys=frozenset(entry.key for entry in store.list() if not entry.key.startswith("checkpoints/")),
         checkpoints=tuple(steps(store)),
@@ -140,6 +140,10 @@ def compile_cache(spec: JobSpec, store: Store, scratch: Path, device: Device) ->
     if device.kind != "cuda" or not spec.checkpoint.compile_cache:
         return None
     return CompileCache(store, scratch / "cache", device.name)
+
+
+def _not_here(name: str) -> str:
+    return f"{name} is not fetched" if "://" in name else f"no {name} is here, so it is taken for a hub id"
 
 
 def is_local(path: str) -> bool:

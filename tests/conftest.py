@@ -31,12 +31,18 @@ ONE_AT_A_TIME = ("cluster", "docker")
 """Folders whose tests share what a machine has once (a Slurm, the store of images): one process runs them all."""
 
 
+LONGEST = ("cluster", "docker", "test_stop.py", "test_job.py", "test_ranks.py", "checkpoint", "train", "test_bundle.py")
+"""What begins first, so that no process is left with minutes of one file when the others have ended."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several processes (pytest -n), tests of one file stay together, and so do those of a whole such folder."""
     for item in items:
         place = item.path.relative_to(ROOT / "tests")
         group = place.parts[0] if place.parts[0] in ONE_AT_A_TIME else str(place)
         item.add_marker(pytest.mark.xdist_group(group))
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.relative_to(ROOT / "tests").parts[0], len(LONGEST)))
 
 
 @pytest.fixture(autouse=True)

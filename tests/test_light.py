@@ -51,7 +51,7 @@ def test_check_prints_the_plan_and_says_what_it_could_not_see(light, tree: dict[
     assert result.returncode == 0, result.stderr
     assert "train            do" in result.stdout
     assert "the data was not looked at: install the train extra" in result.stdout
-    assert "is not here yet: sizes are known after stage in" in result.stdout
+    assert "sizes are known after stage in" in result.stdout
 
 
 def test_check_counts_parameters_of_a_local_base_without_torch(light, tree: dict[str, Any], demo: Path):

@@ -41,8 +41,17 @@ def test_a_spec_with_rows_held_out_by_the_user_reads_back(store: Store, tree: di
     assert check_owner(store, spec) is False
 
 
+def test_a_run_that_came_to_nothing_gives_way_to_the_mended_spec(store: Store, tree: dict[str, Any]):
+    begin(store, validate(tree))
+    store.write("data/quarantine.jsonl", b"")
+    tree["dataset"]["path"] = "mended"
+    assert begin(store, validate(tree)) == 1
+    assert check_owner(store, validate(tree)) is False
+
+
 def test_a_harmless_change_is_let_in_and_another_is_not(store: Store, tree: dict[str, Any]):
     begin(store, validate(tree))
+    store.write("evaluation/before.partial.jsonl", b"")
     tree["checkpoint"] = {"keep": 5}
     begin(store, validate(tree))
     tree["lora"] = {"r": 4}

@@ -149,7 +149,10 @@ def _one(place: int, unit: int, row: dict[str, Any], spec: JobSpec, source: Sour
 
 
 def _require_columns(source: Source, spec: JobSpec) -> None:
-    labels = {f"evaluation.labels.{name}.column": label.column for name, label in spec.evaluation.labels.items()}
+    labels = {
+        f"evaluation.labels.{name}.column is {label.column}": label.column
+        for name, label in spec.evaluation.labels.items()
+    }
     require(
         {**labels, **{f"evaluation.groups has {column}": column for column in spec.evaluation.groups}}, source.columns
     )

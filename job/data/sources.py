@@ -38,7 +38,7 @@ KINDS = {
 }
 TRAIN = "train"
 """The split that is everything where no file is named after a split. For another, everything would be a leak."""
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+|[\w-]+")
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def looked_at(
     wanted = {str(after[place]["id"]): str(after[place]["generated"]) for place in ranks[:count]}
     if stored.keys() >= wanted.keys():
         return stored
-    with attempt.record.stage("look where it looked") as facts:
+    with attempt.record.stage("map where it looks") as facts:
         place = {identity: index for index, identity in enumerate(rows_ids(data.evaluation))}
         rows = data.evaluation.select([place[identity] for identity in wanted])
         stored = explain(loaded, rows, wanted, spec, attempt.preemption.check)

@@ -120,10 +120,11 @@ def bca(value: float, resampled: Floats, left_out: Floats, confidence: float) ->
     perplexity and other skewed or biased statistics of a few hundred rows. The quantiles are first moved outwards for small
     samples (Hesterberg 2015, The American Statistician 69): a resample of n units has sqrt((n-1)/n) of the spread it should,
     and its own spread is uncertain, for which a t quantile stands in place of the normal one.
-    Values that are not finite (a resample without any row of a class) are left out. All equal: no interval but a point.
+    Values that are not finite (a resample without any row of a class) are left out. All equal: no interval but a point. Fewer
+    than two units: none at all, since one patient cannot say how much patients differ.
     """
     resampled, left_out = resampled[np.isfinite(resampled)], left_out[np.isfinite(left_out)]
-    if resampled.size == 0 or not math.isfinite(value):
+    if resampled.size == 0 or left_out.size < 2 or not math.isfinite(value):
         return math.nan, math.nan
     if np.ptp(resampled) == 0:
         return float(resampled[0]), float(resampled[0])
@@ -185,10 +186,10 @@ def effective_rows(values: Floats, units: NDArray[np.intp]) -> float:
     """
     units = np.unique(units, return_inverse=True)[1]
     rows, count = values.size, int(units.max(initial=-1)) + 1
-    if count in (0, 1) or count == rows:
+    if count in (0, rows):
         return float(rows)
     residual = values - values.mean()
-    if not residual.any():
+    if count == 1 or not residual.any():
         return float(count)
     of_units = np.bincount(units, residual)
     clustered = count / (count - 1) * float(of_units @ of_units)

@@ -156,6 +156,8 @@ def confidence(measured: Mapping[str, Any]) -> str:
 def gap(metric: str, gap: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
     """One sentence on the largest difference between groups."""
     known, chance = about(metric), f"within what chance explains at the {confidence(measured)} level"
+    if not gap["value"]:
+        return f"{known.title}: no gap between groups."
     width = number(gap["value"], known.kind, signed=True).lstrip("+")
     return (
         f"{known.title}: the largest gap is {width}, between {gap['highest']} (highest) and {gap['lowest']} (lowest); "

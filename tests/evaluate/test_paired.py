@@ -144,6 +144,11 @@ def test_bca_of_no_finite_value_is_undefined() -> None:
     assert np.isnan(paired.bca(0.5, np.full(100, np.nan), np.full(10, 0.5), 0.95)).all()
 
 
+def test_one_patient_gives_no_interval_and_counts_as_one_row() -> None:
+    assert np.isnan(paired.bca(0.5, np.full(100, 0.5), np.zeros(1), 0.95)).all()
+    assert paired.effective_rows(np.array([0.0, 1.0]), np.zeros(2, dtype=int)) == 1
+
+
 def test_independent_rows_are_worth_themselves() -> None:
     assert paired.effective_rows(np.arange(9.0), np.arange(9)) == 9
 
