@@ -313,10 +313,13 @@ ONE = Ranks(Place(), Preemption())
 
 
 def _locked(file: Any) -> bool:
-    with suppress(BlockingIOError):
+    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
+    except BlockingIOError:
+        return False
+    except OSError:  # a Lustre mounted without `flock` refuses: nodes that share it may then do the same twice
+        pass
+    return True
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -202,6 +203,16 @@ def test_ranks_share_gather_and_do_pieces_once(pair: list[Ranks], tmp_path: Path
             return str(error)
 
     assert both(pair, apart)[1].startswith("JOB_SCRATCH: rank 1 does not see")
+
+
+def test_scratch_on_a_file_system_without_locks_will_do(
+    pair: list[Ranks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuses(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuses)
+    assert both(pair, lambda one: one.once_per_node(tmp_path, "thing", lambda: one.rank)) == [0, 0]
 
 
 def test_a_rank_that_is_silent_is_named_with_where_it_was(pair: list[Ranks]):

@@ -71,6 +71,8 @@ class LoraTrainer(SFTTrainer):
             # Upstream calls some families unable to divide by the tokens of the whole step, though their forwards do it.
             # Without, each micro-batch has the same weight, however few tokens it learns from.
             self.model_accepts_loss_kwargs = True
+            # Upstream asks whether the loss is its own, which Unsloth replaces, and would count first tokens as learned.
+            self._loss_shifts_labels = True
         self.rows_of_step: list[int] = []
         self.tokens_of_step = 0
         self.waited = 0.0

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.loss.loss_utils import LOSS_MAPPING
 
 from job.attempt import Attempt
 from job.errors import DataError, OutOfMemory
@@ -117,6 +118,17 @@ def test_weighted_rows_have_the_loss_of_the_whole_step_too(
     for one, half, step in zip(whole, halves, steps, strict=True):
         assert half["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert step["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+def test_a_loss_that_is_replaced_as_unsloth_does_has_the_same_divisor(
+    tiny: Callable[..., Path], trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No first token is predicted, so none counts: it has a label where the whole conversation is learned."""
+    (own,) = trained(tiny("qwen3_vl"), 4, max_steps=1, train_on_responses_only=False)
+    for kind, loss in LOSS_MAPPING.items():
+        monkeypatch.setitem(LOSS_MAPPING, kind, lambda *given, loss=loss, **named: loss(*given, **named))
+    (replaced,) = trained(tiny("qwen3_vl"), 4, "replaced", max_steps=1, train_on_responses_only=False)
+    assert replaced["loss"] == own["loss"]
 
 
 def test_a_failed_try_leaves_no_gradient_behind() -> None:
