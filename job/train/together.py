@@ -7,6 +7,7 @@ runs out of memory and goes on in halves, or has fewer micro-batches, or rows wi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -39,21 +40,21 @@ class Together:
             return list(values)
         self.ranks.preemption.check()
         total = torch.tensor(values, dtype=torch.float64)
-        self._wait(distributed.all_reduce(total, async_op=True))
+        self._wait(distributed.all_reduce(total, async_op=True), total)
         found: list[float] = total.tolist()
         return found
 
     def add_up(self, weights: Sequence[torch.Tensor], loss: torch.Tensor) -> torch.Tensor:
         """Sum the gradients of `weights`, in place, and return the sum of `loss`."""
         given = torch.tensor([weight.grad is not None for weight in weights], dtype=torch.uint8)
-        self._wait(distributed.all_reduce(given, distributed.ReduceOp.MAX, async_op=True))
+        self._wait(distributed.all_reduce(given, distributed.ReduceOp.MAX, async_op=True), given)
         # What no rank has a gradient for stays without: the optimizer leaves it alone, as it would with one rank.
         trained = [weight for weight, one in zip(weights, given.tolist(), strict=True) if one]
         gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in trained]
         total = loss.detach().float().reshape(1).clone()
         for bucket in buckets([*gradients, total]):
             flat = torch.cat([tensor.reshape(-1).float() for tensor in bucket])
-            self._wait(distributed.all_reduce(flat, async_op=True))
+            self._wait(distributed.all_reduce(flat, async_op=True), flat)
             for tensor, part in zip(bucket, torch.split(flat, [each.numel() for each in bucket]), strict=True):
                 tensor.copy_(part.view_as(tensor))
         for weight, gradient in zip(trained, gradients, strict=True):
@@ -65,11 +66,20 @@ class Together:
         if self.ranks.world > 1:
             for weight in model.parameters():
                 if weight.requires_grad:
-                    self._wait(distributed.broadcast(weight.data, 0, async_op=True))
+                    self._wait(distributed.broadcast(weight.data, 0, async_op=True), weight)
 
-    def _wait(self, work: Any) -> None:
+    def _wait(self, work: Any, tensor: torch.Tensor) -> None:
         """Until all ranks have come, or one is known to be gone: no wait in here is deaf to that."""
         what = "all ranks to add up a step"
+        if tensor.is_cuda:
+            # NCCL calls work with a dead rank completed, while its kernel goes on: the stream that copies the last
+            # checkpoint must not wait for that.
+            with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+                work.wait()
+                done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                done.record()
+            self.ranks.until(done.query, what, MEETING_SECONDS)
+            return
         self.ranks.until(work.is_completed, what, MEETING_SECONDS)
         try:
             work.wait()
@@ -96,6 +106,9 @@ def together(ranks: Ranks) -> Iterator[Together]:
     if ranks.world == 1:
         yield Together(ranks)
         return
+
+    # Or torch ends this process with SIGABRT a minute after NCCL has lost a peer, before it is known who that was.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
 
     def connect() -> None:
         distributed.init_process_group(
