@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from job.attempt import Attempt
-from job.errors import SpecError
+from job.errors import OutOfMemory, SpecError
 from job.output import read_json
 from job.spec import JobSpec
 from job.stage_in import local_path
@@ -57,6 +58,8 @@ def scored(attempt: Attempt, before: Sequence[dict[str, Any]], after: Sequence[d
     """Give each row `extra`, its values by metric: those that the output holds, else computed now and kept there."""
     if not attempt.spec.evaluation.extra_metrics or not after:
         return
+    import torch
+
     stored: dict[str, Any] = read_json(attempt.store, EXTRA_KEY) or {}
     with attempt.record.stage("score") as facts, attempt.preemption.leave_at_once():
         for metric, folder in model_folders(attempt.spec, attempt.scratch).items():
@@ -64,7 +67,12 @@ def scored(attempt: Attempt, before: Sequence[dict[str, Any]], after: Sequence[d
                 references = [str(row["reference"]) for row in (*before, *after)]
                 generated = [str(row["generated"]) for row in (*before, *after)]
                 ask = bertscore if metric == "bertscore" else radeval
-                stored[metric] = ask(metric, folder, references, generated)
+                try:
+                    stored[metric] = ask(metric, folder, references, generated)
+                except torch.OutOfMemoryError as error:
+                    raise OutOfMemory(
+                        f"evaluation.extra_metrics.{metric}: no room on the GPU beside the tuned model; name a smaller one"
+                    ) from error
                 attempt.store.write(EXTRA_KEY, json.dumps(stored).encode())
             facts.append(metric)
     for place, row in enumerate((*before, *after)):
@@ -108,7 +116,7 @@ def bertscore(_metric: str, folder: Path, references: Sequence[str], generated: 
 
 
 def radeval(metric: str, folder: Path, references: Sequence[str], generated: Sequence[str]) -> list[float]:
-    """RadEval's value for each pair, 0 to 1. Raises SpecError with its own last words where it fails."""
+    """RadEval's value for each pair, 0 to 1. Raises SpecError with the kind of its error, whose words may be a report's."""
     name, key = RADEVAL[metric]
     cache = {"XDG_CACHE_HOME": str(folder), "HF_HOME": str(folder / "huggingface"), "HF_HUB_OFFLINE": "1"}
     asked = subprocess.run(
@@ -123,7 +131,9 @@ def radeval(metric: str, folder: Path, references: Sequence[str], generated: Seq
         values: Mapping[str, list[float]] = json.loads(asked.stdout.splitlines()[-1])
         return [float(value) for value in values[key]]
     except (IndexError, ValueError, KeyError, TypeError) as error:
-        why = (asked.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        kind = (asked.stderr.strip().splitlines() or ["silence"])[-1].partition(":")[0]
+        kind = kind if re.fullmatch(r"[\w.]+", kind) else "words that may be a report's"
         raise SpecError(
-            f"evaluation.extra_metrics.{metric}: RadEval gave no values with the models in {folder}: {why}"
+            f"evaluation.extra_metrics.{metric}: RadEval ended with {kind}; are its models in {folder}? Fill it where there is "
+            "a network, as docs/evaluation.md says"
         ) from error

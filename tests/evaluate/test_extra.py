@@ -59,8 +59,17 @@ def radeval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_radeval_is_asked_in_its_own_process_with_its_models_and_no_network(radeval: Path) -> None:
     assert extra.radeval("green", radeval, ["a", "b"], ["a", "c"]) == [1.0, 0.0]
-    with pytest.raises(SpecError, match=r"extra_metrics.green: RadEval gave no values .* ZeroDivisionError"):
+    with pytest.raises(
+        SpecError, match=r"extra_metrics.green: RadEval ended with ZeroDivisionError; are its models in"
+    ):
         extra.radeval("green", radeval.parent, ["a", "b"], ["a", "c"])
+
+
+def test_no_words_of_radeval_are_told_since_they_may_be_a_report_s(radeval: Path) -> None:
+    (radeval.parent / "radeval.py").write_text("raise SystemExit('No effusion in Mrs. Doe')")
+    with pytest.raises(SpecError) as told:
+        extra.radeval("green", radeval, ["a"], ["b"])
+    assert "Doe" not in str(told.value)
 
 
 @pytest.mark.parametrize("metric", ["bertscore", "green"])
