@@ -23,7 +23,7 @@ set +a
 
 : "${JOB_RUNTIME:=apptainer}"
 [ -n "${JOB_IMAGE:-}" ] || fail "JOB_IMAGE is empty; say in slurm/site.env what to start"
-container=vision-lora-$SLURM_JOB_ID${RANK:+-$RANK}
+container=vision-lora-${SLURM_CLUSTER_NAME:+$SLURM_CLUSTER_NAME-}$SLURM_JOB_ID${RANK:+-$RANK} # a machine can serve two clusters
 python=/opt/venv/bin/python
 [ "$JOB_RUNTIME" != venv ] || python=$JOB_IMAGE/bin/python
 

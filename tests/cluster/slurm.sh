@@ -35,7 +35,7 @@ NodeName=node2 Name=gpu File=$d/gpu[2-3]
 NodeName=node3 Name=gpu File=$d/gpu[4-5]
 END
 cat >"$d/slurm.conf" <<END
-ClusterName=test
+ClusterName=test$port
 SlurmctldHost=$(hostname)(127.0.0.1)
 SlurmctldPort=$port
 SlurmUser=root

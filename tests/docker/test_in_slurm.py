@@ -57,7 +57,7 @@ def test_the_job_in_a_container_hears_slurm_and_sees_only_what_it_may(
         job = cluster.submit(*options, **site | {"JOB_SPEC": str(job_spec)})
         log = tmp_path / f"{job}.log"
         cluster.until(lambda: log.exists() and "waiting up to" in log.read_text(), "the wait for the lease")
-        process = inside(cluster)
+        process = inside(tmp_path)
         seen = process_environment(process)
         assert (seen["JOB_SCRATCH"], seen["AWS_REGION"], seen["SLURM_JOB_ID"]) == ("/scratch", "eu-central-1", job)
         assert "SECRET" not in seen
@@ -72,7 +72,7 @@ def test_the_job_in_a_container_hears_slurm_and_sees_only_what_it_may(
         cluster.until(lambda: log.read_text().count("waiting up to") == 2, "the second start")
         cluster.run("scancel", job)
         facts = cluster.end(job)
-        cluster.until(lambda: inside(cluster) is None, "the end of its processes", 20)
+        cluster.until(lambda: inside(tmp_path) is None, "the end of its processes", 20)
     assert facts["JobState"] == "CANCELLED"
     assert codes(facts) == [75, 75]
     cluster.until(lambda: not list((tmp_path / "node").iterdir()), "the removal of scratch", 20)
@@ -85,14 +85,21 @@ def hand_over(folder: Path) -> None:
         parent.chmod(0o755)
 
 
-def inside(cluster: Cluster) -> int | None:
-    """The number of the job's own process, as the host counts."""
+def inside(folder: Path) -> int | None:
+    """The number of the job's own process, as the host counts. Its spec names the folder: that of another suite does not."""
     found = subprocess.run(
         ["pgrep", "-f", "^/opt/venv/bin/python -m job run"], capture_output=True, text=True, check=False
     )
-    return int(found.stdout.split()[-1]) if found.stdout else None
+    ours = [
+        int(number) for number in found.stdout.split() if str(folder) in process_environment(number).get("JOB_SPEC", "")
+    ]
+    return ours[-1] if ours else None
 
 
-def process_environment(process: int | None) -> dict[str, str]:
-    lines = Path(f"/proc/{process}/environ").read_bytes().decode().split("\0")
+def process_environment(process: int | str | None) -> dict[str, str]:
+    """Of a process; empty when it has ended."""
+    try:
+        lines = Path(f"/proc/{process}/environ").read_bytes().decode().split("\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
     return dict(line.split("=", 1) for line in lines if "=" in line)
