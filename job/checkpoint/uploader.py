@@ -183,14 +183,14 @@ class Uploader:
         self.failures = 0
         self.error = None
         shutil.rmtree(snapshot.folder, ignore_errors=True)
-        if self.on_commit:
-            self.on_commit(manifest)
         try:
+            if self.on_commit:
+                self.on_commit(manifest)
             if self.lease:
                 self.lease.check()  # the next writer decides what it needs
             prune(self.store, keep=self.keep, keep_every=self.keep_every, verified=snapshot.step)
-        except JobError as error:
-            log.warning("Old checkpoints could not be removed: %s", error)
+        except Exception as error:  # whatever it is, the thread goes on: training waits for it at the end
+            log.warning("Step %d is committed, but not all that follows could be done: %s", snapshot.step, error)
         return True
 
     def _failed(self, snapshot: Snapshot, error: JobError) -> None:

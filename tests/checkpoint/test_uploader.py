@@ -65,6 +65,20 @@ def test_a_snapshot_that_could_not_be_written_is_a_failure_like_another(tmp_path
     assert steps(store) == [2]
 
 
+def test_a_callback_that_fails_does_not_end_the_uploads(tmp_path: Path) -> None:
+    """Else the end of training would wait for ever for a thread that is gone."""
+
+    def fail(manifest: Manifest) -> None:
+        raise FileNotFoundError("a compiled file that was there a moment ago")
+
+    store = open_store(str(tmp_path / "store"))
+    with uploader(store, on_commit=fail) as up:
+        for step in (1, 2):
+            up.submit(snapshot(tmp_path, step), step, epoch=0)
+            assert up.wait(30)
+    assert steps(store) == [2, 1]
+
+
 def test_old_checkpoints_are_pruned(store: Store, tmp_path: Path) -> None:
     with uploader(store, keep=2, keep_every=4) as up:
         for step in range(1, 8):
