@@ -102,6 +102,7 @@ class Record:
             **fields,
         }
         self._lock = threading.Lock()
+        self._writing = threading.Lock()  # of its own: a slow store must not hold up who only changes a field
         self._ended = threading.Event()
         self._failing = False
         self.seconds: dict[str, float] = {}
@@ -152,9 +153,9 @@ class Record:
 
     def write(self, **fields: Any) -> None:
         """Change fields and write the status now."""
-        with self._lock:
-            self._status.update(fields, updated=now())
-            body = json.dumps(self._status, indent=1).encode()
+        with self._writing:
+            self.update(**fields, updated=now())
+            body = json.dumps(self.snapshot(), indent=1).encode()
             try:
                 self._store.write(STATUS_KEY, body)
                 self._failing = False

@@ -1,6 +1,7 @@
 """What a run says about itself."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 from job.errors import DataError, Preempted
 from job.record import Record, bytes_text
 from job.store import open_store
+from tests.s3 import address
+from tests.store.proxy import Proxy
 
 
 @pytest.fixture
@@ -52,6 +55,25 @@ def test_the_heartbeat_carries_the_latest_numbers(record: Record, tmp_path: Path
         while not (tmp_path / "output" / "status.json").exists() or status(tmp_path).get("step") != 7:
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+
+def test_a_store_that_does_not_answer_holds_up_nobody_who_changes_a_field(
+    s3: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each training step does, while the heartbeat writes."""
+    answers = threading.Event()
+    with Proxy(address(s3), before=lambda request: None if answers.wait(60) else b"") as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
+        record = Record(open_store(f"s3://{bucket}/out"), tmp_path)
+        beat = threading.Thread(target=record.write)
+        beat.start()
+        while not proxy.seen:
+            assert beat.is_alive()
+        record.update(step=7)
+        assert record.where() == "plan, step 7"
+        assert beat.is_alive()
+        answers.set()
+        beat.join()
 
 
 def test_a_store_that_fails_is_reported_once_and_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture):
