@@ -67,7 +67,7 @@ def lead(
                 return
             check_writable(store)
             holder = f"{socket.gethostname()}:{os.getpid()}"
-            lease = stack.enter_context(acquire(store, holder, ttl, wait=ttl + 5))
+            lease = stack.enter_context(acquire(store, holder, ttl, wait=ttl + 5, on_loss=preemption.request))
         stack.enter_context(watching(spec.preemption.spot_notices, preemption, environment))
         number = ranks.shared("attempt", output.begin(store, spec))
         record = stack.enter_context(Record(store, scratch, name=spec.name, attempt=number, ranks=ranks.world).kept())

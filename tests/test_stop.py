@@ -100,6 +100,18 @@ def test_stopped_in_every_stage_it_leaves_with_75_and_ends_the_same(demo: Path, 
     assert outcome(str(output)) == outcome(str(tmp_path / "whole"))
 
 
+def test_a_job_whose_output_another_took_over_leaves_at_once(demo: Path, tmp_path: Path):
+    """Else it would train for hours for a checkpoint that it may not commit."""
+    output = tmp_path / "output"
+    process = run(JOB, small_spec(demo, str(output)), tmp_path)
+    while stage_of(output) is None and process.poll() is None:
+        time.sleep(0.002)
+    open_store(str(output)).write("lease.json", b'{"holder": "another", "token": 9, "ttl": 60}')
+    code, stderr = end(process)
+    reason = f"stopped on the loss of the lease on {output} to another; run again to continue"
+    assert (code, stderr.strip().splitlines()[-1]) == (75, f"exit 75: {reason}"), stderr
+
+
 @pytest.mark.timeout(600)
 def test_a_sample_of_killed_jobs_is_identical_to_the_undisturbed_one(demo: Path, s3: str):
     """`make resume-proof N=50` is the long version."""

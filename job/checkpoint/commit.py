@@ -63,7 +63,7 @@ def commit(
     token = lease.token if lease else 0
     room = _fresh_folder(step, token, there)
     if lease:
-        lease.check()
+        lease.confirm()  # had back, if it ran out while the store was away and nobody came
     sent = upload_files(store, folder, {name: f"{room}/{name}" for name in names if name not in files})
     files |= {name: File(size=size, sha256=sha256, key=f"{room}/{name}") for name, (size, sha256) in sent.items()}
     manifest = Manifest(

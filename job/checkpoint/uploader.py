@@ -15,7 +15,7 @@ from typing import Any
 
 from job.checkpoint.commit import commit, prune
 from job.checkpoint.manifest import Manifest
-from job.errors import JobError, Preempted
+from job.errors import JobError
 from job.store import Store
 from job.store.lease import Lease
 
@@ -68,7 +68,7 @@ class Uploader:
         self.first_pause = first_pause
         self.failures = 0
         self.error: JobError | None = None
-        """The last failure, until a commit succeeds. A Preempted here is final: the lease is lost."""
+        """The last failure, until a commit succeeds."""
         self._waiting: Snapshot | None = None
         self._in_flight: Snapshot | None = None
         self._closed = False
@@ -100,8 +100,19 @@ class Uploader:
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until everything handed over is committed. False if time ran out or the lease was lost."""
         with self._changed:
-            self._changed.wait_for(lambda: self._idle() or self._lost(), timeout)
+            self._changed.wait_for(lambda: self._idle() or self.lost, timeout)
             return self._idle()
+
+    def try_again(self) -> None:
+        """Forget failures so far: what failed is tried now, and pauses grow from the first one again."""
+        with self._changed:
+            self.failures = 0
+            self._changed.notify_all()
+
+    @property
+    def lost(self) -> bool:
+        """Whether the lease is lost, so that nothing more will ever be committed."""
+        return self.error is not None and self.lease is not None and self.lease.lost
 
     def close(self) -> None:
         """Let the upload in flight end, try nothing again, and stop."""
@@ -132,7 +143,7 @@ class Uploader:
                 if not committed:
                     self._keep(snapshot)
                 self._changed.notify_all()
-                if self._lost():
+                if self.lost:
                     return
                 if not committed:
                     # Try again after a pause, at once when something newer comes, not at all when closing.
@@ -155,10 +166,7 @@ class Uploader:
             shutil.rmtree(snapshot.folder, ignore_errors=True)
 
     def _newer_than(self, snapshot: Snapshot) -> bool:
-        return self._closed or self._waiting is not snapshot
-
-    def _lost(self) -> bool:
-        return isinstance(self.error, Preempted)
+        return self._closed or self._waiting is not snapshot or not self.failures
 
     def _commit(self, snapshot: Snapshot) -> bool:
         try:
@@ -196,7 +204,7 @@ class Uploader:
     def _failed(self, snapshot: Snapshot, error: JobError) -> None:
         self.failures += 1
         self.error = error
-        loud = self.failures >= self.loud_after or isinstance(error, Preempted)
+        loud = self.failures >= self.loud_after or self.lost
         log.log(
             logging.ERROR if loud else logging.WARNING,
             "The checkpoint of step %d could not be uploaded (%d in a row); it is kept in %s. %s",

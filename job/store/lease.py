@@ -31,7 +31,11 @@ SLACK = 2.0  # seconds: HTTP dates are whole seconds
 
 
 class Lease:
-    """A lease that is held. Made by `acquire`; release it, or use it as a context manager."""
+    """A lease that is held. Made by `acquire`; release it, or use it as a context manager.
+
+    `on_loss(reason)` is called once, from whichever thread learns that another has taken it over. One that ran out while
+    the store was away is not lost yet: `confirm` has it back if nobody came.
+    """
 
     def __init__(self, store: Store, holder: str, ttl: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.store = store
@@ -40,12 +44,18 @@ class Lease:
         self.token = 0
         self.name = secrets.token_hex(8)
         self._clock = clock
+        self._on_loss: Callable[[str], None] = lambda reason: None
         self._version = ""
         self._until = -math.inf
         self._lost = ""
         self._turn = threading.Lock()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+
+    @property
+    def lost(self) -> bool:
+        """Whether it is over for good."""
+        return bool(self._lost)
 
     def check(self) -> None:
         """Raise Preempted if the lease is lost or has run out. Asks nothing of the store."""
@@ -93,7 +103,9 @@ class Lease:
                     raise
                 self._version = self._write(found)
         except Conflict as error:
-            self._lost = f"The lease on {self.store.url} was taken over by {_holder(self.store)}."
+            holder = _holder(self.store)
+            self._lost = f"The lease on {self.store.url} was taken over by {holder}."
+            self._on_loss(f"the loss of the lease on {self.store.url} to {holder}")
             raise Preempted(self._lost) from error
         self._until = before + self.ttl
 
@@ -117,7 +129,13 @@ class Lease:
 
 
 def acquire(
-    store: Store, holder: str, ttl: float, *, wait: float = 0.0, clock: Callable[[], float] = time.monotonic
+    store: Store,
+    holder: str,
+    ttl: float,
+    *,
+    wait: float = 0.0,
+    clock: Callable[[], float] = time.monotonic,
+    on_loss: Callable[[str], None] = lambda reason: None,
 ) -> Lease:
     """Take the lease and keep it alive from a thread. Raises Preempted (75), naming the holder, while another is live.
 
@@ -142,6 +160,7 @@ def acquire(
         lease._put(version)
     except Preempted:
         raise Preempted(_busy(store, _read(store)[1])) from None
+    lease._on_loss = on_loss
     lease._thread.start()
     return lease
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from job import checkpoint
 from job.attempt import Attempt
 from job.data import Data
-from job.errors import Preempted, Unavailable
+from job.errors import Unavailable
 from job.model import Loaded
 from job.model.transformers_backend import load_adapter
 from job.plan import Plan
@@ -123,10 +123,11 @@ def publish_tensorboard(attempt: Attempt) -> None:
 
 def settle(uploads: checkpoint.Uploader | None, preemption: Preemption) -> None:
     """Wait until all that was saved is committed: after a notice for as long as the grace allows, else until the store
-    has failed `MOST_FAILURES` times. Raises what the store raised, or Preempted."""
+    has failed `MOST_FAILURES` times more. Raises what the store raised, or Preempted."""
+    if uploads is not None:
+        uploads.try_again()
     while uploads is not None and not uploads.wait(0.2):
-        lost = isinstance(uploads.error, Preempted)
-        if uploads.error is not None and (lost or uploads.failures >= MOST_FAILURES):
+        if uploads.error is not None and (uploads.lost or uploads.failures >= MOST_FAILURES):
             raise uploads.error
         if preemption.remaining < LEAVE_SECONDS:
             log.warning("the last checkpoint is not committed; the next attempt goes on from an older one")

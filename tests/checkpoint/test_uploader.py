@@ -12,8 +12,10 @@ import pytest
 
 from job.checkpoint import Manifest, Uploader, read_manifest, steps
 from job.errors import JobError, Preempted, Unavailable
+from job.preemption import Preemption
 from job.store import Store, open_store
 from job.store.lease import acquire
+from job.train.fit import MOST_FAILURES, settle
 from tests.s3 import address
 from tests.store.proxy import Proxy, answer
 
@@ -141,6 +143,31 @@ def test_a_lost_lease_ends_the_waiting(store: Store, tmp_path: Path) -> None:
         assert isinstance(up.error, Preempted)
     assert steps(store) == []
     assert (tmp_path / "snapshot-1").exists()
+
+
+def test_a_lease_that_ran_out_while_nobody_came_is_had_back(store: Store, tmp_path: Path) -> None:
+    """A store that was away for longer than a lease lives must not be the end of all checkpoints."""
+    now = [0.0]
+    with acquire(store, "a", 30, clock=lambda: now[0]) as lease, uploader(store, lease=lease) as up:
+        now[0] = 31.0
+        up.submit(snapshot(tmp_path, 1), 1, epoch=0)
+        assert up.wait(30)
+    assert steps(store) == [1]
+
+
+def test_failures_of_long_ago_do_not_end_the_wait_for_the_last_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("in the way, as a store that is down")
+    store = open_store(str(tmp_path / "store"))
+    with uploader(store, first_pause=60.0) as up:
+        up.submit(snapshot(tmp_path, 1), 1, epoch=0)
+        while not up.failures:
+            assert not up.wait(0.01)
+        up.failures = MOST_FAILURES
+        (tmp_path / "store").unlink()
+        began = time.monotonic()
+        settle(up, Preemption())
+        assert time.monotonic() - began < 30
+    assert steps(store) == [1]
 
 
 def test_leaving_in_a_hurry_does_not_wait(store: Store, tmp_path: Path) -> None:
