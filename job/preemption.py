@@ -11,10 +11,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
-from job.errors import Preempted, RankEnded
+from job.errors import Preempted, RankEnded, SpecError
 
 DEFAULT_GRACE_SECONDS = 30.0
 FITS = 0.8
@@ -131,14 +131,17 @@ class Preemption:
 
 
 def grace_seconds(environment: Mapping[str, str]) -> float:
-    """`JOB_GRACE_SECONDS`: time between notice and kill. Raises ValueError for anything but a positive number."""
-    text = environment.get("JOB_GRACE_SECONDS", "").strip()
-    if not text:
-        return DEFAULT_GRACE_SECONDS
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError(text)
-    return value
+    """`JOB_GRACE_SECONDS`: time between notice and kill."""
+    return seconds(environment, "JOB_GRACE_SECONDS", DEFAULT_GRACE_SECONDS)
+
+
+def seconds(environment: Mapping[str, str], name: str, default: float) -> float:
+    """A variable that holds a time. Raises SpecError for anything but a positive number."""
+    text = environment.get(name, "").strip() or str(default)
+    with suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise SpecError(f"{name} is {text!r}; give a number of seconds above 0")
 
 
 def end_time(environment: Mapping[str, str]) -> float | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from job.errors import JobError, SpecError
+from job.errors import JobError, Preempted, SpecError
 from job.store.folders import download_folder, files_of, inside, upload_files, upload_folder
 from job.store.local import LocalStore
 from job.store.protocol import Capabilities, Conflict, Corrupt, Digest, Entry, Missing, Store, checked_key
@@ -31,6 +31,9 @@ __all__ = [
     "upload_files",
     "upload_folder",
 ]
+
+log = logging.getLogger(__name__)
+STALE_SECONDS = 24 * 3600.0
 
 
 def open_store(url: str, *, sse: str | None = None, sse_kms_key_id: str | None = None) -> Store:
@@ -65,19 +68,18 @@ def open_store(url: str, *, sse: str | None = None, sse_kms_key_id: str | None =
     return LocalStore(url, Path(url).absolute())
 
 
-def check_writable(
-    store: Store, *, stale_after: float = 24 * 3600.0, warn: Callable[[str], None] | None = None
-) -> Capabilities:
-    """Write, read and delete a small object, and give up uploads that died more than `stale_after` seconds ago.
+def check_writable(store: Store) -> Capabilities:
+    """Write, read and delete a small object, and give up uploads that died more than `STALE_SECONDS` ago.
 
-    Raises NotAllowed (77), Unavailable (69) or SpecError (78) with the reason. `warn` hears each weaker guarantee.
+    Raises NotAllowed (77), Unavailable (69) or SpecError (78) with the reason. Each weaker guarantee is a warning.
     """
     found = store.probe()
     try:
-        store.abort_stale("", stale_after)
+        store.abort_stale("", STALE_SECONDS)
+    except Preempted:
+        raise
     except JobError as error:
         found = found._replace(weaker=(*found.weaker, f"Uploads that died cannot be cleaned up. {error}"))
-    if warn is not None:
-        for sentence in found.weaker:
-            warn(sentence)
+    for sentence in found.weaker:
+        log.warning("%s", sentence)
     return found
