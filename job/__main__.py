@@ -8,8 +8,10 @@ from typing import Any
 
 def leave(number: int, _frame: Any) -> None:
     """As process 1 of a container we would not even die of SIGTERM without a handler."""
-    os.write(2, f"exit 75: stopped on {signal.Signals(number).name}; run again to continue\n".encode())
-    os._exit(75)
+    try:
+        os.write(2, f"exit 75: stopped on {signal.Signals(number).name}; run again to continue\n".encode())
+    finally:
+        os._exit(75)
 
 
 def main() -> None:

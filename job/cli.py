@@ -79,7 +79,7 @@ def check(spec: str | None, data: bool, bundle: str | None) -> None:
             use_bundle(loaded, os.environ, scratch)
             world = place(os.environ).world
             found = survey(loaded, store, scratch, fetch=False, all_data=data, world=world)
-            click.echo(describe(loaded, make_plan(loaded, found.facts), found.facts))
+            show(describe(loaded, make_plan(loaded, found.facts), found.facts))
 
     finish(work)
 
@@ -113,7 +113,7 @@ def status(output: str) -> None:
         from job.status import describe_status
         from job.store import open_store
 
-        click.echo(describe_status(open_store(output)))
+        show(describe_status(open_store(output)))
 
     finish(work)
 
@@ -141,7 +141,7 @@ def report(output: str, to: Path | None) -> None:
                 store.write(REPORT_KEY, page)
             else:
                 to.write_bytes(page)
-            click.echo(str(to or f"{store.url.rstrip('/')}/{REPORT_KEY}"))
+            show(str(to or f"{store.url.rstrip('/')}/{REPORT_KEY}"))
 
     finish(work)
 
@@ -174,7 +174,7 @@ def kubernetes(spec: str, image: str, output: str | None, components: tuple[str,
         with preemption.leave_at_once():
             from job import render
 
-            click.echo(render.kubernetes(render.read_run(os.environ, spec, output, sweep), image, components), nl=False)
+            show(render.kubernetes(render.read_run(os.environ, spec, output, sweep), image, components), nl=False)
 
     finish(work)
 
@@ -191,9 +191,16 @@ def slurm(spec: str, image: str | None, output: str | None) -> None:
             from job import render
 
             settings = {} if image is None else {"JOB_IMAGE": image}
-            click.echo(render.slurm(render.read_run(os.environ, spec, output, None), settings), nl=False)
+            show(render.slurm(render.read_run(os.environ, spec, output, None), settings), nl=False)
 
     finish(work)
+
+
+def show(text: str, nl: bool = True) -> None:
+    try:
+        click.echo(text, nl=nl)
+    except BrokenPipeError:
+        os._exit(0)  # whoever read our output has seen enough
 
 
 def finish(work: Callable[[Preemption], None]) -> NoReturn:
@@ -213,10 +220,9 @@ def finish(work: Callable[[Preemption], None]) -> NoReturn:
             if len(str(error).splitlines()) > 1:
                 log.error("%s", error)
             _end(error.exit_code, one_line(error))
-        except BrokenPipeError:
-            os._exit(0)  # whoever read our output has seen enough
         except Exception as error:
-            traceback.print_exc()
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
             _end(BUG, f"a bug: {type(error).__name__}: {one_line(error)}")
 
 
@@ -227,9 +233,8 @@ def _end(code: int, reason: str | None) -> NoReturn:
     if reason is not None:
         _tell(code, reason)
     logging.shutdown()
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):  # nobody reads it any more, or its disk is full
         sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
 
 
@@ -239,5 +244,6 @@ def _tell(code: int, reason: str) -> None:
     with contextlib.suppress(OSError):
         if TERMINATION_LOG.exists():
             TERMINATION_LOG.write_text(line[:4000])
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a full disk behind the log must not change the code
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()

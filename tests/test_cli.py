@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.conftest import Job
+from tests.conftest import Job, job_environment
 
 
 def ending(result: Any) -> tuple[int, str]:
@@ -87,10 +89,40 @@ def test_scratch_that_cannot_be_written_ends_with_77(job: Job, whole: dict[str, 
     assert "set JOB_SCRATCH" in line
 
 
-def test_a_grace_that_is_no_number_ends_with_78(job: Job):
-    code, line = ending(job("run", JOB_SPEC="x: y", JOB_GRACE_SECONDS="soon"))
-    assert code == 78
-    assert "JOB_GRACE_SECONDS" in line
+@pytest.mark.parametrize("name", ["JOB_GRACE_SECONDS", "JOB_LEASE_SECONDS"])
+def test_a_time_that_is_no_number_ends_with_78(job: Job, whole: dict[str, Any], name: str):
+    result = job("run", **{"JOB_SPEC": yaml.safe_dump(whole), name: "soon"})
+    assert ending(result) == (78, f"exit 78: {name} is 'soon'; give a number of seconds above 0")
+
+
+@pytest.mark.parametrize("stderr", ["/dev/full", "a pipe that nobody reads"])
+def test_a_log_that_takes_no_more_does_not_change_the_code(tmp_path: Path, stderr: str):
+    """As on a cluster whose home folder is over its quota."""
+    if stderr == "/dev/full":
+        log = os.open(stderr, os.O_WRONLY)
+    else:
+        reader, log = os.pipe()
+        os.close(reader)
+    command = [sys.executable, "-m", "job", "run", "/no/such/spec.yaml"]
+    ended = subprocess.run(command, env=job_environment(tmp_path), stderr=log, check=False, timeout=60)
+    os.close(log)
+    assert ended.returncode == 78
+
+
+def test_a_broken_pipe_inside_a_job_is_no_success():
+    """A worker of the loader that died raises it too."""
+    code = "from job.cli import finish\ndef work(_):\n raise BrokenPipeError(32, 'Broken pipe')\nfinish(work)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 70
+
+
+def test_who_has_seen_enough_of_what_is_shown_is_no_error(tmp_path: Path):
+    (tmp_path / "status.json").write_text('{"state": "failed", "stage": "load", "exit_code": 65, "reason": "no"}')
+    reader, shown = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "job", "status", str(tmp_path)]
+    ended = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    os.close(shown)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_unsloth_without_a_gpu_ends_with_78(job: Job, whole: dict[str, Any]):
