@@ -31,7 +31,7 @@ def aws(environment: Mapping[str, str]) -> str | None:
     root = environment.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254").rstrip("/")
     token = _ask(f"{root}/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, method="PUT")
     answer = _ask(f"{root}/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token or ""})
-    return None if answer is None else f"a spot notice of AWS ({json.loads(answer).get('action', 'stop')})"
+    return None if answer is None else f"a spot notice of AWS ({json.loads(answer)['action']})"
 
 
 def gcp(environment: Mapping[str, str]) -> str | None:
@@ -91,10 +91,10 @@ def _poll(cloud: str, preemption: Preemption, environment: Mapping[str, str], en
         try:
             notice = CLOUDS[cloud](environment)
             failures = 0
-        except (OSError, ValueError, AttributeError) as error:
+        except Exception as error:  # whatever stands at that address may answer anything: ask on
             failures += 1
             if failures == FAILURES_TO_TELL:
-                log.warning("the metadata service of %s does not answer (%s): no spot notices", cloud, error)
+                log.warning("the metadata service of %s does not answer as it should (%s): no spot notices", cloud, error)
             notice = None
         if notice is not None:
             preemption.request(notice, SECONDS_AHEAD[cloud])
