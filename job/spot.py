@@ -94,7 +94,9 @@ def _poll(cloud: str, preemption: Preemption, environment: Mapping[str, str], en
         except Exception as error:  # whatever stands at that address may answer anything: ask on
             failures += 1
             if failures == FAILURES_TO_TELL:
-                log.warning("the metadata service of %s does not answer as it should (%s): no spot notices", cloud, error)
+                log.warning(
+                    "the metadata service of %s does not answer as it should (%s): no spot notices", cloud, error
+                )
             notice = None
         if notice is not None:
             preemption.request(notice, SECONDS_AHEAD[cloud])

@@ -117,7 +117,9 @@ def test_a_service_that_does_not_answer_is_told_once_and_stops_nothing(cloud: Cl
     assert len([message for message in caplog.messages if "does not answer" in message]) == 1
 
 
-@pytest.mark.parametrize("nonsense", ["no http", 'HTTP/1.0 200 OK\r\n\r\n{"Events": null}', "HTTP/1.0 200 OK\r\n\r\n[1]"])
+@pytest.mark.parametrize(
+    "nonsense", ["no http", 'HTTP/1.0 200 OK\r\n\r\n{"Events": null}', "HTTP/1.0 200 OK\r\n\r\n[1]"]
+)
 def test_a_service_that_answers_nonsense_is_asked_on(cloud: Cloud, nonsense: str):
     cloud.confused = nonsense
     with Preemption().listening() as preemption, watching(cloud.kind, preemption, cloud.environment):

@@ -12,12 +12,12 @@ from typing import Any
 
 from job.attempt import Attempt
 from job.data import Data
-from job.errors import JobError, Preempted
+from job.errors import Preempted
 from job.model import Loaded
 from job.output import read_json
 from job.record import watched
 from job.spec import JobSpec
-from job.store import Store
+from job.store import Missing, Store
 
 log = logging.getLogger("job")
 
@@ -186,12 +186,10 @@ def pictures(rows: Any, ids: Iterable[str], longest_side: int = 384) -> dict[str
 
 
 def stored_rows(store: Store, key: str) -> Rows:
-    """Rows of an earlier attempt; none when they are not there."""
+    """Rows of an earlier attempt; none when they are not there. A store that fails is no reason to make them again."""
     try:
         lines = store.read(key).decode().splitlines()
-    except Preempted:
-        raise
-    except JobError:
+    except Missing:
         return []
     return [json.loads(line) for line in lines]
 

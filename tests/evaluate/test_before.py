@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 
-from job.evaluate import before
+from job.errors import NotAllowed
+from job.evaluate import before, stored_rows
 from job.store import open_store
+from tests.s3 import address
+from tests.store.proxy import Proxy
+from tests.store.proxy import answer as refusal
 from tests.tiny import CPU, job_spec, row
 
 RECORD = {"generated": "A nodule.", "tokens": 4, "loss": 1.5, "answer_tokens": 5}
@@ -82,3 +86,14 @@ def test_rows_of_like_length_share_a_batch_longest_first() -> None:
     lengths = [3, 9, 1, 9]
     given = before.held([rows(1, reference="x" * length)[0] for length in lengths])
     assert before.longest_first(given) == [1, 3, 0, 2]
+
+
+def test_a_store_that_refuses_is_not_one_without_answers(s3: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else hours of answers would be made again because of one bad moment."""
+    denied = refusal("403 Forbidden", "<Error><Code>AccessDenied</Code></Error>")
+    with Proxy(address(s3), before=lambda request: denied) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
+        with pytest.raises(NotAllowed):
+            stored_rows(open_store(f"s3://{bucket}"), "evaluation/before.jsonl")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3)
+    assert stored_rows(open_store(f"s3://{bucket}"), "evaluation/before.jsonl") == []
