@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 import yaml
@@ -19,6 +20,7 @@ MADE_OF_MERGED = ("merged/", "merged_4bit/", "merged_fp8/", "gguf/")
 WORK = ("checkpoints/", "evaluation/", "adapter/", *MADE_OF_MERGED)
 OURS = (*WORK, "data/", "logs/")
 ATTEMPTS_KEY = "attempts.json"
+ANSWERS = ("evaluation/before.", "evaluation/after.")
 TRIED_AGAIN = {row.code for row in EXIT_CODES if row.kubernetes == "Count"}
 OUR_FILES = (RESULT_KEY, REPORT_KEY, STATUS_KEY, SPEC_KEY, ATTEMPTS_KEY)
 
@@ -63,12 +65,14 @@ def begin(store: Store, spec: JobSpec) -> int:
     """Make the output this spec's and return the attempt's number, from 1.
 
     Raises SpecError when it holds the work of another spec, unless `on_conflict` is restart: then that run is deleted.
-    Raises NoProgress when the last attempts all died at the same place.
+    Raises NoProgress when the last attempts all died and left nothing new.
     """
     if check_owner(store, spec):
         store.delete([RESULT_KEY])
         entries = [entry.key for entry in store.list() if entry.key.startswith(OURS) or entry.key in OUR_FILES]
-        store.delete(sorted(entries, key=lambda key: not key.endswith("MANIFEST.json")))
+        store.delete([key for key in entries if key.endswith("MANIFEST.json")])
+        # All but the other spec, which ours replaces below: killed on the way, the next attempt finds it and goes on.
+        store.delete([key for key in entries if key != SPEC_KEY])
     number = count_attempt(store, spec.preemption.max_attempts_without_progress)
     text = f"# sha256 of what decides the result: {spec.digest}\n" + yaml.safe_dump(
         spec.model_dump(mode="json", exclude_unset=False), sort_keys=False, allow_unicode=True
@@ -78,33 +82,42 @@ def begin(store: Store, spec: JobSpec) -> int:
 
 
 def count_attempt(store: Store, most_deaths: int) -> int:
-    """The number of the attempt that begins. Raises NoProgress when the last `most_deaths` died at the same place.
+    """The number of the attempt that begins. Raises NoProgress when the last `most_deaths` left nothing new behind.
 
-    `attempts.json` holds how earlier attempts died, taken from the status that they left. To be preempted is not to
-    die, nor is an ending that no scheduler tries again (wrong data, say): whoever runs that again has mended something.
+    `attempts.json` holds how earlier attempts died since there was progress, taken from the status that they left. To be
+    preempted is not to die; an ending that no scheduler tries again (wrong data, say) begins the count anew, since whoever
+    runs that again has mended something.
     """
-    history = read_json(store, ATTEMPTS_KEY) or {"attempts": 0, "deaths": []}
-    deaths: list[dict[str, Any]] = history["deaths"]
-    last = read_json(store, STATUS_KEY)
-    if last is not None and last.get("attempt") == history["attempts"]:
+    history = read_json(store, ATTEMPTS_KEY) or {}
+    number, done, last = int(history.get("attempts", 0)), progress(store), read_json(store, STATUS_KEY)
+    deaths: list[dict[str, Any]] = history.get("deaths", []) if history.get("progress") == done else []
+    if last is not None and last.get("attempt") == number:
         died = last.get("state") == "running" or last.get("exit_code") in TRIED_AGAIN
-        deaths = [*deaths, _death(store, last)] if died else []
-    deaths = [death for death in deaths if death["place"] == deaths[-1]["place"]]
+        mended = last.get("state") == "failed" and not died
+        deaths = [*deaths, _death(last, done)] if died else [] if mended else deaths
     if len(deaths) >= most_deaths:
         raise NoProgress(
-            f"{len(deaths)} attempts in a row died at the same place: {deaths[-1]['place']}; the last reason: "
+            f"{len(deaths)} attempts died without any progress: {'; '.join(_places(deaths))}; the last reason: "
             f"{deaths[-1]['reason']}. Mend that, then raise preemption.max_attempts_without_progress to go on"
         )
-    number = int(history["attempts"]) + 1
-    store.write(ATTEMPTS_KEY, json.dumps({"attempts": number, "deaths": deaths}).encode())
-    return number
+    store.write(ATTEMPTS_KEY, json.dumps({"attempts": number + 1, "progress": done, "deaths": deaths}).encode())
+    return number + 1
 
 
-def _death(store: Store, status: dict[str, Any]) -> dict[str, Any]:
-    saved = max(steps(store), default=0)
+def progress(store: Store) -> dict[str, int]:
+    """What attempts leave for the next one: the newest checkpoint's step, and bytes of answers by file."""
+    answers = {entry.key: entry.size for entry in store.list("evaluation/") if entry.key.startswith(ANSWERS)}
+    return {"step": max(steps(store), default=0)} | answers
+
+
+def _death(status: dict[str, Any], done: dict[str, int]) -> dict[str, Any]:
     silent = "it vanished without a word, as a process does that is killed or runs out of host memory"
     reason = status.get("reason", "unknown") if status["state"] == "failed" else silent
-    return {"place": f"stage {status.get('stage')}, after the checkpoint of step {saved}", "reason": reason}
+    return {"place": f"stage {status.get('stage')}, after the checkpoint of step {done['step']}", "reason": reason}
+
+
+def _places(deaths: list[dict[str, Any]]) -> list[str]:
+    return [f"{count} in {place}" for place, count in Counter(death["place"] for death in deaths).items()]
 
 
 def stored_spec(store: Store) -> JobSpec | None:

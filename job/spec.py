@@ -208,7 +208,7 @@ class PreemptionSpec(Section):
     spot_notices: Literal["aws", "gcp", "azure"] | None = None
     """Also ask this cloud's metadata service for its notice of taking the machine away."""
     max_attempts_without_progress: PositiveInt = 3
-    """Stop with 79 when so many attempts in a row died (not: were preempted) at the same place."""
+    """Stop with 79 when so many attempts died (not: were preempted) and none left a newer checkpoint or more answers."""
 
 
 class LabelSpec(Section):

@@ -12,6 +12,7 @@ from job.record import Record
 from job.specfile import validate
 from job.status import describe_status
 from job.store import Store, open_store
+from job.store.local import LocalStore
 
 
 @pytest.fixture
@@ -96,32 +97,66 @@ def die(store: Store, number: int, **status: Any) -> None:
     store.write("status.json", json.dumps(ending | status).encode())
 
 
-def test_dying_at_the_same_place_again_and_again_stops_with_79(store: Store, tree: dict[str, Any]):
+PREEMPTED = {"state": "preempted", "exit_code": 75, "reason": "stopped on SIGTERM"}
+
+
+@pytest.mark.parametrize(
+    ("others", "places"),
+    [
+        ([], "3 in stage train, after the checkpoint of step 0;"),
+        ([{"stage": "load"}], "2 in stage train, .*; 1 in stage load, "),
+        ([PREEMPTED], "3 in stage train"),
+    ],
+)
+def test_dying_without_progress_stops_with_79(
+    store: Store, tree: dict[str, Any], others: list[dict[str, Any]], places: str
+):
+    """Wherever it dies, and however often it is preempted in between."""
     spec = validate(tree)
-    for expected in (1, 2, 3):
+    endings = [{}, *others, {"state": "running"}, {}][: 4 if PREEMPTED in others else 3]
+    for expected, ending in enumerate(endings, 1):
         assert begin(store, spec) == expected
-        die(store, expected, state="running" if expected == 2 else "failed")
-    with pytest.raises(NoProgress, match=r"3 attempts in a row died at the same place: stage train, after the.*step 0"):
+        die(store, expected, **ending)
+    with pytest.raises(NoProgress, match=f"3 attempts died without any progress: {places}.*the last reason: "):
         begin(store, spec)
+    if others:
+        return
     tree["preemption"] = {"max_attempts_without_progress": 4}
     assert begin(store, validate(tree)) == 4
 
 
-@pytest.mark.parametrize(
-    "between",
-    [
-        {"state": "preempted", "exit_code": 75, "reason": "stopped on SIGTERM"},
-        {"state": "failed", "exit_code": 65, "reason": "the data is wrong"},
-        {"stage": "evaluate after"},
-    ],
-)
-def test_a_death_elsewhere_a_preemption_or_a_mended_input_starts_the_count_anew(
-    store: Store, tree: dict[str, Any], between: dict[str, Any]
-):
+def test_a_mended_input_starts_the_count_anew(store: Store, tree: dict[str, Any]):
+    spec, mended = validate(tree), {"state": "failed", "exit_code": 65, "reason": "the data is wrong"}
+    for number in range(1, 7):
+        assert begin(store, spec) == number
+        die(store, number, **(mended if number % 3 == 0 else {}))
+
+
+def test_more_answers_are_progress(store: Store, tree: dict[str, Any]):
+    """A long evaluation on a machine that is taken away without notice goes on from where it was."""
     spec = validate(tree)
     for number in range(1, 7):
         assert begin(store, spec) == number
-        die(store, number, **(between if number % 3 == 0 else {}))
+        store.write("evaluation/before.partial.jsonl", b"{}\n" * number)
+        die(store, number, stage="evaluate before", state="running")
+
+
+def test_a_restart_that_is_killed_on_the_way_goes_on(tree: dict[str, Any], tmp_path: Path):
+    """Nothing of the other run may be left to ours: until ours is written, its spec says whose the rest is."""
+    there = []
+
+    class Watched(LocalStore):
+        def delete(self, keys: Any) -> None:
+            super().delete(keys)
+            there.append("spec.yaml" in [entry.key for entry in self.list()])
+
+    store = Watched(str(tmp_path / "output"), tmp_path / "output")
+    begin(store, validate(tree))
+    store.write("evaluation/before.jsonl", b"{}")
+    begin(store, validate(tree | {"lora": {"r": 4}, "output": tree["output"] | {"on_conflict": "restart"}}))
+    assert len(there) == 3
+    assert all(there)
+    assert sorted(entry.key for entry in store.list()) == ["attempts.json", "spec.yaml"]
 
 
 def test_a_new_checkpoint_is_progress(store: Store, tree: dict[str, Any], tmp_path: Path):
