@@ -40,6 +40,8 @@ class Preemption:
         self.noticed: float | None = None
         self.code: int | None = None
         """That of another rank whose end is the reason; None for a notice."""
+        self.last_words: Callable[[Preempted], None] = lambda error: None
+        """Called from a thread when the deadline comes. Half of what is left then is for it."""
         self._deadline = float("inf")
         self._raising = 0
 
@@ -126,6 +128,9 @@ class Preemption:
                 signal.pthread_kill(main, AGAIN)
             if self.remaining < min(LAST_SECONDS, self.grace_seconds / 4):
                 error = self._ending(f"{self.reason}, in the middle of a stage")
+                speaker = threading.Thread(target=self.last_words, args=(error,), daemon=True)
+                speaker.start()
+                speaker.join(max(self.remaining, 0) / 2)
                 too_late(error)
                 os._exit(error.exit_code)
 

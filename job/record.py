@@ -84,6 +84,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def ending_of(error: JobError) -> dict[str, Any]:
+    state = "preempted" if error.exit_code == Preempted.exit_code else "failed"
+    return {"state": state, "exit_code": error.exit_code, "reason": one_line(error)}
+
+
 class Record:
     """The run's state, kept in memory, written to the store by a heartbeat and at every change of stage.
 
@@ -116,8 +121,7 @@ class Record:
         try:
             yield self
         except JobError as error:
-            state = "preempted" if error.exit_code == Preempted.exit_code else "failed"
-            ending = {"state": state, "exit_code": error.exit_code, "reason": one_line(error)}
+            ending = ending_of(error)
             raise
         except BaseException as error:
             ending = {"state": "failed", "exit_code": BUG, "reason": f"a bug: {type(error).__name__}"}
@@ -126,6 +130,10 @@ class Record:
             self._ended.set()
             thread.join()
             self.write(ended=now(), **ending)
+
+    def leave(self, error: JobError) -> None:
+        """Write how it ended, when the process goes in the middle of the block."""
+        self.write(ended=now(), **ending_of(error))
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):

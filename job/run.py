@@ -71,7 +71,7 @@ def lead(
         stack.enter_context(watching(spec.preemption.spot_notices, preemption, environment))
         number = ranks.shared("attempt", output.begin(store, spec))
         record = stack.enter_context(Record(store, scratch, name=spec.name, attempt=number, ranks=ranks.world).kept())
-        ranks.where = record.where
+        ranks.where, preemption.last_words = record.where, record.leave
         stack.enter_context(serving(record, environment))
         stack.enter_context(writing(record, environment))
         with preemption.leave_at_once():

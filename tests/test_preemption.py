@@ -1,17 +1,21 @@
 """Signals, for real."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from job.errors import Preempted, SpecError
+from job.output import count_attempt
 from job.preemption import Preemption, end_time, grace_seconds
+from job.store import open_store
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -31,8 +35,8 @@ def test_where_nothing_is_worth_keeping_the_signal_raises_at_once():
         with pytest.raises(Preempted), preemption.leave_at_once():
             signal.setitimer(signal.ITIMER_REAL, 0)
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(5)
-        assert time.monotonic() - began < 1
+            time.sleep(30)
+        assert time.monotonic() - began < 20
 
 
 def test_a_request_made_before_raises_on_entry():
@@ -52,14 +56,15 @@ def test_former_handlers_are_put_back():
 def test_a_second_interrupt_exits_at_once():
     code = (
         "import time\nfrom job.preemption import Preemption\n"
-        "with Preemption().listening():\n print('up', flush=True)\n for _ in range(100): time.sleep(0.1)\n"
+        "with Preemption(1000).listening() as preemption:\n print('up', flush=True)\n"
+        " while not preemption.requested: time.sleep(0.1)\n"
+        " print('heard', flush=True)\n time.sleep(600)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    process.stdout.readline()
     for _ in range(2):
+        process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        time.sleep(0.2)
-    assert process.wait(timeout=5) == 75
+    assert process.wait(timeout=60) == 75
     process.stdout.close()
 
 
@@ -87,20 +92,25 @@ def test_the_end_time_is_what_slurm_says():
     assert end_time({}) is None
 
 
-def test_a_stage_that_does_not_notice_is_left_at_the_deadline_with_75():
+def test_a_stage_that_does_not_notice_is_left_at_the_deadline_with_75_and_is_no_death(tmp_path: Path):
     code = (
-        "import time\nfrom job.preemption import Preemption\n"
-        "with Preemption(2).listening(too_late=lambda reason: print(reason, flush=True)):\n"
-        " print('up', flush=True)\n while True: time.sleep(0.1)\n"
+        "import sys, time\nfrom pathlib import Path\nfrom job.output import count_attempt\n"
+        "from job.preemption import Preemption\nfrom job.record import Record\nfrom job.store import open_store\n"
+        "store, preemption = open_store(sys.argv[1]), Preemption(4)\n"
+        "record = Record(store, Path(sys.argv[1]), attempt=count_attempt(store, 1))\n"
+        "preemption.last_words = record.leave\n"
+        "with preemption.listening(too_late=lambda reason: print(reason, flush=True)), record.kept():\n"
+        " record.write(stage='train')\n print('up', flush=True)\n while True: time.sleep(0.1)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.terminate()
-    began = time.monotonic()
-    out, _ = process.communicate(timeout=10)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 75
     assert "in the middle of a stage" in out
-    assert time.monotonic() - began < 3
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert {"state": "preempted", "exit_code": 75, "attempt": 1}.items() <= status.items()
+    assert count_attempt(open_store(str(tmp_path)), 1) == 2
 
 
 @pytest.mark.parametrize("module", ["click", "pydantic", "yaml", "torch"])
@@ -135,11 +145,14 @@ def test_a_notice_that_a_library_caught_is_raised_again():
         with contextlib.suppress(Exception):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
-        time.sleep(20)
-    assert time.monotonic() - began < 10
+        time.sleep(60)
+    assert time.monotonic() - began < 40
 
 
-def test_who_cleans_up_after_a_notice_has_a_moment_for_it():
+def test_who_cleans_up_after_a_notice_has_a_moment_for_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        "job.preemption.AGAIN_SECONDS", 20.0
+    )  # half a second is short where tests run beside each other
     cleaned = []
 
     def clean() -> None:
@@ -152,7 +165,7 @@ def test_who_cleans_up_after_a_notice_has_a_moment_for_it():
         with pytest.raises(Preempted), preemption.leave_at_once(), contextlib.ExitStack() as stack:
             stack.callback(clean)
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(5)
+            time.sleep(30)
     assert cleaned
 
 
