@@ -44,6 +44,7 @@ class Preemption:
         """Called from a thread when the deadline comes. Half of what is left then is for it."""
         self._deadline = float("inf")
         self._raising = 0
+        self._interrupted = False
 
     @property
     def requested(self) -> bool:
@@ -89,8 +90,9 @@ class Preemption:
             self._raising -= 1
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.reason == "SIGINT":
+        if number == signal.SIGINT and self._interrupted:
             os._exit(Preempted.exit_code)  # a person who presses twice means it
+        self._interrupted |= number == signal.SIGINT
         early = number == signal.SIGUSR1
         if number != AGAIN and not (
             early and self.requested
