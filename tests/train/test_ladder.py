@@ -73,7 +73,8 @@ def trained(rows: Path, tmp_path: Path) -> Trained:
                 raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
             forwards.append(1)
             if len(forwards) == spoil_at:
-                time.sleep(0.5)  # until the checkpoint before is safe
+                while record.read("last_checkpoint") != spoil_at - 1:
+                    time.sleep(0.01)
                 next(weight for weight in loaded.model.parameters() if weight.requires_grad).data.fill_(float("nan"))
 
         # It runs out behind the layers, so that a failed try leaves gradients of its first part behind.

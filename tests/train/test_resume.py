@@ -1,0 +1,103 @@
+"""Stopped behind any micro-batch and taken up again, training cannot be told from one that was never stopped."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+
+from job.attempt import Attempt
+from job.errors import Preempted
+from job.model.transformers_backend import load
+from job.plan import make_plan
+from job.preemption import Preemption
+from job.record import Record
+from job.store import open_store
+from job.store.lease import acquire
+from job.survey import survey
+from job.train.fit import fit
+from tests.resume_proof import trajectory
+from tests.tiny import job_spec, picture
+
+ROWS, EPOCHS = 7, 3  # a step of four rows and one of three, two at once
+Outcome = tuple[list[tuple[Any, ...]], dict[str, torch.Tensor]]
+Trained = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path]) -> Trained:
+    """`trained(name, fits, stops)` trains to the end on a card where so many rows fit; for each n of `stops` an attempt
+    before is asked to stop in its n-th forward. Returns every step's numbers, and the adapter."""
+    root = tmp_path_factory.mktemp("resume")
+    (root / "rows").mkdir()
+    lines = [{"file_name": f"{n}.png", "caption": "There is a nodule. " * (1 + n % 3)} for n in range(ROWS)]
+    for number, line in enumerate(lines):
+        picture(number).save(root / "rows" / str(line["file_name"]))
+    (root / "rows" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def run(name: str, fits: int = 2, stops: tuple[int, ...] = ()) -> Outcome:
+        spec = job_spec(
+            model={"name_or_path": str(tiny("llava"))},
+            dataset={"path": str(root / "rows"), "eval_fraction": 0},
+            lora={"r": 4, "lora_dropout": 0.2},
+            training={
+                "num_train_epochs": EPOCHS,
+                "effective_batch_size": 4,
+                "per_device_train_batch_size": 2,
+                "learning_rate": 0.05,
+            },
+            checkpoint={"save_steps": 4},
+            output={"url": str(root / name)},
+        )
+        store, scratch = open_store(spec.output.url), root / f"scratch-{name}" / "job"
+        scratch.mkdir(parents=True)
+        found = survey(spec, store, scratch, fetch=True)
+        assert found.data is not None
+        for number, stop in enumerate((*stops, 0), 1):
+            loaded, preemption = load(spec, tiny("llava"), torch.device("cpu")), Preemption()
+            forwards = itertools.count(1)
+
+            def card(
+                _: Any, __: Any, named: Any, last: int = stop, forwards: Any = forwards, asked: Any = preemption
+            ) -> None:
+                if named["input_ids"].shape[0] > fits:
+                    raise torch.OutOfMemoryError("CUDA out of memory.")
+                if next(forwards) == last:
+                    asked.request("a notice")
+
+            loaded.model.get_base_model().register_forward_pre_hook(card, with_kwargs=True)
+            with acquire(store, "test", 60.0) as lease, Record(store, scratch).kept() as record:
+                attempt = Attempt(spec, store, lease, scratch, record, preemption, number)
+                try:
+                    fit(attempt, make_plan(spec, found.facts), loaded, found.data)
+                    assert not stop
+                except Preempted:
+                    assert stop
+        weights = {key: value.clone() for key, value in get_peft_model_state_dict(loaded.model).items()}
+        return trajectory((scratch / "metrics.jsonl").read_bytes()), weights
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("fits", "stops"),
+    [
+        (
+            2,
+            (1, 3, 1, 2, 3, 4),
+        ),  # before the first step, in a step, again in it, at an epoch's end, in a step, past an epoch
+        (1, (1, 5, 2, 3, 6)),  # every micro-batch in halves, from the attempt on that ran out of memory
+    ],
+)
+def test_stopped_again_and_again(trained: Trained, fits: int, stops: tuple[int, ...]) -> None:
+    numbers, weights = trained(f"whole {fits}", fits)
+    assert [step for step, *_ in numbers] == list(range(1, 2 * EPOCHS + 1))
+    again, same = trained(f"stopped {fits}", fits, stops)
+    assert again == numbers
+    assert all(torch.equal(same[name], value) for name, value in weights.items())
