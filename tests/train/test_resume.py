@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ Trained = Callable[..., Outcome]
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path]) -> Trained:
     """`trained(name, fits, stops)` trains to the end on a card where so many rows fit; for each n of `stops` an attempt
-    before is asked to stop in its n-th forward. Returns every step's numbers, and the adapter."""
+    before is asked to stop in its n-th forward. A save took `save_seconds` so far. Returns numbers by step, and the adapter."""
     root = tmp_path_factory.mktemp("resume")
     (root / "rows").mkdir()
     lines = [{"file_name": f"{n}.png", "caption": "There is a nodule. " * (1 + n % 3)} for n in range(ROWS)]
@@ -41,7 +42,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path])
         picture(number).save(root / "rows" / str(line["file_name"]))
     (root / "rows" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    def run(name: str, fits: int = 2, stops: tuple[int, ...] = ()) -> Outcome:
+    def run(name: str, fits: int = 2, stops: tuple[int, ...] = (), save_seconds: float | None = None) -> Outcome:
         spec = job_spec(
             model={"name_or_path": str(tiny("llava"))},
             dataset={"path": str(root / "rows"), "eval_fraction": 0},
@@ -73,6 +74,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path])
 
             loaded.model.get_base_model().register_forward_pre_hook(card, with_kwargs=True)
             with acquire(store, "test", 60.0) as lease, Record(store, scratch).kept() as record:
+                record.update(checkpoint_seconds=save_seconds)
                 attempt = Attempt(spec, store, lease, scratch, record, preemption, number)
                 try:
                     fit(attempt, make_plan(spec, found.facts), loaded, found.data)
@@ -86,18 +88,31 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path])
 
 
 @pytest.mark.parametrize(
-    ("fits", "stops"),
+    ("fits", "stops", "saved"),
     [
-        (
-            2,
-            (1, 3, 1, 2, 3, 4),
-        ),  # before the first step, in a step, again in it, at an epoch's end, in a step, past an epoch
-        (1, (1, 5, 2, 3, 6)),  # every micro-batch in halves, from the attempt on that ran out of memory
+        # In the first step, in the second, again in it, at the end of an epoch, in the next step, two behind that.
+        (2, (1, 3, 1, 2, 3, 4), [0, 1, 1, 2, 3, 5]),
+        # Every micro-batch in halves, from the attempt on that ran out of memory.
+        (1, (1, 5, 2, 3, 6), [0, 1, 1, 2, 3]),
     ],
 )
-def test_stopped_again_and_again(trained: Trained, fits: int, stops: tuple[int, ...]) -> None:
+def test_stopped_again_and_again(
+    trained: Trained, fits: int, stops: tuple[int, ...], saved: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "job")
     numbers, weights = trained(f"whole {fits}", fits)
     assert [step for step, *_ in numbers] == list(range(1, 2 * EPOCHS + 1))
     again, same = trained(f"stopped {fits}", fits, stops)
+    left = re.findall(r"notice → commit: [\d.]+ s, at step (\d+), [01] micro-batches dropped", caplog.text)
+    assert [int(step) for step in left] == saved
     assert again == numbers
     assert all(torch.equal(same[name], value) for name, value in weights.items())
+
+
+def test_where_a_save_does_not_fit_the_grace_saves_come_twice_as_often(
+    trained: Trained, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained("slow", save_seconds=25.0)
+    said = "a checkpoint takes 25 s to become safe, and a notice leaves 30 s (JOB_GRACE_SECONDS)"
+    (warning,) = [text for text in caplog.messages if said in text]
+    assert warning.endswith("saving every 2 steps from here on")
