@@ -24,7 +24,7 @@ from job.plan import Plan, describe, make_plan
 from job.preemption import Preemption, seconds
 from job.ranks import Ranks, joined
 from job.record import Record
-from job.scratch import breathing, prepare_scratch
+from job.scratch import breathing, full_disk_told, prepare_scratch
 from job.spec import JobSpec
 from job.spot import watching
 from job.store import ReadOnly, Store, check_writable, open_store
@@ -71,6 +71,7 @@ def lead(
         stack.enter_context(watching(spec.preemption.spot_notices, preemption, environment))
         number = ranks.shared("attempt", output.begin(store, spec))
         record = stack.enter_context(Record(store, scratch, name=spec.name, attempt=number, ranks=ranks.world).kept())
+        stack.enter_context(full_disk_told(scratch))
         ranks.where, preemption.last_words = record.where, record.leave
         stack.enter_context(serving(record, environment))
         stack.enter_context(writing(record, environment))
@@ -129,6 +130,7 @@ def follow(
     own.mkdir()
     with ExitStack() as stack:
         record = stack.enter_context(Record(open_store(str(own)), own, name=spec.name, rank=ranks.rank).kept())
+        stack.enter_context(full_disk_told(own))
         ranks.where = record.where
         if ranks.place.local_rank == 0:  # on another machine than rank 0
             stack.enter_context(watching(spec.preemption.spot_notices, preemption, environment))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -15,6 +16,7 @@ from job.errors import NotAllowed, Unavailable
 
 HEARTBEAT = "heartbeat"
 BREATH_SECONDS = 15.0
+LITTLE_BYTES = 2**20
 CACHES = {
     "HF_HOME": "huggingface",
     "HF_DATASETS_CACHE": "datasets",
@@ -57,7 +59,7 @@ def prepare_scratch(environment: MutableMapping[str, str]) -> Path:
         probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:
-        kind = Unavailable if error.errno == 28 else NotAllowed
+        kind = Unavailable if error.errno == errno.ENOSPC else NotAllowed
         raise kind(f"scratch folder {scratch}: {error.strerror}; set JOB_SCRATCH to a folder with room") from error
     for variable, folder in CACHES.items():
         environment.setdefault(variable, str(scratch / "cache" / folder))
@@ -92,6 +94,19 @@ def breathing(scratch: Path) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+
+
+@contextmanager
+def full_disk_told(scratch: Path) -> Iterator[None]:
+    """Whatever any library makes of a full disk while the block runs becomes Unavailable, with the place."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # the second is torch's
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or free_bytes(scratch) < LITTLE_BYTES:
+            where = getattr(error, "filename", None) or scratch
+            raise Unavailable(f"The disk that holds {where} is full; free some space and run again.") from error
+        raise
 
 
 def free_bytes(scratch: Path) -> int:
