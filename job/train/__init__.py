@@ -25,6 +25,7 @@ from job.model.collator import Collator
 from job.model.frozen import Features, Frozen, base, frozen_vision
 from job.model.pictures import LAYOUTS, Layout, cut
 from job.plan import Plan
+from job.preemption import Preemption
 from job.record import Record
 from job.scratch import free_bytes
 from job.train.callbacks import Numbers, Safety, lost
@@ -58,6 +59,7 @@ class LoraTrainer(SFTTrainer):
         self,
         *arguments: Any,
         record: Record,
+        preemption: Preemption,
         ladder: Ladder,
         frozen: Frozen | None,
         layout: Layout | None,
@@ -66,7 +68,8 @@ class LoraTrainer(SFTTrainer):
     ) -> None:
         self.group, self.ranks = group, group.ranks
         super().__init__(*arguments, **named)
-        self.record, self.ladder, self.frozen, self.layout = record, ladder, frozen, layout
+        self.record, self.preemption = record, preemption
+        self.ladder, self.frozen, self.layout = ladder, frozen, layout
         if layout is not None:
             # Upstream calls some families unable to divide by the tokens of the whole step, though their forwards do it.
             # Without, each micro-batch has the same weight, however few tokens it learns from.
@@ -94,7 +97,8 @@ class LoraTrainer(SFTTrainer):
         """The micro-batches of a step, and what its loss is divided by. As upstream does it, which Unsloth replaces by a
         count that knows no weights."""
         began = time.monotonic()
-        batches = list(islice(epoch_iterator, num_batches))
+        with self.preemption.leave_at_once():  # nothing of this step is made yet, and rows may be long in coming
+            batches = list(islice(epoch_iterator, num_batches))
         self.waited += time.monotonic() - began
         items = self._get_num_items_in_batch(batches, device)
         if self.ranks.world > 1:
@@ -293,6 +297,7 @@ def train(
             processing_class=loaded.processor,
             callbacks=[numbers, safety, epochs, held_out],
             record=attempt.record,
+            preemption=attempt.preemption,
             ladder=ladder,
             frozen=frozen,
             layout=LAYOUTS.get(base(loaded.model).config.model_type),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import os
 import re
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +46,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path])
         picture(number).save(root / "rows" / str(line["file_name"]))
     (root / "rows" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    def run(name: str, fits: int = 2, stops: tuple[int, ...] = (), save_seconds: float | None = None) -> Outcome:
+    def run(
+        name: str, fits: int = 2, stops: tuple[int, ...] = (), save_seconds: float | None = None, stuck_at: int = 0
+    ) -> Outcome:
         spec = job_spec(
             model={"name_or_path": str(tiny("llava"))},
             dataset={"path": str(root / "rows"), "eval_fraction": 0},
@@ -73,11 +79,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path])
                     asked.request("a notice")
 
             loaded.model.get_base_model().register_forward_pre_hook(card, with_kwargs=True)
-            with acquire(store, "test", 60.0) as lease, Record(store, scratch).kept() as record:
+            data = found.data
+            if stuck_at and stop:
+                data = dataclasses.replace(data, train=data.train.with_transform(stuck(data.train, stuck_at)))
+            with (
+                preemption.listening(),
+                acquire(store, "test", 60.0) as lease,
+                Record(store, scratch).kept() as record,
+            ):
                 record.update(checkpoint_seconds=save_seconds)
                 attempt = Attempt(spec, store, lease, scratch, record, preemption, number)
                 try:
-                    fit(attempt, make_plan(spec, found.facts), loaded, found.data)
+                    fit(attempt, make_plan(spec, found.facts), loaded, data)
                     assert not stop
                 except Preempted:
                     assert stop
@@ -85,6 +98,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path])
         return trajectory((scratch / "metrics.jsonl").read_bytes()), weights
 
     return run
+
+
+def stuck(rows: Any, at: int) -> Callable[[Any], Any]:
+    """The transform of `rows`, which never gives the `at`-th batch: the store of the data does not answer."""
+    transform, calls = rows.format["format_kwargs"]["transform"], itertools.count(1)
+
+    def read(batch: Any) -> Any:
+        if next(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(600)
+        return transform(batch)
+
+    return read
 
 
 @pytest.mark.parametrize(
@@ -107,6 +133,16 @@ def test_stopped_again_and_again(
     assert [int(step) for step in left] == saved
     assert again == numbers
     assert all(torch.equal(same[name], value) for name, value in weights.items())
+
+
+def test_stopped_while_it_waits_for_rows_it_keeps_the_steps_before(
+    trained: Trained, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "job")
+    numbers, _ = trained("undisturbed")
+    again, _ = trained("stuck", stops=(99,), stuck_at=6)
+    assert again == numbers
+    assert "at step 2, 0 micro-batches dropped" in caplog.text
 
 
 def test_where_a_save_does_not_fit_the_grace_saves_come_twice_as_often(
