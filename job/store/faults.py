@@ -30,7 +30,7 @@ def explain(error: Exception, action: str, place: str, endpoint: str, sse: str |
         return Unavailable(f"The credentials for {place} could not be fetched from {error.kwargs.get('provider')}.")
     if isinstance(error, aws.SSLError) and "WRONG_VERSION_NUMBER" in str(error):
         return SpecError(f"{endpoint} does not speak TLS; should it begin with http://?")
-    if isinstance(error, aws.SSLError):
+    if isinstance(error, aws.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
         return SpecError(
             f"The certificate of {endpoint} is not trusted; AWS_CA_BUNDLE names a file with the right authority."
         )

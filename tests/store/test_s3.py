@@ -5,9 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import socketserver
+import ssl
+import subprocess
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs
 
@@ -259,6 +264,66 @@ def test_an_endpoint_without_tls_is_named(s3: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("job.store.transfer.ATTEMPTS", 2)
     with pytest.raises(SpecError, match="http://"):
         open_store("s3://bucket").read("x")
+
+
+@on_moto
+def test_an_authority_is_trusted_where_the_platform_names_it_and_only_there(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    name = ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
+    make = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        *name,
+        "-keyout",
+        key,
+        "-out",
+        cert,
+    ]
+    subprocess.run(make, check=True, capture_output=True)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.wfile.write(answer("200 OK", "x", f'ETag: "{hashlib.md5(b"x").hexdigest()}"'))
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(cert, key)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"https://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr("job.store.transfer.ATTEMPTS", 2)
+        monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+        with pytest.raises(SpecError, match="AWS_CA_BUNDLE"):
+            open_store("s3://bucket").read("x")
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(cert))
+        monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+        assert open_store("s3://bucket").read("x") == b"x"
+        server.shutdown()
+
+
+@on_moto
+def test_a_tls_that_breaks_off_is_no_wrong_spec(s3: str, monkeypatch: pytest.MonkeyPatch, fresh_session: None) -> None:
+    """As behind a load balancer that has nobody to send us to at the moment."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(100)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"https://127.0.0.1:{server.server_address[1]}")
+        monkeypatch.setattr("job.store.transfer.ATTEMPTS", 2)
+        with pytest.raises(Unavailable, match="s3:GetObject on s3://bucket/x did not come through"):
+            open_store("s3://bucket").read("x")
+        server.shutdown()
 
 
 @on_moto
