@@ -88,7 +88,7 @@ def _answer(error: aws.ClientError, action: str, place: str, endpoint: str, sse:
         return Unavailable(
             f"{action} on {place} arrived damaged again and again ({code}); something on the way flips bytes."
         )
-    if status >= 500 or code in BUSY:
+    if status >= 500 or status == 429 or code in BUSY:
         return Unavailable(f"{endpoint} answered {status} {code} to {action} on {place} after retries.")
     message = error.response.get("Error", {}).get("Message") or ""
     maybe = f" Does it offer encryption {sse}, which output.sse asks for?" if sse and action == "s3:PutObject" else ""

@@ -177,6 +177,18 @@ def test_refusals_are_sentences_and_are_not_tried_again(
     assert len(requests(proxy, "PUT")) <= (2 if status.startswith("301") else 1)
 
 
+@on_moto
+def test_a_store_that_asks_for_patience_too_often_is_unavailable(
+    bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("job.store.transfer.ATTEMPTS", 2)
+    store = open_small(f"s3://{bucket}/out")
+    proxy.before = lambda request: answer("429 Too Many Requests", "<Error><Code>429</Code></Error>")
+    with pytest.raises(Unavailable, match="429"):
+        store.read("key")
+    assert len(proxy.seen) == 2
+
+
 def test_a_bucket_that_is_not_there_is_a_wrong_spec(s3: str) -> None:
     with pytest.raises(SpecError, match="no bucket s3://no-such-bucket-here"):
         check_writable(open_store("s3://no-such-bucket-here/x"))
