@@ -55,6 +55,10 @@ class Living:
             time.sleep(min(max(waited / 100, 0.0002), 0.05))  # never a hundredth too long
             waited = time.monotonic() - began
 
+    def on_this_node(self) -> int:
+        """How many ranks share this node, and so its scratch."""
+        return [each["host"] for each in self.states.values()].count(self._mine["host"]) or 1
+
     def table(self) -> str:
         """Where all ranks are, in words."""
         return ", ".join(f"rank {rank} on {each['host']}: {each['where']}" for rank, each in self.states.items())
