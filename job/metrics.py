@@ -18,6 +18,7 @@ from typing import Any
 
 from job.errors import SpecError
 from job.record import Record
+from job.repeat import repeating
 
 log = logging.getLogger("job")
 
@@ -81,31 +82,26 @@ def writing(record: Record, environment: Mapping[str, str]) -> Iterator[None]:
     if not name:
         yield
         return
-    path, ended = Path(name), threading.Event()
+    path = Path(name)
 
     def write() -> None:
         made = path.with_name(f".{path.name}.{os.getpid()}")
         made.write_text(exposition(record.snapshot()))
         made.replace(path)
 
-    def repeat() -> None:
-        while not ended.wait(FILE_SECONDS):
-            with suppress(OSError):  # a full disk here is no reason to stop training
-                write()
+    def write_again() -> None:
+        with suppress(OSError):  # a full disk here is no reason to stop training
+            write()
 
     try:
         write()
     except OSError as error:
         raise SpecError(f"JOB_METRICS_FILE: {path}: {error.strerror}; name a file in a folder that is there") from None
-    thread = threading.Thread(target=repeat, name="metrics file", daemon=True)
-    thread.start()
     try:
-        yield
+        with repeating(write_again, FILE_SECONDS, "metrics file"):
+            yield
     finally:
-        ended.set()
-        thread.join()
-        with suppress(OSError):
-            write()
+        write_again()
 
 
 def exposition(status: dict[str, Any]) -> str:

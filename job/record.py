@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from job.errors import BUG, JobError, Preempted
+from job.repeat import repeating
 from job.store import Store
 
 log = logging.getLogger("job")
@@ -108,18 +109,16 @@ class Record:
         }
         self._lock = threading.Lock()
         self._writing = threading.Lock()  # of its own: a slow store must not hold up who only changes a field
-        self._ended = threading.Event()
         self._failing = False
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def kept(self) -> Iterator[Record]:
         """Write the status every `HEARTBEAT_SECONDS` from a thread of its own, and how the block ended at the end."""
-        thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        thread.start()
         ending: dict[str, Any] = {"state": "published", "exit_code": 0, "reason": "published"}
         try:
-            yield self
+            with repeating(self.write, HEARTBEAT_SECONDS, "heartbeat"):
+                yield self
         except JobError as error:
             ending = ending_of(error)
             raise
@@ -127,17 +126,11 @@ class Record:
             ending = {"state": "failed", "exit_code": BUG, "reason": f"a bug: {type(error).__name__}"}
             raise
         finally:
-            self._ended.set()
-            thread.join()
             self.write(ended=now(), **ending)
 
     def leave(self, error: JobError) -> None:
         """Write how it ended, when the process goes in the middle of the block."""
         self.write(ended=now(), **ending_of(error))
-
-    def _beat(self) -> None:
-        while not self._ended.wait(HEARTBEAT_SECONDS):
-            self.write()
 
     def update(self, **fields: Any) -> None:
         """Change fields; they reach the store with the next beat."""

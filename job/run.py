@@ -46,19 +46,13 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
     scratch = root / spec.digest[:16]
     scratch.mkdir(exist_ok=True)
     ttl = seconds(environment, "JOB_LEASE_SECONDS", LEASE_SECONDS)
-    with breathing(root), joined(environment, preemption, root, silence=ttl) as ranks:
+    with breathing(root), joined(environment, preemption, root, ttl, spec.digest) as ranks:
         story = follow if ranks.rank else lead
-        story(spec, environment, preemption, ranks, scratch, ttl)
+        story(spec, environment, ranks, scratch, ttl)
 
 
-def lead(
-    spec: JobSpec,
-    environment: MutableMapping[str, str],
-    preemption: Preemption,
-    ranks: Ranks,
-    scratch: Path,
-    ttl: float,
-) -> None:
+def lead(spec: JobSpec, environment: MutableMapping[str, str], ranks: Ranks, scratch: Path, ttl: float) -> None:
+    preemption = ranks.preemption
     with ExitStack() as stack:
         with preemption.leave_at_once():
             store = output.open_output(spec)
@@ -116,15 +110,9 @@ def lead(
         log.info("published: %s", spec.output.url)
 
 
-def follow(
-    spec: JobSpec,
-    environment: MutableMapping[str, str],
-    preemption: Preemption,
-    ranks: Ranks,
-    scratch: Path,
-    ttl: float,
-) -> None:
+def follow(spec: JobSpec, environment: MutableMapping[str, str], ranks: Ranks, scratch: Path, ttl: float) -> None:
     """Train and answer when rank 0 asks for it, until it ends. Its status and its numbers are in a folder of its own."""
+    preemption = ranks.preemption
     store, own = ReadOnly(output.open_output(spec)), scratch.with_suffix(f".rank-{ranks.rank}")
     shutil.rmtree(own, ignore_errors=True)
     own.mkdir()

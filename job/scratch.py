@@ -7,12 +7,12 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from job.errors import NotAllowed, Unavailable
+from job.repeat import repeating
 
 HEARTBEAT = "heartbeat"
 BREATH_SECONDS = 15.0
@@ -78,22 +78,14 @@ def breathing(scratch: Path) -> Iterator[None]:
 
     It asks nothing of the store, so a store that is away does not make the job look dead.
     """
-    ended = threading.Event()
 
     def breathe() -> None:
-        while True:
-            with suppress(OSError):
-                (scratch / HEARTBEAT).touch()
-            if ended.wait(BREATH_SECONDS):
-                return
+        with suppress(OSError):
+            (scratch / HEARTBEAT).touch()
 
-    thread = threading.Thread(target=breathe, name="breath", daemon=True)
-    thread.start()
-    try:
+    breathe()
+    with repeating(breathe, BREATH_SECONDS, "breath"):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job.errors import GateRefused, SpecError
+from job.errors import GateRefused
 from job.record import bytes_text
 from job.store import Digest
 
@@ -40,13 +40,8 @@ def check_export(spec: ExportSpec, base: Path) -> None:
     """Whether this base can become what the spec asks for, as far as its configuration tells. Raises SpecError."""
     from job.export.gguf import converter
 
-    config = json.loads((base / "config.json").read_text())
-    if spec.merged and config.get("quantization_config"):
-        raise SpecError(
-            f"export.merged: the base in {base} is stored quantised, and an adapter cannot be folded into such files; name "
-            "the base in 16 bits (model.precision: 4bit holds it in 4 bits while training), or set merged to false"
-        )
     if spec.gguf:
+        config = json.loads((base / "config.json").read_text())
         converter(str(config.get("model_type")))
 
 

@@ -99,8 +99,8 @@ def base_facts(folder: Path) -> BaseFacts:
     config = _json(folder / "config.json")
     if "quantization_config" in config:
         raise SpecError(
-            f"model.name_or_path: {folder} is quantised already; name its 16-bit base, which merging needs (model.precision 4bit "
-            "quantises it while it is loaded)"
+            f"model.name_or_path: {folder} is stored quantised, and an adapter cannot be folded into such files; name the base "
+            "in 16 bits (model.precision: 4bit holds it in 4 bits while training)"
         )
     files = sorted(folder.glob("*.safetensors"))
     if not files:
