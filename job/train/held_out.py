@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class HeldOut(TrainerCallback):
         self.losses: dict[int, float] = {}
         self.samples: Rows = []
         self.best: Path | None = None
+        self._shown = ThreadPoolExecutor(1, thread_name_prefix="samples")  # training waits for no store
         self.trainer: Any = None
 
     def resume(self, checkpoint: Path) -> None:
@@ -114,7 +116,8 @@ class HeldOut(TrainerCallback):
         """Put the best adapter into the model where the spec asks for it. Returns what to say of it, if anything."""
         taken, said = last, list[str]()
         if self.losses:
-            self._show_samples()
+            self._shown.shutdown()
+            self._show_samples(jsonl(self.samples))
             if self.spec.take == "best" and self.best_step != last:
                 if self.best is not None:
                     load_adapter(self.loaded.model, self.best)
@@ -180,18 +183,18 @@ class HeldOut(TrainerCallback):
         self.attempt.record.numbers(step=step, eval_loss=said)
         self.attempt.record.update(eval_loss=said, best_step=self.best_step)
         log.info("train: held-out loss %.4f at step %d, lowest at step %d", loss, step, self.best_step)
-        self._show_samples()
+        self._shown.submit(self._show_samples, jsonl(self.samples))
         if self.best_step == step and self.spec.take == "best" and not self.group.ranks.rank:
             self.best = self.attempt.scratch / "best" / f"step-{step}"
             shutil.rmtree(self.best.parent, ignore_errors=True)
             self.loaded.model.save_pretrained(self.best)
 
-    def _show_samples(self) -> None:
+    def _show_samples(self, samples: bytes) -> None:
         """A store that does not take them is reported and stops nothing."""
         if self.group.ranks.rank:
             return
         try:
-            self.attempt.store.write(SAMPLES_KEY, jsonl(self.samples))
+            self.attempt.store.write(SAMPLES_KEY, samples)
         except Preempted:
             raise
         except JobError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from job.model.transformers_backend import load
 from job.plan import make_plan
 from job.preemption import Preemption
 from job.record import Record
+from job.report import SAMPLES_KEY
 from job.store import open_store
 from job.store.lease import acquire
+from job.store.local import LocalStore
 from job.survey import survey
 from job.train.fit import fit
 from tests.resume_proof import trajectory
@@ -142,6 +145,24 @@ def test_a_notice_while_measuring_leaves_at_once_and_what_was_dropped_is_measure
         ]
     once_more, _ = fitted(f"stopped {stop}", patient)
     assert same(once_more, whole)
+
+
+def test_a_store_that_is_slow_to_take_samples_holds_up_no_step(fitted: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+    second_step, write, numbers = threading.Event(), LocalStore.write, Record.numbers
+
+    def slow_write(self: LocalStore, key: str, data: bytes, **conditions: Any) -> str:
+        assert key != SAMPLES_KEY or second_step.wait(60)
+        return write(self, key, data, **conditions)
+
+    def noted(self: Record, **values: Any) -> None:
+        numbers(self, **values)
+        if "loss" in values and values["step"] == 2:
+            second_step.set()
+
+    monkeypatch.setattr(LocalStore, "write", slow_write)
+    monkeypatch.setattr(Record, "numbers", noted)
+    _, measurements = fitted("slow", {"eval_steps": 1}, max_steps=2)
+    assert {line["step"] for line in samples(measurements)} == {1, 2}
 
 
 def test_rows_count_as_often_as_their_weight_says(fitted: Fitted, tmp_path: Path) -> None:
