@@ -15,7 +15,7 @@ import numpy as np
 
 from job.data import BadRows
 from job.data.images import BadRow, load_anew
-from job.data.rows import Message, read_sample, repeat_images
+from job.data.rows import Message, as_text, read_sample, repeat_images
 from job.data.similar import Bits, perceptual_hash
 from job.data.sources import Source
 from job.data.tables import PATIENT
@@ -127,13 +127,10 @@ def _length(messages: list[Message], sizes: tuple[tuple[int, int], ...], spec: J
 
 
 def _needed(row: dict[str, Any], column: str) -> str:
-    if row.get(column) in (None, ""):
+    said = as_text(row.get(column))
+    if not said:
         raise BadRow(f"no {column}")
-    return str(row[column])
-
-
-def as_text(value: Any) -> str:
-    return "" if value is None else str(value)
+    return said
 
 
 def _facts(good: list[Seen], bad: list[dict[str, Any]], spec: JobSpec) -> dict[str, Any]:

@@ -14,8 +14,8 @@ import numpy as np
 
 from job.data import Data
 from job.data.images import AS_IT_IS, BadRow, Bounds, load
-from job.data.look import Seen, as_text, look
-from job.data.rows import fixed, last_answer, read_sample, repeat_images, require
+from job.data.look import Seen, look
+from job.data.rows import as_text, fixed, last_answer, read_sample, repeat_images, require
 from job.data.similar import near_pairs
 from job.data.sources import Source, open_source
 from job.data.split import hold_out, units

@@ -116,13 +116,19 @@ def fixed(spec: DatasetSpec) -> bool:
     return spec.instruction_column is None and not FIELD.search(spec.instruction)
 
 
+def as_text(value: Any) -> str:
+    """What a column says, without blanks around it: patient "7 " is "7". A number that is none (pandas writes NaN where nothing
+    was) says nothing."""
+    return "" if value is None or value != value else str(value).strip()
+
+
 def fill(template: str, row: dict[str, Any]) -> str:
     """The template with columns put in. A line whose fields are all empty in this row is left out: not every patient has a
     history."""
     lines = []
     for line in template.split("\n"):
         names = FIELD.findall(line)
-        values = {name: "" if row.get(name) is None else str(row[name]).strip() for name in names}
+        values = {name: as_text(row.get(name)) for name in names}
         if not names or any(values.values()):
             filled = FIELD.sub(lambda found, values=values: values[found[1]], line)  # type: ignore[misc]
             lines.append(filled.replace("{{", "{").replace("}}", "}"))
@@ -138,7 +144,7 @@ def _instruction(row: dict[str, Any], spec: DatasetSpec) -> str:
 def _answer(row: dict[str, Any], spec: DatasetSpec, column: str) -> str:
     if spec.answer is None:
         return _said(row, column)
-    if not any(row.get(name) not in (None, "") for name in FIELD.findall(spec.answer)):
+    if not any(as_text(row.get(name)) for name in FIELD.findall(spec.answer)):
         raise BadRow("every field of dataset.answer is empty")
     return fill(spec.answer, row)
 

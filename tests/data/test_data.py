@@ -187,6 +187,17 @@ def test_rows_of_one_patient_stay_on_one_side(tmp_path: Path, prepared):
     assert not sides[0] & sides[1]
 
 
+def test_blanks_make_no_other_patient_and_nan_is_none(tmp_path: Path, prepared):
+    rows = [{**row, "patient": ["a", "a "][n % 2], "age": float("nan")} for n, row in enumerate(rows_of(8))]
+    rows[0]["patient"] = float("nan")
+    folder_of(rows, tmp_path / "data")
+    tree = {"group_column": "patient", "max_bad_fraction": 0.5, "instruction": "Look.\nAge: {age}"}
+    data = prepared(**tree)
+    assert (len(data.train), len(data.evaluation)) == (7, 0)
+    assert data.quarantined == [{"row": 0, "reason": "no patient"}]
+    assert data.train[0]["messages"][0]["content"][1]["text"] == "Look."
+
+
 def test_the_same_picture_is_never_on_both_sides(tmp_path: Path, prepared):
     folder_of(rows_of(60), tmp_path / "data", {f"{n}.png": png(n % 10) for n in range(60)})
     data = prepared(eval_fraction=0.4)
