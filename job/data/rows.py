@@ -19,6 +19,8 @@ from job.spec import DatasetSpec
 
 MARK = "<image>"
 FIELD = re.compile(r"(?<!\{)\{([^\W\d][\w .-]*)\}(?!\})")
+HALF = re.compile("[\\ud800-\\udfff]")
+"""Half a character, as of an emoji cut in two: JSON can hold it, and no tokenizer takes it."""
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system"}
 TEXTS = ("text", "input_text", "output_text")
 PICTURES = ("image", "image_url", "input_image")
@@ -119,7 +121,7 @@ def fixed(spec: DatasetSpec) -> bool:
 def as_text(value: Any) -> str:
     """What a column says, without blanks around it: patient "7 " is "7". A number that is none (pandas writes NaN where nothing
     was) says nothing."""
-    return "" if value is None or value != value else str(value).strip()
+    return "" if value is None or value != value else HALF.sub("?", str(value).strip())
 
 
 def fill(template: str, row: dict[str, Any]) -> str:
@@ -261,6 +263,8 @@ def _is_image(part: Message) -> bool:
 
 
 def _text(text: str) -> Message:
+    if HALF.search(text):
+        raise BadRow("a text with half a character (a lone surrogate)")
     return {"type": "text", "text": text}
 
 

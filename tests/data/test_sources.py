@@ -302,6 +302,16 @@ def test_values_of_a_stranger_are_bad_rows_at_most(tmp_path: Path, prepared):
     assert shades(prepared(tmp_path / "t")) == [("c", [0])]
 
 
+def test_half_a_character_spoils_its_row_alone(tmp_path: Path, prepared):
+    """An emoji that was cut in two is valid JSON; tokenizers and files refuse it."""
+    (tmp_path / "0.png").write_bytes(png())
+    cut = [{"caption": "c \ud83d"}, {"caption": "c", "site": "\udc00"}]
+    (tmp_path / "r.jsonl").write_text("\n".join(json.dumps({"image": "0.png", **row}) for row in cut))
+    data = prepared(tmp_path / "r.jsonl", max_bad_fraction=0.5, instruction="Site: {site}")
+    assert data.quarantined == [{"row": 0, "reason": "a text with half a character (a lone surrogate)"}]
+    assert data.train[0]["messages"][0]["content"][1]["text"] == "Site: ?"
+
+
 def test_parquet_files_that_do_not_belong_together_are_named(tmp_path: Path, prepared):
     from datasets import Dataset
 
