@@ -95,8 +95,8 @@ class DatasetSpec(Section):
     format: Literal["auto", "imagefolder", "json", "csv", "parquet", "webdataset", "dicom", "hub"] = "auto"
     """How `path` is read. `auto` looks, and says what it took and why."""
     image_column: str | list[str] | None = "image"
-    """Column with the image or a list of images: embedded, a URL, or a path relative to the file that names it. Several columns
-    give several images; null trains on text alone."""
+    """Column with the image or a list of images: embedded, a URL, or a path from the folder that `path` names (of an image
+    folder, from its metadata file). Several columns give several images; null trains on text alone."""
     answer_column: str = "caption"
     """Column with the text to learn."""
     answer: str | None = None

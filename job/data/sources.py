@@ -163,6 +163,8 @@ def _decide(spec: DatasetSpec, here: Path, files: list[Path], split: str, field:
         wanted = {"auto": wanted, "imagefolder": ", ".join(METADATA)}.get(asked, asked)
         after = "" if split == TRAIN else f", named after the split {split}"
         raise DataError(f"{field}: {here} holds {listed}; wanted is {wanted}{after}")
+    if len(chosen) == 1 and chosen[0].name in METADATA:
+        return "imagefolder", chosen, f"image folder: it holds {chosen[0].relative_to(root)}"
     why = f"{kind}: {len(chosen)} {chosen[0].suffix} file(s)"
     beside = ", ".join(f"{count} {name}" for name, count in found.items() if name != kind)
     return kind, chosen, f"{why} ({beside} beside them not read)" if beside else why
@@ -185,7 +187,7 @@ def _unpacked(archive: Path, scratch: Path, field: str) -> Path:
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:  # the last: encrypted
             raise DataError(f"{field}: {archive} cannot be unpacked: {error}") from error
         partial.rename(folder)
-    inside = list(folder.iterdir())
+    inside = [path for path in folder.iterdir() if path.name not in ("__MACOSX", ".DS_Store")]
     return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
 
 

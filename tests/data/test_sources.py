@@ -251,6 +251,20 @@ def test_a_zip_is_the_folder_in_it(tmp_path: Path, prepared):
         prepared(archive)
 
 
+def test_a_table_below_the_folder_names_the_images_beside_it(tmp_path: Path, prepared):
+    """As a Mac packs a folder, and with another file beside the folder."""
+    folder = folder_of(rows_of(2), tmp_path / "x" / "chest")
+    (tmp_path / "x" / "__MACOSX" / "chest").mkdir(parents=True)
+    (tmp_path / "x" / "__MACOSX" / "chest" / "._metadata.jsonl").write_bytes(b"\0\5")
+    (tmp_path / "x" / ".DS_Store").write_bytes(b"\0")
+    rows = prepared(shutil.make_archive(str(tmp_path / "chest"), "zip", tmp_path / "x"))
+    assert shades(rows) == [("caption 0", [0]), ("caption 1", [1])]
+    (folder.parent / "readme.txt").write_text("")
+    data = prepared(folder.parent)
+    assert shades(data) == shades(rows)
+    assert "image folder: it holds chest/metadata.jsonl" in data.facts["source"]
+
+
 @pytest.mark.parametrize(
     ("table", "reason"),
     [
@@ -290,6 +304,8 @@ def test_values_of_a_stranger_are_bad_rows_at_most(tmp_path: Path, prepared):
         {"montage": 5, "path": "x"},
         {"montage": [3, []]},
         {"path": "x", "offset": "y"},
+        {"path": "r.jsonl", "offset": 0, "size": 10**18},
+        {"path": "r.jsonl", "offset": 10**30},
         {"bytes": [1]},
         secret,
         7,
