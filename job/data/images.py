@@ -119,7 +119,10 @@ def read(place: Place) -> bytes:
             return piece(place.name, place.offset, size) if size else b""
         file = os.open(place.name, os.O_RDONLY | os.O_NONBLOCK)  # a pipe is not waited for
         try:
-            size = os.fstat(file).st_size if size is None else size
+            there = os.fstat(file).st_size - place.offset
+            size = there if size is None else size
+            if not 0 <= size <= there:
+                raise BadRow("image's file is cut short")
             data = os.pread(file, size, place.offset)
         finally:
             os.close(file)
