@@ -65,7 +65,12 @@ class Source:
     decided: str
 
     def rows_at(self, places: list[int]) -> list[dict[str, Any]]:
-        columns = self.table.rows[places]
+        try:
+            columns = self.table.rows[places]
+        except UnicodeDecodeError as error:  # a writer may put anything into parquet
+            raise DataError(
+                f"dataset: a text in rows {places[0]} to {places[-1]} is not UTF-8; write the file anew"
+            ) from error
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def read(self, row: dict[str, Any]) -> dict[str, Any]:

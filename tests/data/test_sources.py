@@ -328,6 +328,17 @@ def test_half_a_character_spoils_its_row_alone(tmp_path: Path, prepared):
     assert data.train[0]["messages"][0]["content"][1]["text"] == "Site: ?"
 
 
+def test_parquet_with_texts_that_are_no_utf8_is_told_where(tmp_path: Path, prepared):
+    import pyarrow
+    from pyarrow import parquet
+
+    texts = pyarrow.array([b"ok", "Größe".encode("latin-1")])
+    caption = pyarrow.Array.from_buffers(pyarrow.string(), 2, texts.buffers())
+    parquet.write_table(pyarrow.table({"image": [png()] * 2, "caption": caption}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="a text in rows 0 to 1 is not UTF-8"):
+        prepared(tmp_path)
+
+
 def test_parquet_files_that_do_not_belong_together_are_named(tmp_path: Path, prepared):
     from datasets import Dataset
 
