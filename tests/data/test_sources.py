@@ -291,6 +291,8 @@ def test_odd_tables_are_read(tmp_path: Path, prepared):
     (folder / "b.jsonl").write_text('\n{"image": "0.png", "caption": "a\u2028b"}\n\n', encoding="utf-8")
     assert shades(prepared(folder / "a[1].csv")) == [("Größe", [0])]
     assert shades(prepared(folder / "b.jsonl")) == [("a\u2028b", [0])]
+    (folder / "c.csv").write_text('image, caption\n0.png, "a, b"\n')
+    assert shades(prepared(folder / "c.csv")) == [("a, b", [0])]
 
 
 def test_values_of_a_stranger_are_bad_rows_at_most(tmp_path: Path, prepared):
