@@ -77,7 +77,7 @@ class DicomSpec(Section):
     with such a name."""
     frames: Literal["middle", "montage"] | list[int] = "middle"
     """Of a file with many frames, or a CT or MR series: the middle one, a grid of 16, or those at these places (from 0)."""
-    window: tuple[float, float] | None = None
+    window: tuple[float, Annotated[float, Field(gt=0)]] | None = None
     """Center and width of the window, for all files. Default: each file's own."""
 
 
