@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Entry = Mapping[str, Any]
+FEW = 10
+"""Samples, or patients, below which no number is to be trusted much."""
 MOST_ITEMS = 40
 JOINED = "\u00a0"  # keeps a number and its unit on one line
 
@@ -70,6 +72,14 @@ def about(metric: str) -> About:
         return About(f"{label} correct", "share", 1, "the text states exactly the reference label", 1)
     label = readable(metric.removesuffix("_macro_f1"))
     return About(f"{label} macro-F1", "fraction", 1, "F1 of each class, averaged with equal weight", 1)
+
+
+def too_few(measured: Mapping[str, Any]) -> str:
+    """A warning where the whole measurement rests on a few samples or patients; else empty."""
+    settings = measured.get("settings") or {}
+    units = settings.get("units", FEW)
+    of = "samples" if units == settings.get("rows") else "patients or other units"
+    return f"Too few to judge by: only {units} held-out {of}." if units < FEW else ""
 
 
 def unmeasured(measured: Mapping[str, Any]) -> str:

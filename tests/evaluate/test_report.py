@@ -165,6 +165,16 @@ def test_markdown_says_what_the_page_says(facts: dict[str, Any]) -> None:
     assert "patient-" not in text
 
 
+def test_few_samples_are_said_first(facts: dict[str, Any]) -> None:
+    facts["metrics"]["settings"] |= {"units": 4}
+    said = "Too few to judge by: only 4 held-out patients or other units."
+    assert f"<strong>{said}</strong>" in report.render(facts)
+    assert report.markdown(facts).lstrip().startswith(f"**{said}**")
+    assert "Too few to judge" not in report.render(
+        facts | {"metrics": facts["metrics"] | {"settings": {"units": 24, "rows": 48}}}
+    )
+
+
 def test_energy_and_cost_are_sums_over_all_steps(facts: dict[str, Any]) -> None:
     """A hundred steps of 2.5 s at 288 W: 0.02 kWh; 250 s at 3.6 an hour: 0.25."""
     facts["log"] = [line | {"gpu_power_watts": 288.0} for line in facts["log"] if line["step"] % 10 == 0]
