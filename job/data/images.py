@@ -51,8 +51,8 @@ class Bounds(NamedTuple):
         scales += [math.sqrt(self.area / (width * height))] if self.area else []
         scales += [self.short / min(width, height)] if self.short else []
         scales += [math.sqrt(self.row / max(pictures, 1) / (width * height))] if self.row else []
-        scale = min(scales)
-        return (width, height) if scale >= 1 else (max(round(width * scale), 1), max(round(height * scale), 1))
+        scale, least = min(scales), min(MIN_SIDE, width, height)
+        return (width, height) if scale >= 1 else (max(round(width * scale), least), max(round(height * scale), least))
 
 
 AS_IT_IS = Bounds()

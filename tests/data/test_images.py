@@ -145,6 +145,10 @@ def test_bounds_keep_the_shape_and_make_nothing_larger(bounds: dict[str, float],
     assert Bounds(**bounds).size(400, 200, pictures) == size
 
 
+def test_no_side_is_shrunk_below_what_processors_take():
+    assert Bounds(side=50).size(2000, 50, 1) == (50, 4)
+
+
 def test_grey_pictures_are_kept_as_such(tmp_path: Path):
     chance = np.random.default_rng(0)
     for name, shape in (("colour", (300, 400, 3)), ("grey", (300, 400))):
