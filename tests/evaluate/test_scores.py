@@ -32,7 +32,7 @@ def value(rows: list[dict[str, Any]], metric: str, labels: Any = None) -> float:
     return float(sums.finish(sums.rows.sum(axis=0)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=6))
 def test_bleu_and_chrf_are_those_of_sacrebleu(pairs: list[tuple[str, str]]) -> None:
     rows = [row(*pair) for pair in pairs]
@@ -41,7 +41,7 @@ def test_bleu_and_chrf_are_those_of_sacrebleu(pairs: list[tuple[str, str]]) -> N
     assert value(rows, "chrf") == pytest.approx(CHRF().corpus_score(generated, [references]).score, abs=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(ASCII | TEXTS, ASCII | TEXTS), min_size=1, max_size=4))
 def test_rouge_is_that_of_rouge_score_on_ascii_text(pairs: list[tuple[str, str]]) -> None:
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
