@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +11,8 @@ Entry = Mapping[str, Any]
 FEW = 10
 """Samples, or patients, below which no number is to be trusted much."""
 MOST_ITEMS = 40
+MOST_CLASSES = 24
+"""Rows and columns of a confusion table: with free text for a label, it would make a page of 30 MB."""
 JOINED = "\u00a0"  # keeps a number and its unit on one line
 
 
@@ -137,6 +140,17 @@ def verdict(metric: str, change: Entry) -> Literal["better", "worse", "changed",
 def primary(measured: Mapping[str, Any]) -> list[str]:
     """The metrics that a reader should look at first: is each label right, then how alike the wording is."""
     return [name for name in measured if name.endswith("_accuracy") or name == "rougeL"]
+
+
+def classes(label: Mapping[str, Any]) -> list[str]:
+    """What a confusion table shows: all that may be stated, or of very many those that occur most, as reference or answer."""
+    seen = Counter[str]()
+    for table in label["confusion"].values():
+        for reference, row in table.items():
+            seen.update({reference: sum(row.values())})
+            seen.update(row)
+    most = {value for value, _ in seen.most_common(MOST_CLASSES)}
+    return [value for value in label["stated"] if len(label["stated"]) <= MOST_CLASSES or value in most]
 
 
 def headline(measured: Mapping[str, Any], metric: str) -> str:

@@ -165,6 +165,16 @@ def test_markdown_says_what_the_page_says(facts: dict[str, Any]) -> None:
     assert "patient-" not in text
 
 
+def test_a_label_of_very_many_values_shows_those_that_occur_most(facts: dict[str, Any]) -> None:
+    label = facts["metrics"]["labels"]["finding"]
+    label["stated"] = [*label["stated"], *(f"text {n}" for n in range(3000))]
+    page = report.render(facts)
+    assert f"Of {len(label['stated']):,} values, the " in page
+    assert len(page) < 500_000
+    for reference in label["confusion"]["after"]:
+        assert f'<th scope="row">{reference}</th>' in page
+
+
 def test_few_samples_are_said_first(facts: dict[str, Any]) -> None:
     facts["metrics"]["settings"] |= {"units": 4}
     said = "Too few to judge by: only 4 held-out patients or other units."
