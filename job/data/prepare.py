@@ -133,7 +133,7 @@ def _one(place: int, unit: int, row: dict[str, Any], spec: JobSpec, source: Sour
         images = [load(value, source.files, dataset, len(sample.images)) for value in sample.images]
     except BadRow as reason:
         raise DataError(
-            f"dataset: row {place} was good before and is not now: {reason}; was the data changed?"
+            f"{source.field}: row {place} was good before and is not now: {reason}; was the data changed?"
         ) from None
     messages = repeat_images(sample.messages, [len(each) for each in images])
     return {
@@ -153,9 +153,8 @@ def _require_columns(source: Source, spec: JobSpec) -> None:
         f"evaluation.labels.{name}.column is {label.column}": label.column
         for name, label in spec.evaluation.labels.items()
     }
-    require(
-        {**labels, **{f"evaluation.groups has {column}": column for column in spec.evaluation.groups}}, source.columns
-    )
+    groups = {f"evaluation.groups has {column}": column for column in spec.evaluation.groups}
+    require({**labels, **groups}, source.columns, source.field)
 
 
 def _spread(rows: Dataset, most: int) -> Dataset:

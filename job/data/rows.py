@@ -46,9 +46,9 @@ class Reading:
     messages: str | None = None
 
 
-def choose_columns(columns: Iterable[str], spec: DatasetSpec) -> Reading:
-    """What the columns of a source mean. What the spec names must be there; a default that is not gives way to the usual other
-    names. Raises DataError with all that is missing."""
+def choose_columns(columns: Iterable[str], spec: DatasetSpec, field: str = "dataset.path") -> Reading:
+    """What the columns of the source that `field` names mean. What the spec names must be there; a default that is not gives
+    way to the usual other names. Raises DataError with all that is missing."""
     present, given = set(columns), spec.model_fields_set
     messages = spec.messages_column
     if messages is None and not {"answer", "answer_column"} & given:
@@ -69,15 +69,15 @@ def choose_columns(columns: Iterable[str], spec: DatasetSpec) -> Reading:
         wanted |= {f"dataset.instruction has {{{name}}}": name for name in FIELD.findall(spec.instruction)}
         wanted |= {f"dataset.answer has {{{name}}}": name for name in FIELD.findall(spec.answer or "")}
         wanted |= {} if spec.answer else {f"dataset.answer_column is {answer}": answer}
-    require(wanted, present)
+    require(wanted, present, field)
     return Reading(tuple(name for name in names if name), answer, messages)
 
 
-def require(wanted: dict[str, str | None], present: Iterable[str]) -> None:
+def require(wanted: dict[str, str | None], present: Iterable[str], field: str) -> None:
     """Raises DataError with every place that names a column which is not there."""
     missing = [where for where, column in wanted.items() if column is not None and column not in present]
     if missing:
-        raise DataError(f"{'; '.join(missing)}: no such column; the data has {', '.join(sorted(present))}")
+        raise DataError(f"{'; '.join(missing)}: no such column; {field} has {', '.join(sorted(present))}")
 
 
 def read_sample(row: dict[str, Any], spec: DatasetSpec, reading: Reading) -> Sample:

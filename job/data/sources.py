@@ -56,20 +56,21 @@ class Table:
 
 @dataclass(frozen=True)
 class Source:
-    """A table, and how it is read: `columns` are what `read` gives of a row."""
+    """A table, and how it is read: `columns` are what `read` gives of a row. `field` of the spec names it."""
 
     table: Table
     columns: tuple[str, ...]
     files: Files
     reading: Reading
     decided: str
+    field: str
 
     def rows_at(self, places: list[int]) -> list[dict[str, Any]]:
         try:
             columns = self.table.rows[places]
         except UnicodeDecodeError as error:  # a writer may put anything into parquet
             raise DataError(
-                f"dataset: a text in rows {places[0]} to {places[-1]} is not UTF-8; write the file anew"
+                f"{self.field}: a text in rows {places[0]} to {places[-1]} is not UTF-8; write the file anew"
             ) from error
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
@@ -95,7 +96,7 @@ def open_source(
     """The rows at `path`, images not decoded. Raises DataError naming `field` when there is nothing to read."""
     table = _open(spec, path, split, scratch, field)
     columns = columns_of(table.rows, f"{field}: {path}")
-    reading = choose_columns(columns, spec)
+    reading = choose_columns(columns, spec, field)
     bundled = scratch / BUNDLE / "images"
     fetched = bundled if bundled.exists() else scratch / "fetched" / "images"
     way = hashlib.sha256(f"{bounds} {spec.dicom}".encode()).hexdigest()[:16]
@@ -105,7 +106,7 @@ def open_source(
     if spec.answer and not reading.messages:
         what = "answers by template"
     images = f"images in {', '.join(reading.images)}" if reading.images else "no images"
-    return Source(table, columns, files, reading, f"{table.why}; {what}, {images}")
+    return Source(table, columns, files, reading, f"{table.why}; {what}, {images}", field)
 
 
 def _open(spec: DatasetSpec, path: str, split: str, scratch: Path, field: str) -> Table:

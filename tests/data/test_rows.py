@@ -49,7 +49,9 @@ def test_braces_that_name_no_column_stay():
 
 
 def test_a_template_with_an_unknown_column_is_refused_before_any_row_is_read():
-    with pytest.raises(DataError, match=r"dataset\.instruction has \{histroy\}: no such column; the data has caption"):
+    with pytest.raises(
+        DataError, match=r"dataset\.instruction has \{histroy\}: no such column; dataset.path has caption"
+    ):
         read({"image": "a", "caption": "b"}, instruction="{histroy}")
 
 

@@ -149,7 +149,7 @@ def test_auto_says_what_it_did_not_read(tmp_path: Path, prepared):
     (tmp_path / "data" / "b.csv").write_text("x\n1\n")
     source = prepared(tmp_path / "data", image_column="file_name").facts["source"]
     assert source.startswith("json: 1 .jsonl file(s) (1 csv beside them not read); answers in caption")
-    with pytest.raises(DataError, match=r"answer_column is caption: no such column; the data has x"):
+    with pytest.raises(DataError, match=r"answer_column is caption: no such column; dataset.path has x"):
         prepared(tmp_path / "data", format="csv", image_column=None)
 
 
