@@ -200,9 +200,10 @@ def _locked(file: Any) -> bool:
 
 @contextmanager
 def joined(
-    environment: MutableMapping[str, str], preemption: Preemption, scratch: Path, silence: float
+    environment: MutableMapping[str, str], preemption: Preemption, scratch: Path, silence: float, run: str
 ) -> Iterator[Ranks]:
-    """The ranks of this run, while the block runs; all of them end as rank 0 does.
+    """The ranks of `run`, a name for it, while the block runs; all of them end as rank 0 does. One that meets another run's
+    rank 0, at a port that both chose, disturbs nobody and waits in vain.
 
     What ranks other than 0 say goes to `scratch/rank-N.log`; their last words come out all the same.
     """
@@ -216,7 +217,7 @@ def joined(
         raise SpecError("accelerate is set up to shard the model, which this job does not do; choose plain multi-GPU")
     ranks = Ranks(here, preemption, silence)
     with preemption.leave_at_once():
-        ranks.meet_at(_connected(ranks, environment))
+        ranks.meet_at(_connected(ranks, environment, run))
     hide(environment)
     caught: Exception | None = None
     with _quiet(scratch / f"rank-{here.rank}.log", here.rank > 0):
@@ -239,7 +240,7 @@ def joined(
         raise RankEnded(reason, ending) from caught
 
 
-def _connected(ranks: Ranks, environment: MutableMapping[str, str]) -> Any:
+def _connected(ranks: Ranks, environment: MutableMapping[str, str], run: str) -> Any:
     """The store of this start. Raises SpecError when nobody says where it is, Unavailable when it is not there."""
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
@@ -258,7 +259,7 @@ def _connected(ranks: Ranks, environment: MutableMapping[str, str]) -> Any:
         )
     except RuntimeError as error:
         raise Unavailable(f"the store of the ranks at {address} cannot be reached: {error}") from error
-    return PrefixStore(f"vision-lora-job {environment.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return PrefixStore(f"vision-lora-job {run} {environment.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 @contextmanager

@@ -272,7 +272,7 @@ def test_who_was_asked_to_stop_adds_nothing_half_counted(tmp_path: Path):
     from job.train.together import Together
 
     store, preemption = open_store(str(tmp_path)), Preemption()
-    group = Together(Ranks(Place(0, 0, 2, 2), preemption))
+    group = Together(Ranks(Place(0, 0, 2), preemption))
     preemption.request("SIGTERM")
     with pytest.raises(JobError, match="stopped on SIGTERM"):
         group.sums(1.0)
@@ -287,7 +287,7 @@ import os, sys, time
 from pathlib import Path
 from job.preemption import Preemption
 from job.ranks import joined
-with joined(os.environ, Preemption(), Path(sys.argv[1]), silence=30) as ranks:
+with joined(os.environ, Preemption(), Path(sys.argv[1]), 30, "a run") as ranks:
     if ranks.rank:
         raise ValueError("a patient's words")
     ranks.until(lambda: False, "the other")
@@ -307,10 +307,37 @@ def test_the_words_of_a_bug_stay_with_the_rank_that_has_it(tmp_path: Path):
     assert "ValueError: a patient's words" in said[1]
 
 
+SPEAKS = """
+import os, sys
+from pathlib import Path
+from job.preemption import Preemption
+from job.ranks import joined
+with joined(os.environ, Preemption(), Path(sys.argv[1]), 30, sys.argv[2]) as ranks:
+    said = ranks.shared("what", f"said in {sys.argv[2]}")
+Path(sys.argv[1], f"{sys.argv[2]} {os.getpid()}").write_text(said)
+"""
+
+
+def test_a_rank_of_another_run_at_the_same_port_disturbs_nobody(tmp_path: Path):
+    there = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+    def start(run: str, rank: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-c", SPEAKS, str(tmp_path), run], env=there | {"RANK": rank}, cwd=ROOT
+        )
+
+    stranger = start("another", "1")
+    assert [process.wait(60) for process in (start("ours", "0"), start("ours", "1"))] == [0, 0]
+    assert [file.read_text() for file in tmp_path.glob("ours *")] == ["said in ours"] * 2
+    stranger.kill()
+    stranger.wait()
+    assert not list(tmp_path.glob("another *"))
+
+
 def test_a_process_that_is_alone_sees_one_gpu_too(tmp_path: Path):
     """Of several, transformers would make a batch each."""
     environment = {"CUDA_VISIBLE_DEVICES": "4,5"}
-    with joined(environment, Preemption(), tmp_path, silence=1):
+    with joined(environment, Preemption(), tmp_path, 1, "a run"):
         assert environment["CUDA_VISIBLE_DEVICES"] == "4"
 
 
