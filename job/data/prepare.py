@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from job.model.lengths import Ruler
+
+
+BOTH = ("burned_in_yes", "burned_in_maybe", "over_length", "without_images")
+"""Facts that are counts over rows to train on and rows held out by the user together."""
 
 
 def prepare(
@@ -52,7 +57,9 @@ def prepare(
         split = dataset.eval_split or dataset.split
         other = open_source(dataset, dataset.eval_path or dataset.path, split, scratch, named, bounds)
         _require_columns(other, spec)
-        held, bad_held, _ = look(other, spec, measure, most)
+        held, bad_held, theirs = look(other, spec, measure, most)
+        facts |= {name: facts[name] + theirs[name] for name in BOTH}
+        facts["reasons"] = dict(Counter(facts["reasons"]) + Counter(theirs["reasons"]))
         bad = bad + [{**row, "of": "evaluation"} for row in bad_held]
         numbers = [group_numbers(side, dataset.group_column) for side in (seen, held)]
         facts["same_in_both"] = len(

@@ -219,6 +219,7 @@ def test_what_is_wrong_with_held_out_rows_is_said_of_them(tmp_path: Path, prepar
     own = folder_of(rows_of(2), tmp_path / "own", {"1.png": b""})
     with pytest.raises(DataError, match="dataset.eval_path: 1 of 2 rows are bad"):
         prepared(eval_path=str(own))
+    assert prepared(max_bad_fraction=0.5).facts["reasons"] == {"image of no known format": 1}
     with pytest.raises(DataError, match="patient: no such column; dataset.eval_path has caption, file_name"):
         prepared(group_column="patient")
 
