@@ -84,7 +84,9 @@ def read_sample(row: dict[str, Any], spec: DatasetSpec, reading: Reading) -> Sam
     """Raises BadRow."""
     images = [image for name in reading.images for image in _values(row.get(name))]
     if reading.messages is not None:
-        turns = _conversation(row.get(reading.messages), spec.system_prompt)
+        own = row.get("system")  # beside the conversation, as ShareGPT's tools write it
+        system = own if isinstance(own, str) and own.strip() else spec.system_prompt
+        turns = _conversation(row.get(reading.messages), system)
     else:
         if reading.images and not images and not any(row.get(name) in ([], "[]") for name in reading.images):
             raise BadRow("no image")

@@ -75,6 +75,8 @@ def test_llava_conversations_put_images_where_they_are_named():
     more = [{"from": "human", "value": "Compare <image> with\n<image>"}, {"from": "gpt", "value": "Grown."}]
     sample = read({"image": ["a", "b", "c"], "conversations": LLAVA + more}, system_prompt="Be brief.")
     assert short(sample)[0] == ("system", ["Be brief."])
+    own = read({"image": "a", "conversations": LLAVA, "system": "Be long."}, system_prompt="Be brief.")
+    assert short(own)[0] == ("system", ["Be long."])
     assert short(sample)[3] == ("user", ["Compare ", "◻", " with", "◻"])
     assert sample.images == ["a", "b", "c"]
 
