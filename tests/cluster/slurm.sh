@@ -36,6 +36,7 @@ NodeName=node3 Name=gpu File=$d/gpu[4-5]
 END
 cat >"$d/slurm.conf" <<END
 ClusterName=test$port
+FirstJobId=$((RANDOM * 10 + 1))
 SlurmctldHost=$(hostname)(127.0.0.1)
 SlurmctldPort=$port
 SlurmUser=root

@@ -106,7 +106,7 @@ def test_a_preempted_job_is_requeued_and_ends_the_same(
     options = ("--nodelist=node1", "--mem=150G")
     job = cluster.submit(*options, TRAIN, **site | {"JOB_SPEC": small_spec(demo, str(output))})
     cluster.until((output / "checkpoints/step-00000010/MANIFEST.json").exists, "a checkpoint")
-    cluster.end(cluster.submit("--partition=urgent", *options, "--wrap=true"))
+    cluster.end(cluster.submit("--partition=urgent", *options, "--output=/dev/null", "--wrap=true"))
     facts = cluster.end(job)
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1")
     assert outcome(str(output)) == outcome(str(whole))
