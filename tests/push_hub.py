@@ -19,7 +19,7 @@ TOKEN = "hf_test"
 class Hub:
     """`repos` holds {"private", "files"} by id; `stored` large files by SHA-256; `requests` what was asked, in order.
 
-    `failures` is how many more uploads of large files end in a broken connection.
+    `failures` is how many more uploads of large files end in a broken connection; `statuses` are answered to the next commits.
     """
 
     url: str = ""
@@ -27,6 +27,7 @@ class Hub:
     stored: dict[str, bytes] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     failures: int = 0
+    statuses: list[int] = field(default_factory=list)
     may_write: bool = True
 
 
@@ -93,6 +94,8 @@ def serve() -> Iterator[Hub]:
                 ]
                 return self.answer(200, {"files": files})
             if path == f"/api/models/{name}/commit/main":
+                if hub.statuses:
+                    return self.answer(hub.statuses.pop(0), {"error": "A commit has happened since."})
                 return self.commit(name, body)
             return self.answer(404, {"error": f"this hub does not know {path}"})
 
