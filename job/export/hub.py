@@ -12,11 +12,14 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from job.errors import NotAllowed, SpecError, Unavailable
 from job.record import one_line
 from job.spec import HubSpec
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 log = logging.getLogger("job")
 
@@ -29,20 +32,20 @@ T = TypeVar("T")
 
 
 def check_token(spec: HubSpec) -> None:
-    """Whether the names are such as the hub takes, and there is a token that it knows, asked before hours are spent. Asks
-    nothing when nothing is pushed."""
+    """Whether there is a token that the hub knows, and the repositories are such as may be pushed to, as far as can be told
+    before hours are spent. Asks nothing when nothing is pushed."""
     repos = [repo for repo in (spec.adapter_repo, spec.merged_repo) if repo is not None]
     if not repos:
         return
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.utils import validate_repo_id
-
-    for repo in repos:
-        patiently(partial(validate_repo_id, repo), repo)
 
     if get_token() is None:
         raise NotAllowed("export.hub: there is no token to push with; set HF_TOKEN to one that may write")
-    patiently(lambda: HfApi().whoami(), "the token")
+    api = HfApi()
+    patiently(api.whoami, "the token")
+    for repo in repos:
+        if patiently(partial(api.repo_exists, repo), repo):
+            check_private(api, repo, spec.private)
 
 
 def push(spec: HubSpec, folders: Mapping[str, Path]) -> dict[str, str]:
@@ -56,16 +59,21 @@ def _push(repo: str, folder: Path, private: bool) -> str:
 
     api = HfApi()
     patiently(lambda: api.create_repo(repo, private=private, exist_ok=True), repo)
-    if private and not patiently(lambda: api.model_info(repo), repo).private:
-        raise SpecError(
-            f"export.hub: {repo} is public, and export.hub.private is true; make it private, or set private to false"
-        )
+    check_private(api, repo, private)
     message = "Adapter and weights as vision-lora-job made and measured them"
     there = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     files = [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in there]
     address = patiently(lambda: api.create_commit(repo, files, commit_message=message), repo)
     log.info("pushed %s to %s", folder.name, repo)
     return str(address.commit_url)
+
+
+def check_private(api: HfApi, repo: str, private: bool) -> None:
+    """Raises SpecError for a repository that is public although what is pushed shall be private."""
+    if private and not patiently(lambda: api.model_info(repo), repo).private:
+        raise SpecError(
+            f"export.hub: {repo} is public, and export.hub.private is true; make it private, or set private to false"
+        )
 
 
 def patiently(ask: Callable[[], T], what: str) -> T:
@@ -79,7 +87,7 @@ def patiently(ask: Callable[[], T], what: str) -> T:
         except OfflineModeIsEnabled as error:
             raise SpecError("export.hub: HF_HUB_OFFLINE is set, so nothing can be pushed; unset it") from error
         except (HfHubHTTPError, TransportError, OSError, RuntimeError, JSONDecodeError) as error:
-            cause = error.__cause__ or error  # a RuntimeError may wrap what became of one file
+            cause = type(error) is RuntimeError and error.__cause__ or error  # it may wrap what became of one file
             status = getattr(getattr(cause, "response", None), "status_code", None)
             said = one_line(cause)[:200]
             if status in (401, 403, 404):

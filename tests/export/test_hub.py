@@ -104,6 +104,8 @@ def test_a_name_that_the_hub_does_not_take_is_told_before_the_work(hub: theirs.H
 def test_a_public_repository_takes_nothing_that_shall_be_private(hub: theirs.Hub, folders: dict[str, Path]) -> None:
     hub.repos["clinic/chest"] = {"private": False, "files": {}}
     with pytest.raises(SpecError, match="clinic/chest is public, and export.hub.private is true"):
+        ours.check_token(HubSpec(merged_repo="clinic/chest"))
+    with pytest.raises(SpecError, match="clinic/chest is public, and export.hub.private is true"):
         ours.push(HubSpec(merged_repo="clinic/chest"), folders)
     ours.push(HubSpec(merged_repo="clinic/chest", private=False), folders)
     assert hub.repos["clinic/chest"]["files"] == files(folders["merged"])
