@@ -41,9 +41,11 @@ def serve() -> Iterator[Hub]:
         def log_message(self, *_: Any) -> None:
             pass
 
-        def answer(self, status: int, body: Any) -> None:
+        def answer(self, status: int, body: Any, code: str | None = None) -> None:
             text = json.dumps(body).encode()
             self.send_response(status)
+            if code is not None:
+                self.send_header("X-Error-Code", code)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
@@ -79,7 +81,7 @@ def serve() -> Iterator[Hub]:
                 return self.answer(200, {"objects": [self.wanted(one) for one in json.loads(body)["objects"]]})
             name = "/".join(path.split("/")[3:5])
             if name not in hub.repos:
-                return self.answer(404, {"error": "Repository not found"})
+                return self.answer(404, {"error": "Repository not found"}, "RepoNotFound")
             if path == f"/api/models/{name}":
                 return self.answer(200, {"id": name, "private": hub.repos[name]["private"], "siblings": []})
             if path == f"/api/models/{name}/preupload/main":

@@ -87,7 +87,7 @@ def patiently(ask: Callable[[], T], what: str) -> T:
         except OfflineModeIsEnabled as error:
             raise SpecError("export.hub: HF_HUB_OFFLINE is set, so nothing can be pushed; unset it") from error
         except (HfHubHTTPError, TransportError, OSError, RuntimeError, JSONDecodeError) as error:
-            cause = type(error) is RuntimeError and error.__cause__ or error  # it may wrap what became of one file
+            cause = (type(error) is RuntimeError and error.__cause__) or error  # it may wrap what became of one file
             status = getattr(getattr(cause, "response", None), "status_code", None)
             said = one_line(cause)[:200]
             if status in (401, 403, 404):
