@@ -203,8 +203,8 @@ def finish(work: Callable[[Preemption], None]) -> NoReturn:
     start_logging()
     try:
         preemption = Preemption(grace_seconds(os.environ), end_time(os.environ))
-    except ValueError as error:
-        _end(SpecError.exit_code, f"JOB_GRACE_SECONDS is {error}; give a number of seconds above 0")
+    except SpecError as error:
+        _end(error.exit_code, str(error))
     with preemption.listening(too_late=lambda error: _tell(error.exit_code, str(error))):
         try:
             work(preemption)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
-from job.errors import Preempted, RankEnded
+from job.errors import Preempted, RankEnded, SpecError
 
 DEFAULT_GRACE_SECONDS = 30.0
 FITS = 0.8
@@ -131,13 +131,19 @@ class Preemption:
 
 
 def grace_seconds(environment: Mapping[str, str]) -> float:
-    """`JOB_GRACE_SECONDS`: time between notice and kill. Raises ValueError for anything but a positive number."""
-    text = environment.get("JOB_GRACE_SECONDS", "").strip()
-    if not text:
-        return DEFAULT_GRACE_SECONDS
-    value = float(text)
+    """`JOB_GRACE_SECONDS`: time between notice and kill. Raises SpecError for anything but a positive number."""
+    return seconds(environment, "JOB_GRACE_SECONDS", DEFAULT_GRACE_SECONDS)
+
+
+def seconds(environment: Mapping[str, str], name: str, default: float) -> float:
+    """A variable that holds a time. Raises SpecError for anything but a positive number."""
+    text = environment.get(name, "").strip()
+    try:
+        value = float(text or default)
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
-        raise ValueError(text)
+        raise SpecError(f"{name} is {text}; give a number of seconds above 0")
     return value
 
 

@@ -21,7 +21,7 @@ from job.metrics import serving, writing
 from job.model import choose_backend, import_first, load_model
 from job.model.compile_cache import CompileCache
 from job.plan import Plan, describe, make_plan
-from job.preemption import Preemption
+from job.preemption import Preemption, seconds
 from job.ranks import Ranks, joined
 from job.record import Record
 from job.scratch import breathing, prepare_scratch
@@ -45,7 +45,7 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
     root = prepare_scratch(environment)
     scratch = root / spec.digest[:16]
     scratch.mkdir(exist_ok=True)
-    ttl = float(environment.get("JOB_LEASE_SECONDS") or LEASE_SECONDS)
+    ttl = seconds(environment, "JOB_LEASE_SECONDS", LEASE_SECONDS)
     with breathing(root), joined(environment, preemption, root, silence=ttl) as ranks:
         story = follow if ranks.rank else lead
         story(spec, environment, ranks, scratch, ttl)

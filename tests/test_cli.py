@@ -87,10 +87,11 @@ def test_scratch_that_cannot_be_written_ends_with_77(job: Job, whole: dict[str, 
     assert "set JOB_SCRATCH" in line
 
 
-def test_a_grace_that_is_no_number_ends_with_78(job: Job):
-    code, line = ending(job("run", JOB_SPEC="x: y", JOB_GRACE_SECONDS="soon"))
+@pytest.mark.parametrize("name", ["JOB_GRACE_SECONDS", "JOB_LEASE_SECONDS"])
+def test_a_time_that_is_no_number_ends_with_78(job: Job, whole: dict[str, Any], name: str):
+    code, line = ending(job("run", JOB_SPEC=yaml.safe_dump(whole), **{name: "soon"}))
     assert code == 78
-    assert "JOB_GRACE_SECONDS" in line
+    assert line == f"exit 78: {name} is soon; give a number of seconds above 0"
 
 
 def test_unsloth_without_a_gpu_ends_with_78(job: Job, whole: dict[str, Any]):
