@@ -1,13 +1,15 @@
 """What a run says about itself."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from job.errors import DataError, Preempted
+from job.errors import DataError, NotAllowed, Preempted
 from job.record import Record, bytes_text
+from job.scratch import check_kernels
 from job.store import open_store
 
 
@@ -77,3 +79,12 @@ def test_numbers_go_with_a_checkpoint_and_come_back_with_it(record: Record, tmp_
 
 def test_sizes_are_for_people():
     assert [bytes_text(n) for n in (999, 1500, 2_000_000, 21.3e9)] == ["999 B", "1.5 kB", "2.0 MB", "21.3 GB"]
+
+
+def test_a_scratch_from_which_nothing_can_be_executed_is_told_where_kernels_are_compiled(tmp_path: Path):
+    caches = {"TRITON_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    check_kernels(caches)
+    if not os.statvfs("/proc").f_flag & os.ST_NOEXEC:
+        pytest.skip("there is no place here that is mounted noexec")
+    with pytest.raises(NotAllowed, match="/proc is mounted noexec"):
+        check_kernels(caches | {"TRITON_CACHE_DIR": "/proc"})
