@@ -2,14 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from job.errors import DataError, NotAllowed, Preempted
+from job.errors import DataError, Preempted
 from job.record import Record, bytes_text
-from job.scratch import check_kernels
 from job.store import open_store
 
 
@@ -82,9 +83,24 @@ def test_sizes_are_for_people():
 
 
 def test_a_scratch_from_which_nothing_can_be_executed_is_told_where_kernels_are_compiled(tmp_path: Path):
-    caches = {"TRITON_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    check_kernels(caches)
-    if not os.statvfs("/proc").f_flag & os.ST_NOEXEC:
-        pytest.skip("there is no place here that is mounted noexec")
-    with pytest.raises(NotAllowed, match="/proc is mounted noexec"):
-        check_kernels(caches | {"TRITON_CACHE_DIR": "/proc"})
+    def check(*mount: str) -> str:
+        program = "import sys; from job.scratch import CACHES, check_kernels; check_kernels(dict.fromkeys(CACHES, sys.argv[1]))"
+        command = [
+            "unshare",
+            "--mount",
+            "sh",
+            "-c",
+            f'{" ".join(mount)}; exec "$@"',
+            "sh",
+            sys.executable,
+            "-c",
+            program,
+        ]
+        return subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=False).stderr
+
+    if os.getuid() != 0 or "not permitted" in check("mount -t tmpfs none", str(tmp_path)):
+        pytest.skip("nothing can be mounted here")
+    assert check() == ""
+    assert f"NotAllowed: scratch folder {tmp_path} is mounted noexec" in check(
+        "mount -t tmpfs -o noexec none", str(tmp_path)
+    )
