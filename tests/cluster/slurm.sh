@@ -89,7 +89,7 @@ slurmctld -D -i >"$d/slurmctld.out" 2>&1 &
 pids+=($!)
 for name in node1 node2 node3; do "$d/boot" "$name"; done
 idle() { [ "$(sinfo -h -t idle -o %n 2>/dev/null | sort -u | wc -l)" = 3 ]; }
-for _ in $(seq 100); do
+for _ in $(seq 600); do
     idle && break
     sleep 0.1
 done

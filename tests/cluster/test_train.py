@@ -147,10 +147,10 @@ def test_a_cancelled_job_leaves_nothing_running_and_stays_cancelled(
         assert any("-m job run" in line for line in cluster.processes("node2"))
         cluster.run("scancel", job)
         facts = cluster.end(job)
-        cluster.until(lambda: "-m job run" not in str(cluster.processes("node2")), "the end of its processes", 20)
+        cluster.until(lambda: "-m job run" not in str(cluster.processes("node2")), "the end of its processes", 60)
     assert codes(facts) == [75]
     assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
-    assert cluster.processes("node2") == []
+    cluster.until(lambda: cluster.processes("node2") == [], "the end of the rest", 60)
     assert list((tmp_path / "node").iterdir()) == []
 
 
