@@ -2,7 +2,7 @@
 PYTHON_VENV = .venv/bin/python
 DEMO = build/demo
 
-.PHONY: demo test lint clean kill-proof resume-proof test-gpu test-image test-slurm test-store bench-store bench-gpu bench-scaling bench
+.PHONY: demo test lint clean kill-proof resume-proof test-gpu test-image test-slurm test-gguf test-store bench-store bench-gpu bench-scaling bench
 
 demo:
 	@.ci/venv train
@@ -43,6 +43,19 @@ test-slurm:
 	@.ci/system
 	@.ci/venv train dev
 	@tests/cluster/newest.sh $(abspath $(PYTHON_VENV))
+
+# GGUF by llama.cpp's own converter, out of the sources that llama-cpp-python brings.
+LLAMA_CPP = build/llama-cpp/vendor/llama.cpp
+test-gguf: $(LLAMA_CPP)
+	@.ci/venv train dev
+	@LLAMA_CPP=$(abspath $(LLAMA_CPP)) $(PYTHON_VENV) -m pytest tests/export/test_gguf.py
+
+$(LLAMA_CPP):
+	@.ci/venv train dev
+	@mkdir -p build/llama-cpp
+	@$(PYTHON_VENV) -m pip download -q --no-deps --no-binary :all: -d build llama-cpp-python==0.3.36
+	@tar -xzf build/llama_cpp_python-0.3.36.tar.gz -C build/llama-cpp --strip-components 1
+	@rm build/llama_cpp_python-0.3.36.tar.gz
 
 # The store's tests on a real Ceph, over http and https; as root on Debian.
 test-store:

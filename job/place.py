@@ -16,17 +16,16 @@ VARIABLES = {
 
 @dataclass(frozen=True)
 class Place:
-    """`rank` among `world` processes; `local_rank` among the `local_world` of this node."""
+    """`rank` among `world` processes; `local_rank` among those of this node."""
 
     rank: int = 0
     local_rank: int = 0
     world: int = 1
-    local_world: int = 1
 
 
 def place(environment: Mapping[str, str]) -> Place:
     """Who this process is, by the variables of its launcher. Raises SpecError for variables that say nothing whole."""
-    names = {"rank": "RANK", "local_rank": "LOCAL_RANK", "world": "WORLD_SIZE", "local_world": "LOCAL_WORLD_SIZE"}
+    names = {"rank": "RANK", "local_rank": "LOCAL_RANK", "world": "WORLD_SIZE"}
     if not environment.get("RANK"):
         if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
             names = {"rank": "SLURM_PROCID", "local_rank": "SLURM_LOCALID", "world": "SLURM_STEP_NUM_TASKS"}

@@ -46,7 +46,7 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
     scratch = root / spec.digest[:16]
     scratch.mkdir(exist_ok=True)
     ttl = seconds(environment, "JOB_LEASE_SECONDS", LEASE_SECONDS)
-    with breathing(root), joined(environment, preemption, root, silence=ttl) as ranks:
+    with breathing(root), joined(environment, preemption, root, ttl, spec.digest) as ranks:
         story = follow if ranks.rank else lead
         story(spec, environment, ranks, scratch, ttl)
 

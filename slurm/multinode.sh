@@ -25,6 +25,7 @@ JOB_HOME=${JOB_HOME:-$SLURM_SUBMIT_DIR}
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+while (: >"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done # another's
 export MASTER_ADDR MASTER_PORT JOB_HOME
 
 # A rank that has left may leave others waiting for it; after this many seconds they are ended too.

@@ -46,7 +46,7 @@ class Run:
     def __init__(self, world: int, spec: str, folder: Path) -> None:
         self.output = Path(yaml.safe_load(spec)["output"]["url"])
         there = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        there |= {"JOB_SPEC": spec, "JOB_LEASE_SECONDS": str(SILENCE), "LOCAL_WORLD_SIZE": str(world)}
+        there |= {"JOB_SPEC": spec, "JOB_LEASE_SECONDS": str(SILENCE)}
         self.said = [folder / f"stderr-{rank}" for rank in range(world)]
         self.processes = []
         for rank, said in enumerate(self.said):
@@ -157,7 +157,7 @@ def pair() -> Iterator[list[Ranks]]:
     port = free_port()
     server = TCPStore("127.0.0.1", port, 2, is_master=True, wait_for_workers=False)
     stores = [server, TCPStore("127.0.0.1", port, 2, is_master=False)]
-    ranks = [Ranks(Place(rank, rank, 2, 2), Preemption(), silence=2) for rank in (0, 1)]
+    ranks = [Ranks(Place(rank, rank, 2), Preemption(), silence=20) for rank in (0, 1)]
     for one, store in zip(ranks, stores, strict=True):
         one.meet_at(PrefixStore("test", store))
     both(ranks, Ranks.join)
@@ -180,6 +180,7 @@ def both(ranks: list[Ranks], work: Any) -> list[Any]:
 
 
 def test_ranks_share_gather_and_do_pieces_once(pair: list[Ranks], tmp_path: Path):
+    assert [one.on_this_node() for one in (*pair, Ranks(Place(), Preemption()))] == [2, 2, 1]
     assert both(pair, lambda one: one.shared("what", f"of {one.rank}")) == ["of 0", "of 0"]
     assert both(pair, lambda one: one.gathered("rows", one.rank)) == [[0, 1], []]
     done = []
@@ -218,6 +219,7 @@ def test_scratch_on_a_file_system_without_locks_will_do(
 def test_a_rank_that_is_silent_is_named_with_where_it_was(pair: list[Ranks]):
     pair[1].where = lambda: "train, step 7"
     time.sleep(1)
+    pair[0].silence = 2
     pair[1]._over.set()
     with pytest.raises(JobError, match=r"rank 1 on .* is silent for 2 s; it was last at: train, step 7") as caught:
         pair[0].until(lambda: False, "the other", 20)
@@ -235,7 +237,7 @@ def test_a_notice_at_one_rank_is_one_at_all_and_so_is_an_end(pair: list[Ranks]):
     ("variables", "found"),
     [
         ({}, Place()),
-        ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, Place(3, 1, 4, 2)),
+        ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}, Place(3, 1, 4)),
         ({"RANK": "1", "WORLD_SIZE": "2"}, Place(1, 0, 2)),
         ({"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8"}, Place(5, 1, 8)),
         ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, Place()),
@@ -270,7 +272,7 @@ def test_who_was_asked_to_stop_adds_nothing_half_counted(tmp_path: Path):
     from job.train.together import Together
 
     store, preemption = open_store(str(tmp_path)), Preemption()
-    group = Together(Ranks(Place(0, 0, 2, 2), preemption))
+    group = Together(Ranks(Place(0, 0, 2), preemption))
     preemption.request("SIGTERM")
     with pytest.raises(JobError, match="stopped on SIGTERM"):
         group.sums(1.0)
@@ -285,7 +287,7 @@ import os, sys, time
 from pathlib import Path
 from job.preemption import Preemption
 from job.ranks import joined
-with joined(os.environ, Preemption(), Path(sys.argv[1]), silence=30) as ranks:
+with joined(os.environ, Preemption(), Path(sys.argv[1]), 30, "a run") as ranks:
     if ranks.rank:
         raise ValueError("a patient's words")
     ranks.until(lambda: False, "the other")
@@ -305,10 +307,37 @@ def test_the_words_of_a_bug_stay_with_the_rank_that_has_it(tmp_path: Path):
     assert "ValueError: a patient's words" in said[1]
 
 
+SPEAKS = """
+import os, sys
+from pathlib import Path
+from job.preemption import Preemption
+from job.ranks import joined
+with joined(os.environ, Preemption(), Path(sys.argv[1]), 30, sys.argv[2]) as ranks:
+    said = ranks.shared("what", f"said in {sys.argv[2]}")
+Path(sys.argv[1], f"{sys.argv[2]} {os.getpid()}").write_text(said)
+"""
+
+
+def test_a_rank_of_another_run_at_the_same_port_disturbs_nobody(tmp_path: Path):
+    there = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+    def start(run: str, rank: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-c", SPEAKS, str(tmp_path), run], env=there | {"RANK": rank}, cwd=ROOT
+        )
+
+    stranger = start("another", "1")
+    assert [process.wait(60) for process in (start("ours", "0"), start("ours", "1"))] == [0, 0]
+    assert [file.read_text() for file in tmp_path.glob("ours *")] == ["said in ours"] * 2
+    stranger.kill()
+    stranger.wait()
+    assert not list(tmp_path.glob("another *"))
+
+
 def test_a_process_that_is_alone_sees_one_gpu_too(tmp_path: Path):
     """Of several, transformers would make a batch each."""
     environment = {"CUDA_VISIBLE_DEVICES": "4,5"}
-    with joined(environment, Preemption(), tmp_path, silence=1):
+    with joined(environment, Preemption(), tmp_path, 1, "a run"):
         assert environment["CUDA_VISIBLE_DEVICES"] == "4"
 
 

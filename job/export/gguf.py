@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -25,6 +26,8 @@ def converter(model_type: str) -> Path:
     folder = os.environ.get("LLAMA_CPP")
     if folder is None or not (Path(folder) / CONVERTER).is_file():
         raise SpecError(f"export.gguf: set LLAMA_CPP to a folder with llama.cpp's sources, which hold {CONVERTER}")
+    if importlib.util.find_spec("sentencepiece") is None:  # it asks for that first, whatever the tokenizer
+        raise SpecError("export.gguf: llama.cpp's converter needs sentencepiece; pip install sentencepiece")
     return Path(folder) / CONVERTER
 
 

@@ -324,8 +324,8 @@ def vision_kept(attempt: Attempt, loaded: Loaded) -> Frozen | None:
     """A frozen tower with its features on scratch, which jobs on the same node share; None when the tower is trained."""
     given = attempt.spec.training.vision_cache_gb
     room = free_bytes(attempt.scratch) // 2 if given == "auto" else int(given * 1e9)
-    sharers = attempt.ranks.place.local_world
-    return frozen_vision(loaded, attempt.scratch.parent / "features", room // sharers, attempt.spec.lora.bias)
+    room //= attempt.ranks.on_this_node()
+    return frozen_vision(loaded, attempt.scratch.parent / "features", room, attempt.spec.lora.bias)
 
 
 def loader_workers(given: int | str, on_gpu: bool) -> int:

@@ -27,7 +27,9 @@ munged --foreground --force --key-file="$d/munge/key" --socket="$d/munge/sock" -
     --log-file="$d/munge/log" --seed-file="$d/munge/seed" 2>/dev/null &
 pids+=($!)
 
-port=$((20000 + RANDOM % 10000))
+taken() { for i in 0 1 2 3; do if (: >/dev/tcp/127.0.0.1/$((port + i))) 2>/dev/null; then return 0; fi; done; return 1; }
+port=$((10000 + RANDOM % 10000))
+while taken; do port=$((10000 + RANDOM % 10000)); done
 for i in 0 1 2 3 4 5; do mknod "$d/gpu$i" c 195 "$i"; done
 cat >"$d/gres.conf" <<END
 NodeName=node1 Name=gpu File=$d/gpu[0-1]

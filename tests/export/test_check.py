@@ -54,7 +54,8 @@ def test_gguf_is_refused_with_the_reason_where_llama_cpp_lacks_the_family(tmp_pa
             check_export(ExportSpec(gguf=True), base(tmp_path, model_type=family))
 
 
-def test_gguf_needs_llama_cpps_sources(tmp_path: Path) -> None:
+def test_gguf_needs_llama_cpps_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
     with pytest.raises(SpecError, match="set LLAMA_CPP to a folder with llama.cpp's sources"):
         check_export(ExportSpec(gguf=True), base(tmp_path))
 
