@@ -26,7 +26,7 @@ class Section(BaseModel):
 class ModelSpec(Section):
     """The base model."""
 
-    name_or_path: str
+    name_or_path: str = Field(min_length=1)
     """A hub id (`unsloth/Llama-3.2-11B-Vision-Instruct`), a local folder, or an `s3://` prefix."""
     revision: str | None = None
     """Branch, tag or commit of a hub model. Pin a commit to make the run repeatable."""
@@ -75,16 +75,16 @@ class DicomSpec(Section):
     report_key: str | None = None
     """Its column that names the images, by study, series or instance UID, accession number, patient or path. Default: the one
     with such a name."""
-    frames: Literal["middle", "montage"] | list[int] = "middle"
+    frames: Literal["middle", "montage"] | Annotated[list[int], Field(min_length=1)] = "middle"
     """Of a file with many frames, or a CT or MR series: the middle one, a grid of 16, or those at these places (from 0)."""
-    window: tuple[float, float] | None = None
+    window: tuple[float, Annotated[float, Field(gt=0)]] | None = None
     """Center and width of the window, for all files. Default: each file's own."""
 
 
 class DatasetSpec(Section):
     """Rows of image and text, and how they are split."""
 
-    path: str
+    path: str = Field(min_length=1)
     """A hub id, a local folder or file, or an `s3://` prefix."""
     name: str | None = None
     """Configuration name of a hub dataset."""
@@ -95,8 +95,8 @@ class DatasetSpec(Section):
     format: Literal["auto", "imagefolder", "json", "csv", "parquet", "webdataset", "dicom", "hub"] = "auto"
     """How `path` is read. `auto` looks, and says what it took and why."""
     image_column: str | list[str] | None = "image"
-    """Column with the image or a list of images: embedded, a URL, or a path relative to the file that names it. Several columns
-    give several images; null trains on text alone."""
+    """Column with the image or a list of images: embedded, a URL, or a path from the folder that `path` names (of an image
+    folder, from its metadata file). Several columns give several images; null trains on text alone."""
     answer_column: str = "caption"
     """Column with the text to learn."""
     answer: str | None = None
@@ -330,7 +330,7 @@ class ExportSpec(Section):
 class OutputSpec(Section):
     """Where everything goes."""
 
-    url: str
+    url: str = Field(min_length=1)
     """`s3://bucket/prefix`, `file:///folder` or a folder. One run owns it."""
     on_conflict: Literal["refuse", "restart"] = "refuse"
     """When `url` holds a run of a different spec: stop, or begin again from nothing."""

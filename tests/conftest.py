@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.s3 import bucket, new_bucket, s3, s3_server, store
 
@@ -22,6 +23,10 @@ __all__ = ["bucket", "new_bucket", "s3", "s3_server", "store"]
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are so small that more only wait for each other
+
+# On a busy machine an example may take seconds, and that is no fault of what is tested.
+settings.register_profile("busy machine", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy machine")
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / "build" / "tests"
@@ -94,7 +99,7 @@ def job(tmp_path: Path) -> Job:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=600,
             check=False,
         )
 

@@ -78,7 +78,7 @@ def test_a_bundle_runs_where_there_is_no_network(named: dict[str, Any], hub: Hub
     if command is None:
         pytest.skip("no network namespaces here")
     environment = job_environment(tmp_path, JOB_SPEC=spec, JOB_SCRATCH=str(tmp_path / "elsewhere"))
-    ran = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    ran = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert ran.returncode == 0, ran.stderr
     result = json.loads((tmp_path / "output" / "RESULT.json").read_text())
     assert (result["steps"], result["spec_digest"]) == (2, validate(named).digest)
@@ -175,7 +175,7 @@ def endings(hub: Hub, scratch: Path, asked: list[str], **environment: str) -> li
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=True,
     )
     return said.stdout.splitlines()

@@ -99,6 +99,14 @@ def test_contradictory_fields_are_refused(addition: str, sentence: str):
     assert sentence in problems(yaml.safe_dump(tree))
 
 
+def test_an_empty_path_is_no_folder():
+    """It would be the folder where the job was started."""
+    said = problems(MINIMAL.replace("path: d", "path: '', dicom: {frames: []}").replace("url: o", "url: ''"))
+    assert 'dataset.path: found "" (text); String should have at least 1 character' in said
+    assert "output.url" in said
+    assert "found [] (a list); List should have at least 1 item" in said
+
+
 def test_overrides_come_from_the_environment():
     spec = load_spec({"JOB_SPEC": MINIMAL, "JOB__TRAINING__LEARNING_RATE": "1e-4", "JOB__LORA__R": "8"})
     assert (spec.training.learning_rate, spec.lora.r) == (1e-4, 8)

@@ -48,12 +48,13 @@ def frames(data: bytes, spec: DatasetSpec) -> list[Picture]:
         check_size(int(header.Columns), int(header.Rows), spec)
         count = int(header.get("NumberOfFrames") or 1)
         shown = [_frame(header, n, spec) for n in choose(count, spec.dicom.frames)]
+        burned_in = _burned_in(header)
     except BadRow:
         raise
     except Exception as error:  # what a decoder raises for a broken file is its own affair
         raise BadRow(f"DICOM: {_cannot(header) if 'header' in locals() else 'header is broken'}") from error
     for picture in shown:
-        picture.info["burned_in"] = _burned_in(header)
+        picture.info["burned_in"] = burned_in
     return [montage(shown)] if spec.dicom.frames == "montage" and len(shown) > 1 else shown
 
 
@@ -111,8 +112,8 @@ def _grey(values: Numbers, shown: Numbers, own: dict[str, Any], header: Any, spe
     if header.get("VOILUTSequence"):
         bits = int(header.VOILUTSequence[0].LUTDescriptor[2])
         return _shades(apply_voi(scaled.astype(np.int32), header).astype(np.float32) / (2**bits - 1))
-    if own["WindowCenter"] is not None and own["WindowWidth"] is not None:
-        center, width = _first(own["WindowCenter"]), _first(own["WindowWidth"])
+    center, width = _first(own["WindowCenter"]), _first(own["WindowWidth"])
+    if center is not None and width is not None and width > 0:  # some writers say 0 for none
         return _shades(_windowed(scaled, center, width, str(own["VOILUTFunction"] or "LINEAR")))
     return stretch(np.clip(scaled, scaled[shown].min(), scaled[shown].max()) if shown.any() else scaled)
 
@@ -149,9 +150,10 @@ def _padding(values: Numbers, header: Any) -> Numbers:
     return np.asarray((values >= ends[0]) & (values <= ends[1])) if ends else np.zeros(values.shape, bool)
 
 
-def _first(value: Any) -> float:
-    """Of several windows the first, which is the one that viewers show."""
-    return float(value[0]) if hasattr(value, "__len__") and not isinstance(value, str) else float(value)
+def _first(value: Any) -> float | None:
+    """Of several windows the first, which is the one that viewers show; None where there is none."""
+    first = next(iter(value), None) if hasattr(value, "__len__") and not isinstance(value, str) else value
+    return None if first is None or first == "" else float(first)
 
 
 def _burned_in(header: Any) -> str:

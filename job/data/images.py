@@ -51,8 +51,8 @@ class Bounds(NamedTuple):
         scales += [math.sqrt(self.area / (width * height))] if self.area else []
         scales += [self.short / min(width, height)] if self.short else []
         scales += [math.sqrt(self.row / max(pictures, 1) / (width * height))] if self.row else []
-        scale = min(scales)
-        return (width, height) if scale >= 1 else (max(round(width * scale), 1), max(round(height * scale), 1))
+        scale, least = min(scales), min(MIN_SIDE, width, height)
+        return (width, height) if scale >= 1 else (max(round(width * scale), least), max(round(height * scale), least))
 
 
 AS_IT_IS = Bounds()
@@ -119,7 +119,10 @@ def read(place: Place) -> bytes:
             return piece(place.name, place.offset, size) if size else b""
         file = os.open(place.name, os.O_RDONLY | os.O_NONBLOCK)  # a pipe is not waited for
         try:
-            size = os.fstat(file).st_size if size is None else size
+            there = os.fstat(file).st_size - place.offset
+            size = there if size is None else size
+            if not 0 <= size <= there:
+                raise BadRow("image's file is cut short")
             data = os.pread(file, size, place.offset)
         finally:
             os.close(file)

@@ -15,7 +15,7 @@ import numpy as np
 
 from job.data import BadRows
 from job.data.images import BadRow, load_anew
-from job.data.rows import Message, read_sample, repeat_images
+from job.data.rows import Message, as_text, read_sample, repeat_images
 from job.data.similar import Bits, perceptual_hash
 from job.data.sources import Source
 from job.data.tables import PATIENT
@@ -84,8 +84,12 @@ def look(
                 else:
                     good.append(found)
     if len(bad) > dataset.max_bad_fraction * total or not good:
-        raise BadRows(_too_many(bad, total, dataset.max_bad_fraction), bad)
-    return good, bad, {"rows": there} | _facts(good, bad, spec) | ({"looked_at": total} if total < there else {})
+        raise BadRows(_too_many(source.field, bad, total, dataset.max_bad_fraction), bad)
+    return (
+        good,
+        bad,
+        {"rows": there} | _facts(source.field, good, bad, spec) | ({"looked_at": total} if total < there else {}),
+    )
 
 
 def _examine(index: int, row: dict[str, Any], source: Source, spec: JobSpec, measure: Ruler | None) -> Seen:
@@ -127,22 +131,19 @@ def _length(messages: list[Message], sizes: tuple[tuple[int, int], ...], spec: J
 
 
 def _needed(row: dict[str, Any], column: str) -> str:
-    if row.get(column) in (None, ""):
+    said = as_text(row.get(column))
+    if not said:
         raise BadRow(f"no {column}")
-    return str(row[column])
+    return said
 
 
-def as_text(value: Any) -> str:
-    return "" if value is None else str(value)
-
-
-def _facts(good: list[Seen], bad: list[dict[str, Any]], spec: JobSpec) -> dict[str, Any]:
+def _facts(field: str, good: list[Seen], bad: list[dict[str, Any]], spec: JobSpec) -> dict[str, Any]:
     lengths = [row.tokens for row in good if row.tokens]
     sizes = sorted((size for row in good for size in row.sizes), key=math.prod)
     over = sum(length > spec.training.max_length for length in lengths)
     if over and spec.dataset.over_length == "fail":
         raise DataError(
-            f"dataset: {over} of {len(good)} rows have more than training.max_length {spec.training.max_length} tokens (the "
+            f"{field}: {over} of {len(good)} rows have more than training.max_length {spec.training.max_length} tokens (the "
             f"longest {max(lengths)}); raise it, set dataset.image_max_side, or set dataset.over_length to drop or truncate"
         )
     facts: dict[str, Any] = {
@@ -157,11 +158,11 @@ def _facts(good: list[Seen], bad: list[dict[str, Any]], spec: JobSpec) -> dict[s
     return facts
 
 
-def _too_many(bad: list[dict[str, Any]], total: int, allowed: float) -> str:
+def _too_many(field: str, bad: list[dict[str, Any]], total: int, allowed: float) -> str:
     reasons = Counter(row["reason"] for row in bad).most_common(MAX_REASONS)
     first = {row["reason"]: row["row"] for row in reversed(bad)}
     listed = "; ".join(f"{count} × {reason} (first: row {first[reason]})" for reason, count in reasons)
     return (
-        f"dataset: {len(bad)} of {total} rows are bad, over max_bad_fraction {allowed:g}: {listed}. "
+        f"{field}: {len(bad)} of {total} rows are bad, over max_bad_fraction {allowed:g}: {listed}. "
         "Mend them, or raise dataset.max_bad_fraction"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,8 +15,8 @@ import numpy as np
 
 from job.data import Data
 from job.data.images import AS_IT_IS, BadRow, Bounds, load
-from job.data.look import Seen, as_text, look
-from job.data.rows import fixed, last_answer, read_sample, repeat_images, require
+from job.data.look import Seen, look
+from job.data.rows import as_text, fixed, last_answer, read_sample, repeat_images, require
 from job.data.similar import near_pairs
 from job.data.sources import Source, open_source
 from job.data.split import hold_out, units
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from job.model.lengths import Ruler
+
+
+BOTH = ("burned_in_yes", "burned_in_maybe", "over_length", "without_images")
+"""Facts that are counts over rows to train on and rows held out by the user together."""
 
 
 def prepare(
@@ -52,7 +57,9 @@ def prepare(
         split = dataset.eval_split or dataset.split
         other = open_source(dataset, dataset.eval_path or dataset.path, split, scratch, named, bounds)
         _require_columns(other, spec)
-        held, bad_held, _ = look(other, spec, measure, most)
+        held, bad_held, theirs = look(other, spec, measure, most)
+        facts |= {name: facts[name] + theirs[name] for name in BOTH}
+        facts["reasons"] = dict(Counter(facts["reasons"]) + Counter(theirs["reasons"]))
         bad = bad + [{**row, "of": "evaluation"} for row in bad_held]
         numbers = [group_numbers(side, dataset.group_column) for side in (seen, held)]
         facts["same_in_both"] = len(
@@ -133,7 +140,7 @@ def _one(place: int, unit: int, row: dict[str, Any], spec: JobSpec, source: Sour
         images = [load(value, source.files, dataset, len(sample.images)) for value in sample.images]
     except BadRow as reason:
         raise DataError(
-            f"dataset: row {place} was good before and is not now: {reason}; was the data changed?"
+            f"{source.field}: row {place} was good before and is not now: {reason}; was the data changed?"
         ) from None
     messages = repeat_images(sample.messages, [len(each) for each in images])
     return {
@@ -153,9 +160,8 @@ def _require_columns(source: Source, spec: JobSpec) -> None:
         f"evaluation.labels.{name}.column is {label.column}": label.column
         for name, label in spec.evaluation.labels.items()
     }
-    require(
-        {**labels, **{f"evaluation.groups has {column}": column for column in spec.evaluation.groups}}, source.columns
-    )
+    groups = {f"evaluation.groups has {column}": column for column in spec.evaluation.groups}
+    require({**labels, **groups}, source.columns, source.field)
 
 
 def _spread(rows: Dataset, most: int) -> Dataset:

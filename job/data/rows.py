@@ -19,6 +19,8 @@ from job.spec import DatasetSpec
 
 MARK = "<image>"
 FIELD = re.compile(r"(?<!\{)\{([^\W\d][\w .-]*)\}(?!\})")
+HALF = re.compile("[\\ud800-\\udfff]")
+"""Half a character, as of an emoji cut in two: JSON can hold it, and no tokenizer takes it."""
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system"}
 TEXTS = ("text", "input_text", "output_text")
 PICTURES = ("image", "image_url", "input_image")
@@ -44,9 +46,9 @@ class Reading:
     messages: str | None = None
 
 
-def choose_columns(columns: Iterable[str], spec: DatasetSpec) -> Reading:
-    """What the columns of a source mean. What the spec names must be there; a default that is not gives way to the usual other
-    names. Raises DataError with all that is missing."""
+def choose_columns(columns: Iterable[str], spec: DatasetSpec, field: str = "dataset.path") -> Reading:
+    """What the columns of the source that `field` names mean. What the spec names must be there; a default that is not gives
+    way to the usual other names. Raises DataError with all that is missing."""
     present, given = set(columns), spec.model_fields_set
     messages = spec.messages_column
     if messages is None and not {"answer", "answer_column"} & given:
@@ -67,22 +69,24 @@ def choose_columns(columns: Iterable[str], spec: DatasetSpec) -> Reading:
         wanted |= {f"dataset.instruction has {{{name}}}": name for name in FIELD.findall(spec.instruction)}
         wanted |= {f"dataset.answer has {{{name}}}": name for name in FIELD.findall(spec.answer or "")}
         wanted |= {} if spec.answer else {f"dataset.answer_column is {answer}": answer}
-    require(wanted, present)
+    require(wanted, present, field)
     return Reading(tuple(name for name in names if name), answer, messages)
 
 
-def require(wanted: dict[str, str | None], present: Iterable[str]) -> None:
+def require(wanted: dict[str, str | None], present: Iterable[str], field: str) -> None:
     """Raises DataError with every place that names a column which is not there."""
     missing = [where for where, column in wanted.items() if column is not None and column not in present]
     if missing:
-        raise DataError(f"{'; '.join(missing)}: no such column; the data has {', '.join(sorted(present))}")
+        raise DataError(f"{'; '.join(missing)}: no such column; {field} has {', '.join(sorted(present))}")
 
 
 def read_sample(row: dict[str, Any], spec: DatasetSpec, reading: Reading) -> Sample:
     """Raises BadRow."""
     images = [image for name in reading.images for image in _values(row.get(name))]
     if reading.messages is not None:
-        turns = _conversation(row.get(reading.messages), spec.system_prompt)
+        own = row.get("system")  # beside the conversation, as ShareGPT's tools write it
+        system = own if isinstance(own, str) and own.strip() else spec.system_prompt
+        turns = _conversation(row.get(reading.messages), system)
     else:
         if reading.images and not images and not any(row.get(name) in ([], "[]") for name in reading.images):
             raise BadRow("no image")
@@ -116,13 +120,19 @@ def fixed(spec: DatasetSpec) -> bool:
     return spec.instruction_column is None and not FIELD.search(spec.instruction)
 
 
+def as_text(value: Any) -> str:
+    """What a column says, without blanks around it: patient "7 " is "7". A number that is none (pandas writes NaN where nothing
+    was) says nothing."""
+    return "" if value is None or value != value else HALF.sub("?", str(value).strip())
+
+
 def fill(template: str, row: dict[str, Any]) -> str:
     """The template with columns put in. A line whose fields are all empty in this row is left out: not every patient has a
     history."""
     lines = []
     for line in template.split("\n"):
         names = FIELD.findall(line)
-        values = {name: "" if row.get(name) is None else str(row[name]).strip() for name in names}
+        values = {name: as_text(row.get(name)) for name in names}
         if not names or any(values.values()):
             filled = FIELD.sub(lambda found, values=values: values[found[1]], line)  # type: ignore[misc]
             lines.append(filled.replace("{{", "{").replace("}}", "}"))
@@ -138,7 +148,7 @@ def _instruction(row: dict[str, Any], spec: DatasetSpec) -> str:
 def _answer(row: dict[str, Any], spec: DatasetSpec, column: str) -> str:
     if spec.answer is None:
         return _said(row, column)
-    if not any(row.get(name) not in (None, "") for name in FIELD.findall(spec.answer)):
+    if not any(as_text(row.get(name)) for name in FIELD.findall(spec.answer)):
         raise BadRow("every field of dataset.answer is empty")
     return fill(spec.answer, row)
 
@@ -255,6 +265,8 @@ def _is_image(part: Message) -> bool:
 
 
 def _text(text: str) -> Message:
+    if HALF.search(text):
+        raise BadRow("a text with half a character (a lone surrogate)")
     return {"type": "text", "text": text}
 
 

@@ -56,16 +56,22 @@ class Table:
 
 @dataclass(frozen=True)
 class Source:
-    """A table, and how it is read: `columns` are what `read` gives of a row."""
+    """A table, and how it is read: `columns` are what `read` gives of a row. `field` of the spec names it."""
 
     table: Table
     columns: tuple[str, ...]
     files: Files
     reading: Reading
     decided: str
+    field: str
 
     def rows_at(self, places: list[int]) -> list[dict[str, Any]]:
-        columns = self.table.rows[places]
+        try:
+            columns = self.table.rows[places]
+        except UnicodeDecodeError as error:  # a writer may put anything into parquet
+            raise DataError(
+                f"{self.field}: a text in rows {places[0]} to {places[-1]} is not UTF-8; write the file anew"
+            ) from error
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def read(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +96,7 @@ def open_source(
     """The rows at `path`, images not decoded. Raises DataError naming `field` when there is nothing to read."""
     table = _open(spec, path, split, scratch, field)
     columns = columns_of(table.rows, f"{field}: {path}")
-    reading = choose_columns(columns, spec)
+    reading = choose_columns(columns, spec, field)
     bundled = scratch / BUNDLE / "images"
     fetched = bundled if bundled.exists() else scratch / "fetched" / "images"
     way = hashlib.sha256(f"{bounds} {spec.dicom}".encode()).hexdigest()[:16]
@@ -100,7 +106,7 @@ def open_source(
     if spec.answer and not reading.messages:
         what = "answers by template"
     images = f"images in {', '.join(reading.images)}" if reading.images else "no images"
-    return Source(table, columns, files, reading, f"{table.why}; {what}, {images}")
+    return Source(table, columns, files, reading, f"{table.why}; {what}, {images}", field)
 
 
 def _open(spec: DatasetSpec, path: str, split: str, scratch: Path, field: str) -> Table:
@@ -163,6 +169,8 @@ def _decide(spec: DatasetSpec, here: Path, files: list[Path], split: str, field:
         wanted = {"auto": wanted, "imagefolder": ", ".join(METADATA)}.get(asked, asked)
         after = "" if split == TRAIN else f", named after the split {split}"
         raise DataError(f"{field}: {here} holds {listed}; wanted is {wanted}{after}")
+    if len(chosen) == 1 and chosen[0].name in METADATA:
+        return "imagefolder", chosen, f"image folder: it holds {chosen[0].relative_to(root)}"
     why = f"{kind}: {len(chosen)} {chosen[0].suffix} file(s)"
     beside = ", ".join(f"{count} {name}" for name, count in found.items() if name != kind)
     return kind, chosen, f"{why} ({beside} beside them not read)" if beside else why
@@ -185,7 +193,7 @@ def _unpacked(archive: Path, scratch: Path, field: str) -> Path:
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:  # the last: encrypted
             raise DataError(f"{field}: {archive} cannot be unpacked: {error}") from error
         partial.rename(folder)
-    inside = list(folder.iterdir())
+    inside = [path for path in folder.iterdir() if path.name not in ("__MACOSX", ".DS_Store")]
     return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
 
 

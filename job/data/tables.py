@@ -83,11 +83,11 @@ def _csv_lines(stream: Iterator[str]) -> Iterator[str]:
         delimiter = csv.Sniffer().sniff(head, ",;\t|").delimiter
     except csv.Error:
         delimiter = ","
-    names = next(csv.reader([head], delimiter=delimiter), [])
+    names = next(csv.reader([head], delimiter=delimiter, skipinitialspace=True), [])
     if len(set(names)) < len(names):
         raise csv.Error("two columns have the same name")
     # Strict: a quote that is never closed would swallow the rows behind it.
-    for row in csv.DictReader(stream, names, delimiter=delimiter, strict=True):
+    for row in csv.DictReader(stream, names, delimiter=delimiter, strict=True, skipinitialspace=True):
         yield json.dumps(None if None in row else row)
 
 

@@ -89,8 +89,12 @@ def measure(pairs: Mapping[str, Pair], units: NDArray[np.intp], settings: Settin
     return result
 
 
-def permutation_p(observed: float, under_null: Floats) -> float:
-    """The share of permutations at least as extreme, with the +1 of Phipson & Smyth 2010 ("should never be zero")."""
+def permutation_p(observed: float, under_null: Floats) -> float | None:
+    """The share of permutations at least as extreme, with the +1 of Phipson & Smyth 2010 ("should never be zero").
+
+    None where nothing was observed (a metric that is not defined)."""
+    if not math.isfinite(observed):
+        return None
     extreme = int(np.count_nonzero(under_null >= observed - 1e-12 * max(1.0, observed)))
     return round((1 + extreme) / (1 + under_null.size), 6)
 
@@ -120,21 +124,22 @@ def bca(value: float, resampled: Floats, left_out: Floats, confidence: float) ->
     perplexity and other skewed or biased statistics of a few hundred rows. The quantiles are first moved outwards for small
     samples (Hesterberg 2015, The American Statistician 69): a resample of n units has sqrt((n-1)/n) of the spread it should,
     and its own spread is uncertain, for which a t quantile stands in place of the normal one.
-    Values that are not finite (a resample without any row of a class) are left out. All equal: no interval but a point. Fewer
-    than two units: none at all, since one patient cannot say how much patients differ.
+    Values that are not finite (a resample without any row of a class) are left out. All equal: no interval but a point. Of
+    fewer than six units (at 95 %) none at all: no resample leaves the range of the units themselves, which misses the
+    population's median in a share of 2^(1-n) of all samples.
     """
     resampled, left_out = resampled[np.isfinite(resampled)], left_out[np.isfinite(left_out)]
-    if resampled.size == 0 or left_out.size < 2 or not math.isfinite(value):
+    units = left_out.size
+    if resampled.size == 0 or 2.0 ** (1 - units) > 1 - confidence or not math.isfinite(value):
         return math.nan, math.nan
     if np.ptp(resampled) == 0:
         return float(resampled[0]), float(resampled[0])
     below = (np.count_nonzero(resampled < value) + np.count_nonzero(resampled <= value)) / 2 / resampled.size
     edge = 0.5 / resampled.size
     bias = NORMAL.inv_cdf(min(max(below, edge), 1 - edge))
-    distance = left_out.mean() - left_out if left_out.size else np.zeros(1)
+    distance = left_out.mean() - left_out
     spread = float(distance @ distance)
     acceleration = float((distance**3).sum()) / (6 * spread**1.5) if spread > 0 else 0.0
-    units = max(left_out.size, 2)
     half = math.sqrt(units / (units - 1)) * t_quantile((1 + confidence) / 2, units - 1)
     shifted = [bias - half, bias + half]
     levels = [NORMAL.cdf(bias + each / max(1 - acceleration * each, 1e-6)) for each in shifted]

@@ -23,7 +23,6 @@ from job.evaluate.paired import Pair, Settings
 from job.evaluate.scores import Floats, Row
 from job.spec import LabelSpec
 
-FEW_ROWS = 10
 MOST_GROUPS = 12
 OTHER, MISSING = "(other)", "(missing)"
 
@@ -94,7 +93,7 @@ def _by_group(
         inside = names == value
         own = {name: pair.subset(inside) for name, pair in pairs.items() if pair.counted[inside].any()}
         rows = int(inside.sum())
-        result[value] = {"rows": rows, "too_few": rows < FEW_ROWS, **paired.measure(own, units[inside], settings)}
+        result[value] = {"rows": rows, "too_few": rows < wording.FEW, **paired.measure(own, units[inside], settings)}
     return result
 
 
@@ -107,7 +106,7 @@ def _gap(pair: Pair, units: NDArray[np.intp], names: NDArray[np.str_], settings:
     whole = len(set(zip(units.tolist(), names.tolist(), strict=True))) == int(units.max()) + 1
     own = units if whole else np.arange(len(units))  # a unit in several groups cannot be re-assigned as a whole
     values, member = np.unique(names[np.unique(own, return_index=True)[1]], return_inverse=True)
-    enough = [index for index, value in enumerate(values) if pair.counted[names == value].sum() >= FEW_ROWS]
+    enough = [index for index, value in enumerate(values) if pair.counted[names == value].sum() >= wording.FEW]
     if len(enough) < 2:
         return None
     sums = paired.by_unit(pair.after, own)
@@ -128,7 +127,7 @@ def _gap(pair: Pair, units: NDArray[np.intp], names: NDArray[np.str_], settings:
         "highest": str(values[enough[int(observed.argmax())]]),
         "lowest": str(values[enough[int(observed.argmin())]]),
         "p": p,
-        "flagged": p < 1 - settings.confidence,
+        "flagged": p is not None and p < 1 - settings.confidence,
     }
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 Entry = Mapping[str, Any]
+FEW = 10
+"""Samples, or patients, below which no number is to be trusted much."""
 MOST_ITEMS = 40
+MOST_CLASSES = 24
+"""Rows and columns of a confusion table: with free text for a label, it would make a page of 30 MB."""
 JOINED = "\u00a0"  # keeps a number and its unit on one line
 
 
@@ -72,6 +77,14 @@ def about(metric: str) -> About:
     return About(f"{label} macro-F1", "fraction", 1, "F1 of each class, averaged with equal weight", 1)
 
 
+def too_few(measured: Mapping[str, Any]) -> str:
+    """A warning where the whole measurement rests on a few samples or patients; else empty."""
+    settings = measured.get("settings") or {}
+    units = settings.get("units", FEW)
+    of = "samples" if units == settings.get("rows") else "patients or other units"
+    return f"Too few to judge by: only {units} held-out {of}." if units < FEW else ""
+
+
 def unmeasured(measured: Mapping[str, Any]) -> str:
     """Which of the metrics that need a model of their own this run had none for; empty when it had all."""
     missing = [known.title for metric, known in EXTRA.items() if metric not in (measured.get("change") or {})]
@@ -127,6 +140,17 @@ def verdict(metric: str, change: Entry) -> Literal["better", "worse", "changed",
 def primary(measured: Mapping[str, Any]) -> list[str]:
     """The metrics that a reader should look at first: is each label right, then how alike the wording is."""
     return [name for name in measured if name.endswith("_accuracy") or name == "rougeL"]
+
+
+def classes(label: Mapping[str, Any]) -> list[str]:
+    """What a confusion table shows: all that may be stated, or of very many those that occur most, as reference or answer."""
+    seen = Counter[str]()
+    for table in label["confusion"].values():
+        for reference, row in table.items():
+            seen.update({reference: sum(row.values())})
+            seen.update(row)
+    most = {value for value, _ in seen.most_common(MOST_CLASSES)}
+    return [value for value in label["stated"] if len(label["stated"]) <= MOST_CLASSES or value in most]
 
 
 def headline(measured: Mapping[str, Any], metric: str) -> str:

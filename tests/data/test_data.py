@@ -105,7 +105,7 @@ def test_a_folder_without_tables_is_refused(tmp_path: Path, prepared):
 
 def test_a_missing_column_is_named_with_those_there(tmp_path: Path, prepared):
     folder_of(rows_of(4), tmp_path / "data")
-    with pytest.raises(DataError, match=r"answer_column is findings: no such column; the data has .*caption"):
+    with pytest.raises(DataError, match=r"answer_column is findings: no such column; dataset.path has .*caption"):
         prepared(answer_column="findings")
 
 
@@ -187,6 +187,17 @@ def test_rows_of_one_patient_stay_on_one_side(tmp_path: Path, prepared):
     assert not sides[0] & sides[1]
 
 
+def test_blanks_make_no_other_patient_and_nan_is_none(tmp_path: Path, prepared):
+    rows = [{**row, "patient": ["a", "a "][n % 2], "age": float("nan")} for n, row in enumerate(rows_of(8))]
+    rows[0]["patient"] = float("nan")
+    folder_of(rows, tmp_path / "data")
+    tree = {"group_column": "patient", "max_bad_fraction": 0.5, "instruction": "Look.\nAge: {age}"}
+    data = prepared(**tree)
+    assert (len(data.train), len(data.evaluation)) == (7, 0)
+    assert data.quarantined == [{"row": 0, "reason": "no patient"}]
+    assert data.train[0]["messages"][0]["content"][1]["text"] == "Look."
+
+
 def test_the_same_picture_is_never_on_both_sides(tmp_path: Path, prepared):
     folder_of(rows_of(60), tmp_path / "data", {f"{n}.png": png(n % 10) for n in range(60)})
     data = prepared(eval_fraction=0.4)
@@ -201,6 +212,16 @@ def test_rows_held_out_by_the_user_are_compared_with_the_others(tmp_path: Path, 
     folder_of(rows_of(4), tmp_path / "held", {f"{n}.png": png(n) for n in range(4)})
     data = prepared(eval_path=str(tmp_path / "held"))
     assert (data.facts["train"], data.facts["evaluation"], data.facts["same_in_both"]) == (10, 4, 4)
+
+
+def test_what_is_wrong_with_held_out_rows_is_said_of_them(tmp_path: Path, prepared):
+    folder_of(rows_of(3, patient="a"), tmp_path / "data")
+    own = folder_of(rows_of(2), tmp_path / "own", {"1.png": b""})
+    with pytest.raises(DataError, match="dataset.eval_path: 1 of 2 rows are bad"):
+        prepared(eval_path=str(own))
+    assert prepared(max_bad_fraction=0.5).facts["reasons"] == {"image of no known format": 1}
+    with pytest.raises(DataError, match="patient: no such column; dataset.eval_path has caption, file_name"):
+        prepared(group_column="patient")
 
 
 def test_a_large_image_is_shrunk_when_asked(tmp_path: Path, prepared):

@@ -117,6 +117,7 @@ def test_windows_follow_the_standard():
     assert (np.diff(soft.astype(int)) >= 0).all()
     ours = shown(made(RAMP, WindowCenter=1, WindowWidth=2), window=(400, 201))[..., 0]
     assert (ours == by_hand).all()
+    assert (shown(made(RAMP, WindowCenter=0, WindowWidth=0)) == shown(made(RAMP))).all()
 
 
 def test_windows_agree_with_pydicom():
@@ -201,6 +202,9 @@ def test_cut_files_are_bad_rows():
     for size in (133, 400, 1500, 20000):
         with pytest.raises(BadRow):
             load_anew({"bytes": data[:size]}, Files(), spec())
+    modality = b"\x08\x00\x60\x00C"  # its type is broken, which shows when it is asked for
+    with pytest.raises(BadRow):
+        load_anew({"bytes": made(RAMP, Modality="CR").replace(modality + b"S", modality + b"\xb8")}, Files(), spec())
 
 
 SECRET = "Zebedee^Quackenbush"

@@ -107,7 +107,7 @@ def test_a_large_jpeg_is_shrunk_to_the_same_picture_as_a_png():
     assert np.abs(small[0] - small[1]).mean() < 2
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(["PNG", "JPEG", "TIFF", "GIF", "WEBP", "BMP"]), st.integers(0, 2**32), st.integers(1, 40))
 def test_a_damaged_file_is_a_picture_or_a_bad_row(kind: str, seed: int, hits: int):
     chance = np.random.default_rng(seed)
@@ -143,6 +143,10 @@ def bounded(tmp_path: Path, **bounds: float) -> Files:
 )
 def test_bounds_keep_the_shape_and_make_nothing_larger(bounds: dict[str, float], pictures: int, size: tuple[int, int]):
     assert Bounds(**bounds).size(400, 200, pictures) == size
+
+
+def test_no_side_is_shrunk_below_what_processors_take():
+    assert Bounds(side=50).size(2000, 50, 1) == (50, 4)
 
 
 def test_grey_pictures_are_kept_as_such(tmp_path: Path):

@@ -49,7 +49,9 @@ def test_braces_that_name_no_column_stay():
 
 
 def test_a_template_with_an_unknown_column_is_refused_before_any_row_is_read():
-    with pytest.raises(DataError, match=r"dataset\.instruction has \{histroy\}: no such column; the data has caption"):
+    with pytest.raises(
+        DataError, match=r"dataset\.instruction has \{histroy\}: no such column; dataset.path has caption"
+    ):
         read({"image": "a", "caption": "b"}, instruction="{histroy}")
 
 
@@ -73,6 +75,8 @@ def test_llava_conversations_put_images_where_they_are_named():
     more = [{"from": "human", "value": "Compare <image> with\n<image>"}, {"from": "gpt", "value": "Grown."}]
     sample = read({"image": ["a", "b", "c"], "conversations": LLAVA + more}, system_prompt="Be brief.")
     assert short(sample)[0] == ("system", ["Be brief."])
+    own = read({"image": "a", "conversations": LLAVA, "system": "Be long."}, system_prompt="Be brief.")
+    assert short(own)[0] == ("system", ["Be long."])
     assert short(sample)[3] == ("user", ["Compare ", "◻", " with", "◻"])
     assert sample.images == ["a", "b", "c"]
 

@@ -149,7 +149,7 @@ def test_auto_says_what_it_did_not_read(tmp_path: Path, prepared):
     (tmp_path / "data" / "b.csv").write_text("x\n1\n")
     source = prepared(tmp_path / "data", image_column="file_name").facts["source"]
     assert source.startswith("json: 1 .jsonl file(s) (1 csv beside them not read); answers in caption")
-    with pytest.raises(DataError, match=r"answer_column is caption: no such column; the data has x"):
+    with pytest.raises(DataError, match=r"answer_column is caption: no such column; dataset.path has x"):
         prepared(tmp_path / "data", format="csv", image_column=None)
 
 
@@ -251,6 +251,20 @@ def test_a_zip_is_the_folder_in_it(tmp_path: Path, prepared):
         prepared(archive)
 
 
+def test_a_table_below_the_folder_names_the_images_beside_it(tmp_path: Path, prepared):
+    """As a Mac packs a folder, and with another file beside the folder."""
+    folder = folder_of(rows_of(2), tmp_path / "x" / "chest")
+    (tmp_path / "x" / "__MACOSX" / "chest").mkdir(parents=True)
+    (tmp_path / "x" / "__MACOSX" / "chest" / "._metadata.jsonl").write_bytes(b"\0\5")
+    (tmp_path / "x" / ".DS_Store").write_bytes(b"\0")
+    rows = prepared(shutil.make_archive(str(tmp_path / "chest"), "zip", tmp_path / "x"))
+    assert shades(rows) == [("caption 0", [0]), ("caption 1", [1])]
+    (folder.parent / "readme.txt").write_text("")
+    data = prepared(folder.parent)
+    assert shades(data) == shades(rows)
+    assert "image folder: it holds chest/metadata.jsonl" in data.facts["source"]
+
+
 @pytest.mark.parametrize(
     ("table", "reason"),
     [
@@ -277,6 +291,8 @@ def test_odd_tables_are_read(tmp_path: Path, prepared):
     (folder / "b.jsonl").write_text('\n{"image": "0.png", "caption": "a\u2028b"}\n\n', encoding="utf-8")
     assert shades(prepared(folder / "a[1].csv")) == [("Größe", [0])]
     assert shades(prepared(folder / "b.jsonl")) == [("a\u2028b", [0])]
+    (folder / "c.csv").write_text('image, caption\n0.png, "a, b"\n')
+    assert shades(prepared(folder / "c.csv")) == [("a, b", [0])]
 
 
 def test_values_of_a_stranger_are_bad_rows_at_most(tmp_path: Path, prepared):
@@ -290,6 +306,8 @@ def test_values_of_a_stranger_are_bad_rows_at_most(tmp_path: Path, prepared):
         {"montage": 5, "path": "x"},
         {"montage": [3, []]},
         {"path": "x", "offset": "y"},
+        {"path": "r.jsonl", "offset": 0, "size": 10**18},
+        {"path": "r.jsonl", "offset": 10**30},
         {"bytes": [1]},
         secret,
         7,
@@ -300,6 +318,27 @@ def test_values_of_a_stranger_are_bad_rows_at_most(tmp_path: Path, prepared):
         prepared(tmp_path / "d" / "r.jsonl")
     shard(tmp_path / "t" / "x.tar", {"a.png": png(), "a.json": b'{"caption": "c", "png": {"path": "/etc/passwd"}}'})
     assert shades(prepared(tmp_path / "t")) == [("c", [0])]
+
+
+def test_half_a_character_spoils_its_row_alone(tmp_path: Path, prepared):
+    """An emoji that was cut in two is valid JSON; tokenizers and files refuse it."""
+    (tmp_path / "0.png").write_bytes(png())
+    cut = [{"caption": "c \ud83d"}, {"caption": "c", "site": "\udc00"}]
+    (tmp_path / "r.jsonl").write_text("\n".join(json.dumps({"image": "0.png", **row}) for row in cut))
+    data = prepared(tmp_path / "r.jsonl", max_bad_fraction=0.5, instruction="Site: {site}")
+    assert data.quarantined == [{"row": 0, "reason": "a text with half a character (a lone surrogate)"}]
+    assert data.train[0]["messages"][0]["content"][1]["text"] == "Site: ?"
+
+
+def test_parquet_with_texts_that_are_no_utf8_is_told_where(tmp_path: Path, prepared):
+    import pyarrow
+    from pyarrow import parquet
+
+    texts = pyarrow.array([b"ok", "Größe".encode("latin-1")])
+    caption = pyarrow.Array.from_buffers(pyarrow.string(), 2, texts.buffers())
+    parquet.write_table(pyarrow.table({"image": [png()] * 2, "caption": caption}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="a text in rows 0 to 1 is not UTF-8"):
+        prepared(tmp_path)
 
 
 def test_parquet_files_that_do_not_belong_together_are_named(tmp_path: Path, prepared):

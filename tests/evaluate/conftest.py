@@ -102,7 +102,7 @@ class Browser:
             f"{self.session}/{verb}", data, {"Content-Type": "application/json"}, method=method
         )
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:
+            with urllib.request.urlopen(request, timeout=240) as response:
                 return json.load(response)["value"]
         except urllib.error.HTTPError as error:
             with error:
@@ -113,7 +113,7 @@ class Browser:
         self.ask("url", {"url": url})
         self.devtools("Page.bringToFront")
         loaded = f"document.readyState === 'complete' && location.href === {json.dumps(url)}"
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not self.run(f"return {loaded}") and time.monotonic() < deadline:
             time.sleep(0.05)
         self.run("return new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
@@ -146,7 +146,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 def _port(log: Any) -> int:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         for line in log.read_text().splitlines():
             if "started successfully on port" in line:

@@ -144,8 +144,14 @@ def test_bca_of_no_finite_value_is_undefined() -> None:
     assert np.isnan(paired.bca(0.5, np.full(100, np.nan), np.full(10, 0.5), 0.95)).all()
 
 
-def test_one_patient_gives_no_interval_and_counts_as_one_row() -> None:
-    assert np.isnan(paired.bca(0.5, np.full(100, 0.5), np.zeros(1), 0.95)).all()
+@pytest.mark.parametrize(("patients", "confidence", "enough"), [(1, 0.95, 0), (5, 0.95, 0), (6, 0.95, 1), (5, 0.9, 1)])
+def test_few_patients_give_no_interval(patients: int, confidence: float, enough: int) -> None:
+    """Resamples of n lie within their range, which misses the median of the population in 2^(1-n) of all samples."""
+    low, _ = paired.bca(0.5, np.linspace(0.4, 0.6, 100), np.linspace(0.4, 0.6, patients), confidence)
+    assert np.isfinite(low) == enough
+
+
+def test_one_patient_counts_as_one_row() -> None:
     assert paired.effective_rows(np.array([0.0, 1.0]), np.zeros(2, dtype=int)) == 1
 
 

@@ -165,6 +165,26 @@ def test_markdown_says_what_the_page_says(facts: dict[str, Any]) -> None:
     assert "patient-" not in text
 
 
+def test_a_label_of_very_many_values_shows_those_that_occur_most(facts: dict[str, Any]) -> None:
+    label = facts["metrics"]["labels"]["finding"]
+    label["stated"] = [*label["stated"], *(f"text {n}" for n in range(3000))]
+    page = report.render(facts)
+    assert f"Of {len(label['stated']):,} values, the " in page
+    assert len(page) < 500_000
+    for reference in label["confusion"]["after"]:
+        assert f'<th scope="row">{reference}</th>' in page
+
+
+def test_few_samples_are_said_first(facts: dict[str, Any]) -> None:
+    facts["metrics"]["settings"] |= {"units": 4}
+    said = "Too few to judge by: only 4 held-out patients or other units."
+    assert f"<strong>{said}</strong>" in report.render(facts)
+    assert report.markdown(facts).lstrip().startswith(f"**{said}**")
+    assert "Too few to judge" not in report.render(
+        facts | {"metrics": facts["metrics"] | {"settings": {"units": 24, "rows": 48}}}
+    )
+
+
 def test_energy_and_cost_are_sums_over_all_steps(facts: dict[str, Any]) -> None:
     """A hundred steps of 2.5 s at 288 W: 0.02 kWh; 250 s at 3.6 an hour: 0.25."""
     facts["log"] = [line | {"gpu_power_watts": 288.0} for line in facts["log"] if line["step"] % 10 == 0]

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from job.evaluate import report
+from tests.conftest import CACHE
 
 DESK, PHONE = 1280, 390
 CONTRAST = """
@@ -63,6 +64,20 @@ def test_all_text_has_contrast(browser: Any, page: str, width: int, scheme: str)
     browser.show_as(width=width, scheme=scheme)
     browser.open(page)
     assert browser.run(CONTRAST) == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [DESK, PHONE])
+def test_a_picture_of_the_page_is_kept_to_be_looked_at(browser: Any, page: str, width: int, scheme: str) -> None:
+    """build/tests/report-1280-light.png and so on: what no check of a style sheet sees, a person does."""
+    browser.show_as(width=width, scheme=scheme)
+    browser.open(page)
+    shot = browser.devtools("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+    with Image.open(io.BytesIO(base64.b64decode(shot))) as picture:
+        picture.convert("RGB").save(CACHE / f"report-{width}-{scheme}.png")
+        assert width - 20 < picture.width <= width  # a desktop shows a scroll bar
+        assert picture.height > 3000
+        assert len(picture.convert("RGB").getcolors(2**24) or []) > 100
 
 
 def test_dark_and_light_differ(browser: Any, page: str) -> None:

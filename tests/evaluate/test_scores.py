@@ -16,6 +16,7 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
 from job.evaluate import scores
+from job.evaluate.statistics import compare
 
 WORDS = st.sampled_from(["the", "a", "nodule", "left", "Right", "lung.", "no", "effusion,", "is", "seen", "1.5", "cm"])
 TEXTS = st.lists(WORDS, max_size=14).map(" ".join)
@@ -31,7 +32,7 @@ def value(rows: list[dict[str, Any]], metric: str, labels: Any = None) -> float:
     return float(sums.finish(sums.rows.sum(axis=0)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=6))
 def test_bleu_and_chrf_are_those_of_sacrebleu(pairs: list[tuple[str, str]]) -> None:
     rows = [row(*pair) for pair in pairs]
@@ -40,7 +41,7 @@ def test_bleu_and_chrf_are_those_of_sacrebleu(pairs: list[tuple[str, str]]) -> N
     assert value(rows, "chrf") == pytest.approx(CHRF().corpus_score(generated, [references]).score, abs=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(ASCII | TEXTS, ASCII | TEXTS), min_size=1, max_size=4))
 def test_rouge_is_that_of_rouge_score_on_ascii_text(pairs: list[tuple[str, str]]) -> None:
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
@@ -115,6 +116,12 @@ def test_macro_f1_is_that_of_scikit_learn() -> None:
     labels = {"kind": SimpleNamespace(values=None, pattern=None)}
     assert value(rows, "kind_macro_f1", labels) == pytest.approx(0.8 / 3)
     assert value(rows, "kind_accuracy", labels) == pytest.approx(2 / 6)
+
+
+def test_what_is_not_defined_has_no_p() -> None:
+    rows = [{"id": str(n), "reference": "?", "generated": "clear lungs"} for n in range(12)]
+    entry = compare(rows, rows, {}, (), bootstrap_samples=100, confidence=0.95, seed=1)["change"]["length_ratio"]
+    assert entry == {"value": None, "low": None, "high": None, "n": 12, "p": None}
 
 
 def test_no_text_at_all_scores_nothing_and_does_not_fail() -> None:

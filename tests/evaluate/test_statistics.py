@@ -154,9 +154,9 @@ def test_always_answering_the_commonest_label_is_the_measure_of_accuracy(make_ro
 
 def test_two_hundred_rows_and_a_thousand_resamples_take_seconds(make_rows: Callable[..., Any]) -> None:
     before, after = make_rows(0.2, 200), make_rows(0.9, 200)
-    start = time.perf_counter()
+    start = time.process_time()  # of this process alone: others on the machine do not count
     compare(before, after, ["sex", "site"], 1000)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_measuring_and_reporting_need_no_torch() -> None:
