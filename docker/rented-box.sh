@@ -3,7 +3,7 @@
 #
 # On a machine with docker (Lambda, any cloud's virtual machine):
 #
-#     JOB_SPEC=s3://bucket/spec.yaml JOB_IMAGE=registry/vision-lora-job@sha256:… docker/rented-box.sh
+#     JOB_SPEC=spec.yaml JOB_IMAGE=registry/vision-lora-job@sha256:… nohup docker/rented-box.sh &
 #
 # Where the box is itself a container (RunPod, vast.ai), take the image as the box's image, set JOB_SPEC and the store's
 # variables in its settings, and give it this start command:
@@ -52,7 +52,7 @@ stop_box() {
             "{\"instance_ids\": [\"$LAMBDA_INSTANCE_ID\"]}"
     else
         say "no way to stop this box is known; set JOB_STOP_COMMAND. It may be billing"
-        return 1
+        return 2
     fi
 }
 
@@ -64,16 +64,31 @@ hear() {
 }
 trap hear TERM INT
 
+# Ends when a notice comes.
+pause() {
+    sleep "${JOB_RESTART_SECONDS:-20}" &
+    wait $!
+    kill $! 2>/dev/null
+}
+
+leave_if_noticed() {
+    [ -z "$noticed" ] || { say "exit $code: the box is being taken away; start the same job elsewhere to go on"; exit "$code"; }
+}
+
 # One attempt; returns the job's exit code. The subshell outlives signals, to tell it.
 attempt() {
     if [ "$python" = python3 ]; then
         local pass=() variable
         for variable in $(compgen -e); do
-            case $variable in JOB_SPEC | JOB__* | JOB_GRACE_SECONDS | JOB_LEASE_SECONDS | AWS_* | HF_* | *_proxy | *_PROXY) pass+=(--env "$variable") ;; esac
+            case $variable in
+                JOB_SPEC | JOB__* | JOB_GRACE_SECONDS | JOB_LEASE_SECONDS | JOB_METRICS_* | JOB_PRICE_PER_HOUR | JOB_IMAGE_DIGEST | JOB_BUNDLE | \
+                    AWS_* | HF_* | *_proxy | *_PROXY) pass+=(--env "$variable") ;;
+            esac
         done
+        docker stop --time "${JOB_GRACE_SECONDS:-30}" "$name" >/dev/null 2>&1 # of a start that was killed here
         docker rm -f "$name" >/dev/null 2>&1
         set -- docker run --rm --name "$name" --gpus all --read-only --tmpfs /tmp --shm-size 8g --cap-drop ALL \
-            --security-opt no-new-privileges --volume "$name-scratch:/scratch" --env JOB_IMAGE_DIGEST "${pass[@]}" "$JOB_IMAGE"
+            --security-opt no-new-privileges --volume "$name-scratch:/scratch" "${pass[@]}" "$JOB_IMAGE"
     else
         set -- "$python" -m job run
     fi
@@ -82,32 +97,47 @@ attempt() {
     (
         trap : TERM INT
         "$@"
-        echo $? >"$codes"
+        code=$?
+        echo "$code" >"$codes"
+        exit "$code" # which is all there is on a full disk
     ) &
     child=$!
-    while kill -0 "$child" 2>/dev/null; do wait "$child"; done
+    local code=137
+    while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done
     child=''
-    return "$(cat "$codes"; rm "$codes")"
+    code=$(grep . "$codes" || echo "$code")
+    rm -f "$codes"
+    return "$code"
 }
 
+code=75 restarts=${JOB_MAX_RESTARTS:-50}
+[[ $restarts =~ ^[1-9][0-9]*$ ]] || { say "JOB_MAX_RESTARTS is $restarts, which is no number above 0; 50 is taken"; restarts=50; }
+if [ -f "${JOB_SPEC:-}" ]; then JOB_SPEC=$(cat "$JOB_SPEC"); fi
 if [ "$python" = python3 ]; then
     [ -n "${JOB_IMAGE:-}" ] || { say "JOB_IMAGE is empty; say which image to run"; exit 78; }
     docker pull -q "$JOB_IMAGE" >/dev/null || say "$JOB_IMAGE cannot be pulled; an image that is here already will do"
     JOB_IMAGE_DIGEST=$(docker image inspect --format '{{index .RepoDigests 0}}' "$JOB_IMAGE" 2>/dev/null)
     export JOB_IMAGE_DIGEST
 fi
-for try in $(seq "${JOB_MAX_RESTARTS:-50}"); do
+for try in $(seq "$restarts"); do
+    leave_if_noticed
     say "attempt $try"
     attempt
     code=$?
-    [ -z "$noticed" ] || { say "exit $code: the box is being taken away; start the same job elsewhere to go on"; exit "$code"; }
+    leave_if_noticed
     # By the table in job/errors.py; 137 is a kill, for want of memory say, and the job itself counts those.
     case $code in
-        0 | 65 | 70 | 71 | 76 | 77 | 78 | 79) break ;;
-        69 | 75 | 137) sleep "${JOB_RESTART_SECONDS:-20}" ;;
+        69 | 75 | 137) pause ;;
         *) break ;;
     esac
 done
+leave_if_noticed
 say "exit $code"
-stop_box || code=$((code == 0 ? 1 : code))
+for _ in 1 2 3 4 5; do # a box that goes on bills for ever, so it is asked again
+    stop_box
+    stopped=$?
+    [ "$stopped" = 1 ] || break
+    pause
+done
+[ "$stopped" = 0 ] || code=$((code == 0 ? 1 : code))
 exit "$code"

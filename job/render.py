@@ -165,9 +165,12 @@ def _set(env: list[dict[str, Any]], variables: Mapping[str, str]) -> None:
 
 
 def _asks_hub(spec: JobSpec) -> bool:
-    """Whether a model or a data set is named by hub id."""
+    """Whether a model or a data set is named by hub id, or something shall be pushed there."""
     names = (spec.model.name_or_path, spec.dataset.path)
-    return any(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists() for name in names)
+    pushed = spec.export.hub.adapter_repo or spec.export.hub.merged_repo
+    return pushed is not None or any(
+        re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists() for name in names
+    )
 
 
 def _check_paths(spec: JobSpec, pod: dict[str, Any]) -> None:
@@ -196,15 +199,20 @@ def _check_paths(spec: JobSpec, pod: dict[str, Any]) -> None:
         raise SpecError("the spec names folders of this machine:\n" + "\n".join(problems))
 
 
+NO_TEXT = re.compile(r"[-+.\d].*|[yYnN]")
+"""What kubectl's YAML reads as a number or a truth where ours would not, such as 1e-4 and y."""
+
+
 class _Dumper(yaml.SafeDumper):
-    """Long texts as blocks, and no anchors."""
+    """Long texts as blocks, what may not be taken for text in quotes, and no anchors."""
 
     def ignore_aliases(self, _data: Any) -> bool:
         return True
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+    style = "|" if "\n" in text else '"' if NO_TEXT.fullmatch(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 _Dumper.add_representer(str, _text)

@@ -24,7 +24,7 @@ from job.plan import Plan, describe, make_plan
 from job.preemption import Preemption, seconds
 from job.ranks import Ranks, joined
 from job.record import Record
-from job.scratch import breathing, full_disk_told, prepare_scratch
+from job.scratch import breathing, check_kernels, full_disk_told, prepare_scratch
 from job.spec import JobSpec
 from job.spot import watching
 from job.store import ReadOnly, Store, check_writable, open_store
@@ -152,6 +152,8 @@ def stage_in(
     ranks.once_per_node(scratch, "bundle", lambda: use_bundle(spec, environment, scratch))
     with nullcontext() if ranks.place.local_rank else arriving(spec, scratch):
         device = find_device(has_torch=True)
+        if device.kind == "cuda":
+            check_kernels(environment)
         if ranks.shared("device", device.kind) != device.kind:
             raise SpecError(
                 f"rank {ranks.rank} on {socket.gethostname()} has a {device.kind} and rank 0 has none of these: start as many "

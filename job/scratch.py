@@ -72,6 +72,17 @@ def prepare_scratch(environment: MutableMapping[str, str]) -> Path:
     return scratch
 
 
+def check_kernels(environment: Mapping[str, str]) -> None:
+    """Whether what is compiled for a GPU can be loaded from its folder. Raises NotAllowed for a mount without the right to
+    execute, where the loader fails with "failed to map segment from shared object"."""
+    for folder in (environment["TRITON_CACHE_DIR"], environment["TORCHINDUCTOR_CACHE_DIR"]):
+        if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+            raise NotAllowed(
+                f"scratch folder {folder} is mounted noexec, and kernels for the GPU are compiled and loaded there; set "
+                "JOB_SCRATCH to a folder of another mount"
+            )
+
+
 @contextmanager
 def breathing(scratch: Path) -> Iterator[None]:
     """Touch `heartbeat` in scratch every `BREATH_SECONDS` from a thread: what the probes of containers look at.

@@ -12,14 +12,17 @@ import sys
 from typing import Any
 
 from job.__main__ import leave
-from job.errors import BUG, EXIT_CODES, Preempted
+from job.errors import BUG, EXIT_CODES, Preempted, SpecError
 from job.preemption import grace_seconds
 
 
 def main() -> None:
     """Run torchrun. On SIGTERM the workers get it too, and all the grace there is before they are killed."""
     signal.signal(signal.SIGTERM, leave)  # until torchrun's own handlers are there
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(grace_seconds(os.environ))))
+    try:
+        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(grace_seconds(os.environ))))
+    except SpecError as error:
+        _end(error.exit_code, str(error))
 
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException

@@ -2,7 +2,7 @@
 # A sweep: one spec, a table of overrides, one output for each of its lines. From the repository's folder:
 #
 #     export JOB_SPEC=spec.yaml JOB_SWEEP=sweep.tsv JOB_SWEEP_OUTPUT=s3://bucket/sweep
-#     sbatch --array=1-$(($(wc -l < $JOB_SWEEP) - 1)) slurm/array.sh          # add %4 for at most four at once
+#     sbatch --array=1-$(($(grep -c . $JOB_SWEEP) - 1)) slurm/array.sh          # add %4 for at most four at once
 #
 # The table's first line names fields of the spec, the others give values, with tabs between them:
 #
@@ -10,7 +10,7 @@
 #     1e-4                    16
 #     2e-4                    32
 #
-# The task of line 2 publishes to $JOB_SWEEP_OUTPUT/2. Each task is preempted, requeued and resumed on its own.
+# The task of the second row publishes to $JOB_SWEEP_OUTPUT/2. Each task is preempted, requeued and resumed on its own.
 # Edit below what your site wants; the settings are those of slurm/train.sh.
 #SBATCH --job-name=vision-lora-sweep
 #SBATCH --output=%x-%A-%a.log
@@ -33,12 +33,13 @@ task=${SLURM_ARRAY_TASK_ID:-}
 [ -n "$task" ] || fail "slurm/array.sh runs as an array; give sbatch --array=1-N"
 [ -f "${JOB_SWEEP:-}" ] || fail "JOB_SWEEP: there is no table ${JOB_SWEEP:-(it is empty)}"
 [ -n "${JOB_SWEEP_OUTPUT:-}" ] || fail "JOB_SWEEP_OUTPUT is empty; it is the folder or URL under which each task has its own"
-IFS=$'\t' read -ra fields < <(head -n 1 "$JOB_SWEEP")
-IFS=$'\t' read -ra values < <(sed -n "$((task + 1))p" "$JOB_SWEEP")
-[ "${#values[@]}" = "${#fields[@]}" ] || fail "JOB_SWEEP: line $task of $JOB_SWEEP has ${#values[@]} values for ${#fields[@]} fields"
+line() { sed -n "$1p" "$JOB_SWEEP" | tr -d '\r'; } # a spreadsheet may end lines with one
+IFS=$'\t' read -ra fields < <(line 1)
+IFS=$'\t' read -ra values < <(line $((task + 1)))
+[ "${#values[@]}" = "${#fields[@]}" ] || fail "JOB_SWEEP: row $task of $JOB_SWEEP has ${#values[@]} values for ${#fields[@]} fields"
 for i in "${!fields[@]}"; do
     name=${fields[i]^^}
-    export "JOB__${name//./__}=${values[i]}"
+    export "JOB__${name//./__}=${values[i]}" || fail "JOB_SWEEP: ${fields[i]} in the first line of $JOB_SWEEP is no field of a spec"
     say "${fields[i]}: ${values[i]}"
 done
 export JOB__OUTPUT__URL=${JOB_SWEEP_OUTPUT%/}/$task

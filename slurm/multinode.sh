@@ -41,11 +41,11 @@ after='case $? in 138 | 143) exit 75 ;; 65) exit 165 ;; 70) exit 170 ;; 71) exit
 # shellcheck disable=SC2317  # start calls it
 ranks() {
     if [ "$JOB_RUNTIME" = pyxis ]; then
-        srun --ntasks-per-node=1 bash -c "umask 077; mkdir -p '$scratch'"
+        srun --ntasks-per-node=1 --export=ALL bash -c "umask 077; mkdir -p ${scratch@Q}"
         compose bash -c "$before; \"\$@\"; $after" rank "$python" -m job run
         command=(srun --kill-on-bad-exit=0 --wait="$patience" "${command[@]:1}")
     else
-        command=(srun --kill-on-bad-exit=0 --wait="$patience" bash -c "$before; . '$JOB_HOME/slurm/rank.sh'; $after")
+        command=(srun --kill-on-bad-exit=0 --wait="$patience" --export=ALL bash -c "$before; . \"\$JOB_HOME/slurm/rank.sh\"; $after")
     fi
     "${command[@]}"
     case $? in 165) return 65 ;; 170) return 70 ;; 171) return 71 ;; *) return $? ;; esac

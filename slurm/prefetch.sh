@@ -30,9 +30,12 @@ fi
 [ "$JOB_RUNTIME" != pyxis ] || fail "pyxis starts containers in jobs only; for this script set JOB_RUNTIME=venv and JOB_IMAGE to a
 virtual environment with the train extra"
 say "gathering what the spec names in $JOB_BUNDLE"
-mkdir -p "$JOB_BUNDLE" "$scratch"
-JOB_MOUNTS="${JOB_MOUNTS:-} $JOB_BUNDLE"
 target=$JOB_BUNDLE
+case $target in
+    s3://*) mkdir -p "$scratch" ;;
+    /*) mkdir -p "$target" "$scratch" && JOB_MOUNTS="${JOB_MOUNTS:-} $target" ;;
+    *) fail "JOB_BUNDLE is $target; give its whole path, or an s3:// prefix" ;;
+esac || fail "$target or $scratch cannot be made"
 unset JOB_BUNDLE # there is none yet
 compose "$python" -m job prefetch "$JOB_SPEC" "$target"
 carry_out

@@ -17,7 +17,7 @@ eval "$before"
 scratch=${JOB_NODE_SCRATCH:-/tmp}/vision-lora-$SLURM_JOB_ID
 
 # The spec itself travels, so that nobody else need see its file.
-[ -n "${JOB_SPEC:-}" ] || fail "JOB_SPEC is empty; export it (a spec's path, URL or text) first"
+[ -n "${JOB_SPEC:-}" ] || fail "JOB_SPEC is empty; export it (a spec's path, URL or text), and let sbatch hand it on: --export=ALL"
 if [ -f "$JOB_SPEC" ]; then JOB_SPEC=$(cat "$JOB_SPEC"); fi
 set +a
 
@@ -30,7 +30,7 @@ python=/opt/venv/bin/python
 # Variables that the job may see: its own, and what stores, hubs, proxies and NCCL are set up with.
 shopt -s extglob
 known='JOB_SPEC|JOB__*|JOB_SCRATCH|JOB_GRACE_SECONDS|JOB_LEASE_SECONDS|JOB_IMAGE_DIGEST|JOB_BUNDLE|AWS_*|HF_*'
-known+='|HUGGING_FACE_HUB_TOKEN|SSL_CERT_FILE|REQUESTS_CA_BUNDLE|@(http|https|no|HTTP|HTTPS|NO)_@(proxy|PROXY)|NCCL_*|GLOO_*'
+known+='|JOB_METRICS_*|JOB_PRICE_PER_HOUR|HUGGING_FACE_HUB_TOKEN|SSL_CERT_FILE|REQUESTS_CA_BUNDLE|@(http|https|no|HTTP|HTTPS|NO)_@(proxy|PROXY)|NCCL_*|GLOO_*'
 known+='|SLURM_JOB_ID|SLURM_JOB_END_TIME|SLURM_RESTART_COUNT|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_@(ADDR|PORT)'
 [ -z "${JOB_PASS_ENV:-}" ] || known+="|${JOB_PASS_ENV// /|}"
 
@@ -49,18 +49,18 @@ keep_names() {
 
 # Set `command` to what runs PROGRAM ARGUMENTS under JOB_RUNTIME. Changes this shell's environment.
 compose() {
-    local name folder gpus=${SLURM_JOB_GPUS:-${SLURM_STEP_GPUS:-}}
+    local name folder gpus=${SLURM_STEP_GPUS:-${SLURM_JOB_GPUS:-}} # the job's are those of its first node
     local -a mounts=("$scratch:/scratch") options=()
     export JOB_SCRATCH=/scratch
     if [ -f "$JOB_IMAGE.digest" ]; then JOB_IMAGE_DIGEST=$(cat "$JOB_IMAGE.digest") && export JOB_IMAGE_DIGEST; fi
-    case ${JOB_BUNDLE:-} in /*) mounts+=("$JOB_BUNDLE:$JOB_BUNDLE:ro") ;; esac
+    case ${JOB_BUNDLE:-s3://} in /*) mounts+=("$JOB_BUNDLE:$JOB_BUNDLE:ro") ;; s3://*) ;; *) fail "JOB_BUNDLE is $JOB_BUNDLE; give its whole path" ;; esac
     for folder in ${JOB_MOUNTS:-}; do
         case $folder in *:ro) mounts+=("${folder%:ro}:$folder") ;; *) mounts+=("$folder:$folder") ;; esac
     done
     case $JOB_RUNTIME in
         apptainer)
             export APPTAINERENV_TMPDIR=/scratch # its own /tmp is 64 MB of memory
-            for name in $(names) CUDA_VISIBLE_DEVICES; do export "APPTAINERENV_$name=${!name-}"; done
+            for name in $(names) ${CUDA_VISIBLE_DEVICES+CUDA_VISIBLE_DEVICES}; do export "APPTAINERENV_$name=${!name-}"; done
             for folder in "${mounts[@]:1}"; do options+=(--bind "$folder"); done
             command=(apptainer exec ${gpus:+--nv} --contain --cleanenv --no-eval --home "${mounts[0]}" --pwd /scratch "${options[@]}"
                 "$JOB_IMAGE" "$@") ;;

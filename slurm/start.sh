@@ -10,6 +10,9 @@ kill_wait=$(scontrol show config | sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p')
 : "${kill_wait:=30}" "${JOB_GRACE_SECONDS:=$((kill_wait > 8 ? kill_wait - 3 : 5))}"
 : "${SLURM_JOB_END_TIME:=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null)}"
 export JOB_GRACE_SECONDS SLURM_JOB_END_TIME
+[[ ${JOB_MAX_RESTARTS:=50} =~ ^[0-9]+$ ]] || fail "JOB_MAX_RESTARTS is $JOB_MAX_RESTARTS; it is a number"
+# By its number alone Slurm would take one task of an array, which bears the array's own, for all of them.
+this=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 
 # SIGUSR1 comes ahead of the time limit (--signal): the job saves, leaves with 75, and we requeue it. SIGTERM comes when
 # Slurm ends the job, and Slurm then decides what becomes of it: one that it preempted, or whose node broke, it requeues
@@ -30,11 +33,14 @@ to_its_end() {
     (
         trap : USR1 TERM INT # outlive them, to tell the code: bash's wait can lose it when a signal comes with the end
         "$@"
-        echo $? >"$scratch.code"
+        code=$?
+        echo "$code" >"$scratch.code"
+        exit "$code" # which is all there is on a full disk
     ) &
     child=$!
-    while kill -0 "$child" 2>/dev/null; do wait "$child"; done
-    return "$(cat "$scratch.code" || echo 137)"
+    local code=137
+    while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done
+    return "$(grep . "$scratch.code" || echo "$code")"
 }
 
 payload() {
@@ -49,7 +55,8 @@ clean_up() {
 
 # Run the function given and do with the Slurm job what its exit code says: the table in job/errors.py.
 start() {
-    (umask 077 && mkdir -p "$scratch") || fail "JOB_NODE_SCRATCH: $scratch cannot be made on $(hostname)"
+    (umask 077 && mkdir -p "$scratch" && [ -O "$scratch" ]) ||
+        fail "JOB_NODE_SCRATCH: $scratch cannot be made on $(hostname), or is another user's"
     trap clean_up EXIT
     say "job $SLURM_JOB_ID on $(hostname) by $JOB_RUNTIME, restarts so far: ${SLURM_RESTART_COUNT:-0}"
     to_its_end "$@"
@@ -68,9 +75,9 @@ start() {
 requeue() {
     if [ -n "$ended" ] && [ "$(date +%s)" -lt "${SLURM_JOB_END_TIME:-9999999999}" ]; then
         say "exit $1: ended by Slurm, which requeues it by itself if it preempted it"
-    elif [ "${SLURM_RESTART_COUNT:-0}" -ge "${JOB_MAX_RESTARTS:-50}" ]; then
+    elif [ "${SLURM_RESTART_COUNT:-0}" -ge "$JOB_MAX_RESTARTS" ]; then
         say "exit $1: JOB_MAX_RESTARTS is reached, so it is not requeued; submit it again to go on"
-    elif scontrol requeue "$SLURM_JOB_ID"; then
+    elif scontrol requeue "${this:-$SLURM_JOB_ID}"; then
         say "exit $1: requeued"
     else
         say "exit $1: Slurm does not requeue it; submit it again to go on"

@@ -46,6 +46,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         place = item.path.relative_to(ROOT / "tests")
         group = place.parts[0] if place.parts[0] in ONE_AT_A_TIME else str(place)
         item.add_marker(pytest.mark.xdist_group(group))
+        if group in ONE_AT_A_TIME:
+            item.add_marker(pytest.mark.timeout(900))  # an image and a cluster are made within the first of them
     rank = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.relative_to(ROOT / "tests").parts[0], len(LONGEST)))
 

@@ -19,7 +19,7 @@ TOKEN = "hf_test"
 class Hub:
     """`repos` holds {"private", "files"} by id; `stored` large files by SHA-256; `requests` what was asked, in order.
 
-    `failures` is how many more uploads of large files end in a broken connection.
+    `failures` is how many more uploads of large files end in a broken connection; `statuses` are answered to the next commits.
     """
 
     url: str = ""
@@ -27,6 +27,7 @@ class Hub:
     stored: dict[str, bytes] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     failures: int = 0
+    statuses: list[int] = field(default_factory=list)
     may_write: bool = True
 
 
@@ -40,9 +41,11 @@ def serve() -> Iterator[Hub]:
         def log_message(self, *_: Any) -> None:
             pass
 
-        def answer(self, status: int, body: Any) -> None:
+        def answer(self, status: int, body: Any, code: str | None = None) -> None:
             text = json.dumps(body).encode()
             self.send_response(status)
+            if code is not None:
+                self.send_header("X-Error-Code", code)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
@@ -78,7 +81,7 @@ def serve() -> Iterator[Hub]:
                 return self.answer(200, {"objects": [self.wanted(one) for one in json.loads(body)["objects"]]})
             name = "/".join(path.split("/")[3:5])
             if name not in hub.repos:
-                return self.answer(404, {"error": "Repository not found"})
+                return self.answer(404, {"error": "Repository not found"}, "RepoNotFound")
             if path == f"/api/models/{name}":
                 return self.answer(200, {"id": name, "private": hub.repos[name]["private"], "siblings": []})
             if path == f"/api/models/{name}/preupload/main":
@@ -93,6 +96,8 @@ def serve() -> Iterator[Hub]:
                 ]
                 return self.answer(200, {"files": files})
             if path == f"/api/models/{name}/commit/main":
+                if hub.statuses:
+                    return self.answer(hub.statuses.pop(0), {"error": "A commit has happened since."})
                 return self.commit(name, body)
             return self.answer(404, {"error": f"this hub does not know {path}"})
 

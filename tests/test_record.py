@@ -1,6 +1,9 @@
 """What a run says about itself."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -99,3 +102,19 @@ def test_numbers_go_with_a_checkpoint_and_come_back_with_it(record: Record, tmp_
 
 def test_sizes_are_for_people():
     assert [bytes_text(n) for n in (999, 1500, 2_000_000, 21.3e9)] == ["999 B", "1.5 kB", "2.0 MB", "21.3 GB"]
+
+
+KERNELS = "import sys; from job.scratch import CACHES, check_kernels; check_kernels(dict.fromkeys(CACHES, sys.argv[1]))"
+
+
+def test_a_scratch_from_which_nothing_can_be_executed_is_told_where_kernels_are_compiled(tmp_path: Path):
+    def check(before: str) -> str:
+        script = f'{before}; exec "$@"'
+        command = ["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, "-c", KERNELS, str(tmp_path)]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stderr
+
+    if os.getuid() != 0 or "denied" in check(f"mount -t tmpfs none {tmp_path}"):
+        pytest.skip("nothing can be mounted here")
+    assert check("true") == ""
+    said = check(f"mount -t tmpfs -o noexec none {tmp_path}")
+    assert f"NotAllowed: scratch folder {tmp_path} is mounted noexec" in said

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from job.errors import SpecError
 from job.export.fold import Change, Lora, Whole
-from job.model.fetch import read_header
+from job.model.fetch import read_header, weight_files
 
 WEIGHT = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector|lora_embedding_[AB])"
@@ -61,7 +61,7 @@ class Base:
 
 def read_base(folder: Path, trust_remote_code: bool = False) -> Base:
     """From headers and configuration; no weight is read."""
-    files = tuple(sorted(file.name for file in folder.glob("*.safetensors")))
+    files = tuple(file.name for file in weight_files(folder))
     slots: dict[str, Slot] = {}
     for file in files:
         header, begin = read_header(folder / file)

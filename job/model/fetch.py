@@ -102,7 +102,7 @@ def base_facts(folder: Path) -> BaseFacts:
             f"model.name_or_path: {folder} is stored quantised, and an adapter cannot be folded into such files; name the base "
             "in 16 bits (model.precision: 4bit holds it in 4 bits while training)"
         )
-    files = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder)
     if not files:
         raise SpecError(f"model.name_or_path: {folder} holds no .safetensors weights")
     count, linears = 0, dict[str, Linear]()
@@ -122,6 +122,17 @@ def base_facts(folder: Path) -> BaseFacts:
         linears=linears,
         config=config,
     )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Those that transformers reads: the one file, or those that the index names. What some publishers add beside them
+    (consolidated.safetensors) holds the same weights under other names, and a merge would leave it as it is."""
+    one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if one.is_file():
+        return [one]
+    if index.is_file():
+        return [folder / name for name in sorted(set(_json(index).get("weight_map", {}).values()))]
+    return sorted(folder.glob("*.safetensors"))
 
 
 def module_name(layer: str) -> str:
@@ -152,6 +163,8 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
             if length > 100_000_000:
                 raise ValueError
             header: dict[str, Any] = json.loads(stream.read(length))
+    except FileNotFoundError as error:
+        raise SpecError(f"model.name_or_path: {file} is not there, though the index names it") from error
     except PermissionError as error:
         raise NotAllowed(f"model.name_or_path: {file} may not be read by user {os.geteuid()}") from error
     except (ValueError, struct.error, OSError) as error:

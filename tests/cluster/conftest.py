@@ -50,7 +50,7 @@ class Cluster:
             assert time.monotonic() < deadline, f"{what} did not come; {self.run('squeue', '-l')}"
             time.sleep(0.05)
 
-    def end(self, job: str, seconds: float = 120) -> dict[str, str]:
+    def end(self, job: str, seconds: float = 240) -> dict[str, str]:
         """The facts of a job that has ended for good."""
         final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         self.until(lambda: self.facts(job)["JobState"] in final, f"the end of job {job}", seconds)

@@ -38,6 +38,7 @@ NodeName=node3 Name=gpu File=$d/gpu[4-5]
 END
 cat >"$d/slurm.conf" <<END
 ClusterName=test$port
+FirstJobId=$((RANDOM * 10 + 1))
 SlurmctldHost=$(hostname)(127.0.0.1)
 SlurmctldPort=$port
 SlurmUser=root
@@ -90,7 +91,7 @@ slurmctld -D -i >"$d/slurmctld.out" 2>&1 &
 pids+=($!)
 for name in node1 node2 node3; do "$d/boot" "$name"; done
 idle() { [ "$(sinfo -h -t idle -o %n 2>/dev/null | sort -u | wc -l)" = 3 ]; }
-for _ in $(seq 100); do
+for _ in $(seq 600); do
     idle && break
     sleep 0.1
 done

@@ -10,6 +10,7 @@ import pytest
 
 from job.specfile import load_spec
 from tests.cluster.conftest import Cluster
+from tests.conftest import ROOT
 from tests.resume_proof import small_spec, trajectory
 
 ALL_REDUCE = """
@@ -42,7 +43,10 @@ def fake(folder: Path, program: str) -> Path:
 
 @pytest.fixture
 def site(tmp_path: Path) -> dict[str, str]:
+    """Of somebody whose folders have names as people give them."""
+    (tmp_path / "it's here").symlink_to(ROOT)
     return {
+        "JOB_HOME": str(tmp_path / "it's here"),
         "JOB_RUNTIME": "venv",
         "JOB_NODE_SCRATCH": str(tmp_path / "node"),
         "SBATCH_OUTPUT": str(tmp_path / "%j.log"),
@@ -53,30 +57,36 @@ def site(tmp_path: Path) -> dict[str, str]:
     }
 
 
-TELL = "import json, os, sys; json.dump(dict(os.environ), open(os.environ['JOB__OUTPUT__URL'] + '.json', 'w'))"
+TELL = """
+import json, os, sys
+json.dump(dict(os.environ), open(os.environ["JOB__OUTPUT__URL"] + ".json", "w"))
+sys.exit(75 if os.environ["JOB__OUTPUT__URL"].endswith("3") and "SLURM_RESTART_COUNT" not in os.environ else 0)
+"""
 
 
-def test_a_sweep_gives_each_line_of_its_table_an_output_of_its_own(
+def test_a_sweep_gives_each_row_of_its_table_an_output_of_its_own(
     cluster: Cluster, site: dict[str, str], tmp_path: Path
 ):
+    """The last task is requeued, and it alone, although its number is also that of the whole array."""
     table = tmp_path / "sweep.tsv"
-    table.write_text(
-        "training.learning_rate\tlora.r\tlora.finetune_vision_layers\n1e-4\t16\ttrue\n2e-4\t32\tfalse\n5e-4\t8\n"
-    )
+    rows = ("5e-4\t8", "1e-4\t16\ttrue", "2e-4\t32\tfalse")
+    table.write_text("\r\n".join(["training.learning_rate\tlora.r\tlora.finetune_vision_layers", *rows]))
     spec = tmp_path / "spec.yaml"
     spec.write_text("model: {name_or_path: m}\ndataset: {path: d}\noutput: {url: nowhere}\n")
     more = {"JOB_IMAGE": str(fake(tmp_path, TELL)), "JOB_SPEC": str(spec)}
     more |= {"JOB_SWEEP": str(table), "JOB_SWEEP_OUTPUT": str(tmp_path)}
     array = cluster.submit("--mem=1G", "--array=1-3", "slurm/array.sh", **site | more)
-    states = [cluster.end(f"{array}_{task}")["ExitCode"] for task in (1, 2, 3)]
-    assert states == ["0:0", "0:0", "78:0"]  # the third line lacks a value
-    specs = [load_spec(json.loads((tmp_path / f"{task}.json").read_text())) for task in (1, 2)]
+    cluster.until(lambda: (tmp_path / "3.json").exists(), "the third task")
+    tasks = [cluster.end(f"{array}_{task}") for task in (3, 2, 1)][::-1]
+    assert tasks[2]["JobId"] == array
+    assert [(task["ExitCode"], task["Restarts"]) for task in tasks] == [("78:0", "0"), ("0:0", "0"), ("0:0", "1")]
+    specs = [load_spec(json.loads((tmp_path / f"{task}.json").read_text())) for task in (2, 3)]
     assert [(s.training.learning_rate, s.lora.r, s.lora.finetune_vision_layers) for s in specs] == [
         (1e-4, 16, True),
         (2e-4, 32, False),
     ]
-    assert [s.output.url for s in specs] == [f"{tmp_path}/1", f"{tmp_path}/2"]
-    assert "SECRET" not in json.loads((tmp_path / "1.json").read_text())
+    assert [s.output.url for s in specs] == [f"{tmp_path}/2", f"{tmp_path}/3"]
+    assert "SECRET" not in json.loads((tmp_path / "2.json").read_text())
 
 
 def test_ranks_of_two_nodes_meet_and_their_codes_reach_slurm(cluster: Cluster, site: dict[str, str], tmp_path: Path):

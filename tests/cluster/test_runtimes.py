@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,16 +100,47 @@ def test_folders_and_gpus_of_the_job_are_there_and_the_home_is_not(runtime: str,
     assert not any(gpu in " ".join(without) for gpu in gpus.values())
 
 
+def start(tmp_path: Path, script: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a script that has sourced slurm/start.sh."""
+    (tmp_path / "bin").mkdir()
+    for name in ("scontrol", "squeue"):
+        (tmp_path / "bin" / name).write_text("#!/bin/sh\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "JOB_HOME": str(ROOT), "JOB_SITE": "/dev/null"}
+    environment |= {"JOB_IMAGE": "x", "JOB_SPEC": "x", "JOB_NODE_SCRATCH": str(tmp_path), "SLURM_JOB_ID": "7"} | more
+    command = ["bash", "-c", f". slurm/start.sh; {script}"]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
 def test_a_killed_start_is_not_told_by_the_code_of_an_earlier_one(tmp_path: Path):
     """Slurm may kill the script while it cleans up, and requeue it to the same node."""
-    for name in ("scontrol", "squeue"):
-        (tmp_path / name).write_text("#!/bin/sh\n")
-        (tmp_path / name).chmod(0o755)
     (tmp_path / "vision-lora-7.code").write_text("75\n")
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JOB_HOME": str(ROOT), "JOB_SITE": "/dev/null"}
-    environment |= {"JOB_IMAGE": "x", "JOB_SPEC": "x", "JOB_NODE_SCRATCH": str(tmp_path), "SLURM_JOB_ID": "7"}
-    script = ". slurm/start.sh; die() { kill -KILL $BASHPID; }; to_its_end die"
-    assert subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, check=False).returncode == 137
+    assert start(tmp_path, "die() { kill -KILL $BASHPID; }; to_its_end die").returncode == 137
+
+
+def test_the_code_is_told_where_the_node_s_disk_is_full(tmp_path: Path):
+    (tmp_path / "vision-lora-7.code").mkdir()  # where nothing can be written either
+    assert start(tmp_path, "end() { return 69; }; to_its_end end").returncode == 69
+
+
+def test_a_cap_on_requeues_that_is_no_number_is_told(tmp_path: Path):
+    done = start(tmp_path, "true", JOB_MAX_RESTARTS="none")
+    assert (done.returncode, done.stderr) == (78, "slurm: JOB_MAX_RESTARTS is none; it is a number\n")
+
+
+def test_a_rank_is_given_the_gpus_of_its_own_node(tmp_path: Path):
+    """Slurm hands the job's on from its first node, where others may be free."""
+    words, _ = ask("docker", tmp_path, SLURM_STEP_GPUS="0")
+    assert '"device=0"' in words
+
+
+@pytest.mark.parametrize("runtime", ["venv", "docker"])
+def test_every_variable_that_the_job_reads_reaches_it(runtime: str, tmp_path: Path):
+    sources = "".join(path.read_text() for path in (ROOT / "job").rglob("*.py"))
+    ours = set(re.findall(r'"(JOB_[A-Z_]*[A-Z])"', sources)) - {"JOB_IMAGE"}
+    words, inherited = ask(runtime, tmp_path, **dict.fromkeys(ours, "s3://bucket/x"))
+    assert len(ours) > 8
+    assert ours <= set(inherited if runtime == "venv" else words)
 
 
 def test_an_unknown_runtime_or_no_image_is_told(tmp_path: Path):
@@ -148,3 +180,21 @@ def test_prefetch_gathers_image_and_bundle_on_a_login_node(tmp_path: Path, demo:
     assert Path(f"{image}.digest").read_text() == "registry/image@sha256:abc\n"
     assert (tmp_path / "bundle/BUNDLE.json").exists()
     assert (tmp_path / "bundle/model/config.json").exists()
+
+
+def test_prefetch_makes_no_folder_of_a_bucket(tmp_path: Path):
+    (tmp_path / "venv/bin").mkdir(parents=True)
+    (tmp_path / "venv/bin/python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "venv/bin/python").chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "JOB_RUNTIME": "venv", "JOB_IMAGE": str(tmp_path / "venv")}
+    environment |= {"JOB_SITE": "/dev/null", "JOB_NODE_SCRATCH": str(tmp_path), "JOB_SPEC": "s3://bucket/spec.yaml"}
+
+    def prefetch(bundle: str) -> subprocess.CompletedProcess[str]:
+        given = environment | {"JOB_BUNDLE": bundle}
+        command = [ROOT / "slurm/prefetch.sh"]
+        return subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, text=True, check=False)
+
+    assert prefetch("s3://bucket/bundle").stdout == "-m job prefetch s3://bucket/spec.yaml s3://bucket/bundle\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["venv"]
+    relative = prefetch("bundle")
+    assert (relative.returncode, "give its whole path" in relative.stderr) == (78, True)

@@ -6,12 +6,14 @@ doing. The context is the repository with bait in it: files that must not reach 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -29,7 +31,8 @@ def why_not() -> str | None:
 
 
 def name_of(variant: str) -> str:
-    return f"localhost/vision-lora-test:{variant}"
+    """Of this checkout's own: another's suite may run on the same machine."""
+    return f"localhost/vision-lora-test-{zlib.crc32(str(ROOT).encode()):08x}:{variant}"
 
 
 def make_base() -> None:
@@ -79,6 +82,29 @@ def copy_context(folder: Path) -> Path:
     return folder / "context"
 
 
+def build_once(variant: str) -> str:
+    """Of the processes of one pytest, which all ask for it, the first builds and the others wait."""
+    place = ROOT / "build" / "tests" / "image"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    asked = f"{variant} {os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
+    with place.open("a+") as done:
+        fcntl.flock(done, fcntl.LOCK_EX)
+        done.seek(0)
+        if done.read() != asked:
+            before = identity(name_of(variant))
+            build(variant)
+            if before not in ("", identity(name_of(variant))):  # or each run would leave one
+                subprocess.run(["buildah", "rmi", before], capture_output=True, check=False)
+            done.truncate(0)
+            done.write(asked)
+    return name_of(variant)
+
+
+def identity(name: str) -> str:
+    listed = subprocess.run(["buildah", "images", "--quiet", name], capture_output=True, text=True, check=False)
+    return listed.stdout.strip()
+
+
 def build(variant: str) -> str:
     make_base()
     with tempfile.TemporaryDirectory() as name:
@@ -99,4 +125,4 @@ def run(*command: str) -> str:
 
 
 if __name__ == "__main__":
-    print(build(sys.argv[1]))
+    print(build_once(sys.argv[1]))

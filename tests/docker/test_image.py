@@ -39,15 +39,15 @@ def test_as_any_user_on_a_read_only_root_it_lives_and_leaves_with_75_in_time(ima
         assert started.returncode == 0, started.stderr
         container = started.stdout.strip()
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 120
             while "waiting up to" not in podman("logs", container).stderr:
                 assert time.monotonic() < deadline, podman("logs", container).stderr
                 time.sleep(0.1)
             assert podman("healthcheck", "run", container).returncode == 0
             assert {path.stat().st_uid for path in scratch.iterdir()} == {0, 23456}
             began = time.monotonic()
-            podman("stop", "--time", "20", container)
-            assert time.monotonic() - began < 10
+            podman("stop", "--time", "60", container)
+            assert time.monotonic() - began < 50  # it was not killed, however loaded this machine is
             assert podman("wait", container).stdout.strip() == "75"
             last = podman("logs", container).stderr.strip().splitlines()[-1]
             assert last == "exit 75: stopped on SIGTERM; run again to continue"

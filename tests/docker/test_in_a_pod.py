@@ -38,8 +38,8 @@ def test_the_kubelet_ends_it_in_time_and_learns_why(image: str, unpacked: Path, 
         claims = {"vision-lora-bundle": bundle, "vision-lora-output": output}
         with running(pod, tmp_path / "pod", image=unpacked, given=given, claims=claims) as started:
             until(lambda: "waiting up to" in started.log, started)
-            assert started.passes(container["startupProbe"])
-            assert started.passes(container["livenessProbe"])
+            until(lambda: started.passes(container["startupProbe"]), started)
+            until(lambda: started.passes(container["livenessProbe"]), started)
             code, seconds = started.delete()
     assert code == 75, started.log
     assert seconds < pod["terminationGracePeriodSeconds"]

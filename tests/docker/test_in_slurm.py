@@ -72,10 +72,10 @@ def test_the_job_in_a_container_hears_slurm_and_sees_only_what_it_may(
         cluster.until(lambda: log.read_text().count("waiting up to") == 2, "the second start")
         cluster.run("scancel", job)
         facts = cluster.end(job)
-        cluster.until(lambda: inside(tmp_path) is None, "the end of its processes", 20)
+        cluster.until(lambda: inside(tmp_path) is None, "the end of its processes", 60)
     assert facts["JobState"] == "CANCELLED"
     assert codes(facts) == [75, 75]
-    cluster.until(lambda: not list((tmp_path / "node").iterdir()), "the removal of scratch", 20)
+    cluster.until(lambda: not list((tmp_path / "node").iterdir()), "the removal of scratch", 60)
 
 
 def hand_over(folder: Path) -> None:

@@ -21,6 +21,7 @@ DOCKER = """#!/bin/bash
 echo "docker $*" >> {calls}
 if [ "$1 $2" = "image inspect" ]; then echo registry/image@sha256:abc; fi
 [ "$1" = run ] || exit 0
+echo "$JOB_SPEC" > {calls}.spec
 [ -z "${{FAKE_WAIT:-}}" ] || {{ trap 'exit 75' TERM; echo waiting >> {calls}; while :; do sleep 0.05; done; }}
 code=$(head -n 1 {codes}); sed -i 1d {codes}
 exit "$code"
@@ -35,7 +36,9 @@ def box(tmp_path: Path) -> dict[str, str]:
     calls = tmp_path / "calls"
     calls.touch()
     for name in ("runpodctl", "vastai"):
-        (programs / name).write_text(f'#!/bin/bash\necho "{name} $*" >> {calls}\n')
+        (programs / name).write_text(
+            f'#!/bin/bash\necho "{name} $*" >> {calls}\nrm {calls}.broken 2>/dev/null && exit 1; true\n'
+        )
     (programs / "docker").write_text(DOCKER.format(calls=calls, codes=tmp_path / "codes"))
     for program in programs.iterdir():
         program.chmod(0o755)
@@ -51,7 +54,7 @@ def box(tmp_path: Path) -> dict[str, str]:
 def rent(box: dict[str, str], tmp_path: Path, codes: list[int], **more: str) -> tuple[int, list[str]]:
     """The script's exit code, and what the stand-ins were asked."""
     (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
-    done = subprocess.run([SCRIPT], env=box | more, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([SCRIPT], env=box | more, capture_output=True, text=True, check=False, timeout=200)
     return done.returncode, (tmp_path / "calls").read_text().splitlines()
 
 
@@ -78,16 +81,41 @@ def test_a_box_that_it_cannot_stop_is_no_success(box: dict[str, str], tmp_path: 
     assert rent(box, tmp_path, [0], JOB_STOP_COMMAND="true")[0] == 0
 
 
-def test_a_box_that_is_taken_away_is_left_with_75_and_not_stopped(box: dict[str, str], tmp_path: Path):
-    process = subprocess.Popen([SCRIPT], env=box | {"FAKE_WAIT": "1", "RUNPOD_POD_ID": "pod1"}, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 30
-    while "waiting" not in (tmp_path / "calls").read_text():
+def test_it_is_stopped_though_the_provider_fails_once_and_the_number_of_restarts_is_none(
+    box: dict[str, str], tmp_path: Path
+):
+    (tmp_path / "calls.broken").touch()
+    code, calls = rent(box, tmp_path, [0], RUNPOD_POD_ID="pod1", JOB_MAX_RESTARTS="0")
+    assert (code, calls[-2:]) == (0, ["runpodctl stop pod pod1"] * 2)
+
+
+def test_a_spec_s_file_travels_as_text(box: dict[str, str], tmp_path: Path):
+    (tmp_path / "my spec.yaml").write_text("name: one")
+    rent(box, tmp_path, [0], JOB_SPEC=str(tmp_path / "my spec.yaml"), JOB_STOP_COMMAND="true")
+    assert (tmp_path / "calls.spec").read_text() == "name: one\n"
+
+
+@pytest.mark.parametrize("moment", ["waiting", "pause"])
+def test_a_box_that_is_taken_away_is_left_with_75_and_not_stopped(box: dict[str, str], tmp_path: Path, moment: str):
+    """While the job runs, which is told, and between two attempts, of which the second does not begin."""
+    (tmp_path / "codes").write_text("75\n")
+    more = {"RUNPOD_POD_ID": "pod1", "JOB_RESTART_SECONDS": "600"} | ({"FAKE_WAIT": "1"} if moment == "waiting" else {})
+    process = subprocess.Popen([SCRIPT], env=box | more, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (pausing(process) if moment == "pause" else "waiting" in (tmp_path / "calls").read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert process.returncode == 75
-    assert "runpodctl" not in (tmp_path / "calls").read_text()
+    calls = (tmp_path / "calls").read_text()
+    assert calls.count("docker run") == 1
+    assert "runpodctl" not in calls
+
+
+def pausing(process: subprocess.Popen[bytes]) -> bool:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return any(Path(f"/proc/{child}/comm").read_text() == "sleep\n" for child in children)
 
 
 class Provider(HTTPServer):

@@ -78,8 +78,33 @@ def test_an_upload_that_broke_off_goes_on_with_what_is_missing(hub: theirs.Hub, 
     assert not [request for request in hub.requests if request.startswith("PUT")]
 
 
+def test_one_commit_brings_a_whole_folder_with_hf_xet_too(
+    hub: theirs.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of so many files its own way makes two commits: whoever reads the repository between them has half of it."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    for number in range(300):
+        (tmp_path / f"{number}.json").write_text(str(number))
+    ours.push(HubSpec(merged_repo="clinic/chest"), {"merged": tmp_path})
+    assert hub.requests.count("POST /api/models/clinic/chest/commit/main") == 1
+    assert hub.repos["clinic/chest"]["files"] == files(tmp_path)
+
+
+def test_a_busy_hub_is_asked_again(hub: theirs.Hub, folders: dict[str, Path]) -> None:
+    hub.statuses = [409, 412, 429, 503]
+    ours.push(HubSpec(merged_repo="clinic/chest"), folders)
+    assert hub.repos["clinic/chest"]["files"] == files(folders["merged"])
+
+
+def test_a_name_that_the_hub_does_not_take_is_told_before_the_work(hub: theirs.Hub) -> None:
+    with pytest.raises(SpecError, match="the hub does not take clinic/chest--2"):
+        ours.check_token(HubSpec(adapter_repo="clinic/chest--2"))
+
+
 def test_a_public_repository_takes_nothing_that_shall_be_private(hub: theirs.Hub, folders: dict[str, Path]) -> None:
     hub.repos["clinic/chest"] = {"private": False, "files": {}}
+    with pytest.raises(SpecError, match="clinic/chest is public, and export.hub.private is true"):
+        ours.check_token(HubSpec(merged_repo="clinic/chest"))
     with pytest.raises(SpecError, match="clinic/chest is public, and export.hub.private is true"):
         ours.push(HubSpec(merged_repo="clinic/chest"), folders)
     ours.push(HubSpec(merged_repo="clinic/chest", private=False), folders)

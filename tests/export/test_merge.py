@@ -28,7 +28,7 @@ from job.export.merge import Recipe, copy_rest, merge_to_folder, merge_to_store,
 from job.export.places import Base, changes, read_adapter, read_base
 from job.model import Loaded
 from job.model.collator import Collator
-from job.model.fetch import module_name
+from job.model.fetch import base_facts, module_name
 from job.model.transformers_backend import adapted
 from job.store import open_store
 from tests.conftest import ROOT
@@ -151,6 +151,17 @@ def test_a_base_whose_files_name_its_tensors_otherwise_is_merged_the_same(
     right, found = weights(tmp_path / "merged"), weights(tmp_path / "renamed")
     assert {rename(key) for key in right} == set(found) != set(right)
     assert all(torch.equal(weight, found[rename(key)]) for key, weight in right.items())
+
+
+def test_a_second_copy_of_the_weights_is_not_published_as_merged(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Some publishers add one for a server of theirs, which would then serve the base."""
+    base = sharded(tiny("llava", torch.bfloat16), tmp_path / "base")
+    facts, files = base_facts(base), read_base(base).files
+    save_file({"layers.0.wq": torch.zeros(4, 4)}, base / "consolidated.safetensors")
+    assert (base_facts(base), read_base(base).files) == (facts, files)
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    with pytest.raises(SpecError, match="gone.safetensors is not there"):
+        read_base(base)
 
 
 KINDS: dict[str, dict[str, Any]] = {

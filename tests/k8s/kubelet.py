@@ -82,10 +82,11 @@ class Container:
         except (OSError, IndexError):
             return False
         command = [*inside, *self._prefix, *probe["exec"]["command"]]
-        return (
-            subprocess.run(command, timeout=probe["timeoutSeconds"], check=False, stderr=subprocess.DEVNULL).returncode
-            == 0
-        )
+        try:
+            done = subprocess.run(command, timeout=probe["timeoutSeconds"], check=False, stderr=subprocess.DEVNULL)
+        except subprocess.TimeoutExpired:
+            return False
+        return done.returncode == 0
 
     def kill(self) -> None:
         """All of it: with process 1 of a process namespace goes everything else in there."""

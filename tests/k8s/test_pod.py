@@ -55,7 +55,7 @@ def test_evicted_it_leaves_with_75_and_its_next_pod_publishes(demo: Path, tmp_pa
 
     with running(pod, tmp_path / "first", image=Path("/"), given=IMAGE, claims=claims) as first:
         until(lambda: first.passes(container["startupProbe"]), first)
-        assert first.passes(container["livenessProbe"])
+        until(lambda: first.passes(container["livenessProbe"]), first)
         until(lambda: status(output).get("stage") == "train", first)
         code, seconds = first.delete()
         assert code == 75, first.log

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,14 @@ def test_the_job_reads_the_spec_that_was_given():
     )
 
 
+@pytest.mark.parametrize("text", ["1e-4", "y", "0o17", "1e3", "-.5", "no", "8"])
+def test_what_looks_like_a_number_stays_text_for_kubectl_too(text: str):
+    """A variable that is a number is one that the API refuses."""
+    run = read_run({}, yaml.safe_dump(SPEC), None, None)
+    written = kubernetes(replace(run, overrides={"JOB__NAME": text}), IMAGE, ())
+    assert re.search(rf"value: ['\"]{re.escape(text)}['\"]\n", written)
+
+
 @pytest.mark.parametrize(
     "components",
     [(), ("spot", "kueue", "monitoring", "scratch-volume"), ("multi-gpu", "multi-node", "hub"), ("spot", "cpu")],
@@ -119,6 +129,7 @@ def test_the_hub_is_let_in_when_the_spec_names_it_and_not_otherwise():
 
     assert egress(SPEC) == "store"
     assert egress(SPEC | {"model": {"name_or_path": "unsloth/Llama-3.2-11B-Vision-Instruct"}}) == "hub"
+    assert egress(SPEC | {"export": {"hub": {"adapter_repo": "clinic/chest"}}}) == "hub"
 
 
 def test_folders_that_no_pod_sees_are_refused_all_at_once(tmp_path: Path):
