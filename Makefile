@@ -13,6 +13,7 @@ demo:
 test:
 	@.ci/system
 	@.ci/venv train dev
+	@.ci/formats
 	@$(PYTHON_VENV) -m ruff check .
 	@$(PYTHON_VENV) -m ruff format --check .
 	@$(PYTHON_VENV) -m mypy
