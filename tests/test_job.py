@@ -260,7 +260,7 @@ def test_a_gate_that_refuses_publishes_no_merged_weights(accumulating: dict[str,
     with serve() as hub:
         token = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
         result = job("run", JOB_SPEC=to(accumulating, tmp_path / "output", export=export), **token)
-        assert hub.requests == ["GET /api/whoami-v2"]
+        assert hub.requests == ["GET /api/whoami-v2", "GET /api/models/clinic/adapter"]  # asked, and pushed nothing
     assert result.returncode == 76, result.stderr
     assert "merged weights differ from base + adapter" in result.stderr.strip().splitlines()[-1]
     assert (tmp_path / "output" / "adapter" / "adapter_model.safetensors").exists()
