@@ -207,7 +207,7 @@ class Uploader:
         loud = self.failures >= self.loud_after or self.lost
         log.log(
             logging.ERROR if loud else logging.WARNING,
-            "The checkpoint of step %d could not be uploaded (%d in a row); it is kept in %s. %s",
+            "The checkpoint of step %d could not be uploaded (%d in a row); until another attempt begins it is kept in %s. %s",
             snapshot.step,
             self.failures,
             snapshot.folder,
