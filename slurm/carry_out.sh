@@ -1,5 +1,10 @@
 # shellcheck shell=bash disable=SC2154 # runtimes.sh, which sources this, sets the names
-# How what `compose` made is run and its code learned. Nothing to edit here.
+# The folder that the job writes to, and how what `compose` made is run and its code learned. Nothing to edit here.
+
+make_scratch() {
+    (umask 077 && mkdir -p "$scratch" && [ -O "$scratch" ]) ||
+        fail "JOB_NODE_SCRATCH: $scratch cannot be made on $(hostname), or is another user's"
+}
 
 # Run what `compose` made, and return its code. Slurm signals podman together with what podman starts to pass the signal
 # on, so that a container may never hear of it: it is told here too, and asked for its code where podman's own is a signal's.

@@ -3,8 +3,7 @@
 
 # shellcheck source=slurm/runtimes.sh
 . "$JOB_HOME/slurm/runtimes.sh"
-(umask 077 && mkdir -p "$scratch" && [ -O "$scratch" ]) ||
-    fail "JOB_NODE_SCRATCH: $scratch cannot be made on $(hostname), or is another user's"
+make_scratch
 compose "$python" -m job run
 carry_out
 code=$?

@@ -55,8 +55,7 @@ clean_up() {
 
 # Run the function given and do with the Slurm job what its exit code says: the table in job/errors.py.
 start() {
-    (umask 077 && mkdir -p "$scratch" && [ -O "$scratch" ]) ||
-        fail "JOB_NODE_SCRATCH: $scratch cannot be made on $(hostname), or is another user's"
+    make_scratch
     trap clean_up EXIT
     say "job $SLURM_JOB_ID on $(hostname) by $JOB_RUNTIME, restarts so far: ${SLURM_RESTART_COUNT:-0}"
     to_its_end "$@"
