@@ -73,7 +73,8 @@ bench-store:
 # On a GPU: MODEL is a Llama 3.2 Vision checkpoint, real or made by benchmarks/models.py.
 bench-gpu:
 	@$(PYTHON_GPU) benchmarks/throughput.py $(MODEL) --case language --restart --folder $(or $(FOLDER),/tmp/throughput)
-	@$(PYTHON_GPU) benchmarks/throughput.py $(MODEL) --case everywhere --generate 16 --folder $(or $(FOLDER),/tmp/throughput)
+	@$(PYTHON_GPU) benchmarks/throughput.py $(MODEL) --case everywhere --restart --folder $(or $(FOLDER),/tmp/throughput)
+	@$(PYTHON_GPU) benchmarks/throughput.py $(MODEL) --case generation --rows 16 --folder $(or $(FOLDER),/tmp/throughput)
 	@$(PYTHON_GPU) benchmarks/merge.py $(or $(FOLDER),/tmp/merge)
 	@$(PYTHON_GPU) benchmarks/record.py
 

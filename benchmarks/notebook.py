@@ -93,35 +93,36 @@ def main() -> None:
     for epoch in range(given.epochs):
         order.set_epoch(epoch)
         chosen += [rows[index] for index in order]
-    FastVisionModel.for_training(model)
-    trainer = InOrder(
-        model=model,
-        processing_class=processor,
-        data_collator=Collator(processor, 2048),
-        train_dataset=chosen,
-        callbacks=[Clock(given.out / "steps.jsonl")],
-        args=SFTConfig(
-            per_device_train_batch_size=given.micro,
-            gradient_accumulation_steps=given.accumulation,
-            num_train_epochs=1,
-            learning_rate=1e-4,
-            lr_scheduler_type="constant",
-            warmup_steps=0,
-            logging_steps=1,
-            optim="adamw_8bit",
-            weight_decay=0.01,
-            seed=3407,
-            output_dir=str(given.out / "trainer"),
-            save_strategy="no",
-            report_to="none",
-            remove_unused_columns=False,
-            dataset_text_field="",
-            dataset_kwargs={"skip_prepare_dataset": True},
-            max_length=2048,
-        ),
-    )
     torch.cuda.reset_peak_memory_stats()
-    trainer.train()
+    if given.epochs:
+        FastVisionModel.for_training(model)
+        trainer = InOrder(
+            model=model,
+            processing_class=processor,
+            data_collator=Collator(processor, 2048),
+            train_dataset=chosen,
+            callbacks=[Clock(given.out / "steps.jsonl")],
+            args=SFTConfig(
+                per_device_train_batch_size=given.micro,
+                gradient_accumulation_steps=given.accumulation,
+                num_train_epochs=1,
+                learning_rate=1e-4,
+                lr_scheduler_type="constant",
+                warmup_steps=0,
+                logging_steps=1,
+                optim="adamw_8bit",
+                weight_decay=0.01,
+                seed=3407,
+                output_dir=str(given.out / "trainer"),
+                save_strategy="no",
+                report_to="none",
+                remove_unused_columns=False,
+                dataset_text_field="",
+                dataset_kwargs={"skip_prepare_dataset": True},
+                max_length=2048,
+            ),
+        )
+        trainer.train()
     facts = {
         "imported": imported,
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),

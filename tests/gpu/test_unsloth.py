@@ -20,20 +20,12 @@ if importlib.util.find_spec("unsloth") is None:
 
 from job.model import unsloth_backend  # isort: skip - before transformers, which it patches
 
-from job.attempt import Attempt
-from job.data.prepare import prepare
 from job.model import to_training
 from job.model.collator import Collator
 from job.model.frozen import TOGETHER, frozen_vision, tower
 from job.model.pictures import FEATURES, cut
-from job.plan import Facts, make_plan
-from job.preemption import Preemption
-from job.record import Record
-from job.store import open_store
-from job.store.lease import acquire
-from job.train.fit import fit
 from job.train.weights import WEIGHTS, weighted_loss
-from tests.tiny import batch, job_spec, make_model, perturb, picture
+from tests.tiny import batch, job_spec, make_model, perturb
 
 FAMILIES = ("mllama", "qwen2_5_vl", "qwen3_vl", "gemma3")
 GPU = torch.device("cuda", 0)
@@ -104,48 +96,6 @@ def test_our_attention_is_upstreams_within_rounding(folders: dict[str, Path]) ->
         encoder._forward_pre_hooks.clear()
         encoder._forward_pre_hooks_with_kwargs.clear()
     assert ours == pytest.approx(loss_of(loaded, inputs), rel=0.005)
-
-
-def losses(folder: Path, rows: Path, out: Path, cap: float = 1.0, **training: Any) -> list[dict[str, Any]]:
-    """Train two steps of eight rows and return the lines of metrics.jsonl."""
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(cap)
-    spec = job_spec(
-        model={"name_or_path": str(folder), "precision": "16bit"},
-        dataset={"path": str(rows), "eval_fraction": 0},
-        lora={"r": 4},
-        training={"max_steps": 2, "effective_batch_size": 8, "dataloader_num_workers": 0} | training,
-        output={"url": str(out)},
-    )
-    store, scratch = open_store(spec.output.url), out.with_suffix(".scratch") / "job"
-    scratch.mkdir(parents=True)
-    data = prepare(spec, scratch)
-    loaded = unsloth_backend.load(spec, folder, GPU, None, "16bit")
-    try:
-        with acquire(store, "test", 60.0) as lease, Record(store, scratch).kept() as record:
-            attempt = Attempt(spec, store, lease, scratch, record, Preemption(), 1)
-            fit(attempt, make_plan(spec, Facts(data=data.facts)), loaded, data)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    return [json.loads(line) for line in (scratch / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_a_card_too_small_for_the_step_makes_it_in_parts(folders: dict[str, Path], tmp_path: Path) -> None:
-    rows = tmp_path / "rows"
-    rows.mkdir()
-    lines = [{"file_name": f"{n}.png", "caption": "There is a nodule. " * 250} for n in range(16)]
-    for number, line in enumerate(lines):
-        picture(number).save(rows / line["file_name"])
-    (rows / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    whole = losses(folders["mllama"], rows, tmp_path / "whole")
-    peak = 1e9 * max(line["gpu_memory_peak_gb"] for line in whole)
-    resting = torch.cuda.memory_allocated()
-    cap = (resting + 0.7 * (peak - resting)) / torch.cuda.get_device_properties(0).total_memory
-    capped = losses(folders["mllama"], rows, tmp_path / "capped", cap)
-    assert capped[0]["rows_at_once"] < 8
-    for one, other in zip(whole, capped, strict=True):
-        assert one["rows"] == other["rows"]
-        assert other["loss"] == pytest.approx(one["loss"], rel=0.01)
 
 
 def test_the_model_in_its_real_shape(tmp_path: Path) -> None:
