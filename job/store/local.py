@@ -6,11 +6,15 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import mmap
 import os
 import re
 import secrets
+import threading
 from collections.abc import Iterable, Iterator
-from io import RawIOBase
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import FileIO
+from itertools import cycle
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +22,7 @@ from job.errors import DataError, JobError, NotAllowed, SpecError, Unavailable
 from job.store.protocol import Capabilities, Conflict, Corrupt, Digest, Entry, Missing, checked_key
 
 CHUNK = 8 * 2**20
+EARLY_SECONDS = 0.5
 _OURS = re.compile(r"^\..*\.([0-9a-f]{12}\.part|lock)$")
 
 
@@ -135,16 +140,14 @@ class LocalStore:
         return hashlib.sha256(data).hexdigest()
 
     def upload(self, path: Path, key: str) -> Digest:
-        with disk(path), path.open("rb") as source:
-            return self._put(source, os.fstat(source.fileno()).st_size, key)
+        with disk(path), path.open("rb", buffering=0) as source:
+            return self.upload_pieces(_pieces(source), os.fstat(source.fileno()).st_size, key)
 
-    def upload_stream(self, source: RawIOBase, size: int, key: str) -> Digest:
-        return self._put(source, size, key)
-
-    def _put(self, source: BinaryIO | RawIOBase, size: int, key: str) -> Digest:
+    def upload_pieces(self, pieces: Iterator[memoryview], size: int, key: str) -> Digest:
         target = self._path(key)
         with disk(target), self._temporary(target) as (stream, temporary):
-            digest = copy(source, stream)
+            with _written_early(stream):
+                digest = copy(pieces, stream)
             if digest.size != size:
                 raise DataError(f"What goes to {key} was to hold {size} bytes, and held {digest.size}.")
             os.fsync(stream.fileno())
@@ -156,11 +159,11 @@ class LocalStore:
         source_path = self._path(key)
         with disk(path), contextlib.ExitStack() as stack:
             try:
-                source = stack.enter_context(source_path.open("rb"))
+                source = stack.enter_context(source_path.open("rb", buffering=0))
             except (FileNotFoundError, NotADirectoryError):
                 raise Missing(f"There is no {key} in {self.url}.") from None
             stream, temporary = stack.enter_context(self._temporary(path))
-            digest = copy(source, stream)
+            digest = copy(_pieces(source), stream)
             if sha256 is not None and digest.sha256 != sha256:
                 raise Corrupt(f"{key} in {self.url} has SHA-256 {digest.sha256}, not {sha256} as promised.")
             stream.flush()
@@ -256,14 +259,43 @@ class LocalStore:
             yield
 
 
-def copy(source: BinaryIO | RawIOBase, target: BinaryIO) -> Digest:
-    """Copy a stream and hash what passes."""
-    digest = hashlib.sha256()
-    size = 0
-    buffer = memoryview(bytearray(CHUNK))
-    while count := source.readinto(buffer):  # type: ignore[union-attr]
-        digest.update(buffer[:count])
-        target.write(buffer[:count])
-        size += count
+def copy(pieces: Iterator[memoryview], target: BinaryIO) -> Digest:
+    """Write pieces and hash them meanwhile. Each has to stay as it is until the one after the next is asked for."""
+    digest, size = hashlib.sha256(), 0
+    hashed: Future[None] | None = None
+    with ThreadPoolExecutor(1, thread_name_prefix="hash") as pool:
+        for piece in pieces:
+            if hashed is not None:
+                hashed.result()
+            hashed = pool.submit(digest.update, piece)
+            target.write(piece)
+            size += len(piece)
     target.flush()
     return Digest(size, digest.hexdigest())
+
+
+def _pieces(source: FileIO) -> Iterator[memoryview]:
+    """A file's bytes, in two buffers by turns. They are mapped, so a small file touches little of them."""
+    buffers = cycle([memoryview(mmap.mmap(-1, CHUNK)), memoryview(mmap.mmap(-1, CHUNK))])
+    for buffer in buffers:
+        if not (count := source.readinto(buffer)):
+            return
+        yield buffer[:count]
+
+
+@contextlib.contextmanager
+def _written_early(stream: BinaryIO) -> Iterator[None]:
+    """While the block writes, a thread has the disk take what is there already, so that the fsync after it is short."""
+    ended = threading.Event()
+
+    def sync() -> None:
+        while not ended.wait(EARLY_SECONDS):
+            os.fdatasync(stream.fileno())
+
+    with ThreadPoolExecutor(1, thread_name_prefix="sync") as pool:
+        syncing = pool.submit(sync)
+        try:
+            yield
+        finally:
+            ended.set()
+    syncing.result()
