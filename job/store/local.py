@@ -10,7 +10,6 @@ import mmap
 import os
 import re
 import secrets
-import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
@@ -22,7 +21,6 @@ from job.errors import DataError, JobError, NotAllowed, SpecError, Unavailable
 from job.store.protocol import Capabilities, Conflict, Corrupt, Digest, Entry, Missing, checked_key
 
 CHUNK = 8 * 2**20
-EARLY_SECONDS = 0.5
 _OURS = re.compile(r"^\..*\.([0-9a-f]{12}\.part|lock)$")
 
 
@@ -146,8 +144,7 @@ class LocalStore:
     def upload_pieces(self, pieces: Iterator[memoryview], size: int, key: str) -> Digest:
         target = self._path(key)
         with disk(target), self._temporary(target) as (stream, temporary):
-            with _written_early(stream):
-                digest = copy(pieces, stream)
+            digest = copy(_begun(pieces, stream), stream)
             if digest.size != size:
                 raise DataError(f"What goes to {key} was to hold {size} bytes, and held {digest.size}.")
             os.fsync(stream.fileno())
@@ -262,12 +259,15 @@ class LocalStore:
 def copy(pieces: Iterator[memoryview], target: BinaryIO) -> Digest:
     """Write pieces and hash them meanwhile. Each has to stay as it is until the one after the next is asked for."""
     digest, size = hashlib.sha256(), 0
-    hashed: Future[None] | None = None
+    hashing: Future[None] | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="hash") as pool:
         for piece in pieces:
-            if hashed is not None:
-                hashed.result()
-            hashed = pool.submit(digest.update, piece)
+            if hashing is not None:
+                hashing.result()
+            if len(piece) >= 2**20:  # a small file is done before a thread has started
+                hashing = pool.submit(digest.update, piece)
+            else:
+                digest.update(piece)
             target.write(piece)
             size += len(piece)
     target.flush()
@@ -275,27 +275,19 @@ def copy(pieces: Iterator[memoryview], target: BinaryIO) -> Digest:
 
 
 def _pieces(source: FileIO) -> Iterator[memoryview]:
-    """A file's bytes, in two buffers by turns. They are mapped, so a small file touches little of them."""
-    buffers = cycle([memoryview(mmap.mmap(-1, CHUNK)), memoryview(mmap.mmap(-1, CHUNK))])
-    for buffer in buffers:
+    """A file's bytes, in two buffers by turns. They are mapped, so that a small file touches little of them."""
+    for buffer in cycle([memoryview(mmap.mmap(-1, CHUNK)), memoryview(mmap.mmap(-1, CHUNK))]):
         if not (count := source.readinto(buffer)):
             return
         yield buffer[:count]
 
 
-@contextlib.contextmanager
-def _written_early(stream: BinaryIO) -> Iterator[None]:
-    """While the block writes, a thread has the disk take what is there already, so that the fsync after it is short."""
-    ended = threading.Event()
-
-    def sync() -> None:
-        while not ended.wait(EARLY_SECONDS):
-            os.fdatasync(stream.fileno())
-
-    with ThreadPoolExecutor(1, thread_name_prefix="sync") as pool:
-        syncing = pool.submit(sync)
-        try:
-            yield
-        finally:
-            ended.set()
-    syncing.result()
+def _begun(pieces: Iterator[memoryview], target: BinaryIO) -> Iterator[memoryview]:
+    """The same pieces. The disk begins to take them while they are being written, so that fsync has little to wait for."""
+    begun = written = 0
+    for piece in pieces:
+        yield piece
+        written += len(piece)
+        if written - begun >= CHUNK:
+            os.posix_fadvise(target.fileno(), begun, written - begun, os.POSIX_FADV_DONTNEED)
+            begun = written
