@@ -376,6 +376,7 @@ def summary(found: dict[str, Facts]) -> None:
     for case in ("merge", "stream", "upload", "unsloth16", "unsloth4"):
         for name, unit in (
             ("seconds", "s"),
+            ("seconds with sync", "s"),
             ("peak host GB, own", "GB"),
             ("peak host GB, all", "GB"),
             ("peak disk GB", "GB"),

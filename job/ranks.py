@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -148,11 +148,15 @@ class Ranks(Living):
         if self.place.local_rank == 0:
             with (folder / "lock").open("w") as lock:
                 self.until(lambda: _locked(lock), f"the lock of {folder}")
-                if not made.exists():  # another node may use this very folder
-                    part = made.with_suffix(".part")
-                    part.write_bytes(pickle.dumps(make()))
-                    part.replace(made)
-                    self._made.append(made)
+                try:
+                    if not made.exists():  # another node may use this very folder
+                        part = made.with_suffix(".part")
+                        part.write_bytes(pickle.dumps(make()))
+                        part.replace(made)
+                        self._made.append(made)
+                finally:
+                    with suppress(OSError):
+                        fcntl.flock(lock, fcntl.LOCK_UN)  # closing does not, if `make` left forked processes
                 self.words.add(f"{name} made", 1)
         makers = sum(state["makes"] for state in self.states.values())
         self.until(lambda: made.exists() or self.words.add(f"{name} made", 0) == makers, name)

@@ -31,6 +31,9 @@ def main() -> None:
     launcher: Any = torchrun  # it carries no types
     arguments = launcher.parse_args(sys.argv[1:])
     arguments.signals_to_handle += ",SIGUSR1"  # Slurm's notice ahead of the end
+    here = launcher.determine_local_world_size(arguments.nproc_per_node)
+    # Else torchrun gives each process one core, however many there are.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // here)))
     try:
         launcher.run(arguments)
     except SignalException as error:

@@ -119,12 +119,15 @@ def test_two_ranks_then_one_then_four_do_what_one_process_does(demo: Path, tmp_p
     assert committed(output)[-1] == json.loads((output / "status.json").read_text())["step"]
 
     one = Run(1, spec_of(demo, output), tmp_path)
-    one.send(signal.SIGTERM, 0, 9)
+    one.send(signal.SIGTERM, 0, committed(output)[-1] + 3)
     assert one.end() == [75], one.words()
     four = Run(4, spec_of(demo, output), tmp_path)
     assert four.end() == [0, 0, 0, 0], four.words()
     assert "resuming from step" in four.words()
 
+    lines = map(json.loads, (output / "logs/metrics.jsonl").read_text().splitlines())
+    waits = {line["step"]: line.get("rank_wait_seconds") for line in lines if "loss" in line}
+    assert [len(waits[step]) for step in (2, 16)] == [2, 4]
     ours, theirs = (trajectory((folder / "logs/metrics.jsonl").read_bytes()) for folder in (output, whole))
     assert [(step, rate, rows) for step, _, rate, _, rows in ours] == [(s, r, rows) for s, _, r, _, rows in theirs]
     assert close([line[1] for line in ours], [line[1] for line in theirs])

@@ -10,6 +10,7 @@ import mmap
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
@@ -21,6 +22,8 @@ from job.errors import DataError, JobError, NotAllowed, SpecError, Unavailable
 from job.store.protocol import Capabilities, Conflict, Corrupt, Digest, Entry, Missing, checked_key
 
 CHUNK = 8 * 2**20
+LOCK_SECONDS = 60.0
+"""A lock is held for as long as a small file takes to be written and renamed."""
 _OURS = re.compile(r"^\..*\.([0-9a-f]{12}\.part|lock)$")
 
 
@@ -250,10 +253,30 @@ class LocalStore:
         """Compare-and-rename as one step among writers. The kernel lets the lock go when its holder dies."""
         lock = path.parent / (partial_name(path.name, "").removesuffix(".part") + "lock")
         with lock.open("wb") as stream:
-            # A Lustre mounted without `flock` refuses; the comparison alone is then the weaker guarantee.
-            with contextlib.suppress(OSError):
-                fcntl.flock(stream, fcntl.LOCK_EX)
-            yield
+            _lock(stream)
+            try:
+                yield
+            finally:
+                # Closing does not do it while a process forked meanwhile, as a loader's workers are, has the file open too.
+                with contextlib.suppress(OSError):
+                    fcntl.flock(stream, fcntl.LOCK_UN)
+
+
+def _lock(stream: BinaryIO) -> None:
+    """Raises Unavailable when another has held the lock for longer than any write takes."""
+    began = time.monotonic()
+    while True:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() - began > LOCK_SECONDS:
+                raise Unavailable(
+                    f"{stream.name} has been locked by another process for {LOCK_SECONDS:.0f} s; look for one that hangs"
+                ) from None
+            time.sleep(0.005)
+        except OSError:  # a Lustre mounted without `flock` refuses; the comparison alone is then the weaker guarantee
+            return
 
 
 def copy(pieces: Iterator[memoryview], target: BinaryIO) -> Digest:

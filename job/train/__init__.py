@@ -48,8 +48,9 @@ class LoraTrainer(SFTTrainer):
     that is asked once, and a way on when a micro-batch does not fit the card.
 
     Since the last line of numbers: `rows_of_step` holds the rows seen, `tokens_of_step` counts their tokens, `waited` the
-    seconds spent waiting for the loader, `paused` those in which nothing was trained. `finite` tells, without waiting for
-    the GPU, whether every loss was a number.
+    seconds spent waiting for the loader, `paused` those in which nothing was trained, `waits_of_step` those that each rank
+    spent on the sum of gradients, a step earlier. `finite` tells, without waiting for the GPU, whether every loss was a
+    number.
 
     Upstream knows of one process alone. With more ranks the order gives each its rows, and the step's last micro-batch ends
     with `_over_ranks`; only rank 0 saves, and only rank 0 knows the rows and tokens of all.
@@ -82,6 +83,7 @@ class LoraTrainer(SFTTrainer):
         self.paused = 0.0
         self.finite: torch.Tensor | bool = True
         self.own_rows, self.own_tokens, self.own_loss = list[int](), 0, torch.zeros(())
+        self.waits_of_step: list[list[float]] = []
         self.snapshot = Snapshot(Path(str(self.args.output_dir)) / "unchanging")
         # Once, and by upstream's own hand; it writes all but weights and states, which `snapshot` does from copies.
         SFTTrainer._save(self, str(self.snapshot.unchanging), state_dict={})
@@ -144,11 +146,12 @@ class LoraTrainer(SFTTrainer):
         self.own_loss = self.own_loss.to(loss.device) + loss
         if not self.accelerator.gradient_state.sync_gradients:
             return torch.zeros_like(loss)
-        shares = self.ranks.gathered("rows of a step", (self.own_rows, self.own_tokens))
+        shares = self.ranks.gathered("rows of a step", (self.own_rows, self.own_tokens, self.group.waited))
         total = self.group.add_up([weight for weight in self.model.parameters() if weight.requires_grad], self.own_loss)
         self.finite = torch.isfinite(total) & self.finite
-        self.rows_of_step += [row for row in chain(*zip_longest(*(rows for rows, _ in shares))) if row is not None]
-        self.tokens_of_step += sum(tokens for _, tokens in shares)
+        self.rows_of_step += [row for row in chain(*zip_longest(*(share[0] for share in shares))) if row is not None]
+        self.tokens_of_step += sum(tokens for _, tokens, _ in shares)
+        self.waits_of_step.append([waited for _, _, waited in shares])
         self.own_rows, self.own_tokens, self.own_loss = [], 0, torch.zeros(())
         return total
 

@@ -73,11 +73,13 @@ class Numbers(TrainerCallback):
             samples_per_second=round(self.samples / seconds, 3) if seconds else None,
             tokens_per_second=round(self.trainer.tokens_of_step / elapsed, 1) if elapsed else None,
             data_wait_seconds=round(self.trainer.waited / max(steps, 1), 4),
+            **rank_waits(self.trainer.waits_of_step),
             rows_at_once=self.trainer.ladder.rows_at_once,
             rows=list(self.trainer.rows_of_step),
             **gpu_numbers(),
         )
         self.trainer.rows_of_step.clear()
+        self.trainer.waits_of_step.clear()
         self.trainer.tokens_of_step, self.trainer.waited, self.trainer.paused = 0, 0.0, 0.0
         left = seconds * (state.max_steps - state.global_step)
         self.record.update(loss=logs["loss"], seconds_left=round(left))
@@ -107,6 +109,12 @@ class Numbers(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def rank_waits(waits: list[list[float]]) -> dict[str, list[float]]:
+    """`rank_wait_seconds`: mean seconds a step that each rank spent on the sum of gradients. That with the least is slow."""
+    means = [round(sum(each) / len(each), 4) for each in zip(*waits, strict=True)]
+    return {"rank_wait_seconds": means} if len(means) > 1 else {}
 
 
 def lost(step: int, why: str, record: Record) -> str:

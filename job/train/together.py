@@ -8,7 +8,8 @@ runs out of memory and goes on in halves, or has fewer micro-batches, or rows wi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -29,10 +30,15 @@ BUCKET = 2**24
 
 
 class Together:
-    """Sums over `ranks`; those of one rank are its own. All ranks must call these in the same order."""
+    """Sums over `ranks`; those of one rank are its own. All ranks must call these in the same order.
+
+    `waited` says how long the last sum of gradients took, in seconds, from when this rank's own were computed: the rank
+    with the least of it is the one that the others waited for.
+    """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
+        self.waited = 0.0
 
     def sums(self, *values: float) -> list[float]:
         """Each value summed over all ranks. Who was asked to stop, and so may have counted half, adds nothing."""
@@ -52,13 +58,19 @@ class Together:
         trained = [weight for weight, one in zip(weights, given.tolist(), strict=True) if one]
         gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in trained]
         total = loss.detach().float().reshape(1).clone()
+        computed, began = _mark(total), None
         for bucket in buckets([*gradients, total]):
             flat = torch.cat([tensor.reshape(-1).float() for tensor in bucket])
-            self._wait(distributed.all_reduce(flat, async_op=True), flat)
+            work = distributed.all_reduce(flat, async_op=True)
+            if began is None:
+                computed()
+                began = time.monotonic()
+            self._wait(work, flat)
             for tensor, part in zip(bucket, torch.split(flat, [each.numel() for each in bucket]), strict=True):
                 tensor.copy_(part.view_as(tensor))
         for weight, gradient in zip(trained, gradients, strict=True):
             weight.grad = gradient
+        self.waited = time.monotonic() - (began or time.monotonic())
         return total[0]
 
     def as_first(self, model: Any) -> None:
@@ -86,6 +98,16 @@ class Together:
         except RuntimeError:  # a connection broke; who it was is known in a moment
             self.ranks.silence = min(self.ranks.silence, GONE_SECONDS)
             self.ranks.until(lambda: False, what, 4 * GONE_SECONDS)
+
+
+def _mark(tensor: torch.Tensor) -> Callable[[], object]:
+    """What waits until all that computes `tensor` is done, and nothing that is begun later."""
+    if not tensor.is_cuda:
+        return bool
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    done.record()
+    waits: Callable[[], object] = done.synchronize
+    return waits
 
 
 def buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

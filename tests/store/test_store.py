@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import string
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -204,6 +206,35 @@ def test_a_probe_leaves_nothing(store: Store) -> None:
     found = check_writable(store)
     assert found.conditional
     assert list(store.list()) == []
+
+
+def test_a_process_forked_while_something_is_written_holds_up_no_later_write(tmp_path: Path) -> None:
+    """As a loader's workers are, which live as long as training does."""
+    store = open_store(str(tmp_path))
+    first = store.write("lease", b"1", if_absent=True)
+    with store._locked(tmp_path / "lease"):  # type: ignore[attr-defined]
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            later = pool.submit(store.write, "lease", b"2", if_match=first)
+            assert later.result(timeout=10) != first
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_lock_that_is_never_let_go_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("job.store.local.LOCK_SECONDS", 0.1)
+    store = open_store(str(tmp_path))
+    first = store.write("lease", b"1", if_absent=True)
+    with (
+        store._locked(tmp_path / "lease"),  # type: ignore[attr-defined]
+        pytest.raises(Unavailable, match=r"lease\.lock has been locked by another process for 0 s"),
+    ):
+        store.write("lease", b"2", if_match=first)
 
 
 def test_age_is_measured_by_one_clock(store: Store) -> None:
