@@ -1,20 +1,23 @@
 """Merged weights: the base's files again, byte for byte but for the tensors that the adapter changes.
 
 So names, dtypes, order, sharding and index are the base's own, and what a server could read it can read again. A file is
-made as a stream, piece by piece: into scratch, or straight into the output. Neither the model nor a file is ever whole
-in memory; the largest thing held is one changed tensor.
+made piece by piece, a few pieces ahead of where it is written: into scratch, or straight into the output. Neither the
+model nor a file is ever whole in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import os
 import shutil
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +32,11 @@ from job.store import Digest, Store
 from job.store.local import disk
 
 PIECE = 16 * 2**20
-AHEAD = 3
-"""Pieces that are read and folded while others are written."""
+WORKERS = 3
+AHEAD = 6
+"""Pieces that are being read and folded, or are done and wait to be written."""
+FOLDING = threading.Lock()
+"""One tensor is folded at a time: it has the whole device, and the precision of products is a setting of the process."""
 PROGRESS = "logs/merging.json"
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 LEFT_OUT = {"README.md", "pytorch_model.bin.index.json", HERE}
@@ -84,9 +90,9 @@ def merge_to_folder(recipe: Recipe, into: Path) -> list[str]:
     for file in recipe.base.files:
         if not (into / file).exists():
             part = into.with_name(f"{file}.part")
-            with disk(part), part.open("wb", buffering=0) as target:
-                for piece in ahead(pieces(recipe, file)):
-                    _write(target, piece)
+            with disk(part), part.open("wb") as target, closing(pieces(recipe, file)) as made:
+                for piece in made:
+                    target.write(piece)
             part.replace(into / file)
             written.append(file)
     return written
@@ -104,7 +110,8 @@ def merge_to_store(recipe: Recipe, store: Store, prefix: str, check: Callable[[]
         if file not in done or there.get(key) != done[file].size:
             check()
             size = (recipe.base.folder / file).stat().st_size
-            done[file] = store.upload_stream(Stream(ahead(pieces(recipe, file))), size, key)
+            with closing(pieces(recipe, file)) as made:
+                done[file] = store.upload_pieces(made, size, key)
             store.write(PROGRESS, json.dumps({"identity": recipe.identity, "files": done}).encode())
     return done
 
@@ -132,75 +139,66 @@ def copy_rest(base: Path, into: Path) -> None:
             shutil.copyfile(file, into / file.name)
 
 
-def pieces(recipe: Recipe, file: str) -> Iterator[memoryview]:
-    """The bytes of a merged weight file in order, in pieces of at most 16 MiB or one changed tensor."""
+def pieces(recipe: Recipe, file: str) -> Generator[memoryview]:
+    """The bytes of a merged weight file in order, in pieces of at most 16 MiB or one changed tensor.
+
+    Threads make them ahead of whoever takes them. In memory are at most AHEAD pieces and those that were taken, and on the
+    device one tensor with its change. Closing ends the threads.
+    """
     path = recipe.base.folder / file
+    made: deque[Future[memoryview]] = deque()
+    with disk(path), path.open("rb") as source, ThreadPoolExecutor(WORKERS, thread_name_prefix="merge") as pool:
+        try:
+            for make in _parts(recipe, file, source.fileno()):
+                made.append(pool.submit(make))
+                if len(made) == AHEAD:
+                    yield made.popleft().result()
+            while made:
+                yield made.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _parts(recipe: Recipe, file: str, source: int) -> Iterator[Callable[[], memoryview]]:
+    """What makes each piece of a file, which is open as the descriptor `source`."""
     slots = {key: slot for key, slot in recipe.base.slots.items() if slot.file == file}
     touched = [key for key in slots if key in recipe.changes or key in recipe.held]
-    with disk(path), path.open("rb", buffering=0) as source:
-        for key in sorted(touched, key=lambda key: slots[key].start):
-            slot = slots[key]
-            while source.tell() < slot.start:
-                yield memoryview(_read(source, min(PIECE, slot.start - source.tell())))
-            raw = _read(source, slot.end - slot.start)
-            weight = torch.frombuffer(raw, dtype=DTYPES[slot.dtype]).view(slot.shape).to(recipe.device)
-            if key in recipe.held:
-                weight = recipe.held[key]().to(weight)
-            if key in recipe.changes:
-                weight = changed(weight, recipe.changes[key])
-            yield weight.contiguous().cpu().view(-1).view(torch.uint8).numpy().data
-        while piece := source.read(PIECE):
-            yield memoryview(piece)
+    done = 0
+    for key in sorted(touched, key=lambda key: slots[key].start):
+        yield from _plain(recipe, source, done, slots[key].start)
+        yield partial(_folded, recipe, source, key)
+        done = slots[key].end
+    yield from _plain(recipe, source, done, os.fstat(source).st_size)
 
 
-def _read(source: io.FileIO, size: int) -> bytearray:
-    """Exactly `size` bytes. Raises OSError when the file ends before."""
-    buffer = bytearray(size)
-    view, got = memoryview(buffer), 0
-    while got < size:
-        count = source.readinto(view[got:])
+def _plain(recipe: Recipe, source: int, start: int, end: int) -> Iterator[Callable[[], memoryview]]:
+    for at in range(start, end, PIECE):
+        yield lambda at=at: _read(recipe, source, at, min(at + PIECE, end)).numpy().data  # type: ignore[misc]
+
+
+def _folded(recipe: Recipe, source: int, key: str) -> memoryview:
+    """A changed tensor, in the memory that it was read into."""
+    slot = recipe.base.slots[key]
+    raw = _read(recipe, source, slot.start, slot.end)
+    there = raw.view(DTYPES[slot.dtype]).view(slot.shape)
+    with FOLDING:
+        weight = there.to(recipe.device)
+        if key in recipe.held:
+            weight = recipe.held[key]().to(weight)
+        if key in recipe.changes:
+            weight = changed(weight, recipe.changes[key])
+        there.copy_(weight)
+    return raw.numpy().data
+
+
+def _read(recipe: Recipe, source: int, start: int, end: int) -> Tensor:
+    """Bytes `start` to `end`. Raises OSError when the file ends before. A GPU copies from pinned memory far faster, and
+    torch uses that again for later pieces."""
+    raw = torch.empty(end - start, dtype=torch.uint8, pin_memory=recipe.device.type == "cuda")
+    view, got = raw.numpy().data, 0
+    while got < len(view):
+        count = os.preadv(source, [view[got:]], start + got)
         if not count:
             raise OSError("it ends before the tensors that its header names")
         got += count
-    return buffer
-
-
-def _write(target: io.FileIO, piece: memoryview) -> None:
-    while len(piece):
-        piece = piece[target.write(piece) :]
-
-
-def ahead(items: Iterator[memoryview]) -> Iterator[memoryview]:
-    """The same items, made by a thread of their own a little ahead of whoever takes them."""
-    with ThreadPoolExecutor(1, thread_name_prefix="merge") as pool:
-        made: deque[Future[memoryview | None]] = deque(pool.submit(next, items, None) for _ in range(AHEAD))
-        while (item := made.popleft().result()) is not None:
-            made.append(pool.submit(next, items, None))
-            yield item
-
-
-class Stream(io.RawIOBase):
-    """Pieces as a file that is read once, from its beginning to its end."""
-
-    def __init__(self, pieces: Iterator[memoryview]) -> None:
-        self._pieces = pieces
-        self._left = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fills the buffer, unless the end comes before."""
-        target = memoryview(buffer).cast("B")
-        filled = 0
-        while filled < len(target):
-            if not len(self._left):
-                piece = next(self._pieces, None)
-                if piece is None:
-                    break
-                self._left = piece.cast("B")
-            count = min(len(self._left), len(target) - filled)
-            target[filled : filled + count] = self._left[:count]
-            self._left = self._left[count:]
-            filled += count
-        return filled
+    return raw

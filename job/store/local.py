@@ -6,12 +6,15 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import mmap
 import os
 import re
 import secrets
 import time
 from collections.abc import Iterable, Iterator
-from io import RawIOBase
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import FileIO
+from itertools import cycle
 from pathlib import Path
 from typing import BinaryIO
 
@@ -138,16 +141,13 @@ class LocalStore:
         return hashlib.sha256(data).hexdigest()
 
     def upload(self, path: Path, key: str) -> Digest:
-        with disk(path), path.open("rb") as source:
-            return self._put(source, os.fstat(source.fileno()).st_size, key)
+        with disk(path), path.open("rb", buffering=0) as source:
+            return self.upload_pieces(_pieces(source), os.fstat(source.fileno()).st_size, key)
 
-    def upload_stream(self, source: RawIOBase, size: int, key: str) -> Digest:
-        return self._put(source, size, key)
-
-    def _put(self, source: BinaryIO | RawIOBase, size: int, key: str) -> Digest:
+    def upload_pieces(self, pieces: Iterator[memoryview], size: int, key: str) -> Digest:
         target = self._path(key)
         with disk(target), self._temporary(target) as (stream, temporary):
-            digest = copy(source, stream)
+            digest = copy(_begun(pieces, stream), stream)
             if digest.size != size:
                 raise DataError(f"What goes to {key} was to hold {size} bytes, and held {digest.size}.")
             os.fsync(stream.fileno())
@@ -159,11 +159,11 @@ class LocalStore:
         source_path = self._path(key)
         with disk(path), contextlib.ExitStack() as stack:
             try:
-                source = stack.enter_context(source_path.open("rb"))
+                source = stack.enter_context(source_path.open("rb", buffering=0))
             except (FileNotFoundError, NotADirectoryError):
                 raise Missing(f"There is no {key} in {self.url}.") from None
             stream, temporary = stack.enter_context(self._temporary(path))
-            digest = copy(source, stream)
+            digest = copy(_pieces(source), stream)
             if sha256 is not None and digest.sha256 != sha256:
                 raise Corrupt(f"{key} in {self.url} has SHA-256 {digest.sha256}, not {sha256} as promised.")
             stream.flush()
@@ -279,14 +279,38 @@ def _lock(stream: BinaryIO) -> None:
             return
 
 
-def copy(source: BinaryIO | RawIOBase, target: BinaryIO) -> Digest:
-    """Copy a stream and hash what passes."""
-    digest = hashlib.sha256()
-    size = 0
-    buffer = memoryview(bytearray(CHUNK))
-    while count := source.readinto(buffer):  # type: ignore[union-attr]
-        digest.update(buffer[:count])
-        target.write(buffer[:count])
-        size += count
+def copy(pieces: Iterator[memoryview], target: BinaryIO) -> Digest:
+    """Write pieces and hash them meanwhile. Each has to stay as it is until the one after the next is asked for."""
+    digest, size = hashlib.sha256(), 0
+    hashing: Future[None] | None = None
+    with ThreadPoolExecutor(1, thread_name_prefix="hash") as pool:
+        for piece in pieces:
+            if hashing is not None:
+                hashing.result()
+            if len(piece) >= 2**20:  # a small file is done before a thread has started
+                hashing = pool.submit(digest.update, piece)
+            else:
+                digest.update(piece)
+            target.write(piece)
+            size += len(piece)
     target.flush()
     return Digest(size, digest.hexdigest())
+
+
+def _pieces(source: FileIO) -> Iterator[memoryview]:
+    """A file's bytes, in two buffers by turns. They are mapped, so that a small file touches little of them."""
+    for buffer in cycle([memoryview(mmap.mmap(-1, CHUNK)), memoryview(mmap.mmap(-1, CHUNK))]):
+        if not (count := source.readinto(buffer)):
+            return
+        yield buffer[:count]
+
+
+def _begun(pieces: Iterator[memoryview], target: BinaryIO) -> Iterator[memoryview]:
+    """The same pieces. The disk begins to take them while they are being written, so that fsync has little to wait for."""
+    begun = written = 0
+    for piece in pieces:
+        yield piece
+        written += len(piece)
+        if written - begun >= CHUNK:
+            os.posix_fadvise(target.fileno(), begun, written - begun, os.POSIX_FADV_DONTNEED)
+            begun = written

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from io import RawIOBase
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -75,8 +74,8 @@ class Store(Protocol):
     def upload(self, path: Path, key: str) -> Digest:
         """Write a file of any size, whole or not at all, and return the digest of the bytes that were sent."""
 
-    def upload_stream(self, source: RawIOBase, size: int, key: str) -> Digest:
-        """The same for `size` bytes that are made as they are read, which is once and in order."""
+    def upload_pieces(self, pieces: Iterator[memoryview], size: int, key: str) -> Digest:
+        """The same for `size` bytes that are made as they are sent."""
 
     def download(self, key: str, path: Path, *, sha256: str | None = None) -> Digest:
         """Fetch into `path`, which appears by a rename when every byte is there. What a broken call left is used.

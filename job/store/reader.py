@@ -18,4 +18,4 @@ class ReadOnly:
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise JobError(f"only rank 0 writes to {self.url}")
 
-    write = upload = upload_stream = delete = probe = abort_stale = _refuse
+    write = upload = upload_pieces = delete = probe = abort_stale = _refuse

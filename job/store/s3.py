@@ -170,8 +170,8 @@ class S3Store:
     def upload(self, path: Path, key: str) -> Digest:
         return transfer.upload(self, path, checked_key(key))
 
-    def upload_stream(self, source: io.RawIOBase, size: int, key: str) -> Digest:
-        return transfer.upload_stream(self, source, size, checked_key(key))
+    def upload_pieces(self, pieces: Iterator[memoryview], size: int, key: str) -> Digest:
+        return transfer.upload_from(self, transfer.Joined(pieces), size, checked_key(key))
 
     def download(self, key: str, path: Path, *, sha256: str | None = None) -> Digest:
         return transfer.download(self, checked_key(key), path, sha256)

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from http.client import HTTPException, HTTPResponse
-from io import RawIOBase
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +63,31 @@ class Buffers:
 def upload(store: S3Store, path: Path, key: str) -> Digest:
     """Send a file in one request, or in parts when it is larger than one. The digest is of the bytes that were sent."""
     with disk(path), path.open("rb", buffering=0) as source:
-        return upload_stream(store, source, os.fstat(source.fileno()).st_size, key)
+        return upload_from(store, source, os.fstat(source.fileno()).st_size, key)
 
 
-def upload_stream(store: S3Store, source: RawIOBase, size: int, key: str) -> Digest:
+class Joined:
+    """Pieces as a file that is read once, from its beginning to its end."""
+
+    def __init__(self, pieces: Iterator[memoryview]) -> None:
+        self._pieces = pieces
+        self._left = memoryview(b"")
+
+    def read(self, size: int) -> bytes:
+        """Fewer than `size` bytes only at the end."""
+        taken: list[memoryview] = []
+        while size:
+            if not len(self._left):
+                if (piece := next(self._pieces, None)) is None:
+                    break
+                self._left = piece
+            taken.append(self._left[:size])
+            self._left = self._left[size:]
+            size -= len(taken[-1])
+        return b"".join(taken)
+
+
+def upload_from(store: S3Store, source: FileIO | Joined, size: int, key: str) -> Digest:
     """The same for `size` bytes that are read once and in order."""
     if size <= store.part_size:
         data = _read_exactly(source, size, key)
@@ -106,13 +127,13 @@ def md5(data: bytes) -> dict[str, str]:
     return {"ContentMD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
 
 
-def _at_its_end(source: RawIOBase, key: str) -> None:
+def _at_its_end(source: FileIO | Joined, key: str) -> None:
     if source.read(1):
         raise DataError(f"What goes to {key} changed its size while it was being uploaded.")
 
 
 def _send(
-    store: S3Store, source: RawIOBase, size: int, key: str, upload_id: str, digest: hashlib._Hash
+    store: S3Store, source: FileIO | Joined, size: int, key: str, upload_id: str, digest: hashlib._Hash
 ) -> list[dict[str, Any]]:
     """Read part by part; each is sent by a worker while this thread hashes it."""
     part_size = max(store.part_size, -(-size // MAX_PARTS))
@@ -140,7 +161,7 @@ def _send(
         wait(sent)
 
 
-def _read_exactly(source: RawIOBase, size: int, key: str) -> bytes:
+def _read_exactly(source: FileIO | Joined, size: int, key: str) -> bytes:
     body = source.read(size)
     while body is not None and len(body) < size:
         if not (more := source.read(size - len(body))):

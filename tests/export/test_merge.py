@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from job.errors import SpecError
+from job.errors import SpecError, Unavailable
 from job.export import check_mergeable
 from job.export.fold import Lora, changed
 from job.export.merge import Recipe, copy_rest, merge_to_folder, merge_to_store, recipe
@@ -294,6 +296,25 @@ def test_a_merge_killed_half_way_goes_on_with_the_next_file(
     assert stalling.merge(todo, undisturbed, way) == [first, *rest]
     for name in (first, *rest):
         assert (killed / "merged" / name).read_bytes() == (undisturbed / "merged" / name).read_bytes()
+
+
+@pytest.mark.parametrize("broken", ["base", "disk"])
+def test_a_merge_that_fails_names_the_file_and_leaves_no_thread(
+    broken: str, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = sharded(tiny("llava", torch.bfloat16), tmp_path / "base")
+    todo = stalling.recipe(folder, 0)
+    file = todo.base.files[1]
+    if broken == "base":
+        os.truncate(folder / file, (folder / file).stat().st_size - 1)
+        says = f"failed at {folder / file}: it ends before the tensors"
+    else:
+        (tmp_path / f"{file}.part").symlink_to("/dev/full")
+        says = f"The disk that holds {tmp_path / file}.part is full"
+    with pytest.raises(Unavailable, match=says) as refused:
+        merge_to_folder(todo, tmp_path / "merged")
+    assert refused.value.exit_code == 69
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("merge")]
 
 
 def test_what_another_adapter_made_is_not_taken_for_this_ones(made: Made, tmp_path: Path) -> None:
