@@ -138,10 +138,11 @@ def rows_of() -> list[Facts]:
 
 
 def load(work: Path, precision: str, start: bool = True) -> Any:
-    from job.model.transformers_backend import load
+    from job.model import load_model
     from job.survey import torch_device
 
-    return load(spec_of(work), work / "base", torch_device(), work / "adapter" if start else None, precision)
+    adapter = work / "adapter" if start else None
+    return load_model(spec_of(work), work / "base", torch_device(), "transformers", precision, adapter)
 
 
 def recipe_of(work: Path, held: Any = None) -> Any:

@@ -61,6 +61,11 @@ def load_model(
     spec: JobSpec, folder: Path, device: torch.device, backend: str, precision: str, start: Path | None
 ) -> Loaded:
     """The base of `folder` with adapters, fresh or those of the folder `start`, through the backend named."""
+    import torch
+
+    # Hopper's default. With a mask it gives NaN gradients at some lengths (github.com/pytorch/pytorch/issues/196678), and
+    # wrong numbers where the mask is in float32 (pull 191612): in torch 2.11 to 2.13 at least.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if backend == "unsloth":
         from job.model import unsloth_backend
 

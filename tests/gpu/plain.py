@@ -11,15 +11,17 @@ from pathlib import Path
 
 import torch
 
+from job.model import load_model
 from job.model.collator import Collator
-from job.model.transformers_backend import load
 from tests.tiny import batch, job_spec
 
 
 def main() -> None:
     found = []
     for folder, adapter in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
-        loaded = load(job_spec(lora={"r": 4}), Path(folder), torch.device("cuda", 0), Path(adapter), "16bit")
+        loaded = load_model(
+            job_spec(lora={"r": 4}), Path(folder), torch.device("cuda", 0), "transformers", "16bit", Path(adapter)
+        )
         inputs = {name: tensor.cuda() for name, tensor in Collator(loaded.processor, 512)(batch()).items()}
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
             loss = float(loaded.model(**inputs).loss)
