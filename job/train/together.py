@@ -103,7 +103,7 @@ class Together:
 def _mark(tensor: torch.Tensor) -> Callable[[], object]:
     """What waits until all that computes `tensor` is done, and nothing that is begun later."""
     if not tensor.is_cuda:
-        return bool
+        return lambda: None
     done = torch.cuda.Event()  # type: ignore[no-untyped-call]
     done.record()
     waits: Callable[[], object] = done.synchronize
