@@ -57,7 +57,8 @@ $(LLAMA_CPP_BUILD)/bin/llama-mtmd-cli: | $(LLAMA_CPP)
 	@command -v cmake >/dev/null && command -v c++ >/dev/null || { echo "llama.cpp is built here: install cmake and g++"; exit 1; }
 	@cmake -S $(LLAMA_CPP) -B $(LLAMA_CPP_BUILD) -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_CURL=OFF \
 	  -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF -DBUILD_SHARED_LIBS=ON >/dev/null
-	@cmake --build $(LLAMA_CPP_BUILD) --target llama-mtmd-cli --parallel $$(nproc) >/dev/null
+	@cmake --build $(LLAMA_CPP_BUILD) --target llama-mtmd-cli --parallel $$(nproc) >$(LLAMA_CPP_BUILD)/log 2>&1 || \
+	  { tail -20 $(LLAMA_CPP_BUILD)/log; exit 1; }
 
 $(LLAMA_CPP):
 	@.ci/venv train dev

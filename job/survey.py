@@ -63,11 +63,12 @@ def survey(
         choose_backend(spec.model, device.kind == "cuda")
     if spec.evaluation.cache:
         open_store(spec.evaluation.cache)
-    base = data = example = None
+    base = found = data = example = None
     bundled = (scratch / BUNDLE).exists()
     if fetch or bundled or is_local(spec.model.name_or_path):
         base = fetch_base(spec.model, scratch)
-        check_export(spec.export, base)
+        found = base_facts(base)
+        check_export(spec.export, found)
     else:
         notes.append(f"{_not_here(spec.model.name_or_path)}: sizes are known after stage in")
     from_hub = base.parent.name == "snapshots" if base else "://" not in spec.model.name_or_path
@@ -101,7 +102,7 @@ def survey(
         keys=frozenset(entry.key for entry in store.list() if not entry.key.startswith("checkpoints/")),
         checkpoints=tuple(steps(store)),
         data=data.facts if data else None,
-        base=base_facts(base) if base else None,
+        base=found,
         device=device,
         world=world,
         scratch_free=free_bytes(scratch),
