@@ -14,18 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 from job.checkpoint import steps
 from job.data.shards import shards_to_stream
+from job.errors import DataError, NotAllowed, Unavailable
 from job.evaluate.extra import model_folders
 from job.export import check_export
 from job.model import choose_backend
 from job.model.compile_cache import CompileCache
 from job.model.fetch import base_facts, fetch_adapter, fetch_base
+from job.model.glimpse import glimpse
 from job.output import read_json
 from job.plan import Device, Facts
 from job.preemption import grace_seconds
 from job.record import STATUS_KEY
 from job.scratch import free_bytes
 from job.spec import JobSpec
-from job.stage_in import BUNDLE, local_path
+from job.stage_in import BUNDLE, is_there, local_path
 from job.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -51,8 +53,9 @@ QUICK_ROWS = 1000
 def survey(
     spec: JobSpec, store: Store, scratch: Path, *, fetch: bool, all_data: bool = False, world: int = 1
 ) -> Survey:
-    """Look at everything. With `fetch`, remote models and data are brought to scratch; without, they stay unknown, and of
-    data that is here only `QUICK_ROWS` rows are looked at, unless `all_data` wants them fetched and looked at all.
+    """Look at everything. With `fetch`, remote models and data are brought to scratch; without, of a remote model only the
+    headers are, remote data stay unknown, and of data that is here only `QUICK_ROWS` rows are looked at, unless `all_data`
+    wants them fetched and looked at all.
 
     Raises SpecError and DataError for what is wrong with model and data.
     """
@@ -67,11 +70,15 @@ def survey(
     bundled = (scratch / BUNDLE).exists()
     if fetch or bundled or is_local(spec.model.name_or_path):
         base = fetch_base(spec.model, scratch)
-        check_export(spec.export, base)
     else:
-        notes.append(f"{_not_here(spec.model.name_or_path)}: sizes are known after stage in")
-    from_hub = base.parent.name == "snapshots" if base else "://" not in spec.model.name_or_path
-    if from_hub and spec.model.revision is None:
+        try:
+            base = glimpse(spec.model, scratch)
+        except (NotAllowed, Unavailable) as error:
+            notes.append(f"{error}; sizes are known after stage in")
+    if base:
+        check_export(spec.export, base)
+    name = spec.model.name_or_path
+    if "://" not in name and not (bundled or is_local(name)) and spec.model.revision is None:
         notes.append("model.revision is not set: another attempt may find other weights on the hub; pin a commit")
     extra = spec.evaluation.extra_metrics.values()
     if extra and (fetch or bundled or all(map(is_local, extra))):
@@ -96,7 +103,7 @@ def survey(
         else:
             data = prepare(spec, scratch, None, most)
     else:
-        notes.append(f"{_not_here(spec.dataset.path)}: rows are counted after stage in, or by check --data")
+        notes.append(f"{not_here(spec.dataset.path)}: rows are counted after stage in, or by check --data")
     facts = Facts(
         keys=frozenset(entry.key for entry in store.list() if not entry.key.startswith("checkpoints/")),
         checkpoints=tuple(steps(store)),
@@ -142,8 +149,16 @@ def compile_cache(spec: JobSpec, store: Store, scratch: Path, device: Device) ->
     return CompileCache(store, scratch / "cache", device.name)
 
 
-def _not_here(name: str) -> str:
-    return f"{name} is not fetched" if "://" in name else f"no {name} is here, so it is taken for a hub id"
+def not_here(data: str) -> str:
+    """What is to be said of data that are elsewhere. Raises DataError when there are none under an `s3://` prefix."""
+    if not data.startswith("s3://"):
+        return f"no {data} is here, so it is taken for a hub id"
+    try:
+        if is_there(data):
+            return f"{data} is not fetched"
+    except (NotAllowed, Unavailable) as error:
+        return f"{data} cannot be looked at from here ({error})"
+    raise DataError(f"dataset.path: there is nothing under {data}")
 
 
 def is_local(path: str) -> bool:
