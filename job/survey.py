@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from job.checkpoint import steps
 from job.data.shards import shards_to_stream
-from job.errors import DataError, NotAllowed, Unavailable
+from job.errors import DataError, JobError, NotAllowed, SpecError, Unavailable
 from job.evaluate.extra import model_folders
 from job.export import check_export
 from job.model import choose_backend
@@ -66,7 +66,7 @@ def survey(
         choose_backend(spec.model, device.kind == "cuda")
     if spec.evaluation.cache:
         open_store(spec.evaluation.cache)
-    base = data = example = None
+    base = data = example = adapter = None
     bundled = (scratch / BUNDLE).exists()
     if fetch or bundled or is_local(spec.model.name_or_path):
         base = fetch_base(spec.model, scratch)
@@ -84,7 +84,10 @@ def survey(
     if extra and (fetch or bundled or all(map(is_local, extra))):
         model_folders(spec, scratch)
     start = spec.lora.init_adapter
-    adapter = fetch_adapter(start, scratch) if start and (fetch or bundled or is_local(start)) else None
+    if start and start.startswith("s3://") and not (fetch or bundled):
+        notes.append(elsewhere(start, "lora.init_adapter", SpecError))
+    elif start:
+        adapter = fetch_adapter(start, scratch)
     if importlib.util.find_spec("datasets") is None:
         notes.append("the data was not looked at: install the train extra to do so")
     elif fetch or bundled or all_data or is_local(spec.dataset.path):
@@ -103,7 +106,8 @@ def survey(
         else:
             data = prepare(spec, scratch, None, most)
     else:
-        notes.append(f"{not_here(spec.dataset.path)}: rows are counted after stage in, or by check --data")
+        rows = elsewhere(spec.dataset.path, "dataset.path", DataError)
+        notes.append(f"{rows}: rows are counted after stage in, or by check --data")
     facts = Facts(
         keys=frozenset(entry.key for entry in store.list() if not entry.key.startswith("checkpoints/")),
         checkpoints=tuple(steps(store)),
@@ -149,16 +153,16 @@ def compile_cache(spec: JobSpec, store: Store, scratch: Path, device: Device) ->
     return CompileCache(store, scratch / "cache", device.name)
 
 
-def not_here(data: str) -> str:
-    """What is to be said of data that are elsewhere. Raises DataError when there are none under an `s3://` prefix."""
-    if not data.startswith("s3://"):
-        return f"no {data} is here, so it is taken for a hub id"
+def elsewhere(name: str, field: str, error: type[JobError]) -> str:
+    """What is to be said of what is not here. Raises `error` when there is nothing under an `s3://` prefix."""
+    if not name.startswith("s3://"):
+        return f"no {name} is here, so it is taken for a hub id"
     try:
-        if is_there(data):
-            return f"{data} is not fetched"
-    except (NotAllowed, Unavailable) as error:
-        return f"{data} cannot be looked at from here ({error})"
-    raise DataError(f"dataset.path: there is nothing under {data}")
+        if is_there(name):
+            return f"{name} is not fetched"
+    except (NotAllowed, Unavailable) as reason:
+        return f"{name} cannot be looked at from here ({reason})"
+    raise error(f"{field}: there is nothing under {name}")
 
 
 def is_local(path: str) -> bool:

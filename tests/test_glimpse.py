@@ -64,17 +64,19 @@ def test_a_base_that_may_not_be_seen_yet_is_a_warning(job: Job, whole: dict[str,
 @pytest.mark.parametrize(
     ("field", "name", "code", "says"),
     [
-        ("model", "lab/none", 78, "model.name_or_path: the hub has no lab/none that this token may see"),
-        ("model", "s3://{bucket}/none", 78, "model.name_or_path: there is nothing under s3://"),
-        ("model", "s3://{bucket}/rows", 78, "holds no config.json, so it is not a model"),
-        ("dataset", "s3://{bucket}/none", 65, "dataset.path: there is nothing under s3://"),
+        ("model.name_or_path", "lab/none", 78, "model.name_or_path: the hub has no lab/none that this token may see"),
+        ("model.name_or_path", "s3://{bucket}/none", 78, "model.name_or_path: there is nothing under s3://"),
+        ("model.name_or_path", "s3://{bucket}/rows", 78, "holds no config.json, so it is not a model"),
+        ("dataset.path", "s3://{bucket}/none", 65, "dataset.path: there is nothing under s3://"),
+        ("lora.init_adapter", "s3://{bucket}/none", 78, "lora.init_adapter: there is nothing under s3://"),
     ],
 )
 def test_what_is_nowhere_is_refused(
     job: Job, whole: dict[str, Any], bucket: str, hub: Hub, field: str, name: str, code: int, says: str
 ) -> None:
     open_store(f"s3://{bucket}/rows").write("metadata.jsonl", b"")
-    whole[field] |= {"name_or_path" if field == "model" else "path": name.format(bucket=bucket)}
+    section, key = field.split(".")
+    whole[section] = whole.get(section, {}) | {key: name.format(bucket=bucket)}
     settings = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     result = job("check", JOB_SPEC=yaml.safe_dump(whole), HF_ENDPOINT=hub.url, **settings)
     assert result.returncode == code, result.stderr
