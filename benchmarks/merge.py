@@ -185,12 +185,14 @@ def adapter(work: Path, *_: str) -> Facts:
 
 def upload(work: Path, *_: str) -> Facts:
     from job.store import open_store
+    from job.store.folders import upload_files
 
     warm(work)
     store, facts = open_store(str(work / "store")), Facts()
     with watched(work, facts):
-        for file in sorted((work / "base").glob("*.safetensors")):
-            store.upload(file, f"merged/{file.name}")
+        upload_files(
+            store, work / "base", {file.name: f"merged/{file.name}" for file in (work / "base").glob("*.safetensors")}
+        )
     shutil.rmtree(work / "store")
     return facts
 

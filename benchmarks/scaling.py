@@ -4,6 +4,8 @@
 
 MODEL is a Llama 3.2 Vision checkpoint, real or made by models.py; LoRA is trained everywhere. Each count is a job of its own
 under torchrun, with the same rows in the same steps; compile caches are shared, and the first steps left out of the speed.
+Cards of one kind differ by some per cent, and the slowest sets the pace of all: so one device is tried on every card, each
+alone but at the same time, and a count is compared with the mean of its own cards.
 Without a GPU it tries the same with gloo and a tiny model (`--side 112`), and records nothing.
 """
 
@@ -12,8 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +29,11 @@ from throughput import COMPILING, make_data, started
 GOALS = {2: 1.9, 4: 3.7}
 
 
-def steps(model: Path, data: Path, folder: Path, count: int, batch: int, precision: str) -> list[dict[str, Any]]:
-    """The lines of numbers of a job on `count` devices."""
-    out = folder / f"job-{count}"
+def steps(
+    model: Path, data: Path, folder: Path, batch: int, precision: str, count: int, card: int = 0
+) -> list[dict[str, Any]]:
+    """The lines of numbers of a job on `count` devices, from the one with the number `card` on."""
+    out = folder / f"job-{count}-from-{card}"
     spec = {
         "model": {"name_or_path": str(model), "precision": precision},
         "lora": {"r": 16, "lora_alpha": 16},
@@ -36,7 +43,12 @@ def steps(model: Path, data: Path, folder: Path, count: int, batch: int, precisi
         "export": {"merged": False},
         "output": {"url": str(out)},
     }
-    settings = {"JOB_SPEC": yaml.safe_dump(spec), "JOB_SCRATCH": str(folder / "scratch")}
+    visible = ",".join(str(card + number) for number in range(count))
+    settings = {
+        "JOB_SPEC": yaml.safe_dump(spec),
+        "JOB_SCRATCH": str(folder / "scratch"),
+        "CUDA_VISIBLE_DEVICES": visible,
+    }
     launch = ["-m", "job.torchrun", "--standalone", f"--nproc-per-node={count}", "-m", "job", "run"]
     started([sys.executable, *launch], os.environ | settings, out.with_suffix(".log"))
     lines = map(json.loads, (out / "logs" / "metrics.jsonl").read_text().splitlines())
@@ -65,21 +77,34 @@ def main() -> None:
         else:
             print(f"scaling · {case}: {value:.4g} {unit}", flush=True)
 
-    found = {count: steps(given.model, data, folder, count, given.batch, given.precision) for count in given.counts}
-    first = given.counts[0]
-    speeds = {}
-    for count, lines in found.items():
-        rest = lines[COMPILING:]
-        speeds[count] = given.batch * len(rest) / sum(line["step_seconds"] for line in rest)
-        tell(f"{count} devices", speeds[count], "samples/s")
-    for count in given.counts[1:]:
-        ratio, goal = speeds[count] / speeds[first], GOALS.get(count)
+    run = partial(steps, given.model, data, folder, given.batch, given.precision)
+    counts = sorted(given.counts)
+    cards = range(counts[-1] if device and counts[0] == 1 else 1)
+    with ThreadPoolExecutor(len(cards)) as pool:
+        alone = list(pool.map(partial(run, counts[0]), cards))
+    speeds = [speed(lines, given.batch) for lines in alone]
+    for card, each in zip(cards, speeds, strict=True):
+        tell(f"{counts[0]} devices" + f", card {card}" * (len(cards) > 1), each, "samples/s")
+    for count in counts[1:]:
+        lines = run(count)
+        found = speed(lines, given.batch)
+        tell(f"{count} devices", found, "samples/s")
+        ratio, goal = found / statistics.mean(speeds[:count]), GOALS.get(count)
         words = f"at least {goal:g}" if goal else ""
-        tell(f"{count} devices over {first}", ratio, "times", words, ratio >= goal if goal else None)
-        pairs = list(zip(found[count], found[first], strict=True))
+        tell(f"{count} devices over {counts[0]}", ratio, "times", words, ratio >= goal if goal else None)
+        waits = [line["rank_wait_seconds"] for line in lines[COMPILING:]]
+        for rank, each in enumerate(zip(*waits, strict=True)):
+            tell(f"{count} devices: rank {rank} waits for the others' gradients", sum(each) / len(each), "s a step")
+        pairs = list(zip(lines, alone[0], strict=True))
         assert all(mine["rows"] == theirs["rows"] for mine, theirs in pairs), "other rows in a step"
         apart = max(abs(mine["loss"] - theirs["loss"]) / theirs["loss"] for mine, theirs in pairs)
         tell(f"{count} devices: largest difference of a loss", 100 * apart, "%", "under 1", apart < 0.01)
+
+
+def speed(lines: list[dict[str, Any]], batch: int) -> float:
+    """Samples a second behind the steps that compile."""
+    rest = lines[COMPILING:]
+    return batch * len(rest) / sum(line["step_seconds"] for line in rest)
 
 
 if __name__ == "__main__":

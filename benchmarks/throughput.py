@@ -54,7 +54,12 @@ def make_data(folder: Path, rows: int, side: int = 512) -> Path:
 
 def caches(folder: Path) -> dict[str, str]:
     """Compile caches of one flow alone."""
-    names = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "UNSLOTH_COMPILE_LOCATION": "unsloth"}
+    names = {
+        "TORCHINDUCTOR_CACHE_DIR": "inductor",
+        "TRITON_CACHE_DIR": "triton",
+        "UNSLOTH_COMPILE_LOCATION": "unsloth",
+        "UNSLOTH_MEGA_CACHE_DIR": "mega",
+    }
     return {variable: str(folder / name) for variable, name in names.items()}
 
 

@@ -121,7 +121,8 @@ def needed_memory(spec: JobSpec, facts: Facts, groups: dict[str, int], precision
         groups,
         precision=precision,
         optim=spec.training.optim,
-        checkpointing_offloaded=spec.model.backend != "transformers",
+        unsloth=spec.model.backend != "transformers",
+        recomputed=spec.training.gradient_checkpointing is not False,
         tokens=min(tokens, spec.training.max_length),
     )
 

@@ -39,6 +39,13 @@ QUIET = {
     "OMP_WAIT_POLICY": "passive",
     "GOMP_SPINCOUNT": "0",
 }
+COMPILING = {
+    # Unsloth's layers in 4 bits are autograd functions of its own. Unless asked, torch compiles graphs that hold such ones
+    # in every process again, be they in its cache; the key that it looks them up by knows their backward.
+    "TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD": "1",
+    # Below the home folder, and while a job is leaving: a second copy of what `job.model.compile_cache` keeps.
+    "UNSLOTH_MEGA_CACHE": "0",
+}
 
 
 def scratch_folder(environment: Mapping[str, str]) -> Path:
@@ -67,7 +74,7 @@ def prepare_scratch(environment: MutableMapping[str, str]) -> Path:
     bars = (
         {} if sys.stderr.isatty() else {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     )
-    for variable, value in (QUIET | bars).items():
+    for variable, value in (QUIET | COMPILING | bars).items():
         environment.setdefault(variable, value)
     return scratch
 

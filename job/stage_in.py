@@ -21,6 +21,12 @@ FOLDERS = {
 """Where a bundle in use (see `job.bundle`) has what a field names, below `BUNDLE` on scratch."""
 
 
+def is_there(name: str) -> bool:
+    """Whether an `s3://` url names an object, or a prefix of any."""
+    parent, _, key = name.rpartition("/")
+    return any(open_store(name).list()) or any(entry.key == key for entry in open_store(parent).list(key))
+
+
 def local_path(name: str, scratch: Path, field: str, error: type[JobError] = DataError) -> Path:
     """A path for `name`: itself, what a `file://` URL says, or a folder below `scratch` that holds the `s3://` prefix (a file,
     where that is an object).

@@ -14,18 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 from job.checkpoint import steps
 from job.data.shards import shards_to_stream
+from job.errors import DataError, JobError, NotAllowed, SpecError, Unavailable
 from job.evaluate.extra import model_folders
 from job.export import check_export
 from job.model import choose_backend
 from job.model.compile_cache import CompileCache
 from job.model.fetch import base_facts, fetch_adapter, fetch_base
+from job.model.glimpse import glimpse
 from job.output import read_json
 from job.plan import Device, Facts
 from job.preemption import grace_seconds
 from job.record import STATUS_KEY
 from job.scratch import free_bytes
 from job.spec import JobSpec
-from job.stage_in import BUNDLE, local_path
+from job.stage_in import BUNDLE, is_there, local_path
 from job.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -51,8 +53,9 @@ QUICK_ROWS = 1000
 def survey(
     spec: JobSpec, store: Store, scratch: Path, *, fetch: bool, all_data: bool = False, world: int = 1
 ) -> Survey:
-    """Look at everything. With `fetch`, remote models and data are brought to scratch; without, they stay unknown, and of
-    data that is here only `QUICK_ROWS` rows are looked at, unless `all_data` wants them fetched and looked at all.
+    """Look at everything. With `fetch`, remote models and data are brought to scratch; without, of a remote model only the
+    headers are, remote data stay unknown, and of data that is here only `QUICK_ROWS` rows are looked at, unless `all_data`
+    wants them fetched and looked at all.
 
     Raises SpecError and DataError for what is wrong with model and data.
     """
@@ -63,22 +66,29 @@ def survey(
         choose_backend(spec.model, device.kind == "cuda")
     if spec.evaluation.cache:
         open_store(spec.evaluation.cache)
-    base = found = data = example = None
+    base = data = example = adapter = None
     bundled = (scratch / BUNDLE).exists()
     if fetch or bundled or is_local(spec.model.name_or_path):
         base = fetch_base(spec.model, scratch)
-        found = base_facts(base)
-        check_export(spec.export, found)
     else:
-        notes.append(f"{_not_here(spec.model.name_or_path)}: sizes are known after stage in")
-    from_hub = base.parent.name == "snapshots" if base else "://" not in spec.model.name_or_path
-    if from_hub and spec.model.revision is None:
+        try:
+            base = glimpse(spec.model, scratch)
+        except (NotAllowed, Unavailable) as error:
+            notes.append(f"{error}; sizes are known after stage in")
+    found = base_facts(base) if base else None
+    if found:
+        check_export(spec.export, found)
+    name = spec.model.name_or_path
+    if "://" not in name and not (bundled or is_local(name)) and spec.model.revision is None:
         notes.append("model.revision is not set: another attempt may find other weights on the hub; pin a commit")
     extra = spec.evaluation.extra_metrics.values()
     if extra and (fetch or bundled or all(map(is_local, extra))):
         model_folders(spec, scratch)
     start = spec.lora.init_adapter
-    adapter = fetch_adapter(start, scratch) if start and (fetch or bundled or is_local(start)) else None
+    if start and start.startswith("s3://") and not (fetch or bundled):
+        notes.append(elsewhere(start, "lora.init_adapter", SpecError))
+    elif start:
+        adapter = fetch_adapter(start, scratch)
     if importlib.util.find_spec("datasets") is None:
         notes.append("the data was not looked at: install the train extra to do so")
     elif fetch or bundled or all_data or is_local(spec.dataset.path):
@@ -97,7 +107,8 @@ def survey(
         else:
             data = prepare(spec, scratch, None, most)
     else:
-        notes.append(f"{_not_here(spec.dataset.path)}: rows are counted after stage in, or by check --data")
+        rows = elsewhere(spec.dataset.path, "dataset.path", DataError)
+        notes.append(f"{rows}: rows are counted after stage in, or by check --data")
     facts = Facts(
         keys=frozenset(entry.key for entry in store.list() if not entry.key.startswith("checkpoints/")),
         checkpoints=tuple(steps(store)),
@@ -143,8 +154,16 @@ def compile_cache(spec: JobSpec, store: Store, scratch: Path, device: Device) ->
     return CompileCache(store, scratch / "cache", device.name)
 
 
-def _not_here(name: str) -> str:
-    return f"{name} is not fetched" if "://" in name else f"no {name} is here, so it is taken for a hub id"
+def elsewhere(name: str, field: str, error: type[JobError]) -> str:
+    """What is to be said of what is not here. Raises `error` when there is nothing under an `s3://` prefix."""
+    if not name.startswith("s3://"):
+        return f"no {name} is here, so it is taken for a hub id"
+    try:
+        if is_there(name):
+            return f"{name} is not fetched"
+    except (NotAllowed, Unavailable) as reason:
+        return f"{name} cannot be looked at from here ({reason})"
+    raise error(f"{field}: there is nothing under {name}")
 
 
 def is_local(path: str) -> bool:

@@ -80,7 +80,7 @@ def serve() -> Iterator[Hub]:
                 wanted = self._body()
                 return self._say(200, [each for each in files if each["path"] in wanted])
             gated = "manual" if name in hub.gated else False
-            siblings = [{"rfilename": each["path"]} for each in files]
+            siblings = [{"rfilename": each["path"], "size": each["size"]} for each in files]
             return self._say(200, {"id": name, "sha": commit, "siblings": siblings, "gated": gated, "private": False})
 
         do_HEAD = do_POST = do_GET

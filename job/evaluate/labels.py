@@ -14,17 +14,25 @@ other languages nothing is understood; a pattern may be. A pattern is taken at i
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import regex
+
 from job.evaluate.negation import affirmed
 from job.spec import LabelSpec
+
+log = logging.getLogger("job")
 
 NONE = "(none)"
 SEVERAL = "(several)"
 OTHER = "(other)"
+PATTERN_SECONDS = 1.0
+"""For a pattern and one text. Repetitions within repetitions can take for ever on the wrong text, and Python's own `re`
+cannot be stopped."""
 
 
 def reader(spec: LabelSpec, references: Sequence[str]) -> tuple[dict[str, str], Callable[[str], str]]:
@@ -35,23 +43,31 @@ def reader(spec: LabelSpec, references: Sequence[str]) -> tuple[dict[str, str], 
     not name.
     """
     spelled = {_folded(value): value.strip() for value in [*sorted(references), *(spec.values or ())] if value.strip()}
-    if spec.pattern is not None:
-        expression = re.compile(spec.pattern, re.IGNORECASE)
-    else:
-        longest_first = sorted(spelled.values(), key=len, reverse=True)
-        words = "|".join(r"\s+".join(re.escape(word) for word in value.split()) for value in longest_first)
-        expression = re.compile(rf"(?<!\w)({words})(?!\w)" if words else r"(?!)()", re.IGNORECASE)
+    longest_first = sorted(spelled.values(), key=len, reverse=True)
+    words = "|".join(r"\s+".join(re.escape(word) for word in value.split()) for value in longest_first)
+    expression = re.compile(rf"(?<!\w)({words})(?!\w)" if words else r"(?!)()", re.IGNORECASE)
 
     def read(text: str) -> str:
-        if spec.pattern is None:
-            found = affirmed(expression, text)
-        else:
-            match = expression.search(text)
-            found = {match[1]} if match and match[1] else set()
+        found = affirmed(expression, text) if spec.pattern is None else _matched(spec.pattern, text)
         stated = {spelled.get(_folded(value), OTHER) for value in found}
         return SEVERAL if len(stated) > 1 else next(iter(stated), NONE)
 
     return spelled, read
+
+
+def _matched(pattern: str, text: str) -> set[str]:
+    try:
+        match = regex.search(pattern, text, regex.IGNORECASE, timeout=PATTERN_SECONDS)
+    except TimeoutError:
+        log.warning(
+            "evaluation.labels: the pattern %r took over %g s on a text of %d characters, which counts as one without a label; "
+            "write it without repetitions inside of repetitions",
+            pattern,
+            PATTERN_SECONDS,
+            len(text),
+        )
+        return set()
+    return {match[1]} if match and match[1] else set()
 
 
 def stated_and_right(

@@ -29,12 +29,15 @@ from job.export.fold import Change, changed
 from job.export.places import DTYPES, Base
 from job.stage_in import HERE
 from job.store import Digest, Store
+from job.store.folders import together
 from job.store.local import disk
 
 PIECE = 16 * 2**20
 WORKERS = 3
 AHEAD = 6
 """Pieces that are being read and folded, or are done and wait to be written."""
+FILES = 2
+"""That are sent at once: the store makes sure of the end of one while another is folded."""
 FOLDING = threading.Lock()
 """One tensor is folded at a time: it has the whole device, and the precision of products is a setting of the process."""
 PROGRESS = "logs/merging.json"
@@ -103,17 +106,21 @@ def merge_to_store(recipe: Recipe, store: Store, prefix: str, check: Callable[[]
 
     `check` is called before each file and may raise. Returns the digests by the files' names.
     """
-    done = _progress(store, recipe.identity)
+    done, noting = _progress(store, recipe.identity), threading.Lock()
     there = {entry.key: entry.size for entry in store.list(f"{prefix}/")}
-    for file in recipe.base.files:
-        key = f"{prefix}/{file}"
-        if file not in done or there.get(key) != done[file].size:
-            check()
-            size = (recipe.base.folder / file).stat().st_size
-            with closing(pieces(recipe, file)) as made:
-                done[file] = store.upload_pieces(made, size, key)
+
+    def send(file: str) -> None:
+        check()
+        size = (recipe.base.folder / file).stat().st_size
+        with closing(pieces(recipe, file)) as made:
+            digest = store.upload_pieces(made, size, f"{prefix}/{file}")
+        with noting:
+            done[file] = digest
             store.write(PROGRESS, json.dumps({"identity": recipe.identity, "files": done}).encode())
-    return done
+
+    left = [name for name in recipe.base.files if name not in done or there.get(f"{prefix}/{name}") != done[name].size]
+    together({file: partial(send, file) for file in left}, FILES)
+    return {file: done[file] for file in recipe.base.files}
 
 
 def _progress(store: Store, identity: str) -> dict[str, Digest]:

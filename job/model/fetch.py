@@ -7,6 +7,8 @@ import math
 import os
 import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,20 @@ def fetch_base(spec: ModelSpec, scratch: Path) -> Path:
     name = spec.name_or_path
     folder = local_path(name, scratch, "model.name_or_path", SpecError)
     if not folder.is_dir():
-        if folder.exists() or "://" in name or name.startswith((".", "/", "~")) or name.count("/") != 1:
-            raise SpecError(
-                f"model.name_or_path: {name} is no folder; give a model folder, an s3:// prefix or a hub id"
-            )
+        if folder.exists() or "://" in name or name.startswith((".", "/", "~")):
+            raise _not_a_model(name)
         folder = _from_hub(spec)
+    refuse_unless_model(folder, name)
+    return folder
+
+
+def refuse_unless_model(folder: Path, name: str) -> None:
     if not (folder / "config.json").is_file():
         raise SpecError(f"model.name_or_path: {name} holds no config.json, so it is not a model")
-    return folder
+
+
+def _not_a_model(name: str) -> SpecError:
+    return SpecError(f"model.name_or_path: {name} is no folder; give a model folder, an s3:// prefix or a hub id")
 
 
 def fetch_adapter(name: str, scratch: Path) -> Path:
@@ -43,14 +51,24 @@ def fetch_adapter(name: str, scratch: Path) -> Path:
 
 def _from_hub(spec: ModelSpec) -> Path:
     from huggingface_hub import snapshot_download
+
+    with hub_errors(spec):
+        left_out = ["original/*", "*.pth", "*.bin", "*.gguf"]
+        return Path(snapshot_download(spec.name_or_path, revision=spec.revision, ignore_patterns=left_out))
+
+
+@contextmanager
+def hub_errors(spec: ModelSpec) -> Iterator[None]:
+    """What the hub's library raises in the block becomes SpecError, NotAllowed or Unavailable, naming the field."""
+    from httpx import HTTPError
     from huggingface_hub.constants import is_offline_mode
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     name = spec.name_or_path
+    if name.count("/") != 1:
+        raise _not_a_model(name)
     try:
-        found = snapshot_download(
-            name, revision=spec.revision, ignore_patterns=["original/*", "*.pth", "*.bin", "*.gguf"]
-        )
+        yield
     except GatedRepoError as error:
         page = f"https://huggingface.co/{name}"
         raise NotAllowed(f"model.name_or_path: {name} is gated; accept its terms at {page} and set HF_TOKEN") from error
@@ -58,13 +76,12 @@ def _from_hub(spec: ModelSpec) -> Path:
         raise SpecError(f"model.name_or_path: the hub has no {name} that this token may see") from error
     except RevisionNotFoundError as error:
         raise SpecError(f"model.revision: {name} has no revision {spec.revision}") from error
-    except (HfHubHTTPError, OSError) as error:  # not found on this disk, while offline, is an OSError too
+    except (HfHubHTTPError, HTTPError, OSError) as error:  # not found on this disk, while offline, is an OSError too
         if is_offline_mode():
             raise SpecError(
                 f"model.name_or_path: {name} is no folder here, and HF_HUB_OFFLINE is set; gather it with job prefetch"
             ) from error
         raise Unavailable(f"model.name_or_path: {name} is no folder, and the hub did not answer") from error
-    return Path(found)
 
 
 # Published checkpoints name layers as transformers did before 4.52; these are its modules' names today (its own

@@ -19,12 +19,16 @@ WORKSPACE = 0.6e9
 """Buffers that are there whatever the batch: de-quantised weights, kernels, the loss's chunks."""
 LOOK = 0.35e9
 """One picture of 6432 tokens going through a frozen tower of width 1280, a quarter of what four of them take at once."""
-CROSS = 4.6
-"""Copies of the vision states that a cross-attention layer holds for one row: keys, values, both repeated, gradients."""
+CROSS, CROSS_KEPT = 4.6, 2.7
+"""Copies of the vision states that a cross-attention layer holds for one row: keys, values, both repeated, gradients; and
+those of them that it keeps for its backward."""
 LAYER = (12, 8)
 """Values of the hidden and of the intermediate width that one token of one language layer holds while it is recomputed."""
 VISION_LAYER = (16, 6)
 """As `LAYER`, for a vision layer that is trained."""
+KEPT, VISION_KEPT = (9, 4), (9, 2)
+"""Values of both widths that a layer keeps for its backward where nothing is recomputed, gates and all (Korthikanti et al.,
+2022, section 4.1, without attention's own matrix and without dropout); tests/model/test_memory.py counts them."""
 
 
 class Memory(NamedTuple):
@@ -55,28 +59,40 @@ def memory(
     *,
     precision: str,
     optim: str,
-    checkpointing_offloaded: bool,
+    unsloth: bool,
+    recomputed: bool,
     tokens: int,
 ) -> Memory:
-    """For rows of `tokens` text tokens with one picture each; `groups` counts LoRA parameters by group."""
+    """For rows of `tokens` text tokens with one picture each; `groups` counts LoRA parameters by group. `recomputed`: with
+    gradient checkpointing, which Unsloth moves to the host's memory."""
     quantised = sum(layer.in_features * layer.out_features for name, layer in linears.items() if name != "lm_head")
     in_16_bits = 2 * (parameters - quantised)
     weights = {"4bit": in_16_bits + NF4_BYTES * quantised, "16bit": 2.0 * parameters, "32bit": 4.0 * parameters}
     lora = sum(groups.values())
     language, vision = widths(linears, "language"), widths(linears, "vision")
     seen = vision_tokens(config)
-    row = 2.0 * tokens * (LAYER[0] * language.hidden + LAYER[1] * language.intermediate)
+    row = 2.0 * tokens * values(language, LAYER)
     if config.get("model_type") == "mllama":
         row += 2 * CROSS * seen * language.hidden
     trained = any(group.startswith("vision/") for group in groups)
     if trained:
-        row += 2.0 * seen * (VISION_LAYER[0] * vision.hidden + VISION_LAYER[1] * vision.intermediate)
-    if not checkpointing_offloaded:
+        row += 2.0 * seen * values(vision, VISION_LAYER)
+    if not recomputed:
+        row += 2.0 * tokens * language.layers * values(language, KEPT)
+        row += 2.0 * seen * vision.layers * values(vision, VISION_KEPT) if trained else 0
+        crossing = sum("cross_attn.q_proj" in name for name in linears)
+        row += 2 * CROSS_KEPT * seen * language.hidden * crossing
+    elif not unsloth:
         row += 2.0 * tokens * language.hidden * language.layers
         row += 2.0 * seen * vision.hidden * vision.layers if trained else 0
+    if not unsloth:
         row += 10.0 * tokens * vocabulary(config, linears)  # the logits in 16 and twice in 32 bits
     once = WORKSPACE + (0 if trained else 4 * LOOK * seen * vision.hidden / (6432 * 1280))
     return Memory(int(weights[precision]), int(lora * (8 + OPTIMIZER_BYTES[optim]) + once), int(row))
+
+
+def values(tower: Widths, times: tuple[int, int]) -> int:
+    return times[0] * tower.hidden + times[1] * tower.intermediate
 
 
 def widths(linears: Mapping[str, Linear], tower: str) -> Widths:

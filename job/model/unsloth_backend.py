@@ -17,16 +17,17 @@ from job.spec import JobSpec
 
 
 def load(spec: JobSpec, folder: Path, device: torch.device, start: Path | None, precision: str) -> Loaded:
-    """As `transformers_backend.load`, on Unsloth's kernels and its gradient checkpointing."""
+    """As `transformers_backend.load`, on Unsloth's kernels and its gradient checkpointing, unless that is turned off."""
     from unsloth import FastVisionModel
 
+    recomputing = "unsloth" if spec.training.gradient_checkpointing else False
     try:
         model, _ = FastVisionModel.from_pretrained(
             str(folder),
             max_seq_length=spec.training.max_length,
             dtype=torch.bfloat16,
             load_in_4bit=precision == "4bit",
-            use_gradient_checkpointing="unsloth",
+            use_gradient_checkpointing=recomputing,
             trust_remote_code=spec.model.trust_remote_code,
         )
     except torch.OutOfMemoryError as error:
@@ -48,7 +49,7 @@ def load(spec: JobSpec, folder: Path, device: torch.device, start: Path | None, 
         model,
         **lora_settings(spec.lora, chosen),
         random_state=spec.training.seed,
-        use_gradient_checkpointing="unsloth",
+        use_gradient_checkpointing=recomputing,
     )
     census(chosen, adapted(model))
     if start is not None:

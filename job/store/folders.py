@@ -56,9 +56,9 @@ def inside(folder: Path, name: str) -> bool:
     return False
 
 
-def together(work: dict[str, Callable[[], T]]) -> dict[str, T]:
+def together(work: dict[str, Callable[[], T]], at_once: int = FILES) -> dict[str, T]:
     """Run the pieces a few at a time; the first failure stops what has not begun and is raised."""
-    with ThreadPoolExecutor(FILES, thread_name_prefix="files") as pool:
+    with ThreadPoolExecutor(at_once, thread_name_prefix="files") as pool:
         futures: dict[str, Future[T]] = {name: pool.submit(piece) for name, piece in work.items()}
         wait(futures.values(), return_when=FIRST_EXCEPTION)
         for future in futures.values():

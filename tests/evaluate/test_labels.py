@@ -87,3 +87,10 @@ def test_confusion_counts_every_labelled_row_once() -> None:
     pairs = [("a", "a"), ("a", "b"), ("a", "b"), None, ("b", labels.NONE)]
     assert labels.confusion(pairs) == {"a": {"a": 1, "b": 2}, "b": {labels.NONE: 1}}
     assert labels.commonest_share(pairs) == 0.75
+
+
+def test_a_pattern_that_would_take_for_ever_finds_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    pattern = "^(?:.*?,){14}(nodule)"
+    assert read("clear," * 14 + "nodule", pattern=pattern) == "nodule"
+    assert read("clear," * 60, pattern=pattern) == labels.NONE
+    assert "took over 1 s on a text of 360 characters" in caplog.text

@@ -121,6 +121,26 @@ def test_our_attention_is_upstreams_within_rounding(size: str, folders: dict[str
     assert ours == pytest.approx(by_math, rel=0.005)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_recomputation_gradients_are_the_same_and_more_is_kept(family: str, folders: dict[str, Path]) -> None:
+    found = []
+    for recomputing in (True, False):
+        spec = job_spec(lora={"r": 4}, training={"gradient_checkpointing": recomputing})
+        loaded = perturb(load_model(spec, folders[family], GPU, "unsloth", "16bit", None))
+        to_training(loaded)
+        inputs, before = on_gpu(loaded, batch()), torch.cuda.memory_allocated()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = loaded.model(**inputs, use_cache=False).loss
+        kept = torch.cuda.memory_allocated() - before
+        loss.backward()
+        gradients = [weight.grad.float().flatten() for weight in loaded.model.parameters() if weight.grad is not None]
+        found.append((float(loss), kept, torch.cat(gradients)))
+    (loss, kept, gradient), (other, more, same) = found
+    assert other == pytest.approx(loss, rel=1e-3)
+    assert float((gradient - same).norm() / gradient.norm()) < 0.02
+    assert more > kept
+
+
 def test_the_model_in_its_real_shape(tmp_path: Path) -> None:
     """The loss of an 11B checkpoint through Unsloth in 4 bits: features against pixels."""
     loaded = loaded_by_unsloth(real_shape(), precision="4bit", finetune_vision_layers=False)
