@@ -66,29 +66,15 @@ def survey(
         choose_backend(spec.model, device.kind == "cuda")
     if spec.evaluation.cache:
         open_store(spec.evaluation.cache)
-    base = data = example = adapter = None
+    data = example = None
     bundled = (scratch / BUNDLE).exists()
-    if fetch or bundled or is_local(spec.model.name_or_path):
-        base = fetch_base(spec.model, scratch)
-    else:
-        try:
-            base = glimpse(spec.model, scratch)
-        except (NotAllowed, Unavailable) as error:
-            notes.append(f"{error}; sizes are known after stage in")
-    found = base_facts(base) if base else None
-    if found:
-        check_export(spec.export, found)
-    name = spec.model.name_or_path
-    if "://" not in name and not (bundled or is_local(name)) and spec.model.revision is None:
+    base = _base(spec, scratch, notes, here=fetch or bundled)
+    if spec.model.revision is None and not (bundled or is_local(name := spec.model.name_or_path) or "://" in name):
         notes.append("model.revision is not set: another attempt may find other weights on the hub; pin a commit")
     extra = spec.evaluation.extra_metrics.values()
     if extra and (fetch or bundled or all(map(is_local, extra))):
         model_folders(spec, scratch)
-    start = spec.lora.init_adapter
-    if start and start.startswith("s3://") and not (fetch or bundled):
-        notes.append(elsewhere(start, "lora.init_adapter", SpecError))
-    elif start:
-        adapter = fetch_adapter(start, scratch)
+    adapter = _adapter(spec, scratch, notes, here=fetch or bundled)
     if importlib.util.find_spec("datasets") is None:
         notes.append("the data was not looked at: install the train extra to do so")
     elif fetch or bundled or all_data or is_local(spec.dataset.path):
@@ -113,7 +99,7 @@ def survey(
         keys=frozenset(entry.key for entry in store.list() if not entry.key.startswith("checkpoints/")),
         checkpoints=tuple(steps(store)),
         data=data.facts if data else None,
-        base=found,
+        base=base_facts(base) if base else None,
         device=device,
         world=world,
         scratch_free=free_bytes(scratch),
@@ -123,6 +109,28 @@ def survey(
         grace_seconds=grace_seconds(os.environ),
     )
     return Survey(facts, data, base, adapter)
+
+
+def _base(spec: JobSpec, scratch: Path, notes: list[str], *, here: bool) -> Path | None:
+    """The base's folder, or what its headers make of one; None when it cannot be looked at from here."""
+    if here or is_local(spec.model.name_or_path):
+        base = fetch_base(spec.model, scratch)
+    else:
+        try:
+            base = glimpse(spec.model, scratch)
+        except (NotAllowed, Unavailable) as error:
+            notes.append(f"{error}; sizes are known after stage in")
+            return None
+    check_export(spec.export, base_facts(base))
+    return base
+
+
+def _adapter(spec: JobSpec, scratch: Path, notes: list[str], *, here: bool) -> Path | None:
+    start = spec.lora.init_adapter
+    if start and start.startswith("s3://") and not here:
+        notes.append(elsewhere(start, "lora.init_adapter", SpecError))
+        return None
+    return fetch_adapter(start, scratch) if start else None
 
 
 @contextmanager
