@@ -45,11 +45,20 @@ test-slurm:
 	@.ci/venv train dev
 	@tests/cluster/newest.sh $(abspath $(PYTHON_VENV))
 
-# GGUF by llama.cpp's own converter, out of the sources that llama-cpp-python brings.
+# GGUF by llama.cpp's own converter, and llama.cpp run on it, out of the sources that llama-cpp-python brings. Building it
+# takes minutes, once.
 LLAMA_CPP = build/llama-cpp/vendor/llama.cpp
-test-gguf: $(LLAMA_CPP)
+LLAMA_CPP_BUILD = build/llama-cpp-built
+test-gguf: $(LLAMA_CPP_BUILD)/bin/llama-mtmd-cli
 	@.ci/venv train dev
-	@LLAMA_CPP=$(abspath $(LLAMA_CPP)) $(PYTHON_VENV) -m pytest tests/export/test_gguf.py
+	@LLAMA_CPP=$(abspath $(LLAMA_CPP)) LLAMA_CPP_BUILD=$(abspath $(LLAMA_CPP_BUILD)) $(PYTHON_VENV) -m pytest tests/export/test_gguf.py
+
+$(LLAMA_CPP_BUILD)/bin/llama-mtmd-cli: | $(LLAMA_CPP)
+	@command -v cmake >/dev/null && command -v c++ >/dev/null || { echo "llama.cpp is built here: install cmake and g++"; exit 1; }
+	@cmake -S $(LLAMA_CPP) -B $(LLAMA_CPP_BUILD) -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_CURL=OFF \
+	  -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF -DBUILD_SHARED_LIBS=ON >/dev/null
+	@cmake --build $(LLAMA_CPP_BUILD) --target llama-mtmd-cli --parallel $$(nproc) >$(LLAMA_CPP_BUILD)/log 2>&1 || \
+	  { tail -20 $(LLAMA_CPP_BUILD)/log; exit 1; }
 
 $(LLAMA_CPP):
 	@.ci/venv train dev

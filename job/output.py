@@ -16,7 +16,7 @@ from job.specfile import parse, validate
 from job.store import Store, open_store
 
 RESULT_KEY, SPEC_KEY, REPORT_KEY = "RESULT.json", "spec.yaml", "report.html"
-MADE_OF_MERGED = ("merged/", "merged_4bit/", "merged_fp8/", "gguf/")
+MADE_OF_MERGED = ("merged/", "merged_4bit/", "merged_fp8/", "merged_int4/", "gguf/")
 WORK = ("checkpoints/", "evaluation/", "adapter/", *MADE_OF_MERGED)
 OURS = (*WORK, "data/", "logs/")
 ATTEMPTS_KEY = "attempts.json"

@@ -211,6 +211,7 @@ def stages(spec: JobSpec, facts: Facts, total: int | None) -> list[Stage]:
         "merged weights": "merged",
         "the same in 4 bits": "merged_4bit",
         "the same in FP8": "merged_fp8",
+        "the same in INT4": "merged_int4",
         "GGUF": "gguf",
     }
     what = ", ".join(["adapter", *(name for name, field in kinds.items() if getattr(spec.export, field))])

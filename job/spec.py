@@ -319,6 +319,8 @@ class ExportSpec(Section):
     """Also publish merged weights in 4 bits (bitsandbytes nf4). Needs a GPU."""
     merged_fp8: bool = False
     """Also publish merged weights in FP8 for vLLM and SGLang. Needs the fp8 extra."""
+    merged_int4: bool = False
+    """Also publish merged weights in INT4 (W4A16, groups of 128) for vLLM and SGLang. Needs the fp8 extra."""
     gguf: bool = False
     """Also publish GGUF files for llama.cpp, made by the converter in the folder that LLAMA_CPP names."""
     gate: GateSpec = GateSpec()
@@ -477,6 +479,7 @@ def contradictions(spec: JobSpec) -> list[str]:
         asked = {
             "merged_4bit": export.merged_4bit,
             "merged_fp8": export.merged_fp8,
+            "merged_int4": export.merged_int4,
             "gguf": export.gguf,
             "hub.merged_repo": export.hub.merged_repo,
         }

@@ -121,7 +121,7 @@ def _base(spec: JobSpec, scratch: Path, notes: list[str], *, here: bool) -> Path
         except (NotAllowed, Unavailable) as error:
             notes.append(f"{error}; sizes are known after stage in")
             return None
-    check_export(spec.export, base)
+    check_export(spec.export, base_facts(base))
     return base
 
 

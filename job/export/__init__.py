@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from dataclasses import dataclass, field, replace
@@ -10,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job.errors import GateRefused
+from job.errors import GateRefused, SpecError
+from job.model.lora import group_of
 from job.record import bytes_text
 from job.store import Digest
 
@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from job.data import Data
     from job.export.places import Base
     from job.model import Loaded
+    from job.model.fetch import BaseFacts
     from job.spec import ExportSpec, JobSpec
+
+
+INT4_GROUP = 128
+"""Columns of a weight that share a scale in compressed-tensors' W4A16."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +41,18 @@ class Exported:
     refused: str | None = None
 
 
-def check_export(spec: ExportSpec, base: Path) -> None:
-    """Whether this base can become what the spec asks for, as far as its configuration tells. Raises SpecError."""
+def check_export(spec: ExportSpec, base: BaseFacts) -> None:
+    """Whether this base can become what the spec asks for, as far as its files' headers tell. Raises SpecError."""
     from job.export.gguf import converter
 
     if spec.gguf:
-        config = json.loads((base / "config.json").read_text())
-        converter(str(config.get("model_type")))
+        converter(base.model_type)
+    for name, layer in base.linears.items() if spec.merged_int4 else ():
+        if (group_of(name) or "").startswith("language") and layer.in_features % INT4_GROUP:
+            raise SpecError(
+                f"export.merged_int4: it scales {INT4_GROUP} columns of a weight together, and {name} has {layer.in_features}, "
+                "which is no multiple of that; set it to false, and take merged_fp8 or merged_4bit"
+            )
 
 
 def check_mergeable(spec: JobSpec, loaded: Loaded) -> None:
@@ -121,13 +131,17 @@ def smaller(spec: JobSpec, loaded: Loaded, exported: Exported, data: Data) -> Ex
     """Write merged weights in fewer bits, where the spec asks for them, and measure them on the gate's rows."""
     from job.export.answers import answer_logits, loss, spread_rows
     from job.export.gguf import converter, write_gguf
-    from job.export.quantised import write_fp8, write_nf4
+    from job.export.quantised import write_compressed, write_nf4
 
-    kinds = (("merged_4bit", spec.export.merged_4bit, write_nf4), ("merged_fp8", spec.export.merged_fp8, write_fp8))
+    kinds: dict[str, Any] = {
+        "merged_4bit": write_nf4,
+        "merged_fp8": partial(write_compressed, "FP8_DYNAMIC"),
+        "merged_int4": partial(write_compressed, "W4A16"),
+    }
     folders, gate = dict(exported.folders), dict(exported.gate)
     batches = spread_rows(rows_of(data), spec.export.gate.rows, spec.evaluation.batch_size)
-    for name, asked, write in kinds:
-        if asked:
+    for name, write in kinds.items():
+        if getattr(spec.export, name):
             folders[name] = folders["merged"].with_name(name)
             shutil.rmtree(folders[name], ignore_errors=True)
             model = write(spec.model, folders["merged"], folders[name], loaded.device)

@@ -17,6 +17,7 @@ KINDS = {
     "adapter": "A LoRA adapter for",
     "merged": "Weights with a LoRA adapter folded in, in the precision and the files of",
     "merged_fp8": "Weights in FP8 (compressed-tensors) with a LoRA adapter folded in, made from",
+    "merged_int4": "Weights in INT4 (compressed-tensors W4A16) with a LoRA adapter folded in, made from",
     "gguf": "Weights in GGUF for llama.cpp, of the base and of its vision tower, with a LoRA adapter folded in, made from",
     "merged_4bit": "Weights in 4 bits (bitsandbytes nf4) with a LoRA adapter folded in, made from",
 }

@@ -54,16 +54,17 @@ def write_nf4(spec: ModelSpec, merged: Path, into: Path, device: torch.device) -
     return model
 
 
-def write_fp8(spec: ModelSpec, merged: Path, into: Path, device: torch.device) -> Any:
-    """Write the merged weights of a folder in compressed-tensors' FP8, file by file, as vLLM and SGLang serve it, and return
-    the model.
+def write_compressed(scheme: str, spec: ModelSpec, merged: Path, into: Path, device: torch.device) -> Any:
+    """Write the merged weights of a folder in a scheme of compressed-tensors, file by file, as vLLM and SGLang serve it, and
+    return the model.
 
-    A scale for each row of a weight, activations scaled as they come: no data is needed. Only the language model's layers
-    are touched, as llm-compressor's own examples for vision models do.
+    FP8_DYNAMIC has a scale for each row of a weight, and activations scaled as they come; W4A16 has four bits, rounded to the
+    nearest, and a scale for each 128 columns. Neither needs data. Only the language model's layers are touched, as
+    llm-compressor's own examples for vision models do.
     """
     from llmcompressor.entrypoints.model_free import model_free_ptq
 
-    model_free_ptq(merged, into, scheme="FP8_DYNAMIC", ignore=UNTOUCHED, device=device)
+    model_free_ptq(merged, into, scheme=scheme, ignore=UNTOUCHED, device=device)
     return _load(spec, into, device)
 
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from job.errors import GateRefused
 from job.evaluate.generate import to_device
+from job.export.merge import copy_rest
 from job.export.places import read_base
-from job.export.quantised import held_weights, write_fp8, write_nf4
+from job.export.quantised import held_weights, write_compressed, write_nf4
 from job.model import Loaded
 from job.model.collator import Collator
-from job.model.transformers_backend import adapted
-from tests.export.test_gate import SPEC, Made, is_vision, judge, made, merge
-from tests.tiny import CPU, batch, job_spec, load_tiny, perturb
+from job.model.transformers_backend import adapted, load_weights
+from tests.export.test_gate import SPEC, Made, export, is_vision, judge, made, merge
+from tests.tiny import CPU, batch, job_spec, load_tiny, models, perturb
 
 __all__ = ["made"]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -72,7 +74,7 @@ def test_merged_weights_in_4_bits_load_again(in_4_bits: Loaded, tmp_path: Path) 
 def test_merged_weights_in_fp8_touch_the_language_layers_only_and_load_again(
     family: str, made: Made, tmp_path: Path
 ) -> None:
-    model = write_fp8(SPEC.model, made.merged, tmp_path / "fp8", CPU)
+    model = write_compressed("FP8_DYNAMIC", SPEC.model, made.merged, tmp_path / "fp8", CPU)
     whole, small = (load_file(folder / "model.safetensors") for folder in (made.merged, tmp_path / "fp8"))
     layers = {name for name in adapted(made.loaded.model) if not is_vision(name)}
     keys = {key for key, weight in small.items() if weight.dtype == torch.float8_e4m3fn}
@@ -81,8 +83,40 @@ def test_merged_weights_in_fp8_touch_the_language_layers_only_and_load_again(
     for key in keys:
         back = small[key].float() * small[f"{key}_scale"].float()
         assert float((back - whole[key].float()).norm() / whole[key].float().norm()) < 0.04
-    inputs = to_device(Collator(made.loaded.processor, 2048)(batch()), replace(made.loaded, precision="16bit"))
+    assert difference(made.loaded, model) < 0.2
+
+
+def difference(loaded: Loaded, model: Any) -> float:
+    """Mean difference of the logits of base + adapter and of `model`, as a share of their standard deviation."""
+    inputs = to_device(Collator(loaded.processor, 2048)(batch()), replace(loaded, precision="16bit"))
     inputs.pop("labels")
     with torch.inference_mode():
-        right, found = made.loaded.model(**to_device(inputs, made.loaded)).logits, model(**inputs).logits.float()
-    assert float((right - found).abs().mean() / right.std()) < 0.2
+        right, found = loaded.model(**to_device(inputs, loaded)).logits, model(**inputs).logits.float()
+    return float((right - found).abs().mean() / right.std())
+
+
+def test_merged_weights_in_int4_touch_the_language_layers_only_and_load_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model whose widths are multiples of the 128 columns that share a scale."""
+    rope = models.TEXT["qwen2_5_vl"]["tiny"]["rope_parameters"] | {"mrope_section": [4, 6, 6]}
+    wide = {"hidden_size": 128, "intermediate_size": 256, "rope_parameters": rope}
+    for part, sizes in ((models.TEXT, wide), (models.VISION, {"out_hidden_size": 128})):
+        monkeypatch.setitem(part["qwen2_5_vl"], "tiny", part["qwen2_5_vl"]["tiny"] | sizes)
+    made = export(models.make_model("qwen2_5_vl", tmp_path / "base", dtype=torch.bfloat16), tmp_path, 0.05)
+    model = write_compressed("W4A16", SPEC.model, made.merged, tmp_path / "int4", CPU)
+    whole, small = (load_file(folder / "model.safetensors") for folder in (made.merged, tmp_path / "int4"))
+    layers = {f"{name}.weight" for name in adapted(made.loaded.model) if not is_vision(name)}
+    keys = {key for key, name in made.base.names.items() if name in layers}
+    assert {f"{key}_packed" for key in keys} == {key for key, weight in small.items() if weight.dtype == torch.int32}
+    assert all(torch.equal(weight, small[key]) for key, weight in whole.items() if key not in keys)
+    rounded = dict(whole)
+    for key in keys:
+        digits = torch.stack([small[f"{key}_packed"] >> 4 * place & 15 for place in range(8)], -1).flatten(1) - 8
+        back = digits.unflatten(1, (-1, 128)) * small[f"{key}_scale"].float().unsqueeze(-1)
+        assert float((back.flatten(1) - whole[key].float()).norm() / whole[key].float().norm()) < 0.15
+        rounded[key] = back.flatten(1).bfloat16()
+    copy_rest(made.merged, tmp_path / "rounded")
+    save_file(rounded, tmp_path / "rounded" / "model.safetensors", metadata={"format": "pt"})
+    same = load_weights(SPEC.model, tmp_path / "rounded", CPU, "32bit")
+    assert difference(replace(made.loaded, model=same), model) < 0.05  # bfloat16's own rounding of activations

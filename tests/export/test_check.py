@@ -11,7 +11,8 @@ import pytest
 from job.errors import SpecError
 from job.export import check_export
 from job.export.gguf import converter, write_gguf
-from job.model.fetch import base_facts
+from job.model.fetch import BaseFacts, base_facts
+from job.model.lora import Linear
 from job.spec import ExportSpec
 from job.specfile import validate
 
@@ -32,32 +33,42 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def base(folder: Path, **config: Any) -> Path:
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_vl"} | config))
-    return folder
+def base(model_type: str = "qwen3_vl", **linears: Linear) -> BaseFacts:
+    return BaseFacts(model_type, "Model", 0, 0, linears)
 
 
 def test_a_base_that_is_stored_quantised_is_refused(tmp_path: Path) -> None:
-    folder = base(tmp_path, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    config = {"model_type": "qwen3_vl", "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SpecError, match="is stored quantised, .* name the base in 16 bits"):
-        base_facts(folder)
+        base_facts(tmp_path)
 
 
-def test_gguf_is_refused_with_the_reason_where_llama_cpp_lacks_the_family(tmp_path: Path, sources: Path) -> None:
-    check_export(ExportSpec(gguf=True), base(tmp_path))
+def test_int4_is_refused_where_its_groups_do_not_divide_a_width() -> None:
+    names = {"visual.blocks.0.mlp.fc1": 80, "model.layers.0.self_attn.q_proj": 256, "lm_head": 100}
+    fits = {name: Linear(256, width) for name, width in names.items()}
+    check_export(ExportSpec(merged_int4=True), base(**fits))
+    odd = fits | {"model.layers.0.mlp.down_proj": Linear(256, 192)}
+    check_export(ExportSpec(), base(**odd))
+    with pytest.raises(SpecError, match="merged_int4: it scales 128 columns .* model.layers.0.mlp.down_proj has 192,"):
+        check_export(ExportSpec(merged_int4=True), base(**odd))
+
+
+def test_gguf_is_refused_with_the_reason_where_llama_cpp_lacks_the_family(sources: Path) -> None:
+    check_export(ExportSpec(gguf=True), base())
     for family, says in (
         ("mllama", "does not know MllamaForConditionalGeneration"),
         ("llava", "Pixtral"),
         ("new", "not known"),
     ):
         with pytest.raises(SpecError, match=f"llama.cpp does not take {family} models .*{says}"):
-            check_export(ExportSpec(gguf=True), base(tmp_path, model_type=family))
+            check_export(ExportSpec(gguf=True), base(family))
 
 
-def test_gguf_needs_llama_cpps_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gguf_needs_llama_cpps_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LLAMA_CPP", raising=False)
     with pytest.raises(SpecError, match="set LLAMA_CPP to a folder with llama.cpp's sources"):
-        check_export(ExportSpec(gguf=True), base(tmp_path))
+        check_export(ExportSpec(gguf=True), base())
 
 
 def test_the_converter_makes_one_file_for_the_model_and_one_for_its_tower(tmp_path: Path, sources: Path) -> None:

@@ -1,4 +1,4 @@
-"""Merged weights in 4 bits and in FP8, by the libraries themselves."""
+"""Merged weights in 4 bits, in FP8 and in INT4, by the libraries themselves."""
 
 from __future__ import annotations
 
@@ -22,4 +22,4 @@ def test_merged_weights_in_fewer_bits_are_right_and_load_again() -> None:
         command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stdout
-    assert "4 passed" in ended.stdout
+    assert "5 passed" in ended.stdout
