@@ -21,7 +21,7 @@ def check_packages(spec: JobSpec, cuda: bool) -> None:
     wanted = {
         "model.precision: 4bit": (cuda and model.precision == "4bit", *BITSANDBYTES),
         "model.attn_implementation: flash_attention_2": (
-            cuda and model.attn_implementation == "flash_attention_2",
+            model.attn_implementation == "flash_attention_2",
             "flash_attn",
             "install flash-attn, or choose sdpa",
         ),
