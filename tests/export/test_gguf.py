@@ -28,7 +28,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from job.export.gguf import CONVERTER, write_gguf
+from job.errors import SpecError
+from job.export.gguf import CONVERTER, rehearse, write_gguf
 from tests.conftest import ROOT, job_environment
 from tests.export.llama_cpp import MARKER, logits
 from tests.export.published import CHANGES, make_published
@@ -120,6 +121,14 @@ def test_llama_cpp_computes_what_the_merged_model_computes(family: str, tmp_path
     # It keeps proportions and fills with black what transformers stretches; docs/merging.md says so.
     narrow = picture(3, 100, 150)
     assert distance(computed(merged, narrow)[1], served(narrow)[1]) > FAR
+
+
+def test_a_base_that_the_converter_does_not_know_is_refused_before_training(tmp_path: Path) -> None:
+    """transformers 5 saves a Gemma without the tokenizer that Gemma is published with."""
+    base = make_published("gemma3", tmp_path)
+    (base / "tokenizer.model").unlink()
+    with pytest.raises(SpecError, match="cannot make model.gguf of .* pre-tokenizer was not recognized"):
+        rehearse(Path(SOURCES) / CONVERTER, base)
 
 
 def test_llama_cpp_says_of_each_image_what_the_merged_model_says(tmp_path: Path, program: Path) -> None:
