@@ -20,6 +20,7 @@ from job.export import check_mergeable, hub
 from job.metrics import serving, writing
 from job.model import choose_backend, import_first, load_model
 from job.model.compile_cache import CompileCache
+from job.packages import check_packages
 from job.plan import Plan, describe, make_plan
 from job.preemption import Preemption, seconds
 from job.ranks import Ranks, joined
@@ -43,6 +44,8 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
     Run again after any ending, it does what is missing and nothing else.
     """
     root = prepare_scratch(environment)
+    if "mlflow" not in spec.training.report_to:
+        environment.setdefault("DISABLE_MLFLOW_INTEGRATION", "TRUE")  # or TRL imports it, for a second
     scratch = root / spec.digest[:16]
     scratch.mkdir(exist_ok=True)
     ttl = seconds(environment, "JOB_LEASE_SECONDS", LEASE_SECONDS)
@@ -152,6 +155,7 @@ def stage_in(
     ranks.once_per_node(scratch, "bundle", lambda: use_bundle(spec, environment, scratch))
     with nullcontext() if ranks.place.local_rank else arriving(spec, scratch):
         device = find_device(has_torch=True)
+        check_packages(spec, device.kind == "cuda")  # `survey` does too, behind gigabytes
         if device.kind == "cuda":
             check_kernels(environment)
         if ranks.shared("device", device.kind) != device.kind:

@@ -27,6 +27,7 @@ CACHES = {
     "XDG_CACHE_HOME": "xdg",
     "MPLCONFIGDIR": "matplotlib",
     "NLTK_DATA": "nltk",
+    "WANDB_DIR": "wandb",
 }
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",

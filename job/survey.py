@@ -22,6 +22,7 @@ from job.model.compile_cache import CompileCache
 from job.model.fetch import base_facts, fetch_adapter, fetch_base
 from job.model.glimpse import glimpse
 from job.output import read_json
+from job.packages import check_packages
 from job.plan import Device, Facts
 from job.preemption import grace_seconds
 from job.record import STATUS_KEY
@@ -62,6 +63,7 @@ def survey(
     notes = list[str]()
     has_torch = importlib.util.find_spec("torch") is not None
     device = find_device(has_torch)
+    check_packages(spec, device.kind == "cuda")
     if fetch or device.kind == "cuda" or spec.model.backend != "unsloth":
         choose_backend(spec.model, device.kind == "cuda")
     if spec.evaluation.cache:

@@ -34,6 +34,7 @@ from job.train.ladder import Ladder
 from job.train.order import EpochOrder
 from job.train.snapshot import Snapshot
 from job.train.together import Together
+from job.train.trackers import tracked
 from job.train.weights import WEIGHTS, sum_of_weights, weighted_loss
 
 log = logging.getLogger("job")
@@ -311,20 +312,22 @@ def train(
     safety.trainer = epochs.trainer = numbers.trainer = held_out.trainer = trainer
     to_training(loaded)
     group.as_first(loaded.model)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(attempt.scratch / "tensorboard")
-    try:
-        with frozen.given() if frozen else nullcontext(), suppress(NoneBetter):
-            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    except Preempted:
-        safety.leave()
-        raise
-    except torch.OutOfMemoryError as error:  # in the optimizer: the ladder has the rest
-        raise OutOfMemory(
-            "the optimizer's state does not fit the GPU; lower lora.r, set training.optim to adamw_8bit, or set "
-            "model.precision to 4bit"
-        ) from error
-    finally:
-        to_generation(loaded)
+    with tracked([] if group.ranks.rank else spec.training.report_to, attempt) as trackers:
+        for tracker in trackers:
+            trainer.add_callback(tracker)
+        try:
+            with frozen.given() if frozen else nullcontext(), suppress(NoneBetter):
+                trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        except Preempted:
+            safety.leave()
+            raise
+        except torch.OutOfMemoryError as error:  # in the optimizer: the ladder has the rest
+            raise OutOfMemory(
+                "the optimizer's state does not fit the GPU; lower lora.r, set training.optim to adamw_8bit, or set "
+                "model.precision to 4bit"
+            ) from error
+        finally:
+            to_generation(loaded)
     return int(trainer.state.global_step)
 
 
@@ -379,7 +382,7 @@ def arguments(attempt: Attempt, loaded: Loaded, plan: Plan) -> SFTConfig:
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=spec.checkpoint.save_steps,
-        report_to=[] if attempt.ranks.rank else training.report_to,
+        report_to=[],  # `tracked` does
         run_name=spec.name,
         disable_tqdm=True,
     )

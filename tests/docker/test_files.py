@@ -19,9 +19,13 @@ PINS = dict(re.findall(r"^([\w.-]+)==(\S+)", LOCK, re.MULTILINE))
 
 
 def test_the_lock_holds_what_the_project_asks_for_and_a_hash_for_each():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    exact = dict(re.findall(r"([\w-]+)==([\d.]+)", " ".join(extras["gpu"] + extras["train"])))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    asked = [each for name in ("train", "gpu", "dicom", "trackers", "fp8") for each in extras[name]]
+    exact = dict(re.findall(r"([\w-]+)==([\d.]+)", " ".join(asked).lower()))
     assert {name: PINS[name] for name in exact} == exact
+    names = {re.match(r"[\w-]+", each)[0].lower() for each in [*project["dependencies"], *asked]}  # type: ignore[index]
+    assert names - {"vision-lora-job"} <= set(PINS)
     tested = re.search(r"^torch=([\d.]+) torchvision=([\d.]+)", (ROOT / ".ci/venv").read_text(), re.MULTILINE)
     assert tested
     assert (PINS["torch"], PINS["torchvision"]) == tested.groups()
