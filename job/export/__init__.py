@@ -56,9 +56,11 @@ def check_export(spec: ExportSpec, base: BaseFacts) -> None:
 
 
 def check_mergeable(spec: JobSpec, loaded: Loaded) -> None:
-    """Whether each adapter of the loaded model has its place in the base's files. Raises SpecError, before hours are spent."""
+    """Whether each adapter of the loaded model has its place in the base's files, and the files are what llama.cpp's converter
+    knows. Raises SpecError, before hours are spent."""
     from peft import get_peft_model_state_dict
 
+    from job.export.gguf import converter, rehearse
     from job.export.places import changes, read_base
 
     if spec.export.merged:
@@ -67,6 +69,8 @@ def check_mergeable(spec: JobSpec, loaded: Loaded) -> None:
             warnings.simplefilter("ignore")
             tensors = get_peft_model_state_dict(loaded.model)
         changes(base, loaded.model.peft_config["default"].to_dict(), tensors)
+    if spec.export.gguf:
+        rehearse(converter(loaded.model.config.model_type), loaded.folder)
 
 
 def export(attempt: Attempt, loaded: Loaded, data: Data, *, fold: bool) -> Exported:

@@ -12,6 +12,7 @@ from job.errors import SpecError
 from job.serving import SERVERS
 
 CONVERTER = "convert_hf_to_gguf.py"
+PARTS = {"model.gguf": [], "mmproj.gguf": ["--mmproj"]}
 
 
 def converter(model_type: str) -> Path:
@@ -31,12 +32,25 @@ def converter(model_type: str) -> Path:
     return Path(folder) / CONVERTER
 
 
+def rehearse(program: Path, base: Path) -> None:
+    """Whether it knows the base's tokenizer and the name of each tensor, which are the merged weights' too. Raises SpecError."""
+    for name in PARTS:
+        _convert(program, base, Path(name), "--dry-run")
+
+
 def write_gguf(program: Path, merged: Path, into: Path) -> None:
     """`model.gguf` and `mmproj.gguf` (the vision tower) in bfloat16. Raises SpecError with the converter's last words."""
     into.mkdir(parents=True, exist_ok=True)
-    for name, part in (("model.gguf", []), ("mmproj.gguf", ["--mmproj"])):
-        command = [sys.executable, str(program), str(merged), "--outfile", str(into / name), "--outtype", "bf16", *part]
-        made = subprocess.run(command, capture_output=True, text=True, check=False)
-        if made.returncode or not (into / name).is_file():
-            said = (made.stderr.strip().splitlines() or ["nothing"])[-1]
-            raise SpecError(f"export.gguf: {program} made no {name}; it said: {said[:300]}")
+    for name in PARTS:
+        _convert(program, merged, into / name)
+
+
+def _convert(program: Path, model: Path, file: Path, *options: str) -> None:
+    command = [sys.executable, str(program), str(model), "--outfile", str(file), "--outtype", "bf16"]
+    made = subprocess.run([*command, *PARTS[file.name], *options], capture_output=True, text=True, check=False)
+    if made.returncode:
+        said = (made.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise SpecError(
+            f"export.gguf: {program} cannot make {file.name} of {model}; it said: {said[:300]}; name a base in the files that "
+            "its makers published, or set gguf to false"
+        )

@@ -86,6 +86,11 @@ def test_a_card_says(facts: dict[str, Any], said: str) -> None:
     assert said.replace("\\-", "-") in card.render(facts)
 
 
+@pytest.mark.parametrize("kind", card.KINDS)
+def test_a_card_of_compressed_tensors_says_that_loading_needs_them(facts: dict[str, Any], kind: str) -> None:
+    assert ("pip install compressed-tensors" in card.render(facts, kind)) == (kind in ("merged_fp8", "merged_int4"))
+
+
 def test_no_caption_and_no_id_is_in_a_card(facts: dict[str, Any]) -> None:
     for kind in ("adapter", "merged"):
         text = card.render(facts, kind=kind)  # type: ignore[arg-type]

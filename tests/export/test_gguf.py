@@ -1,13 +1,14 @@
 """GGUF by llama.cpp's own converter, and llama.cpp run on it.
 
-`make test-gguf` brings and builds llama.cpp; elsewhere `LLAMA_CPP` must name its sources and `LLAMA_CPP_BUILD` what cmake
-made of them.
+`make test-gguf` brings and builds llama.cpp; elsewhere `LLAMA_CPP` must name its sources, inside those of llama-cpp-python,
+and `LLAMA_CPP_BUILD` what cmake made of them.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,9 +28,12 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from job.export.gguf import CONVERTER, converter, write_gguf
+from job.errors import SpecError
+from job.export.gguf import CONVERTER, rehearse, write_gguf
 from tests.conftest import ROOT, job_environment
-from tests.tiny import models
+from tests.export.llama_cpp import MARKER, logits
+from tests.export.published import CHANGES, make_published
+from tests.tiny import QUESTION, picture
 
 SOURCES, BUILD = os.environ.get("LLAMA_CPP", ""), os.environ.get("LLAMA_CPP_BUILD", "")
 pytestmark = pytest.mark.skipif(
@@ -55,44 +59,76 @@ def program(tmp_path: Path) -> Path:
     return tmp_path / CONVERTER
 
 
+NEAR, FAR = 0.01, 0.02  # shares of the spread of the logits; rounding alone makes 0.004 to 0.005
+SHAPES = {  # as they are, and made smaller
+    "qwen2_5_vl": [(224, 140), (255, 170)],
+    "qwen3_vl": [(192, 128), (300, 200)],
+    "gemma3": [(224, 224), (300, 300)],
+}
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3"])
-def test_llama_cpps_converter_takes_every_weight_as_it_is(family: str, tmp_path: Path, program: Path) -> None:
-    merged = models.make_model(family, tmp_path / "merged", dtype=torch.bfloat16)
-    as_published(family, merged)
-    assert converter(family).name == CONVERTER
+def test_llama_cpp_computes_what_the_merged_model_computes(family: str, tmp_path: Path, program: Path) -> None:
+    """The same tokens, and for each token of an answer nearly the same logits.
+
+    The models are random, so their choices can be a hair apart: logits are compared, not words. That the comparison is
+    sharp is shown by what it tells apart: the base from the merged model, one picture from another, and each constant.
+    """
+    base, merged = make_published(family, tmp_path / "base"), tmp_path / "merged"
+    shutil.copytree(base, merged)
+    tensors = load_file(merged / "model.safetensors")
+    for name in (name for name in tensors if tensors[name].ndim == 2 and "proj" in name):
+        tensors[name] += torch.randn_like(tensors[name]) * tensors[name].std() * 0.1
+    save_file(tensors, merged / "model.safetensors")
     write_gguf(program, merged, tmp_path / "gguf")
-    sys.path.insert(0, f"{SOURCES}/gguf-py")
-    import gguf
+    processor = AutoProcessor.from_pretrained(merged)
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    answer = processor.tokenizer("There is a nodule in the left upper zone.", add_special_tokens=False).input_ids
 
-    made = {name: gguf.GGUFReader(tmp_path / "gguf" / f"{name}.gguf").tensors for name in ("model", "mmproj")}
-    found = {np.ascontiguousarray(tensor.data).tobytes() for tensors in made.values() for tensor in tensors}
-    names = {tensor.name for tensor in made["mmproj"]}
-    depth = AutoConfig.from_pretrained(merged).vision_config.to_dict()
-    blocks = range(depth.get("depth") or depth["num_hidden_layers"])
-    assert all(any(name.startswith(f"v.blk.{block}.") for name in names) for block in blocks)
-    weights = {
-        name: weight.view(torch.int16).numpy().tobytes()
-        for name, weight in load_file(merged / "model.safetensors").items()
-        if "_proj.weight" in name and "vision" not in name and "visual" not in name
-    }
-    assert len(weights) >= 14
-    assert [name for name, weight in weights.items() if weight not in found] == []
+    def computed(folder: Path, image: Image.Image, config: Any = None) -> tuple[list[int], np.ndarray]:
+        inputs = processor(text=[prompt], images=[image], add_special_tokens=False, return_tensors="pt")
+        length = inputs["input_ids"].shape[1]
+        after = torch.tensor([answer[:-1]])
+        for name, more in (("input_ids", after), ("attention_mask", after > -1), ("token_type_ids", after * 0)):
+            for key in {name, f"mm_{name}"} & set(inputs):
+                inputs[key] = torch.cat([inputs[key], more.to(inputs[key].dtype)], dim=1)
+        model = AutoModelForImageTextToText.from_pretrained(folder, config=config, dtype=torch.float32)
+        with torch.inference_mode():
+            found = model(**inputs).logits[0, length - 1 :].numpy()
+        tokens = inputs["input_ids"][0, :length]
+        return tokens.where(tokens != model.config.image_token_id, -1).tolist(), found
+
+    def served(image: Image.Image) -> tuple[list[int], np.ndarray]:
+        marked = prompt.replace("<start_of_image>", f"\n\n{MARKER}\n\n")  # the lines that transformers adds by itself
+        marked = marked.replace("<|vision_start|><|image_pad|><|vision_end|>", MARKER)
+        return logits(tmp_path / "gguf", marked, image, answer)
+
+    def distance(one: np.ndarray, other: np.ndarray) -> float:
+        return float(np.sqrt(np.square(one - other[:, : one.shape[1]]).mean()) / one.std())
+
+    pictures = [picture(number, *shape) for number, shape in enumerate(SHAPES[family])]
+    for image in pictures:
+        (tokens, wanted), (read, found) = computed(merged, image), served(image)
+        assert tokens == read
+        assert distance(wanted, found) < NEAR
+        assert distance(computed(base, image)[1], found) > FAR
+    assert distance(computed(merged, picture(7, *SHAPES[family][-1]))[1], found) > FAR
+    for part, name, value in CHANGES[family]:
+        other = AutoConfig.from_pretrained(merged)
+        setattr(getattr(other, part), name, value)
+        assert distance(computed(merged, image, other)[1], found) > FAR, (name, value)
+    # It keeps proportions and fills with black what transformers stretches; docs/merging.md says so.
+    narrow = picture(3, 100, 150)
+    assert distance(computed(merged, narrow)[1], served(narrow)[1]) > FAR
 
 
-def as_published(family: str, folder: Path) -> None:
-    """Deep enough a tower for the converter's table of names, and Gemma's under the name that its checkpoints have."""
-    config = AutoConfig.from_pretrained(folder)
-    if hasattr(config.vision_config, "depth"):
-        config.vision_config.depth = 4
-    if hasattr(config.vision_config, "deepstack_visual_indexes"):
-        config.vision_config.deepstack_visual_indexes = [0, 1, 2]
-    AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    if family == "gemma3":
-        file = folder / "model.safetensors"
-        tensors = load_file(file)
-        save_file(
-            {name.replace("vision_tower.", "vision_tower.vision_model."): tensors[name] for name in tensors}, file
-        )
+def test_a_base_that_the_converter_does_not_know_is_refused_before_training(tmp_path: Path) -> None:
+    """transformers 5 saves a Gemma without the tokenizer that Gemma is published with."""
+    base = make_published("gemma3", tmp_path)
+    (base / "tokenizer.model").unlink()
+    with pytest.raises(SpecError, match="cannot make model.gguf of .* pre-tokenizer was not recognized"):
+        rehearse(Path(SOURCES) / CONVERTER, base)
 
 
 def test_llama_cpp_says_of_each_image_what_the_merged_model_says(tmp_path: Path, program: Path) -> None:
@@ -101,9 +137,6 @@ def test_llama_cpp_says_of_each_image_what_the_merged_model_says(tmp_path: Path,
     Word for word, without tolerance: a greedy answer of some thirty tokens, each a choice among all that it could say. The
     weights of both sides are the same bits; llama.cpp rounds activations to bfloat16 and its cache to float16, which
     moves logits by far less than a trained model keeps between its first choice and its second.
-
-    Qwen3-VL and Gemma 3 are not run: there is no tiny one that has learned to look, and one with random weights has two
-    first choices so close that rounding decides.
     """
     from radiographs import make_data
     from tiny_base import INSTRUCTION, captions
