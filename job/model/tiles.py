@@ -46,9 +46,14 @@ def _without_dense_mask(_encoder: Any, arguments: Any, named: dict[str, Any]) ->
 
 
 def tokens(mask: torch.Tensor) -> list[Tokens]:
-    """Upstream's mask (rows, 1, tokens, tokens) as groups of rows. A padding token is one that may not see itself."""
-    padding = mask[:, 0].diagonal(dim1=1, dim2=2) != 0
+    """Upstream's mask (rows, 1, tokens, tokens) as groups of rows. A padding token is one that may not see itself: its place
+    on the diagonal is far below zero in a mask that is added to the scores, and False in a mask of bools, True where a
+    token is seen."""
+    itself = mask[:, 0].diagonal(dim1=1, dim2=2)
+    padding = ~itself if itself.dtype == torch.bool else itself != 0
     patterns, group = torch.unique(padding, dim=0, return_inverse=True)
+    if bool((patterns[:, 0] & ~patterns.all(dim=1)).any()):  # a picture begins with a token of its own, if it is there
+        raise RuntimeError("the vision tower's mask is not of a kind that is known: a picture's first token is padding")
     return [
         Tokens((group == number).nonzero()[:, 0], (~pattern).nonzero()[:, 0], pattern.nonzero()[:, 0])
         for number, pattern in enumerate(patterns)

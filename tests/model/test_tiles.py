@@ -8,11 +8,25 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.mllama import modeling_mllama
 
 from job.model import tiles
 from job.model.collator import Collator
 from job.model.frozen import tower
 from tests.tiny import batch, load_tiny, perturb
+
+
+@pytest.fixture(params=["added", "bools"])
+def mask(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Upstream's mask is added to the scores. Unsloth compiles one of bools from its source, True where a token is seen."""
+    if request.param == "bools":
+
+        def of_bools(*given: Any, **named: Any) -> torch.Tensor:
+            mask = added(*given, **named)
+            return mask != torch.finfo(mask.dtype).min
+
+        monkeypatch.setattr(modeling_mllama, "_prepare_aspect_ratio_attention_mask", of_bools)
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +55,11 @@ def seen(tiny: Callable[..., Path]) -> Callable[[dict[str, torch.Tensor]], Any]:
     return both
 
 
+added = modeling_mllama._prepare_aspect_ratio_attention_mask
 PICTURE = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 
 
+@pytest.mark.usefixtures("mask")
 def test_features_and_gradients_are_those_of_the_masked_attention(seen: Any) -> None:
     (theirs, their_gradients), (ours, gradients) = seen(Collator(seen.processor, 512)(batch()))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -51,17 +67,27 @@ def test_features_and_gradients_are_those_of_the_masked_attention(seen: Any) -> 
         torch.testing.assert_close(mine, yours, rtol=1e-3, atol=1e-5)
 
 
-def test_a_place_without_a_picture_has_the_same_features(seen: Any) -> None:
+def test_a_place_without_a_picture_has_the_same_features(mask: str, seen: Any) -> None:
     inputs = Collator(seen.processor, 512)(batch())
     inputs["aspect_ratio_mask"][1] = 0
     (theirs, _), (ours, _) = seen(inputs)
+    if mask == "bools":  # upstream's kernel has nothing to see there, and says nought or NaN
+        theirs, ours = theirs[[0, 2]], ours[[0, 2]]
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_padding_is_told_from_the_mask() -> None:
-    from transformers.models.mllama.modeling_mllama import _prepare_aspect_ratio_attention_mask as mask
-
-    patterns = mask(torch.tensor([[1, 0], [1, 1], [1, 0]]), num_patches=3, target_length=4, dtype=torch.float32)
+def test_padding_is_told_from_the_mask(mask: str) -> None:
+    prepare = modeling_mllama._prepare_aspect_ratio_attention_mask
+    patterns = prepare(torch.tensor([[1, 0], [1, 1], [1, 0]]), num_patches=3, target_length=4, dtype=torch.float32)
+    assert (patterns.dtype == torch.bool) == (mask == "bools")
     groups = tiles.tokens(patterns)
     found = {tuple(group.rows.tolist()): (group.real.tolist(), group.padding.tolist()) for group in groups}
     assert found == {(0, 2): ([0, 1, 2], [3, 4, 5, 6, 7]), (1,): ([0, 1, 2, 4, 5, 6], [3, 7])}
+
+
+def test_a_mask_that_means_something_else_is_refused(mask: str) -> None:
+    prepare = modeling_mllama._prepare_aspect_ratio_attention_mask
+    patterns = prepare(torch.tensor([[1, 0], [1, 1]]), num_patches=3, target_length=4, dtype=torch.float32)
+    turned = ~patterns if mask == "bools" else torch.finfo(patterns.dtype).min - patterns
+    with pytest.raises(RuntimeError, match="not of a kind that is known"):
+        tiles.tokens(turned)
