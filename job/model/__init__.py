@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.errors import SpecError
+from job.model.sooner import changed, one_trainer, uncollected
 from job.spec import JobSpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -53,8 +54,8 @@ def choose_backend(spec: ModelSpec, cuda: bool) -> str:
 
 def import_first(backend: str) -> None:
     """Unsloth patches transformers, TRL and PEFT, so it must come before they are imported by anyone."""
-    if backend == "unsloth":
-        importlib.import_module("job.model.unsloth_backend")
+    with uncollected(), changed("unsloth.models.rl", one_trainer):
+        importlib.import_module(f"job.model.{backend}_backend")
 
 
 def load_model(
