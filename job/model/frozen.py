@@ -35,6 +35,7 @@ from job.model.pictures import (
     with_features,
     without_pixels,
 )
+from job.record import versions
 
 log = logging.getLogger("job")
 
@@ -219,13 +220,13 @@ def tower(model: Any) -> Any:
 
 
 def fingerprint(loaded: Loaded) -> str:
-    """Digest of what decides a picture's features but the picture: weight files, precision, processor, backend, torch."""
+    """Digest of what decides a picture's features but the picture: weight files, precision, processor, backend, versions."""
     files = [
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)
         for file in sorted(loaded.folder.glob("*.safetensors"))
     ]
     processor = loaded.processor.image_processor.to_json_string()
-    decides = [str(loaded.folder), files, processor, loaded.precision, loaded.backend, torch.__version__]
+    decides = [str(loaded.folder), files, processor, loaded.precision, loaded.backend, versions()]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
 
