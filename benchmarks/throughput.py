@@ -4,8 +4,9 @@
 
 MODEL is a Llama 3.2 Vision checkpoint, real or made by models.py. Each flow is a process of its own, as a user starts it,
 with compile caches of its own. With --restart the job is then started once more as a scheduler would on a new node, from its
-last checkpoint and with nothing on scratch. The case `generation` has ROWS captions of 64 tokens generated: one by one as in
-the notebook, and by the job's measurement behind training, which also takes the loss of each.
+last checkpoint and with nothing on scratch. With --alone the notebook is left out. The case `generation` has ROWS captions of
+64 tokens generated: one by one as in the notebook, and by the job's measurement behind training, which also takes the loss of
+each.
 """
 
 from __future__ import annotations
@@ -147,6 +148,7 @@ def main() -> None:
     parser.add_argument(
         "--restart", action="store_true", help="also start again on a new node, from the last checkpoint"
     )
+    parser.add_argument("--alone", action="store_true", help="without the notebook")
     given = parser.parse_args()
     import torch
 
@@ -156,8 +158,10 @@ def main() -> None:
     if given.case == "generation":
         generation(given, data, folder, device)
         return
-    peer = notebook(given.model, data, folder / f"notebook-{given.case}", given.case, given.epochs)
-    start = folder / f"notebook-{given.case}" / "start"
+    peer, start = None, None
+    if not given.alone:
+        peer = notebook(given.model, data, folder / f"notebook-{given.case}", given.case, given.epochs)
+        start = folder / f"notebook-{given.case}" / "start"
     out = folder / f"job-{given.case}"
     ours = job(given.model, data, out, given.case, given.epochs, start, folder / "scratch")
     report(given.case, peer, ours, device, cold=given.folder is None or given.restart)
@@ -177,11 +181,53 @@ def generation(given: Any, data: Path, folder: Path, device: str) -> None:
     append("throughput", case, ratio, "times", goal="at least 4", meets=ratio >= 4, device=device)
 
 
-def report(case: str, peer: dict[str, Any], ours: dict[str, Any], device: str, *, cold: bool) -> None:
+def report(case: str, peer: dict[str, Any] | None, ours: dict[str, Any], device: str, *, cold: bool) -> None:
+    """`cold`: no earlier case compiled for this one."""
+    first, mine = ours["steps"][0]["seconds"], speed(ours["steps"])
+    append("throughput", f"{case}: job", mine, "samples/s", device=device)
+    if peer is not None:
+        beside(case, peer, ours, device)
+    append(
+        "throughput",
+        f"{case}: job, GPU memory reserved",
+        ours["peak_gb"],
+        "GB",
+        goal="under 44",
+        meets=ours["peak_gb"] < 44,
+        device=device,
+    )
+    if ours["foreseen_gb"]:
+        share = ours["foreseen_gb"] / ours["allocated_gb"]
+        append(
+            "throughput",
+            f"{case}: memory that check foresees over the peak allocated",
+            share,
+            "times",
+            goal="within 15 %",
+            meets=abs(share - 1) <= 0.15,
+            device=device,
+        )
+    if cold and peer is not None:
+        theirs = peer["steps"][0]["seconds"]
+        append("throughput", f"{case}: notebook, start to first step, cold", theirs, "s", device=device)
+        append(
+            "throughput",
+            f"{case}: job, start to first step, cold",
+            first,
+            "s",
+            goal="no more than the notebook",
+            meets=first <= theirs,
+            device=device,
+        )
+    elif cold:
+        append("throughput", f"{case}: job alone, start to first step, cold", first, "s", device=device)
+
+
+def beside(case: str, peer: dict[str, Any], ours: dict[str, Any], device: str) -> None:
+    """Speed and losses, of both flows."""
     theirs, mine = speed(peer["steps"]), speed(ours["steps"])
     goal = GOALS[case]
     append("throughput", f"{case}: notebook", theirs, "samples/s", device=device)
-    append("throughput", f"{case}: job", mine, "samples/s", device=device)
     append(
         "throughput",
         f"{case}: job over notebook",
@@ -204,42 +250,9 @@ def report(case: str, peer: dict[str, Any], ours: dict[str, Any], device: str, *
     append("throughput", f"{case}: losses apart, median", 100 * statistics.median(gaps), "%", device=device)
     append("throughput", f"{case}: losses apart, largest", 100 * max(gaps), "%", device=device)
     append("throughput", f"{case}: notebook, GPU memory reserved", peer["peak_gb"], "GB", device=device)
-    append(
-        "throughput",
-        f"{case}: job, GPU memory reserved",
-        ours["peak_gb"],
-        "GB",
-        goal="under 44",
-        meets=ours["peak_gb"] < 44,
-        device=device,
-    )
-    if ours["foreseen_gb"]:
-        share = ours["foreseen_gb"] / ours["allocated_gb"]
-        append(
-            "throughput",
-            f"{case}: memory that check foresees over the peak allocated",
-            share,
-            "times",
-            goal="within 15 %",
-            meets=abs(share - 1) <= 0.15,
-            device=device,
-        )
-    if not cold:  # an earlier case compiled for this one
-        return
-    first, theirs = ours["steps"][0]["seconds"], peer["steps"][0]["seconds"]
-    append("throughput", f"{case}: notebook, start to first step, cold", theirs, "s", device=device)
-    append(
-        "throughput",
-        f"{case}: job, start to first step, cold",
-        first,
-        "s",
-        goal="no more than the notebook",
-        meets=first <= theirs,
-        device=device,
-    )
 
 
-def restart(given: Any, data: Path, out: Path, start: Path, folder: Path, cold: float, device: str) -> None:
+def restart(given: Any, data: Path, out: Path, start: Path | None, folder: Path, cold: float, device: str) -> None:
     """As on a new node behind a preemption: the result is not there yet, scratch is empty, some steps are left."""
     (out / "RESULT.json").unlink()
     manifests = sorted((out / "checkpoints").glob("*/MANIFEST.json"))

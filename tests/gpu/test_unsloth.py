@@ -22,6 +22,7 @@ from job.model import import_first  # isort: skip
 
 import_first("unsloth")  # before transformers, which it patches
 
+from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from job.model import load_model, to_training
@@ -29,6 +30,7 @@ from job.model.collator import Collator
 from job.model.frozen import TOGETHER, frozen_vision, tower
 from job.model.pictures import FEATURES, cut
 from job.train.weights import WEIGHTS, weighted_loss
+from tests.gpu.plain import GRADIENTS, gradients
 from tests.tiny import batch, job_spec, make_model, perturb
 
 FAMILIES = ("mllama", "qwen2_5_vl", "qwen3_vl", "gemma3")
@@ -62,22 +64,41 @@ def loss_of(loaded: Any, inputs: dict[str, Any]) -> float:
         return float(loaded.model(**inputs).loss)
 
 
-def test_labels_groups_and_loss_are_those_of_plain_transformers(folders: dict[str, Path], tmp_path: Path) -> None:
+def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict[str, float]:
+    """How far two gradients are from one another, of each tower that has any, as a share of the second's length."""
+    assert one.keys() == other.keys()
+    found = {}
+    for which in ("vision", "language"):
+        names = [name for name in other if ("vision" in name or "visual" in name) == (which == "vision")]
+        if names:
+            mine, theirs = (torch.cat([given[name].flatten() for name in names]) for given in (one, other))
+            found[which] = float((mine - theirs).norm() / theirs.norm())
+    return found
+
+
+def test_labels_groups_loss_and_gradients_are_those_of_plain_transformers(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """A random model's loss hardly knows of its pictures; the gradients do. bf16 alone moves them by 2 to 4 %, and by up to
+    17 % in the tiny Gemma 3, whose embeddings are large."""
     ours, arguments = {}, list[str]()
     for family, folder in folders.items():
         loaded = perturb(loaded_by_unsloth(folder))
         loaded.model.save_pretrained(tmp_path / family)
         inputs = on_gpu(loaded, batch())
-        ours[family] = (loss_of(loaded, inputs), inputs["labels"].tolist(), loaded.groups)
+        ours[family] = (loss_of(loaded, inputs), inputs["labels"].tolist(), loaded.groups, gradients(loaded, inputs))
         arguments += [str(folder), str(tmp_path / family)]
     done = subprocess.run(
         [sys.executable, "-m", "tests.gpu.plain", *arguments], check=True, capture_output=True, text=True
     )
     theirs = dict(zip(folders, json.loads(done.stdout.splitlines()[-1]), strict=True))
-    for family, (loss, labels, groups) in ours.items():
+    for family, (loss, labels, groups, gradient) in ours.items():
         assert labels == theirs[family]["labels"], family
         assert groups == theirs[family]["groups"], family
         assert loss == pytest.approx(theirs[family]["loss"], rel=0.01), family
+        found = apart(gradient, load_file(tmp_path / family / GRADIENTS))
+        print(family, f"loss {loss:.4f}, plain {theirs[family]['loss']:.4f}; gradients apart", found)
+        assert max(found.values()) < (0.3 if family == "gemma3" else 0.1), family
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,9 +113,13 @@ def test_features_of_a_frozen_tower_give_the_loss_of_the_pixels(
         together = frozen.look(inputs, [])
         alone = [frozen.look(cut(inputs, frozen.features.layout, [1, 1, 1], n, n + 1), [])[FEATURES] for n in range(3)]
     assert torch.equal(together[FEATURES], torch.cat(alone)), f"groups of {TOGETHER} are not pure"
+    of_pixels = gradients(loaded, inputs)
+    loaded.model.zero_grad()
     with frozen.given():
-        given = loss_of(loaded, frozen.inputs(together))
-    assert given == pytest.approx(loss_of(loaded, inputs), rel=0.01)
+        of_features = gradients(loaded, frozen.inputs(together))
+    found = apart(of_features, of_pixels)
+    print(family, "gradients apart", found)
+    assert found["language"] < (0.3 if family == "gemma3" else 0.05)
 
 
 @pytest.mark.parametrize("size", ["tiny", "real"])
