@@ -31,11 +31,17 @@ class Tokens:
     padding: torch.Tensor
 
 
+def llamas(model: Any) -> Any | None:
+    """The vision tower of a bare `model` if it is Llama 3.2's."""
+    tower = getattr(getattr(model, "model", model), "vision_model", None)
+    return tower if getattr(getattr(tower, "config", None), "model_type", "") == "mllama_vision_model" else None
+
+
 def install(model: Any) -> bool:
     """Give the vision tower of an mllama `model` (bare, without PEFT around it) this attention; others are left alone, and
     so is one whose own attention turns out to be another function, as another version of upstream's may be."""
-    tower = getattr(getattr(model, "model", model), "vision_model", None)
-    if tower is None or getattr(tower.config, "model_type", "") != "mllama_vision_model":
+    tower = llamas(model)
+    if tower is None:
         return False
     if tower.config._attn_implementation == NAME:
         return True
