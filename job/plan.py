@@ -114,6 +114,7 @@ def needed_memory(spec: JobSpec, facts: Facts, groups: dict[str, int], precision
     if facts.base is None:
         return None
     tokens = (facts.data or {}).get("tokens", {}).get("longest", spec.training.max_length)
+    unsloth, recomputed = spec.model.backend != "transformers", spec.training.gradient_checkpointing
     return model_memory(
         facts.base.config,
         facts.base.linears,
@@ -121,8 +122,8 @@ def needed_memory(spec: JobSpec, facts: Facts, groups: dict[str, int], precision
         groups,
         precision=precision,
         optim=spec.training.optim,
-        unsloth=spec.model.backend != "transformers",
-        recomputed=spec.training.gradient_checkpointing is not False,
+        unsloth=unsloth,
+        kept="all" if recomputed is False else "nothing" if unsloth and recomputed is not True else "inputs",
         tokens=min(tokens, spec.training.max_length),
     )
 

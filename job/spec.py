@@ -168,8 +168,9 @@ class TrainingSpec(Section):
     """Samples per optimizer step, over all devices and accumulation."""
     per_device_train_batch_size: PositiveInt | Literal["auto"] = "auto"
     """Samples per forward pass on one device. `auto` fits it to the card; accumulation is derived."""
-    gradient_checkpointing: bool | Literal["auto"] = "auto"
-    """Recompute activations to save memory. `auto` does so on a GPU."""
+    gradient_checkpointing: bool | Literal["auto", "unsloth"] = "auto"
+    """Recompute activations to save memory. `unsloth` moves what is still kept, the layers' inputs, to the host's memory;
+    `true` leaves them on the card. `auto` is `unsloth` on a GPU, and `true` there for the other backend."""
     vision_cache_gb: NonNegativeFloat | Literal["auto"] = "auto"
     """Scratch for the features of a vision tower that is not trained, so that each picture goes through it once. `auto`
     takes up to half of what is free; 0 keeps none."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from job.model.lora import Linear, group_of
 
@@ -29,6 +29,9 @@ VISION_LAYER = (16, 6)
 KEPT, VISION_KEPT = (9, 4), (9, 2)
 """Values of both widths that a layer keeps for its backward where nothing is recomputed, gates and all (Korthikanti et al.,
 2022, section 4.1, without attention's own matrix and without dropout); tests/model/test_memory.py counts them."""
+
+
+Kept = Literal["nothing", "inputs", "all"]
 
 
 class Memory(NamedTuple):
@@ -60,11 +63,12 @@ def memory(
     precision: str,
     optim: str,
     unsloth: bool,
-    recomputed: bool,
+    kept: Kept,
     tokens: int,
 ) -> Memory:
-    """For rows of `tokens` text tokens with one picture each; `groups` counts LoRA parameters by group. `recomputed`: with
-    gradient checkpointing, which Unsloth moves to the host's memory."""
+    """For rows of `tokens` text tokens with one picture each; `groups` counts LoRA parameters by group. `kept` is what stays
+    on the card for the backward: with gradient checkpointing the layers' inputs, or nothing where Unsloth moves those to the
+    host's memory."""
     quantised = sum(layer.in_features * layer.out_features for name, layer in linears.items() if name != "lm_head")
     in_16_bits = 2 * (parameters - quantised)
     weights = {"4bit": in_16_bits + NF4_BYTES * quantised, "16bit": 2.0 * parameters, "32bit": 4.0 * parameters}
@@ -77,12 +81,12 @@ def memory(
     trained = any(group.startswith("vision/") for group in groups)
     if trained:
         row += 2.0 * seen * values(vision, VISION_LAYER)
-    if not recomputed:
+    if kept == "all":
         row += 2.0 * tokens * language.layers * values(language, KEPT)
         row += 2.0 * seen * vision.layers * values(vision, VISION_KEPT) if trained else 0
         crossing = sum("cross_attn.q_proj" in name for name in linears)
         row += 2 * CROSS_KEPT * seen * language.hidden * crossing
-    elif not unsloth:
+    if kept == "inputs":
         row += 2.0 * tokens * language.hidden * language.layers
         row += 2.0 * seen * vision.hidden * vision.layers if trained else 0
     if not unsloth:

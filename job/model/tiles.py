@@ -8,13 +8,18 @@ does the text before the image. An image in one tile of four has 1601 real token
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+log = logging.getLogger("job")
+
 NAME = "padded_tiles"
+DIFFERENT = 0.03
+"""Of two kernels of one function in bf16, some 0.005; of a mask read the wrong way, 0.15 and more."""
 
 
 @dataclass(frozen=True)
@@ -26,19 +31,72 @@ class Tokens:
     padding: torch.Tensor
 
 
-def install(model: Any) -> None:
-    """Give the vision tower of an mllama `model` (bare, without PEFT around it) this attention; others are left alone."""
+def llamas(model: Any) -> Any | None:
+    """The vision tower of a bare `model` if it is Llama 3.2's."""
     tower = getattr(getattr(model, "model", model), "vision_model", None)
-    if tower is None or getattr(tower.config, "model_type", "") != "mllama_vision_model":
-        return
+    return tower if getattr(getattr(tower, "config", None), "model_type", "") == "mllama_vision_model" else None
+
+
+def install(model: Any) -> bool:
+    """Give the vision tower of an mllama `model` (bare, without PEFT around it) this attention; others are left alone, and
+    so is one whose own attention turns out to be another function, as another version of upstream's may be."""
+    tower = llamas(model)
+    if tower is None:
+        return False
     if tower.config._attn_implementation == NAME:
-        return
+        return True
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attention)
+    gap = apart(tower)
+    if not gap < DIFFERENT:
+        log.warning(
+            "load: the vision tower's attention is not the one known here (%.2g apart), and is left as it is", gap
+        )
+        return False
     tower.config._attn_implementation = NAME
     for encoder in (tower.transformer, tower.global_transformer):
         encoder.register_forward_pre_hook(_without_dense_mask, with_kwargs=True)
+    return True
+
+
+class _Seen(Exception):
+    """What the first attention of a tower was given."""
+
+
+def apart(tower: Any) -> float:
+    """How far this attention is from that of `tower`, in its first layer and for pictures of one tile and of all, as a
+    share of the latter. The mask is the one that the tower makes."""
+
+    def see(_module: Any, arguments: Any, named: dict[str, Any]) -> None:
+        raise _Seen(arguments, named)
+
+    layer, config = tower.transformer.layers[0].self_attn, tower.config
+    weight = next(tower.patch_embedding.parameters())
+    tiles, side = config.max_num_tiles, config.image_size
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn((2, 1, tiles, config.num_channels, side, side), generator=generator).to(weight)
+    mask = torch.ones((2, 1, tiles), dtype=torch.long, device=weight.device)
+    mask[0, 0, 1:] = 0
+    hook = layer.register_forward_pre_hook(see, with_kwargs=True)
+    own = config._attn_implementation
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        try:
+            tower(pixel_values=pixels, aspect_ratio_ids=mask[:, :, 0], aspect_ratio_mask=mask)
+            return float("nan")
+        except _Seen as seen:
+            arguments, named = seen.args
+        finally:
+            hook.remove()
+        theirs = layer(*arguments, **named)[0].float()
+        try:
+            config._attn_implementation = NAME
+            ours = layer(*arguments, **named | {"attention_mask": tokens(named["attention_mask"])})[0].float()
+        except RuntimeError:  # a mask of a kind that is not known
+            return float("inf")
+        finally:
+            config._attn_implementation = own
+    return float((ours - theirs).norm() / theirs.norm())
 
 
 def _without_dense_mask(_encoder: Any, arguments: Any, named: dict[str, Any]) -> Any:

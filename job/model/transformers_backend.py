@@ -25,12 +25,25 @@ def load(
     Raises SpecError when `folder` is no vision-language model, or when a group does not exist in it.
     """
     model = load_weights(spec.model, folder, device, precision)
+    make_recomputable(model)
     processor = load_processor(spec.model, folder)
     chosen = targets(spec.lora, linears(model))
     model, groups = add_adapters(model, spec, chosen)
     if start is not None:
         load_adapter(model, start)
     return Loaded(model, processor, folder, "transformers", precision, device, groups)
+
+
+def make_recomputable(model: Any) -> None:
+    """Gradient checkpointing for Llama 3.2's vision layers, the only ones of all families that upstream leaves out: eleven
+    gigabytes a picture in the 11B shape."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    tower = tiles.llamas(model)
+    for layer in [*tower.transformer.layers, *tower.global_transformer.layers] if tower is not None else []:
+        kind = type(layer)
+        if not issubclass(kind, GradientCheckpointingLayer):
+            layer.__class__ = type(kind.__name__, (GradientCheckpointingLayer, kind), {"__module__": kind.__module__})
 
 
 def load_weights(spec: ModelSpec, folder: Path, device: torch.device, precision: str) -> Any:

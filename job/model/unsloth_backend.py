@@ -20,7 +20,8 @@ def load(spec: JobSpec, folder: Path, device: torch.device, start: Path | None, 
     """As `transformers_backend.load`, on Unsloth's kernels and its gradient checkpointing, unless that is turned off."""
     from unsloth import FastVisionModel
 
-    recomputing = "unsloth" if spec.training.gradient_checkpointing else False
+    recomputing = spec.training.gradient_checkpointing
+    recomputing = "unsloth" if recomputing == "auto" else recomputing
     try:
         model, _ = FastVisionModel.from_pretrained(
             str(folder),

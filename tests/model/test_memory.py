@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from job.model.lora import GROUPS, Linear, parameters, targets
-from job.model.memory import memory
-from job.model.transformers_backend import linears
+from job.model.memory import Kept, memory
+from job.model.transformers_backend import linears, make_recomputable
 from job.spec import LoraSpec
 from tests.tiny import models, processors
 
@@ -54,7 +55,7 @@ def test_the_estimate_is_near_the_peak(vision: bool, rows: int, measured: float)
         precision="4bit",
         optim="adamw_8bit",
         unsloth=True,
-        recomputed=True,
+        kept="nothing",
         tokens=138,
     )
     assert found.of(rows) == pytest.approx(measured, rel=0.15)
@@ -76,7 +77,8 @@ def sizes(_module: Any, query: Any, key: Any, value: Any, _mask: Any, **_: Any) 
 
 
 @pytest.mark.filterwarnings("ignore:`hidden_state` is deprecated:FutureWarning")
-def test_the_estimate_without_recomputation_is_near_what_a_row_keeps() -> None:
+@pytest.mark.parametrize("what", ["all", "inputs"])
+def test_the_estimate_of_what_a_row_keeps_is_near_it(what: Literal["all", "inputs"]) -> None:
     """The whole 11B shape on torch's `meta` device, where tensors have sizes and no numbers."""
     processor = processors.build_processor("mllama", "full", models.MLLAMA_TEXT_VOCABULARY)
     model = models.build_model("mllama", "full", processor, "meta", torch.bfloat16)
@@ -84,6 +86,7 @@ def test_the_estimate_without_recomputation_is_near_what_a_row_keeps() -> None:
     chosen = targets(LoraSpec(), layers)
     AttentionInterface.register("sizes", sizes)
     model.set_attn_implementation("sizes")
+    make_recomputable(model)
     model = get_peft_model(model, LoraConfig(r=16, target_modules=list(chosen)), autocast_adapter_dtype=False).train()
     tokens, kept = 138, dict[int, torch.Tensor]()
     weights = {weight.untyped_storage()._cdata for weight in [*model.parameters(), *model.buffers()]}
@@ -93,6 +96,14 @@ def test_the_estimate_without_recomputation_is_near_what_a_row_keeps() -> None:
             kept[storage] = tensor
         return tensor
 
+    def see(_layer: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        pack(arguments[0] if arguments else named.get("hidden_states", named.get("hidden_state")))
+
+    if what == "inputs":  # which are no saved tensors, but held by the function that is run again
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.register_forward_pre_hook(see, with_kwargs=True)
     with torch.device("meta"), saved_tensors_hooks(pack, lambda tensor: tensor):
         model(
             input_ids=torch.ones(1, tokens, dtype=torch.int64),
@@ -103,11 +114,12 @@ def test_the_estimate_without_recomputation_is_near_what_a_row_keeps() -> None:
             use_cache=False,
         )
     groups = parameters(16, layers, chosen)
-    found = [
-        memory(
-            CONFIG, layers, 0, groups, precision="4bit", optim="adamw_8bit", unsloth=True, recomputed=way, tokens=tokens
+
+    def row(way: Kept) -> int:
+        found = memory(
+            CONFIG, layers, 0, groups, precision="4bit", optim="adamw_8bit", unsloth=True, kept=way, tokens=tokens
         )
-        for way in (False, True)
-    ]
+        return found.row
+
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    assert found[0].row - found[1].row == pytest.approx(measured, rel=0.15)
+    assert row(what) - row("nothing") == pytest.approx(measured, rel=0.15)

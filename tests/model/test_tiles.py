@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 from transformers.models.mllama import modeling_mllama
 
 from job.model import tiles
@@ -91,3 +92,43 @@ def test_a_mask_that_means_something_else_is_refused(mask: str) -> None:
     turned = ~patterns if mask == "bools" else torch.finfo(patterns.dtype).min - patterns
     with pytest.raises(RuntimeError, match="not of a kind that is known"):
         tiles.tokens(turned)
+
+
+def bare(folder: Path) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(folder)
+
+
+@pytest.mark.usefixtures("mask")
+def test_it_is_taken_where_it_is_upstreams(tiny: Callable[..., Path]) -> None:
+    model = bare(tiny("mllama"))
+    assert tiles.apart(model.model.vision_model) < 1e-5
+    assert tiles.install(model)
+    assert model.model.vision_model.config._attn_implementation == tiles.NAME
+
+
+def no_padding_is_seen(mask: torch.Tensor) -> torch.Tensor:
+    """Another function: padding is hidden from real tokens too. Its diagonal is that of upstream's mask."""
+    return mask + mask.diagonal(dim1=2, dim2=3)[:, :, None, :]
+
+
+def turned(mask: torch.Tensor) -> torch.Tensor:
+    return torch.finfo(mask.dtype).min - mask
+
+
+@pytest.mark.parametrize("other", [no_padding_is_seen, turned])
+def test_another_attention_is_left_as_it_is(
+    other: Callable[[torch.Tensor], torch.Tensor],
+    tiny: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(
+        modeling_mllama, "_prepare_aspect_ratio_attention_mask", lambda *given, **named: other(added(*given, **named))
+    )
+    model = bare(tiny("mllama"))
+    with caplog.at_level("WARNING", logger="job"):
+        assert not tiles.install(model)
+    assert "left as it is" in caplog.text
+    vision = model.model.vision_model
+    assert vision.config._attn_implementation == "sdpa"
+    assert not any(encoder._forward_pre_hooks for encoder in (vision.transformer, vision.global_transformer))
