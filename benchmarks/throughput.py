@@ -1,6 +1,7 @@
 """The job and Unsloth's notebook side by side on one GPU: the same model, images, order, start and effective batch.
 
     python benchmarks/throughput.py MODEL [--case language|everywhere|generation] [--rows 48] [--epochs 3] [--folder FOLDER]
+                                          [--restart] [--alone]
 
 MODEL is a Llama 3.2 Vision checkpoint, real or made by models.py. Each flow is a process of its own, as a user starts it,
 with compile caches of its own. With --restart the job is then started once more as a scheduler would on a new node, from its
@@ -150,6 +151,8 @@ def main() -> None:
     )
     parser.add_argument("--alone", action="store_true", help="without the notebook")
     given = parser.parse_args()
+    if given.case == "generation" and (given.alone or given.restart):
+        parser.error("generation is measured beside the notebook, and once")
     import torch
 
     device = torch.cuda.get_device_name(0)

@@ -35,6 +35,9 @@ PACKAGES = (
     "accelerate",
     "datasets",
     "unsloth",
+    "unsloth-zoo",
+    "torchvision",
+    "pillow",
     "bitsandbytes",
     "vision-lora-job",
 )

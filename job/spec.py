@@ -37,7 +37,7 @@ class ModelSpec(Section):
     precision: Literal["auto", "4bit", "16bit", "32bit"] = "auto"
     """How the frozen base is held: `auto` is 16bit on a GPU that has room for it, else 4bit; 32bit on a CPU."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """The attention kernel."""
+    """The attention kernel, where it is not Unsloth that chooses; `eager` is for the other backend alone."""
 
 
 class LoraSpec(Section):
@@ -170,7 +170,8 @@ class TrainingSpec(Section):
     """Samples per forward pass on one device. `auto` fits it to the card; accumulation is derived."""
     gradient_checkpointing: bool | Literal["auto", "unsloth"] = "auto"
     """Recompute activations to save memory. `unsloth` moves what is still kept, the layers' inputs, to the host's memory;
-    `true` leaves them on the card. `auto` is `unsloth` on a GPU, and `true` there for the other backend."""
+    `true` leaves them on the card. `auto` is `unsloth` on a GPU and `false` on a CPU. With the other backend `unsloth` is
+    `true`."""
     vision_cache_gb: NonNegativeFloat | Literal["auto"] = "auto"
     """Scratch for the features of a vision tower that is not trained, so that each picture goes through it once. `auto`
     takes up to half of what is free; 0 keeps none."""

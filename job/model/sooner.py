@@ -66,6 +66,8 @@ class _Loader(Loader):
 
     def __getattr__(self, name: str) -> object:
         """The source, which Unsloth's compiler asks for, and all else."""
+        if name == "loader":  # not there yet, in a copy
+            raise AttributeError(name)
         return getattr(self.loader, name)
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from job.errors import OutOfMemory
+
 log = logging.getLogger("job")
 
 NAME = "padded_tiles"
@@ -45,14 +47,15 @@ def install(model: Any) -> bool:
         return False
     if tower.config._attn_implementation == NAME:
         return True
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(NAME, attention)
-    gap = apart(tower)
+    try:
+        gap = apart(tower)
+        why = f"{gap:.2g} apart"
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory("one attention of the vision tower does not fit the GPU beside the weights") from error
+    except Exception as error:  # of code that is not ours, and not what it was
+        gap, why = float("inf"), f"{type(error).__name__}: {error}"
     if not gap < DIFFERENT:
-        log.warning(
-            "load: the vision tower's attention is not the one known here (%.2g apart), and is left as it is", gap
-        )
+        log.warning("load: the vision tower's attention is not the one known here (%s), and is left as it is", why)
         return False
     tower.config._attn_implementation = NAME
     for encoder in (tower.transformer, tower.global_transformer):
@@ -66,11 +69,13 @@ class _Seen(Exception):
 
 def apart(tower: Any) -> float:
     """How far this attention is from that of `tower`, in its first layer and for pictures of one tile and of all, as a
-    share of the latter. The mask is the one that the tower makes."""
+    share of the latter. The mask is the one that the tower makes, not compiled. Raises whatever an unknown tower does."""
+    from transformers import AttentionInterface
 
     def see(_module: Any, arguments: Any, named: dict[str, Any]) -> None:
         raise _Seen(arguments, named)
 
+    AttentionInterface.register(NAME, attention)
     layer, config = tower.transformer.layers[0].self_attn, tower.config
     weight = next(tower.patch_embedding.parameters())
     tiles, side = config.max_num_tiles, config.image_size
@@ -92,8 +97,6 @@ def apart(tower: Any) -> float:
         try:
             config._attn_implementation = NAME
             ours = layer(*arguments, **named | {"attention_mask": tokens(named["attention_mask"])})[0].float()
-        except RuntimeError:  # a mask of a kind that is not known
-            return float("inf")
         finally:
             config._attn_implementation = own
     return float((ours - theirs).norm() / theirs.norm())

@@ -39,11 +39,12 @@ def make_recomputable(model: Any) -> None:
     gigabytes a picture in the 11B shape."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    tower = tiles.llamas(model)
+    tower, made = tiles.llamas(model), dict[type, type]()
     for layer in [*tower.transformer.layers, *tower.global_transformer.layers] if tower is not None else []:
         kind = type(layer)
         if not issubclass(kind, GradientCheckpointingLayer):
-            layer.__class__ = type(kind.__name__, (GradientCheckpointingLayer, kind), {"__module__": kind.__module__})
+            bases = (GradientCheckpointingLayer, kind)
+            layer.__class__ = made.setdefault(kind, type(kind.__name__, bases, {"__module__": kind.__module__}))
 
 
 def load_weights(spec: ModelSpec, folder: Path, device: torch.device, precision: str) -> Any:

@@ -20,12 +20,15 @@ def load(spec: JobSpec, folder: Path, device: torch.device, start: Path | None, 
     """As `transformers_backend.load`, on Unsloth's kernels and its gradient checkpointing, unless that is turned off."""
     from unsloth import FastVisionModel
 
-    recomputing = spec.training.gradient_checkpointing
+    recomputing, shortest = (
+        spec.training.gradient_checkpointing,
+        512,
+    )  # of fewer tokens it leaves the inputs on the card
     recomputing = "unsloth" if recomputing == "auto" else recomputing
     try:
         model, _ = FastVisionModel.from_pretrained(
             str(folder),
-            max_seq_length=spec.training.max_length,
+            max_seq_length=max(spec.training.max_length, shortest),
             dtype=torch.bfloat16,
             load_in_4bit=precision == "4bit",
             use_gradient_checkpointing=recomputing,

@@ -25,7 +25,7 @@ import_first("unsloth")  # before transformers, which it patches
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from job.model import load_model, to_training
+from job.model import load_model, tiles, to_training
 from job.model.collator import Collator
 from job.model.frozen import TOGETHER, frozen_vision, tower
 from job.model.pictures import FEATURES, cut
@@ -136,6 +136,7 @@ def test_our_attention_gives_upstreams_features(size: str, folders: dict[str, Pa
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
             return vision(**pictures).last_hidden_state.double()
 
+    assert vision.config._attn_implementation == tiles.NAME
     ours, loss = seen(), loss_of(loaded, inputs)
     vision.config._attn_implementation = "sdpa"
     for encoder in (vision.transformer, vision.global_transformer):

@@ -115,9 +115,17 @@ def turned(mask: torch.Tensor) -> torch.Tensor:
     return torch.finfo(mask.dtype).min - mask
 
 
-@pytest.mark.parametrize("other", [no_padding_is_seen, turned])
+def of_another_shape(mask: torch.Tensor) -> torch.Tensor:
+    return mask[:, 0]
+
+
+def none(_mask: torch.Tensor) -> None:
+    return None
+
+
+@pytest.mark.parametrize("other", [no_padding_is_seen, turned, of_another_shape, none])
 def test_another_attention_is_left_as_it_is(
-    other: Callable[[torch.Tensor], torch.Tensor],
+    other: Callable[[torch.Tensor], Any],
     tiny: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

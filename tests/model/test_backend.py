@@ -1,0 +1,52 @@
+"""Which backend trains: what the spec asks for, what is installed, what the machine has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from job.errors import SpecError
+from job.model import choose_backend
+from job.spec import ModelSpec
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "unsloth").mkdir()
+    (tmp_path / "unsloth" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def model(**settings: str) -> ModelSpec:
+    return ModelSpec.model_validate({"name_or_path": "base"} | settings)
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("settings", "cuda", "backend"),
+    [
+        ({}, True, "unsloth"),
+        ({}, False, "transformers"),
+        ({"backend": "unsloth"}, True, "unsloth"),
+        ({"backend": "transformers"}, True, "transformers"),
+        ({"attn_implementation": "eager"}, True, "transformers"),
+    ],
+)
+def test_where_unsloth_is_installed(settings: dict[str, str], cuda: bool, backend: str) -> None:
+    assert choose_backend(model(**settings), cuda) == backend
+
+
+def test_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", [])
+    assert choose_backend(model(), True) == "transformers"
+    with pytest.raises(SpecError, match="unsloth is not installed; install the gpu extra, or choose transformers"):
+        choose_backend(model(backend="unsloth"), True)
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_cannot_work_is_refused() -> None:
+    with pytest.raises(SpecError, match="needs an NVIDIA GPU"):
+        choose_backend(model(backend="unsloth"), False)
+    with pytest.raises(SpecError, match="attn_implementation: eager is not for Unsloth"):
+        choose_backend(model(backend="unsloth", attn_implementation="eager"), True)
