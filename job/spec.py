@@ -170,8 +170,7 @@ class TrainingSpec(Section):
     """Samples per forward pass on one device. `auto` fits it to the card; accumulation is derived."""
     gradient_checkpointing: bool | Literal["auto", "unsloth"] = "auto"
     """Recompute activations to save memory. `unsloth` moves what is still kept, the layers' inputs, to the host's memory;
-    `true` leaves them on the card. `auto` is `unsloth` on a GPU and `false` on a CPU. With the other backend `unsloth` is
-    `true`."""
+    `true` leaves them on the card. `auto` is `unsloth` on a GPU, `true` there for the other backend, `false` on a CPU."""
     vision_cache_gb: NonNegativeFloat | Literal["auto"] = "auto"
     """Scratch for the features of a vision tower that is not trained, so that each picture goes through it once. `auto`
     takes up to half of what is free; 0 keeps none."""
@@ -450,6 +449,10 @@ def contradictions(spec: JobSpec) -> list[str]:
         )
     if spec.model.backend == "unsloth" and spec.model.precision == "32bit":
         found.append("model: backend unsloth trains on a 4bit or 16bit base; precision is 32bit")
+    if spec.model.backend == "unsloth" and spec.model.attn_implementation == "eager":
+        found.append("model: backend unsloth chooses its attention itself; leave attn_implementation out")
+    if spec.model.backend == "transformers" and training.gradient_checkpointing == "unsloth":
+        found.append("training: gradient_checkpointing: unsloth is not for model.backend transformers; say true")
     if data.eval_path is not None and data.eval_split is not None:
         found.append("dataset: eval_path and eval_split both name held-out rows; keep one")
     fields = DatasetSpec.model_fields.items()

@@ -42,20 +42,13 @@ class Loaded:
 
 
 def choose_backend(spec: ModelSpec, cuda: bool) -> str:
-    """`unsloth` or `transformers`. Raises SpecError when the one asked for cannot work here.
-
-    Unsloth chooses its attention itself, and its masks of bools mean nothing to the eager one.
-    """
-    eager = spec.attn_implementation == "eager"
+    """`unsloth` or `transformers`. Raises SpecError when the one asked for cannot work here."""
     present = importlib.util.find_spec("unsloth") is not None
     if spec.backend == "unsloth" and not (cuda and present):
         what = "is not installed; install the gpu extra" if cuda else "needs an NVIDIA GPU, and there is none here"
         raise SpecError(f"model.backend: unsloth {what}, or choose transformers")
-    if spec.backend == "unsloth" and eager:
-        raise SpecError(
-            "model.attn_implementation: eager is not for Unsloth; leave it out, or choose model.backend: transformers"
-        )
     if spec.backend == "auto":
+        eager = spec.attn_implementation == "eager"  # to which Unsloth's masks of bools mean something else
         return "unsloth" if cuda and present and not eager else "transformers"
     return spec.backend
 

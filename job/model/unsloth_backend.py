@@ -15,20 +15,20 @@ from job.model.lora import census, parameters, targets
 from job.model.transformers_backend import adapted, first_line, linears, load_adapter, load_processor, lora_settings
 from job.spec import JobSpec
 
+OFFLOADED = 512
+"""Asked for a `max_seq_length` under this, Unsloth leaves the layers' inputs on the card whatever it was told."""
+
 
 def load(spec: JobSpec, folder: Path, device: torch.device, start: Path | None, precision: str) -> Loaded:
     """As `transformers_backend.load`, on Unsloth's kernels and its gradient checkpointing, unless that is turned off."""
     from unsloth import FastVisionModel
 
-    recomputing, shortest = (
-        spec.training.gradient_checkpointing,
-        512,
-    )  # of fewer tokens it leaves the inputs on the card
+    recomputing = spec.training.gradient_checkpointing
     recomputing = "unsloth" if recomputing == "auto" else recomputing
     try:
         model, _ = FastVisionModel.from_pretrained(
             str(folder),
-            max_seq_length=max(spec.training.max_length, shortest),
+            max_seq_length=max(spec.training.max_length, OFFLOADED),
             dtype=torch.bfloat16,
             load_in_4bit=precision == "4bit",
             use_gradient_checkpointing=recomputing,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from job.errors import SpecError
 from job.model import choose_backend
-from job.spec import ModelSpec
+from job.spec import ModelSpec, contradictions
+from tests.tiny import job_spec
 
 
 @pytest.fixture
@@ -48,5 +50,23 @@ def test_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(SpecError, match="needs an NVIDIA GPU"):
         choose_backend(model(backend="unsloth"), False)
-    with pytest.raises(SpecError, match="attn_implementation: eager is not for Unsloth"):
-        choose_backend(model(backend="unsloth", attn_implementation="eager"), True)
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        (
+            {"model": {"name_or_path": "base", "backend": "unsloth", "attn_implementation": "eager"}},
+            "model: backend unsloth chooses its attention itself; leave attn_implementation out",
+        ),
+        (
+            {
+                "model": {"name_or_path": "base", "backend": "transformers"},
+                "training": {"gradient_checkpointing": "unsloth"},
+            },
+            "training: gradient_checkpointing: unsloth is not for model.backend transformers; say true",
+        ),
+    ],
+)
+def test_what_a_backend_does_not_do_is_a_contradiction(sections: dict[str, Any], says: str) -> None:
+    assert contradictions(job_spec(**sections)) == [says]
