@@ -114,8 +114,7 @@ def needed_memory(spec: JobSpec, facts: Facts, groups: dict[str, int], precision
     if facts.base is None:
         return None
     tokens = (facts.data or {}).get("tokens", {}).get("longest", spec.training.max_length)
-    unsloth = spec.model.backend != "transformers" and spec.model.attn_implementation != "eager"
-    recomputed = spec.training.gradient_checkpointing
+    unsloth, recomputed = spec.model.by_unsloth, spec.training.gradient_checkpointing
     return model_memory(
         facts.base.config,
         facts.base.linears,

@@ -39,6 +39,11 @@ class ModelSpec(Section):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """The attention kernel, where it is not Unsloth that chooses; `eager` is for the other backend alone."""
 
+    @property
+    def by_unsloth(self) -> bool:
+        """Whether Unsloth trains it, where it can: eager attention adds masks, and Unsloth's are bools."""
+        return self.backend != "transformers" and self.attn_implementation != "eager"
+
 
 class LoraSpec(Section):
     """Which layers receive adapters, and of what shape."""

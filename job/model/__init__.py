@@ -48,8 +48,7 @@ def choose_backend(spec: ModelSpec, cuda: bool) -> str:
         what = "is not installed; install the gpu extra" if cuda else "needs an NVIDIA GPU, and there is none here"
         raise SpecError(f"model.backend: unsloth {what}, or choose transformers")
     if spec.backend == "auto":
-        eager = spec.attn_implementation == "eager"  # to which Unsloth's masks of bools mean something else
-        return "unsloth" if cuda and present and not eager else "transformers"
+        return "unsloth" if cuda and present and spec.by_unsloth else "transformers"
     return spec.backend
 
 
