@@ -142,7 +142,7 @@ def load(work: Path, precision: str, start: bool = True) -> Any:
     from job.survey import torch_device
 
     adapter = work / "adapter" if start else None
-    return load_model(spec_of(work), work / "base", torch_device(), "transformers", precision, adapter)
+    return load_model(spec_of(work), work / "base", torch_device(), "transformers", precision, "all", adapter)
 
 
 def recipe_of(work: Path, held: Any = None) -> Any:
@@ -317,7 +317,7 @@ def unsloth(work: Path, precision: str) -> Facts:
     import_first("unsloth")
     warm(work)
     shutil.rmtree(work / "merged", ignore_errors=True)  # room
-    loaded = load_model(spec_of(work), work / "base", torch_device(), "unsloth", precision, work / "adapter")
+    loaded = load_model(spec_of(work), work / "base", torch_device(), "unsloth", precision, "nothing", work / "adapter")
     facts = Facts()
     with watched(work, facts):
         loaded.model.save_pretrained_merged(str(work / "unsloth"), loaded.processor, save_method="merged_16bit")

@@ -10,7 +10,7 @@ from job.errors import SpecError
 from job.model import SUPPORTED
 from job.model.fetch import BaseFacts
 from job.model.lora import GROUPS, parameters, targets
-from job.model.memory import Memory
+from job.model.memory import Kept, Memory
 from job.model.memory import memory as model_memory
 from job.preemption import DEFAULT_GRACE_SECONDS, FITS
 from job.record import bytes_text
@@ -27,6 +27,11 @@ CHECKPOINT_BYTES_PER_LORA_PARAMETER = 12
 """fp32 weight and AdamW's two moments."""
 
 SIZES = ("smallest", "median", "largest")
+KEPT = {
+    "all": "all that layers compute (nothing is computed again)",
+    "inputs": "the layers' inputs (the rest is computed again)",
+    "nothing": "nothing (the layers' inputs wait in the host's memory, the rest is computed again)",
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes in bytes; `micro_batch` × `accumulation` × `world` = the effective batch."""
+    """Sizes in bytes; `micro_batch` × `accumulation` × `world` = the effective batch. `kept` is what stays on the device for
+    the backward."""
 
     stages: tuple[Stage, ...]
     total_steps: int | None
@@ -74,6 +80,7 @@ class Plan:
     accumulation: int
     world: int
     precision: str
+    kept: Kept
     groups: dict[str, int] = field(default_factory=dict)
     estimates: dict[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -91,8 +98,7 @@ def make_plan(spec: JobSpec, facts: Facts) -> Plan:
         counts = parameters(spec.lora.r, facts.base.linears, targets(spec.lora, facts.base.linears))
         groups = {name: counts[name] for name in (*GROUPS, "other") if name in counts}
     precision = held_precision(spec, facts, groups)
-    memory = needed_memory(spec, facts, groups, precision)
-    micro = micro_batch(spec, facts.device, memory, share)
+    kept, memory, micro = fitted(spec, facts, groups, precision, share)
     _refuse_many(facts, memory)
     _refuse_mixed_batches(spec, facts, micro)
     total = total_steps(spec, facts.data["train"]) if facts.data else None
@@ -103,18 +109,42 @@ def make_plan(spec: JobSpec, facts: Facts) -> Plan:
         accumulation=share // micro,
         world=facts.world,
         precision=precision,
+        kept=kept,
         groups=groups,
         estimates=estimates(spec, facts, groups, memory, micro),
         warnings=tuple(warnings(spec, facts, total, memory)),
     )
 
 
-def needed_memory(spec: JobSpec, facts: Facts, groups: dict[str, int], precision: str) -> Memory | None:
+def fitted(
+    spec: JobSpec, facts: Facts, groups: dict[str, int], precision: str, share: int
+) -> tuple[Kept, Memory | None, int]:
+    """What is kept on the device for the backward, the memory that this takes, and the rows at once. As many rows as ever fit
+    come first: they share what is done once a pass. Beside them, the more is kept the less is computed again."""
+    ways = []
+    for kept in kept_ways(spec, facts.device):
+        memory = needed_memory(spec, facts, groups, precision, kept)
+        ways.append((kept, memory, micro_batch(spec, facts.device, memory, share)))
+    fitting = [way for way in ways if facts.device is None or fits(way[1], facts.device, way[2])]
+    return max(fitting, key=lambda way: way[2]) if fitting else ways[-1]
+
+
+def kept_ways(spec: JobSpec, device: Device | None) -> tuple[Kept, ...]:
+    """What may be kept on the device, the most first."""
+    given = spec.training.gradient_checkpointing
+    least: Kept = "nothing" if spec.model.by_unsloth else "inputs"
+    if given != "auto":
+        return ("all",) if given is False else ("inputs",) if given is True else (least,)
+    if device is None:
+        return (least,)
+    return ("all",) if device.kind == "cpu" else ("all", "inputs", least)
+
+
+def needed_memory(spec: JobSpec, facts: Facts, groups: dict[str, int], precision: str, kept: Kept) -> Memory | None:
     """What training will take, for the longest row; None when the base is not here to be measured."""
     if facts.base is None:
         return None
     tokens = (facts.data or {}).get("tokens", {}).get("longest", spec.training.max_length)
-    unsloth, recomputed = spec.model.by_unsloth, spec.training.gradient_checkpointing
     return model_memory(
         facts.base.config,
         facts.base.linears,
@@ -122,8 +152,8 @@ def needed_memory(spec: JobSpec, facts: Facts, groups: dict[str, int], precision
         groups,
         precision=precision,
         optim=spec.training.optim,
-        unsloth=unsloth,
-        kept="all" if recomputed is False else "nothing" if unsloth and recomputed is not True else "inputs",
+        unsloth=spec.model.by_unsloth,
+        kept=kept,
         tokens=min(tokens, spec.training.max_length),
     )
 
@@ -189,8 +219,8 @@ def held_precision(spec: JobSpec, facts: Facts, groups: dict[str, int]) -> str:
         return spec.model.precision
     if facts.device is None or facts.device.kind == "cpu":
         return "32bit"
-    rows = min(4, share_of_batch(spec, facts.world))
-    return "16bit" if fits(needed_memory(spec, facts, groups, "16bit"), facts.device, rows) else "4bit"
+    rows, least = min(4, share_of_batch(spec, facts.world)), kept_ways(spec, facts.device)[-1]
+    return "16bit" if fits(needed_memory(spec, facts, groups, "16bit", least), facts.device, rows) else "4bit"
 
 
 def total_steps(spec: JobSpec, rows: int) -> int:
@@ -360,6 +390,8 @@ def describe(spec: JobSpec, plan: Plan, facts: Facts) -> str:
         share = f" ({100 * trained / facts.base.parameters:.2f} % of the base)" if facts.base else ""
         lines.append(f"LoRA: {trained:,} trainable parameters{share}")
         lines += [f"  {group:<20} {count:>12,}" for group, count in plan.groups.items()]
+    if facts.device is not None and facts.device.kind == "cuda":
+        lines.append(f"kept on the GPU for the backward: {KEPT[plan.kept]}")
     lines += [f"estimate: {name} {bytes_text(size)}" for name, size in plan.estimates.items()]
     if facts.device is not None:
         lines.append(f"device: {facts.device.name}, {bytes_text(facts.device.memory)}")

@@ -96,7 +96,7 @@ def lead(spec: JobSpec, environment: MutableMapping[str, str], ranks: Ranks, scr
                 from job.publish import publish, report_facts
                 from job.train.fit import fit
 
-                loaded = load_model(spec, base, torch_device(), backend, plan.precision, found.adapter)
+                loaded = load_model(spec, base, torch_device(), backend, plan.precision, plan.kept, found.adapter)
                 check_mergeable(spec, loaded)
         before = measure(attempt, loaded, data, "before")
         ranks.ask("train")
@@ -137,7 +137,7 @@ def follow(spec: JobSpec, environment: MutableMapping[str, str], ranks: Ranks, s
                 from job.evaluate import answer_for
                 from job.train.fit import fit
 
-                loaded = load_model(spec, found.base, torch_device(), backend, plan.precision, found.adapter)
+                loaded = load_model(spec, found.base, torch_device(), backend, plan.precision, plan.kept, found.adapter)
         lease = Lease(open_store(str(own)), f"rank {ranks.rank}", ttl)
         attempt = Attempt(spec, store, lease, own, record, preemption, number, None, ranks)
         for task, details in ranks.asked():

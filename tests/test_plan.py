@@ -115,6 +115,32 @@ def test_as_many_rows_go_through_at_once_as_fit_the_card_with_a_tenth_to_spare(t
         assert (fitted.micro_batch, fitted.accumulation) == (at_once, 16 // at_once)
 
 
+def test_of_as_many_rows_as_fit_the_most_is_kept_for_the_backward(tree):
+    """Gradient checkpointing is a means to more rows, and of no use beyond."""
+    layers = LAYERS | {f"model.language_model.layers.{n}.mlp.up_proj": Linear(20_000, 64) for n in range(1, 9)}
+    facts, rows = replace(FACTS, base=replace(BASE, linears=layers)), {"effective_batch_size": 16}
+    held = {"name_or_path": "b", "precision": "16bit"}
+    large = Device("cuda", "large card", 10**12)
+    ways = {False: "all", True: "inputs", "unsloth": "nothing"}
+    needed = {}
+    for given, kept in ways.items():
+        training = rows | {"gradient_checkpointing": given}
+        asked = plan(tree, replace(facts, device=large), training=training, model=held)
+        assert (asked.kept, asked.micro_batch) == (kept, 16)
+        needed[kept] = asked.estimates["GPU memory in all"]
+    assert needed["all"] > needed["inputs"] > needed["nothing"]
+    for kept, need in needed.items():
+        card = replace(facts, device=Device("cuda", "card", int(need / 0.9) + 1000))
+        found = plan(tree, card, training=rows, model=held)
+        assert (found.kept, found.micro_batch) == (kept, 16)
+    assert "kept on the GPU for the backward: nothing (the layers' inputs wait" in describe(validate(tree), found, card)
+    small = replace(facts, device=Device("cuda", "small card", 10**5))
+    assert plan(tree, small, training=rows, model=held).kept == "nothing"
+    eager = held | {"backend": "transformers"}
+    assert plan(tree, small, training=rows, model=eager).kept == "inputs"
+    assert plan(tree, facts).kept == "all"  # on a CPU
+
+
 def test_the_plan_says_who_serves_the_family(tree):
     def said(model_type):
         facts = replace(FACTS, base=replace(BASE, model_type=model_type))

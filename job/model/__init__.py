@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.errors import SpecError
+from job.model.memory import Kept
 from job.model.sooner import changed, one_trainer, uncollected
 from job.spec import JobSpec, ModelSpec
 
@@ -59,9 +60,10 @@ def import_first(backend: str) -> None:
 
 
 def load_model(
-    spec: JobSpec, folder: Path, device: torch.device, backend: str, precision: str, start: Path | None
+    spec: JobSpec, folder: Path, device: torch.device, backend: str, precision: str, kept: Kept, start: Path | None
 ) -> Loaded:
-    """The base of `folder` with adapters, fresh or those of the folder `start`, through the backend named."""
+    """The base of `folder` with adapters, fresh or those of the folder `start`, through the backend named; `kept` is what
+    stays on the GPU for the backward, which Unsloth wants to know when it loads."""
     import torch
 
     # Hopper's default. With a mask it gives NaN gradients at some lengths (github.com/pytorch/pytorch/issues/196678), and
@@ -70,7 +72,7 @@ def load_model(
     if backend == "unsloth":
         from job.model import unsloth_backend
 
-        return unsloth_backend.load(spec, folder, device, start, precision)
+        return unsloth_backend.load(spec, folder, device, start, precision, kept)
     from job.model import transformers_backend
 
     return transformers_backend.load(spec, folder, device, start, precision)

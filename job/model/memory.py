@@ -23,15 +23,19 @@ CROSS, CROSS_KEPT = 4.6, 2.7
 """Copies of the vision states that a cross-attention layer holds for one row: keys, values, both repeated, gradients; and
 those of them that it keeps for its backward."""
 LAYER = (12, 8)
-"""Values of the hidden and of the intermediate width that one token of one language layer holds while it is recomputed."""
-VISION_LAYER = (16, 6)
+"""Values of the hidden and of the intermediate width that one token of one language layer holds while it goes backward."""
+VISION_LAYER = (12, 4)
 """As `LAYER`, for a vision layer that is trained."""
 KEPT, VISION_KEPT = (9, 4), (9, 2)
 """Values of both widths that a layer keeps for its backward where nothing is recomputed, gates and all (Korthikanti et al.,
 2022, section 4.1, without attention's own matrix and without dropout); tests/model/test_memory.py counts them."""
+ON_THEIR_WAY = 0.7
+"""Share of the layers' inputs that is on the card at the peak although they are moved to the host's memory."""
 
 
 Kept = Literal["nothing", "inputs", "all"]
+"""What stays on the card for the backward: all of it; with gradient checkpointing the layers' inputs; or nothing, where Unsloth
+moves those to the host's memory."""
 
 
 class Memory(NamedTuple):
@@ -66,33 +70,39 @@ def memory(
     kept: Kept,
     tokens: int,
 ) -> Memory:
-    """For rows of `tokens` text tokens with one picture each; `groups` counts LoRA parameters by group. `kept` is what stays
-    on the card for the backward: with gradient checkpointing the layers' inputs, or nothing where Unsloth moves those to the
-    host's memory."""
+    """For rows of `tokens` text tokens with one picture each; `groups` counts LoRA parameters by group."""
     quantised = sum(layer.in_features * layer.out_features for name, layer in linears.items() if name != "lm_head")
     in_16_bits = 2 * (parameters - quantised)
     weights = {"4bit": in_16_bits + NF4_BYTES * quantised, "16bit": 2.0 * parameters, "32bit": 4.0 * parameters}
     lora = sum(groups.values())
     language, vision = widths(linears, "language"), widths(linears, "vision")
     seen = vision_tokens(config)
-    row = 2.0 * tokens * values(language, LAYER)
-    if config.get("model_type") == "mllama":
-        row += 2 * CROSS * seen * language.hidden
     trained = any(group.startswith("vision/") for group in groups)
-    if trained:
-        row += 2.0 * seen * values(vision, VISION_LAYER)
-    if kept == "all":
-        row += 2.0 * tokens * language.layers * values(language, KEPT)
-        row += 2.0 * seen * vision.layers * values(vision, VISION_KEPT) if trained else 0
-        crossing = sum("cross_attn.q_proj" in name for name in linears)
-        row += 2 * CROSS_KEPT * seen * language.hidden * crossing
-    if kept == "inputs":
-        row += 2.0 * tokens * language.hidden * language.layers
-        row += 2.0 * seen * vision.hidden * vision.layers if trained else 0
+    for_language, for_vision = kept_by_towers(config, linears, groups, kept, tokens)
+    reading = 2.0 * tokens * values(language, LAYER)
+    if config.get("model_type") == "mllama":
+        reading += 2 * CROSS * seen * language.hidden
     if not unsloth:
-        row += 10.0 * tokens * vocabulary(config, linears)  # the logits in 16 and twice in 32 bits
+        reading += 10.0 * tokens * vocabulary(config, linears)  # the logits in 16 and twice in 32 bits
+    looking = 2.0 * seen * values(vision, VISION_LAYER) if trained else 0
+    row = for_vision + max(for_language + reading, looking)  # the language model goes backward first
     once = WORKSPACE + (0 if trained else 4 * LOOK * seen * vision.hidden / (6432 * 1280))
     return Memory(int(weights[precision]), int(lora * (8 + OPTIMIZER_BYTES[optim]) + once), int(row))
+
+
+def kept_by_towers(
+    config: Mapping[str, Any], linears: Mapping[str, Linear], groups: Mapping[str, int], kept: Kept, tokens: int
+) -> tuple[float, float]:
+    """Bytes of one row that wait on the card for the backward, in the language model and in a vision tower that is trained."""
+    language, vision = widths(linears, "language"), widths(linears, "vision")
+    seen = vision_tokens(config) if any(group.startswith("vision/") for group in groups) else 0
+    if kept == "all":
+        crossing = 2 * CROSS_KEPT * vision_tokens(config) * language.hidden
+        layers = 2.0 * tokens * language.layers * values(language, KEPT)
+        crossings = sum("cross_attn.q_proj" in name for name in linears)
+        return layers + crossings * crossing, 2.0 * seen * vision.layers * values(vision, VISION_KEPT)
+    share = 1.0 if kept == "inputs" else ON_THEIR_WAY
+    return share * 2 * tokens * language.hidden * language.layers, share * 2 * seen * vision.hidden * vision.layers
 
 
 def values(tower: Widths, times: tuple[int, int]) -> int:

@@ -12,6 +12,7 @@ import torch  # isort: skip
 from job.errors import OutOfMemory, SpecError
 from job.model import Loaded, tiles
 from job.model.lora import census, parameters, targets
+from job.model.memory import Kept
 from job.model.transformers_backend import adapted, first_line, linears, load_adapter, load_processor, lora_settings
 from job.spec import JobSpec
 
@@ -19,12 +20,14 @@ OFFLOADED = 512
 """Asked for a `max_seq_length` under this, Unsloth leaves the layers' inputs on the card whatever it was told."""
 
 
-def load(spec: JobSpec, folder: Path, device: torch.device, start: Path | None, precision: str) -> Loaded:
-    """As `transformers_backend.load`, on Unsloth's kernels and its gradient checkpointing, unless that is turned off."""
+RECOMPUTING: dict[Kept, bool | str] = {"all": False, "inputs": True, "nothing": "unsloth"}
+
+
+def load(spec: JobSpec, folder: Path, device: torch.device, start: Path | None, precision: str, kept: Kept) -> Loaded:
+    """As `transformers_backend.load`, on Unsloth's kernels and its gradient checkpointing."""
     from unsloth import FastVisionModel
 
-    recomputing = spec.training.gradient_checkpointing
-    recomputing = "unsloth" if recomputing == "auto" else recomputing
+    recomputing = RECOMPUTING[kept]
     try:
         model, _ = FastVisionModel.from_pretrained(
             str(folder),

@@ -353,7 +353,7 @@ def arguments(attempt: Attempt, loaded: Loaded, plan: Plan) -> SFTConfig:
     spec = attempt.spec
     training, on_gpu = spec.training, loaded.device.type == "cuda"
     workers = loader_workers(training.dataloader_num_workers, on_gpu)
-    checkpointing = on_gpu if training.gradient_checkpointing == "auto" else bool(training.gradient_checkpointing)
+    checkpointing = plan.kept != "all"
     return SFTConfig(
         output_dir=str(attempt.scratch / "trainer"),
         num_train_epochs=training.num_train_epochs,

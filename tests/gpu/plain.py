@@ -35,7 +35,7 @@ def main() -> None:
     found = []
     for folder, adapter in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
         spec = job_spec(model={"name_or_path": "tiny", "attn_implementation": "eager"}, lora={"r": 4})
-        loaded = load_model(spec, Path(folder), torch.device("cuda", 0), "transformers", "16bit", Path(adapter))
+        loaded = load_model(spec, Path(folder), torch.device("cuda", 0), "transformers", "16bit", "all", Path(adapter))
         inputs = {name: tensor.cuda() for name, tensor in Collator(loaded.processor, 512)(batch()).items()}
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
             loss = float(loaded.model(**inputs).loss)

@@ -72,7 +72,7 @@ def test_the_gpu_folds_as_the_cpu_does() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_in_16_bits_is_merged_right(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    loaded = perturb(load_model(spec_of(), folders[family], GPU, BACKEND, "16bit", None), 0.05)
+    loaded = perturb(load_model(spec_of(), folders[family], GPU, BACKEND, "16bit", "nothing", None), 0.05)
     verdict = judge(loaded, merged(loaded, tmp_path, {}), spec_of())
     assert verdict.wrong == []
     assert verdict.mean_logit_difference < 3 * verdict.rounding_logit_difference
@@ -81,7 +81,7 @@ def test_a_model_in_16_bits_is_merged_right(family: str, folders: dict[str, Path
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_in_4_bits_is_folded_onto_both_ways(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    loaded = perturb(load_model(spec_of(), folders[family], GPU, BACKEND, "4bit", None), 0.05)
+    loaded = perturb(load_model(spec_of(), folders[family], GPU, BACKEND, "4bit", "nothing", None), 0.05)
     original = judge(loaded, merged(loaded, tmp_path / "original", {}), spec_of())
     folder = merged(loaded, tmp_path / "dequantised", held_weights(loaded.model))
     dequantised = judge(loaded, folder, spec_of(fold_onto="dequantised"))

@@ -88,7 +88,7 @@ def trained(
     plan = make_plan(spec, Facts(data=data.facts))
     try:
         for number, stop in enumerate((*stops, 0), 1):
-            loaded, preemption = load_model(spec, model, GPU, "unsloth", "16bit", None), Preemption()
+            loaded, preemption = load_model(spec, model, GPU, "unsloth", "16bit", plan.kept, None), Preemption()
             forwards = itertools.count(1)
 
             def count(*_: Any, last: int = stop, forwards: Any = forwards, asked: Any = preemption) -> None:
@@ -128,23 +128,26 @@ def test_a_card_too_small_for_the_step_makes_it_in_parts(model: Path, tmp_path: 
         picture(number).save(rows / line["file_name"])
     (rows / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    def held(name: str, at_once: int) -> tuple[list[dict[str, Any]], float]:
-        """The lines of a run, and the bytes that it took of the card."""
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        training = {"per_device_train_batch_size": at_once}
-        lines, _, _ = trained(model, rows, tmp_path / name, training=training)
-        return lines, 1e9 * max(line["gpu_memory_reserved_gb"] for line in lines)
-
-    held("compiled", 8)
-    (whole, of_eight), (_, of_four) = held("whole", 8), held("halves", 4)
-    assert of_four < 0.9 * of_eight
+    training = {"per_device_train_batch_size": 8}
+    for at_once in (8, 4):  # compiling takes memory of its own
+        trained(model, rows, tmp_path / f"compiled-{at_once}", training={"per_device_train_batch_size": at_once})
     gc.collect()
-    cap = (of_four + of_eight) / 2 / torch.cuda.get_device_properties(0).total_memory
-    capped, _, _ = trained(model, rows, tmp_path / "capped", cap=cap, training={"per_device_train_batch_size": 8})
-    assert capped[0]["rows_at_once"] < 8
-    same_steps(capped, whole, rel=0.01)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    whole, _, _ = trained(model, rows, tmp_path / "whole", training=training)
+    of_eight = torch.cuda.max_memory_reserved()
+    card = torch.cuda.get_device_properties(0).total_memory
+    for share in (0.9, 0.8, 0.7, 0.6, 0.5):  # what takes memory whatever the rows is not known: less until it shows
+        gc.collect()
+        cap = share * of_eight / card
+        capped, _, _ = trained(model, rows, tmp_path / f"capped-{share}", cap=cap, training=training)
+        print(
+            f"{share:.0%} of {of_eight / 1e6:.0f} MB: {[line['rows_at_once'] for line in steps(capped)]} rows at once"
+        )
+        same_steps(capped, whole, rel=0.01)
+        if steps(capped)[-1]["rows_at_once"] < 8:
+            return
+    pytest.fail("no card was too small for eight rows")
 
 
 def test_stopped_in_a_step_and_resumed_it_is_the_run_that_was_never_stopped(
@@ -176,7 +179,7 @@ def test_the_first_loss_is_that_of_the_rows(weighted: bool, model: Path, rows: P
     dataset = {"weight_column": "weight"} if weighted else {}
     training = {"train_on_responses_only": weighted, "max_steps": 1, "per_device_train_batch_size": 4}
     (line,), _, loaded = trained(model, rows, tmp_path / "out", training=training, dataset=dataset)
-    fresh = load_model(job_spec(lora={"r": 4}), model, GPU, "unsloth", "16bit", None)
+    fresh = load_model(job_spec(lora={"r": 4}), model, GPU, "unsloth", "16bit", "nothing", None)
     data = prepare(job_spec(dataset={"path": str(rows), "eval_fraction": 0}), tmp_path)
     chosen = [data.train[number] for number in line["rows"]]
     batch = Collator(loaded.processor, 2048, responses_only=weighted)(chosen)

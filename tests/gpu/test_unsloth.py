@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from job.model import load_model, tiles, to_training
 from job.model.collator import Collator
 from job.model.frozen import TOGETHER, frozen_vision, tower
+from job.model.memory import Kept
 from job.model.pictures import FEATURES, cut
 from job.train.weights import WEIGHTS, weighted_loss
 from tests.gpu.plain import GRADIENTS, gradients
@@ -46,7 +47,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def loaded_by_unsloth(folder: Path, start: Path | None = None, precision: str = "16bit", **lora: Any) -> Any:
-    return load_model(job_spec(lora={"r": 4} | lora), folder, GPU, "unsloth", precision, start)
+    return load_model(job_spec(lora={"r": 4} | lora), folder, GPU, "unsloth", precision, "nothing", start)
 
 
 def on_gpu(loaded: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -164,23 +165,25 @@ def test_only_the_trainer_that_is_used_was_rewritten() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_recomputation_gradients_are_the_same_and_more_is_kept(family: str, folders: dict[str, Path]) -> None:
-    found = []
-    for recomputing in (True, False):
-        spec = job_spec(lora={"r": 4}, training={"gradient_checkpointing": recomputing})
-        loaded = perturb(load_model(spec, folders[family], GPU, "unsloth", "16bit", None))
+def test_gradients_are_the_same_whatever_is_kept_for_them(family: str, folders: dict[str, Path]) -> None:
+    """In bf16, which alone moves them by some percent; the less is kept, the less memory it takes."""
+    found: dict[Kept, tuple[float, int, torch.Tensor]] = {}
+    ways: tuple[Kept, ...] = ("all", "inputs", "nothing")
+    for kept in ways:
+        loaded = perturb(load_model(job_spec(lora={"r": 4}), folders[family], GPU, "unsloth", "16bit", kept, None))
         to_training(loaded)
         inputs, before = on_gpu(loaded, batch()), torch.cuda.memory_allocated()
         with torch.autocast("cuda", torch.bfloat16):
             loss = loaded.model(**inputs, use_cache=False).loss
-        kept = torch.cuda.memory_allocated() - before
+        held = torch.cuda.memory_allocated() - before
         loss.backward()
         gradients = [weight.grad.float().flatten() for weight in loaded.model.parameters() if weight.grad is not None]
-        found.append((float(loss), kept, torch.cat(gradients)))
-    (loss, kept, gradient), (other, more, same) = found
-    assert other == pytest.approx(loss, rel=1e-3)
-    assert float((gradient - same).norm() / gradient.norm()) < 0.02
-    assert more > kept
+        found[kept] = (float(loss.detach()), held, torch.cat(gradients))
+    loss, most, gradient = found["all"]
+    for other, held, same in (found["inputs"], found["nothing"]):
+        assert other == pytest.approx(loss, rel=1e-3)
+        assert float((gradient - same).norm() / gradient.norm()) < 0.05
+        assert held < most
 
 
 def test_the_model_in_its_real_shape(tmp_path: Path) -> None:
