@@ -1,11 +1,12 @@
 """The job and Unsloth's notebook side by side on one GPU: the same model, images, order, start and effective batch.
 
     python benchmarks/throughput.py MODEL [--case language|everywhere|generation] [--rows 48] [--epochs 3] [--folder FOLDER]
-                                          [--restart] [--alone]
+                                          [--restart] [--alone] [--card GB]
 
 MODEL is a Llama 3.2 Vision checkpoint, real or made by models.py. Each flow is a process of its own, as a user starts it,
 with compile caches of its own. With --restart the job is then started once more as a scheduler would on a new node, from its
-last checkpoint and with nothing on scratch. With --alone the notebook is left out. The case `generation` has ROWS captions of
+last checkpoint and with nothing on scratch. With --alone the notebook is left out. The job is granted 48 GB of the GPU, as
+much as an A6000 has; --card says otherwise, and the notebook takes what it takes. The case `generation` has ROWS captions of
 64 tokens generated: one by one as in the notebook, and by the job's measurement behind training, which also takes the loss of
 each.
 """
@@ -33,7 +34,7 @@ from PIL import Image
 from record import append
 
 ROOT = Path(__file__).resolve().parent.parent
-BATCH, TOKENS = 8, 64
+BATCH, TOKENS, A6000 = 8, 64, 48.0
 COMPILING = 2
 """First steps left out of the speed: the first compiles, the second compiles again for another number of tokens."""
 WORDS = ("lung", "heart", "rib", "left", "right", "upper", "lower", "clear", "effusion", "opacity", "mild", "is", "no")
@@ -150,12 +151,14 @@ def main() -> None:
         "--restart", action="store_true", help="also start again on a new node, from the last checkpoint"
     )
     parser.add_argument("--alone", action="store_true", help="without the notebook")
+    parser.add_argument("--card", type=float, default=A6000, help="gigabytes of the GPU that the job is granted")
     given = parser.parse_args()
     if given.case == "generation" and (given.alone or given.restart):
         parser.error("generation is measured beside the notebook, and once")
     import torch
 
-    device = torch.cuda.get_device_name(0)
+    device = torch.cuda.get_device_name(0) + (f", {given.card:g} GB of it" if given.card != A6000 else "")
+    os.environ["JOB_GPU_MEMORY_GB"] = str(given.card)
     folder = given.folder or Path(tempfile.mkdtemp(prefix="throughput-"))
     data = make_data(folder / "data", given.rows)
     if given.case == "generation":

@@ -139,16 +139,16 @@ class Preemption:
 
 def grace_seconds(environment: Mapping[str, str]) -> float:
     """`JOB_GRACE_SECONDS`: time between notice and kill."""
-    return seconds(environment, "JOB_GRACE_SECONDS", DEFAULT_GRACE_SECONDS)
+    return positive(environment, "JOB_GRACE_SECONDS", DEFAULT_GRACE_SECONDS)
 
 
-def seconds(environment: Mapping[str, str], name: str, default: float) -> float:
-    """A variable that holds a time. Raises SpecError for anything but a positive number."""
+def positive(environment: Mapping[str, str], name: str, default: float, unit: str = "seconds") -> float:
+    """A variable that holds a time, or so much of another unit. Raises SpecError for anything but a positive number."""
     text = environment.get(name, "").strip() or str(default)
     with suppress(ValueError):
         if 0 < float(text) < float("inf"):
             return float(text)
-    raise SpecError(f"{name} is {text!r}; give a number of seconds above 0")
+    raise SpecError(f"{name} is {text!r}; give a number of {unit} above 0")
 
 
 def end_time(environment: Mapping[str, str]) -> float | None:

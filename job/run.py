@@ -22,7 +22,7 @@ from job.model import choose_backend, import_first, load_model
 from job.model.compile_cache import CompileCache
 from job.packages import check_packages
 from job.plan import Plan, describe, make_plan
-from job.preemption import Preemption, seconds
+from job.preemption import Preemption, positive
 from job.ranks import Ranks, joined
 from job.record import Record
 from job.scratch import breathing, check_kernels, full_disk_told, prepare_scratch
@@ -30,7 +30,7 @@ from job.spec import JobSpec
 from job.spot import watching
 from job.store import ReadOnly, Store, check_writable, open_store
 from job.store.lease import Lease, acquire
-from job.survey import Survey, arriving, compile_cache, find_device, survey, torch_device
+from job.survey import Survey, arriving, compile_cache, find_device, keep_within, survey, torch_device
 
 log = logging.getLogger("job")
 
@@ -48,7 +48,7 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
         environment.setdefault("DISABLE_MLFLOW_INTEGRATION", "TRUE")  # or TRL imports it, for a second
     scratch = root / spec.digest[:16]
     scratch.mkdir(exist_ok=True)
-    ttl = seconds(environment, "JOB_LEASE_SECONDS", LEASE_SECONDS)
+    ttl = positive(environment, "JOB_LEASE_SECONDS", LEASE_SECONDS)
     with breathing(root), joined(environment, preemption, root, ttl, spec.digest) as ranks:
         story = follow if ranks.rank else lead
         story(spec, environment, ranks, scratch, ttl)
@@ -158,6 +158,7 @@ def stage_in(
         check_packages(spec, device.kind == "cuda")  # `survey` does too, behind gigabytes
         if device.kind == "cuda":
             check_kernels(environment)
+            keep_within(device)
         if ranks.shared("device", device.kind) != device.kind:
             raise SpecError(
                 f"rank {ranks.rank} on {socket.gethostname()} has a {device.kind} and rank 0 has none of these: start as many "

@@ -24,7 +24,7 @@ from job.model.glimpse import glimpse
 from job.output import read_json
 from job.packages import check_packages
 from job.plan import Device, Facts
-from job.preemption import grace_seconds
+from job.preemption import grace_seconds, positive
 from job.record import STATUS_KEY
 from job.scratch import free_bytes
 from job.spec import JobSpec
@@ -47,6 +47,8 @@ class Survey:
     adapter: Path | None
 
 
+DEFAULT_GB = 1e6
+"""Of GPU memory: all that there is."""
 QUICK_ROWS = 1000
 """Rows that a quick look takes of a large dataset."""
 
@@ -181,15 +183,25 @@ def is_local(path: str) -> bool:
 
 
 def find_device(has_torch: bool) -> Device:
-    """The GPU that will be used, else the CPU."""
+    """The GPU that will be used, with as much of its memory as `JOB_GPU_MEMORY_GB` grants, else the CPU."""
+    granted = 1e9 * positive(os.environ, "JOB_GPU_MEMORY_GB", DEFAULT_GB, "gigabytes")
     if has_torch:
         import torch
 
         if torch.cuda.is_available():
             facts = torch.cuda.get_device_properties(0)
-            return Device("cuda", str(facts.name), int(facts.total_memory))
+            return Device("cuda", str(facts.name), min(int(facts.total_memory), int(granted)))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Device("cpu", f"CPU, {os.cpu_count()} cores", memory)
+
+
+def keep_within(device: Device) -> None:
+    """Let no tensor take more of the GPU than is granted: others share it."""
+    import torch
+
+    share = device.memory / torch.cuda.get_device_properties(0).total_memory
+    if share < 1:
+        torch.cuda.set_per_process_memory_fraction(share)
 
 
 def torch_device() -> torch.device:

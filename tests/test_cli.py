@@ -89,10 +89,13 @@ def test_scratch_that_cannot_be_written_ends_with_77(job: Job, whole: dict[str, 
     assert "set JOB_SCRATCH" in line
 
 
-@pytest.mark.parametrize("name", ["JOB_GRACE_SECONDS", "JOB_LEASE_SECONDS"])
-def test_a_time_that_is_no_number_ends_with_78(job: Job, whole: dict[str, Any], name: str):
+@pytest.mark.parametrize(
+    ("name", "unit"),
+    [("JOB_GRACE_SECONDS", "seconds"), ("JOB_LEASE_SECONDS", "seconds"), ("JOB_GPU_MEMORY_GB", "gigabytes")],
+)
+def test_a_variable_that_is_no_number_ends_with_78(job: Job, whole: dict[str, Any], name: str, unit: str):
     result = job("run", **{"JOB_SPEC": yaml.safe_dump(whole), name: "soon"})
-    assert ending(result) == (78, f"exit 78: {name} is 'soon'; give a number of seconds above 0")
+    assert ending(result) == (78, f"exit 78: {name} is 'soon'; give a number of {unit} above 0")
 
 
 @pytest.mark.parametrize("stderr", ["/dev/full", "a pipe that nobody reads"])

@@ -33,6 +33,7 @@ from job.preemption import Preemption
 from job.record import Record
 from job.store import open_store
 from job.store.lease import acquire
+from job.survey import find_device, keep_within
 from job.train.fit import fit
 from job.train.weights import WEIGHTS, weighted_loss
 from tests.tiny import job_spec, make_model, picture
@@ -148,6 +149,18 @@ def test_a_card_too_small_for_the_step_makes_it_in_parts(model: Path, tmp_path: 
         if steps(capped)[-1]["rows_at_once"] < 8:
             return
     pytest.fail("no card was too small for eight rows")
+
+
+def test_a_card_that_others_share_is_taken_as_far_as_is_granted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JOB_GPU_MEMORY_GB", "2")
+    device = find_device(has_torch=True)
+    assert device.memory == 2e9
+    try:
+        keep_within(device)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(3 * 10**9, dtype=torch.uint8, device=GPU)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def test_stopped_in_a_step_and_resumed_it_is_the_run_that_was_never_stopped(
