@@ -164,10 +164,7 @@ def base(work: Path, family: str, size: str) -> Facts:
 
     if not (work / "base" / "config.json").exists():
         make_model(family, work / "base", size, device=str(torch_device()), dtype=torch.bfloat16)
-    return {
-        "GB": disk(work / "base") / 1e9,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-    }
+    return {"GB": disk(work / "base") / 1e9}
 
 
 def adapter(work: Path, *_: str) -> Facts:
@@ -375,7 +372,9 @@ def summary(found: dict[str, Facts]) -> None:
         value = found.get(case, {}).get(name)
         return float(value) if value is not None else None
 
-    device = str(found.get("base", {}).get("gpu", ""))
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     for case in ("merge", "stream", "upload", "unsloth16", "unsloth4"):
         for name, unit in (
             ("seconds", "s"),
