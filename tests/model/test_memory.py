@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
@@ -9,13 +10,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface
+from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from job.model.collator import Collator
 from job.model.lora import GROUPS, Linear, parameters, targets
-from job.model.memory import Kept, kept_by_towers, memory
+from job.model.memory import KEPT, Kept, kept_by_towers, memory, values, vision_tokens, widths
 from job.model.transformers_backend import linears, make_recomputable
 from job.spec import LoraSpec
-from tests.tiny import models, processors
+from tests.tiny import models, processors, row
 
 
 def llama_11b() -> dict[str, Linear]:
@@ -79,9 +82,26 @@ class Sizes(torch.autograd.Function):
         return made
 
 
-def sizes(_module: Any, query: Any, key: Any, value: Any, _mask: Any, **_: Any) -> tuple[torch.Tensor, None]:
+def sizes(_module: Any, query: Any, key: Any, value: Any, _mask: Any = None, **_: Any) -> tuple[torch.Tensor, None]:
     made: torch.Tensor = Sizes.apply(query, key, value)  # type: ignore[no-untyped-call]
     return made.transpose(1, 2).contiguous(), None
+
+
+def keeping(model: Any) -> tuple[dict[int, torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
+    """What is kept, and the hook that notes it: each memory once, weights not."""
+    kept = dict[int, torch.Tensor]()
+    weights = {weight.untyped_storage()._cdata for weight in [*model.parameters(), *model.buffers()]}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if (storage := tensor.untyped_storage()._cdata) not in weights:
+            kept[storage] = tensor
+        return tensor
+
+    return kept, pack
+
+
+def bytes_of(kept: dict[int, torch.Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 @pytest.mark.filterwarnings("ignore:`hidden_state` is deprecated:FutureWarning")
@@ -96,13 +116,8 @@ def test_the_estimate_of_what_a_row_keeps_is_near_it(what: Literal["all", "input
     model.set_attn_implementation("sizes")
     make_recomputable(model)
     model = get_peft_model(model, LoraConfig(r=16, target_modules=list(chosen)), autocast_adapter_dtype=False).train()
-    tokens, kept = 138, dict[int, torch.Tensor]()
-    weights = {weight.untyped_storage()._cdata for weight in [*model.parameters(), *model.buffers()]}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if (storage := tensor.untyped_storage()._cdata) not in weights:
-            kept[storage] = tensor
-        return tensor
+    tokens = 138
+    kept, pack = keeping(model)
 
     def see(_layer: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         pack(arguments[0] if arguments else named.get("hidden_states", named.get("hidden_state")))
@@ -121,6 +136,42 @@ def test_the_estimate_of_what_a_row_keeps_is_near_it(what: Literal["all", "input
             cross_attention_mask=torch.ones(1, tokens, 1, 4, dtype=torch.int64),
             use_cache=False,
         )
-    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    groups = parameters(16, layers, chosen)
+    groups, measured = parameters(16, layers, chosen), bytes_of(kept)
     assert sum(kept_by_towers(CONFIG, layers, groups, what, tokens)) == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("family", sorted(KEPT.keys() - {"mllama"}))
+def test_the_estimate_of_what_a_layer_keeps_is_near_it(family: str) -> None:
+    """By what a second layer of the published width adds, in either tower."""
+    processor = processors.build_processor(family, "full", None)
+    AttentionInterface.register("sizes", sizes)
+
+    def kept_with(language: int, vision: int) -> tuple[int, Any, dict[str, Linear], Any]:
+        config = models.configuration(family, "full", processor)
+        text, seeing = config.text_config, config.vision_config
+        text.num_hidden_layers, text.vocab_size = language, len(processor.tokenizer)
+        text.layer_types = ["full_attention"] * language
+        setattr(seeing, "depth" if family.startswith("qwen") else "num_hidden_layers", vision)
+        seeing.fullatt_block_indexes, seeing.deepstack_visual_indexes = [*range(vision)], [0]
+        with no_init_weights():
+            model = models.CLASSES[family][1]._from_config(config, dtype=torch.bfloat16)
+        model.set_attn_implementation("sizes")
+        layers = linears(model)
+        chosen = list(targets(LoraSpec(), layers))
+        model = get_peft_model(model, LoraConfig(r=16, target_modules=chosen), autocast_adapter_dtype=False).train()
+        inputs = Collator(processor, 4096)([row(1, shape=(224, 224))])
+        inputs.pop("labels")
+        kept, pack = keeping(model)
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            model.get_base_model().model(
+                **inputs | {"pixel_values": inputs["pixel_values"].bfloat16()}, use_cache=False
+            )
+        return bytes_of(kept), inputs, layers, config
+
+    (one, inputs, layers, config), more, seen = kept_with(1, 1), kept_with(2, 1)[0], kept_with(1, 2)[0]
+    of_layer, of_vision_layer = KEPT[family]
+    of_text = inputs["input_ids"].shape[1] * 2 * values(widths(layers, "language"), of_layer)
+    pixels = inputs["pixel_values"]
+    patches = len(pixels) if pixels.ndim == 2 else vision_tokens(config.to_dict())
+    assert of_text == pytest.approx(more - one, rel=0.1)
+    assert patches * 2 * values(widths(layers, "vision"), of_vision_layer) == pytest.approx(seen - one, rel=0.1)
