@@ -103,7 +103,7 @@ def test_a_base_is_held_in_16_bits_where_four_rows_fit_with_it_else_in_4(tree):
 
 
 def test_as_many_rows_go_through_at_once_as_fit_the_card_with_a_tenth_to_spare(tree):
-    rows = {"effective_batch_size": 16}
+    rows = {"effective_batch_size": 16, "gradient_checkpointing": "unsloth"}
     whole = plan(tree, replace(FACTS, device=A6000), training=rows)
     assert whole.micro_batch == 16
     for at_once in (8, 4, 1):
