@@ -157,7 +157,7 @@ def main() -> None:
         parser.error("generation is measured beside the notebook, and once")
     import torch
 
-    device = torch.cuda.get_device_name(0) + (f", {given.card:g} GB of it" if given.card != A6000 else "")
+    device = f"{torch.cuda.get_device_name(0)}, {given.card:g} GB of it"
     os.environ["JOB_GPU_MEMORY_GB"] = str(given.card)
     folder = given.folder or Path(tempfile.mkdtemp(prefix="throughput-"))
     data = make_data(folder / "data", given.rows)

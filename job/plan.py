@@ -27,7 +27,7 @@ CHECKPOINT_BYTES_PER_LORA_PARAMETER = 12
 """fp32 weight and AdamW's two moments."""
 
 SIZES = ("smallest", "median", "largest")
-KEPT = {
+KEPT_TEXT = {
     "all": "all that layers compute (nothing is computed again)",
     "inputs": "the layers' inputs (the rest is computed again)",
     "nothing": "nothing (the layers' inputs wait in the host's memory, the rest is computed again)",
@@ -52,6 +52,7 @@ class Facts:
     data: dict[str, Any] | None = None
     base: BaseFacts | None = None
     device: Device | None = None
+    backend: str | None = None
     world: int = 1
     """Processes, each with a device like this one."""
     scratch_free: int = 0
@@ -99,7 +100,8 @@ def make_plan(spec: JobSpec, facts: Facts) -> Plan:
         groups = {name: counts[name] for name in (*GROUPS, "other") if name in counts}
     precision = held_precision(spec, facts, groups)
     kept, memory, micro = fitted(spec, facts, groups, precision, share)
-    _refuse_many(facts, memory)
+    cure = thriftier(kept, unsloth=by_unsloth(spec, facts))
+    _refuse_many(facts, memory, cure)
     _refuse_mixed_batches(spec, facts, micro)
     total = total_steps(spec, facts.data["train"]) if facts.data else None
     return Plan(
@@ -112,7 +114,7 @@ def make_plan(spec: JobSpec, facts: Facts) -> Plan:
         kept=kept,
         groups=groups,
         estimates=estimates(spec, facts, groups, memory, micro),
-        warnings=tuple(warnings(spec, facts, total, memory)),
+        warnings=tuple(warnings(spec, facts, total, memory, cure)),
     )
 
 
@@ -122,22 +124,37 @@ def fitted(
     """What is kept on the device for the backward, the memory that this takes, and the rows at once. As many rows as ever fit
     come first: they share what is done once a pass. Beside them, the more is kept the less is computed again."""
     ways = []
-    for kept in kept_ways(spec, facts.device):
+    for kept in kept_ways(spec, facts):
         memory = needed_memory(spec, facts, groups, precision, kept)
         ways.append((kept, memory, micro_batch(spec, facts.device, memory, share)))
     fitting = [way for way in ways if facts.device is None or fits(way[1], facts.device, way[2])]
     return max(fitting, key=lambda way: way[2]) if fitting else ways[-1]
 
 
-def kept_ways(spec: JobSpec, device: Device | None) -> tuple[Kept, ...]:
-    """What may be kept on the device, the most first."""
-    given = spec.training.gradient_checkpointing
-    least: Kept = "nothing" if spec.model.by_unsloth else "inputs"
+def kept_ways(spec: JobSpec, facts: Facts) -> tuple[Kept, ...]:
+    """What may be kept on the device, the most first. All of it on a GPU, unless asked for, only where that was measured: on
+    Unsloth, and without dropout, which keeps every adapted layer's input once more."""
+    given, unsloth = spec.training.gradient_checkpointing, by_unsloth(spec, facts)
+    least: Kept = "nothing" if unsloth else "inputs"
     if given != "auto":
         return ("all",) if given is False else ("inputs",) if given is True else (least,)
-    if device is None:
+    if facts.device is None:
         return (least,)
-    return ("all",) if device.kind == "cpu" else ("all", "inputs", least)
+    if facts.device.kind == "cpu":
+        return ("all",)
+    return ("all", "inputs", least) if unsloth and not spec.lora.lora_dropout else ("inputs", least)
+
+
+def by_unsloth(spec: JobSpec, facts: Facts) -> bool:
+    """Whether Unsloth trains; where the backend is not known, whether the spec lets it."""
+    return spec.model.by_unsloth if facts.backend is None else facts.backend == "unsloth"
+
+
+def thriftier(kept: Kept, *, unsloth: bool) -> str:
+    """The first cure to name where memory is short, with a comma behind it; nothing where no less can be kept."""
+    if kept == "nothing" or (kept == "inputs" and not unsloth):
+        return ""
+    return f"set training.gradient_checkpointing to {'unsloth' if unsloth else 'true'}, "
 
 
 def needed_memory(spec: JobSpec, facts: Facts, groups: dict[str, int], precision: str, kept: Kept) -> Memory | None:
@@ -152,9 +169,10 @@ def needed_memory(spec: JobSpec, facts: Facts, groups: dict[str, int], precision
         groups,
         precision=precision,
         optim=spec.training.optim,
-        unsloth=spec.model.by_unsloth,
+        unsloth=by_unsloth(spec, facts),
         kept=kept,
         tokens=min(tokens, spec.training.max_length),
+        pictures=(facts.data or {}).get("images", {}).get("most", 1),
     )
 
 
@@ -186,7 +204,7 @@ def share_of_batch(spec: JobSpec, world: int) -> int:
     return effective // world
 
 
-def _refuse_many(facts: Facts, memory: Memory | None) -> None:
+def _refuse_many(facts: Facts, memory: Memory | None, cure: str) -> None:
     """Several devices share the rows, not the model; and the loss must be one that a whole step can be divided by."""
     device = facts.device
     if facts.world > 1 and facts.base and facts.base.model_type not in SUPPORTED:
@@ -198,7 +216,8 @@ def _refuse_many(facts: Facts, memory: Memory | None) -> None:
         raise SpecError(
             f"model.name_or_path: one row of {facts.base.architecture} needs about {bytes_text(memory.of(1))} "
             f"({bytes_text(memory.weights)} of it weights), and {device.name} has {bytes_text(device.memory)}; each of the "
-            f"{facts.world} GPUs holds the whole model, since it is not sharded: take larger cards, or model.precision 4bit"
+            f"{facts.world} GPUs holds the whole model, since it is not sharded: {cure}take larger cards, or set "
+            "model.precision to 4bit"
         )
 
 
@@ -219,7 +238,7 @@ def held_precision(spec: JobSpec, facts: Facts, groups: dict[str, int]) -> str:
         return spec.model.precision
     if facts.device is None or facts.device.kind == "cpu":
         return "32bit"
-    rows, least = min(4, share_of_batch(spec, facts.world)), kept_ways(spec, facts.device)[-1]
+    rows, least = min(4, share_of_batch(spec, facts.world)), kept_ways(spec, facts)[-1]
     return "16bit" if fits(needed_memory(spec, facts, groups, "16bit", least), facts.device, rows) else "4bit"
 
 
@@ -291,8 +310,8 @@ def estimates(spec: JobSpec, facts: Facts, groups: dict[str, int], memory: Memor
     return sizes
 
 
-def warnings(spec: JobSpec, facts: Facts, total: int | None, memory: Memory | None) -> list[str]:
-    """What a careful colleague would say before this runs."""
+def warnings(spec: JobSpec, facts: Facts, total: int | None, memory: Memory | None, cure: str) -> list[str]:
+    """What a careful colleague would say before this runs; `cure` comes first where memory is short."""
     found = list(facts.notes)
     if facts.data is not None:
         if facts.data["evaluation"] == 0:
@@ -318,7 +337,7 @@ def warnings(spec: JobSpec, facts: Facts, total: int | None, memory: Memory | No
     if device is not None and device.kind == "cuda" and memory is not None and not fits(memory, device, 1):
         found.append(
             f"one row at once needs about {bytes_text(memory.of(1))} ({bytes_text(memory.weights)} of it weights), and "
-            f"{device.name} has {bytes_text(device.memory)}; set model.precision to 4bit, shrink images with "
+            f"{device.name} has {bytes_text(device.memory)}; {cure}set model.precision to 4bit, shrink images with "
             "dataset.image_max_side, or take a larger card"
         )
     needed = facts.base is not None and spec.export.merged and spec.export.scratch_copy
@@ -390,8 +409,8 @@ def describe(spec: JobSpec, plan: Plan, facts: Facts) -> str:
         share = f" ({100 * trained / facts.base.parameters:.2f} % of the base)" if facts.base else ""
         lines.append(f"LoRA: {trained:,} trainable parameters{share}")
         lines += [f"  {group:<20} {count:>12,}" for group, count in plan.groups.items()]
-    if facts.device is not None and facts.device.kind == "cuda":
-        lines.append(f"kept on the GPU for the backward: {KEPT[plan.kept]}")
+    if facts.base is not None and facts.device is not None and facts.device.kind == "cuda":
+        lines.append(f"kept on the GPU for the backward: {KEPT_TEXT[plan.kept]}")
     lines += [f"estimate: {name} {bytes_text(size)}" for name, size in plan.estimates.items()]
     if facts.device is not None:
         lines.append(f"device: {facts.device.name}, {bytes_text(facts.device.memory)}")

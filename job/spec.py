@@ -174,9 +174,9 @@ class TrainingSpec(Section):
     per_device_train_batch_size: PositiveInt | Literal["auto"] = "auto"
     """Samples per forward pass on one device. `auto` fits it to the card; accumulation is derived."""
     gradient_checkpointing: bool | Literal["auto", "unsloth"] = "auto"
-    """Recompute activations to save memory. `true` keeps the layers' inputs on the card, `unsloth` moves them to the host's
-    memory. `auto` puts as many rows through at once as any of these allows, and with so many recomputes and moves only what
-    it must; nothing on a CPU."""
+    """Recompute activations to save memory: `true` keeps the layers' inputs on the card, `unsloth` moves them to the host's
+    memory, `false` keeps everything. `auto` puts as many rows through at once as any of these allows, and with so many
+    recomputes and moves only what it must; nothing on a CPU."""
     vision_cache_gb: NonNegativeFloat | Literal["auto"] = "auto"
     """Scratch for the features of a vision tower that is not trained, so that each picture goes through it once. `auto`
     takes up to half of what is free; 0 keeps none."""

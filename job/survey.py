@@ -66,8 +66,9 @@ def survey(
     has_torch = importlib.util.find_spec("torch") is not None
     device = find_device(has_torch)
     check_packages(spec, device.kind == "cuda")
+    backend = None
     if fetch or device.kind == "cuda" or spec.model.backend != "unsloth":
-        choose_backend(spec.model, device.kind == "cuda")
+        backend = choose_backend(spec.model, device.kind == "cuda")
     if spec.evaluation.cache:
         open_store(spec.evaluation.cache)
     data = example = None
@@ -105,6 +106,7 @@ def survey(
         data=data.facts if data else None,
         base=base_facts(base) if base else None,
         device=device,
+        backend=backend,
         world=world,
         scratch_free=free_bytes(scratch),
         example=example,
@@ -190,7 +192,7 @@ def find_device(has_torch: bool) -> Device:
 
         if torch.cuda.is_available():
             facts = torch.cuda.get_device_properties(0)
-            return Device("cuda", str(facts.name), min(int(facts.total_memory), int(granted)))
+            return Device("cuda", str(facts.name), int(min(facts.total_memory, granted)))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Device("cpu", f"CPU, {os.cpu_count()} cores", memory)
 

@@ -21,6 +21,7 @@ LAYERS = {
 }
 BASE = BaseFacts("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", 1_000_000, 2_000_000, LAYERS)
 DATA = {"source": "s", "rows": 110, "train": 100, "evaluation": 30, "quarantined": 0}
+IMAGES = {"count": 110, "smallest": (8, 8), "median": (8, 8), "largest": (8, 8)}
 CPU = Device("cpu", "CPU", 10**10)
 FACTS = Facts(data=DATA, base=BASE, device=CPU)
 
@@ -141,6 +142,25 @@ def test_of_as_many_rows_as_fit_the_most_is_kept_for_the_backward(tree):
     assert plan(tree, facts).kept == "all"  # on a CPU
 
 
+def test_all_is_kept_of_itself_only_where_its_memory_is_known(tree):
+    large = replace(FACTS, device=Device("cuda", "large card", 10**12))
+    assert plan(tree, large).kept == "all"
+    assert plan(tree, large, lora={"lora_dropout": 0.1}).kept == "inputs"
+    assert plan(tree, replace(large, backend="transformers")).kept == "inputs"
+    given = plan(tree, replace(large, backend="transformers"), training={"gradient_checkpointing": False})
+    assert given.kept == "all"
+
+
+def test_rows_of_more_pictures_take_more_memory(tree):
+    base = replace(BASE, model_type="gemma3")
+
+    def row(most):
+        facts = replace(FACTS, data=DATA | {"images": IMAGES | {"most": most}}, base=base, device=A6000)
+        return plan(tree, facts).estimates["each row at once"]
+
+    assert row(3) > row(1)
+
+
 def test_the_plan_says_who_serves_the_family(tree):
     def said(model_type):
         facts = replace(FACTS, base=replace(BASE, model_type=model_type))
@@ -149,6 +169,19 @@ def test_the_plan_says_who_serves_the_family(tree):
     assert "vLLM up to 0.10.2, SGLang" in said("mllama")
     assert "llama.cpp does not (its converter does not know MllamaForConditionalGeneration)" in said("mllama")
     assert "vLLM 0.11.0 and newer" in said("qwen3_vl")
+
+
+def test_less_is_kept_is_the_first_cure_where_more_was_asked_for(tree):
+    small = replace(FACTS, device=Device("cuda", "small card", 10**5), backend="unsloth")
+
+    def said(facts, given):
+        return " ".join(plan(tree, facts, training={"gradient_checkpointing": given}).warnings)
+
+    assert "has 100.0 kB; set training.gradient_checkpointing to unsloth, set model.precision" in said(small, False)
+    assert "has 100.0 kB; set model.precision" in said(small, "auto")
+    eager = replace(small, backend="transformers")
+    assert "has 100.0 kB; set training.gradient_checkpointing to true, set model.precision" in said(eager, False)
+    assert "has 100.0 kB; set model.precision" in said(eager, True)
 
 
 def test_no_held_out_rows_are_warned_about_and_nothing_is_measured(tree):

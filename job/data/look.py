@@ -155,6 +155,7 @@ def _facts(field: str, good: list[Seen], bad: list[dict[str, Any]], spec: JobSpe
     if sizes:
         least, median, most = (sizes[len(sizes) * part // 2 - (part == 2)] for part in range(3))
         facts["images"] = {"count": len(sizes), "smallest": least, "median": median, "largest": most}
+        facts["images"]["most"] = max(len(row.sizes) for row in good)
     return facts
 
 

@@ -1,7 +1,7 @@
 """What training will take of a GPU's memory, from the headers of the weights alone.
 
 The terms follow from the architecture; the factors were fitted to peaks of allocated memory measured with
-benchmarks/throughput.py (Llama 3.2 11B Vision, LoRA r 16, Unsloth's gradient checkpointing).
+benchmarks/throughput.py (Llama 3.2 11B Vision, LoRA r 16, Unsloth, with every kind of gradient checkpointing and with none).
 """
 
 from __future__ import annotations
@@ -78,16 +78,17 @@ def memory(
     unsloth: bool,
     kept: Kept,
     tokens: int,
+    pictures: int = 1,
 ) -> Memory:
-    """For rows of `tokens` text tokens with one picture each; `groups` counts LoRA parameters by group."""
+    """For rows of `tokens` text tokens and so many `pictures`; `groups` counts LoRA parameters by group."""
     quantised = sum(layer.in_features * layer.out_features for name, layer in linears.items() if name != "lm_head")
     in_16_bits = 2 * (parameters - quantised)
     weights = {"4bit": in_16_bits + NF4_BYTES * quantised, "16bit": 2.0 * parameters, "32bit": 4.0 * parameters}
     lora = sum(groups.values())
     language, vision = widths(linears, "language"), widths(linears, "vision")
-    seen = vision_tokens(config)
+    seen = vision_tokens(config, tokens, pictures)
     trained = any(group.startswith("vision/") for group in groups)
-    for_language, for_vision = kept_by_towers(config, linears, groups, kept, tokens)
+    for_language, for_vision = kept_by_towers(linears, groups, kept, tokens, seen, str(config.get("model_type")))
     reading = 2.0 * tokens * values(language, LAYER)
     if config.get("model_type") == "mllama":
         reading += 2 * CROSS * seen * language.hidden
@@ -95,24 +96,25 @@ def memory(
         reading += 10.0 * tokens * vocabulary(config, linears)  # the logits in 16 and twice in 32 bits
     looking = 2.0 * seen * values(vision, VISION_LAYER) if trained else 0
     row = for_vision + max(for_language + reading, looking)  # the language model goes backward first
-    once = WORKSPACE + (0 if trained else 4 * LOOK * seen * vision.hidden / (6432 * 1280))
+    one = vision_tokens(config, tokens, 1)
+    once = WORKSPACE + (0 if trained else 4 * LOOK * one * vision.hidden / (6432 * 1280))
     return Memory(int(weights[precision]), int(lora * (8 + OPTIMIZER_BYTES[optim]) + once), int(row))
 
 
 def kept_by_towers(
-    config: Mapping[str, Any], linears: Mapping[str, Linear], groups: Mapping[str, int], kept: Kept, tokens: int
+    linears: Mapping[str, Linear], groups: Mapping[str, int], kept: Kept, tokens: int, seen: int, model_type: str
 ) -> tuple[float, float]:
-    """Bytes of one row that wait on the card for the backward, in the language model and in a vision tower that is trained."""
+    """Bytes of one row of `tokens` text tokens and `seen` vision tokens that wait on the card for the backward, in the language
+    model and in a vision tower that is trained."""
     language, vision = widths(linears, "language"), widths(linears, "vision")
-    seen = vision_tokens(config) if any(group.startswith("vision/") for group in groups) else 0
+    looked = seen if any(group.startswith("vision/") for group in groups) else 0
     if kept == "all":
-        of_layer, of_vision_layer = KEPT.get(str(config.get("model_type")), KEPT_AT_MOST)
-        crossing = 2 * CROSS_KEPT * vision_tokens(config) * language.hidden
+        of_layer, of_vision_layer = KEPT.get(model_type, KEPT_AT_MOST)
+        crossing = 2 * CROSS_KEPT * seen * language.hidden * sum("cross_attn.q_proj" in name for name in linears)
         layers = 2.0 * tokens * language.layers * values(language, of_layer)
-        crossings = sum("cross_attn.q_proj" in name for name in linears)
-        return layers + crossings * crossing, 2.0 * seen * vision.layers * values(vision, of_vision_layer)
+        return layers + crossing, 2.0 * looked * vision.layers * values(vision, of_vision_layer)
     share = 1.0 if kept == "inputs" else ON_THEIR_WAY
-    return share * 2 * tokens * language.hidden * language.layers, share * 2 * seen * vision.hidden * vision.layers
+    return share * 2 * tokens * language.hidden * language.layers, share * 2 * looked * vision.hidden * vision.layers
 
 
 def values(tower: Widths, times: tuple[int, int]) -> int:
@@ -132,15 +134,16 @@ def widths(linears: Mapping[str, Linear], tower: str) -> Widths:
     return Widths(hidden, max(mlp, default=0), len(numbers))
 
 
-def vision_tokens(config: Mapping[str, Any]) -> int:
-    """Tokens of one picture inside the vision tower, by the largest picture that the processor lets through by default."""
+def vision_tokens(config: Mapping[str, Any], tokens: int, pictures: int) -> int:
+    """Tokens of a row's pictures inside the vision tower; at most, as their sizes are not known here. Qwen-VL's stand in the
+    text, four of them as one."""
     vision = config.get("vision_config", {})
     side = int(vision.get("image_size", 560)) // int(vision.get("patch_size", 14))
     if config.get("model_type") == "mllama":
-        return int(vision.get("max_num_tiles", 4)) * -(-(side * side + 1) // 8) * 8
+        return pictures * int(vision.get("max_num_tiles", 4)) * -(-(side * side + 1) // 8) * 8
     if str(config.get("model_type")).startswith("qwen"):
-        return 4 * 1280
-    return side * side
+        return 4 * tokens
+    return pictures * side * side
 
 
 def vocabulary(config: Mapping[str, Any], linears: Mapping[str, Linear]) -> int:

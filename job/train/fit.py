@@ -15,7 +15,7 @@ from job.data import Data
 from job.errors import Unavailable
 from job.model import Loaded
 from job.model.transformers_backend import load_adapter
-from job.plan import Plan
+from job.plan import Plan, thriftier
 from job.preemption import Preemption
 from job.record import versions
 from job.store.folders import upload_folder
@@ -54,7 +54,7 @@ def _fit(
     record, preemption, first = attempt.record, attempt.preemption, attempt.ranks.rank == 0
     step = restored.manifest.step if restored else 0
     record.resume_numbers(restored.folder if restored else None)
-    ladder = Ladder(plan.micro_batch)
+    ladder = Ladder(plan.micro_batch, thriftier(plan.kept, unsloth=loaded.backend == "unsloth"))
     held_out = HeldOut(attempt, loaded, data.evaluation, ladder, group)
     if restored is not None:
         held_out.resume(restored.folder)

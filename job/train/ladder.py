@@ -18,11 +18,12 @@ class Ladder:
     """How many rows go through the model at once: `rows_at_once` until the card says no, then half of it, down to one.
 
     The loss of every part is a sum over its tokens divided by those of the whole step, so a step in parts has the
-    gradients of a step in one, but for rounding.
+    gradients of a step in one, but for rounding. `advice` is the first cure to name when one row alone does not fit.
     """
 
-    def __init__(self, rows_at_once: int) -> None:
+    def __init__(self, rows_at_once: int, advice: str = "") -> None:
         self.rows_at_once = rows_at_once
+        self.advice = advice
 
     def climb(self, rows: int, model: Any, part: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
         """The summed loss of `part(start, stop)` over `rows` rows. Gradients of a failed try are taken back.
@@ -50,7 +51,7 @@ class Ladder:
             torch.cuda.empty_cache()
         if tried == 1:
             raise OutOfMemory(
-                "one row at a time does not fit the GPU; shrink images with dataset.image_max_side, lower "
+                f"one row at a time does not fit the GPU; {self.advice}shrink images with dataset.image_max_side, lower "
                 f"training.max_length, or set model.precision to 4bit ({said})"
             )
         self.rows_at_once = tried // 2

@@ -246,7 +246,7 @@ def test_what_was_seen_is_counted(tmp_path: Path, prepared):
     folder_of(rows_of(40), tmp_path / "data", {"7.png": b"x", "9.png": png(9, (30, 20))})
     facts = prepared(max_bad_fraction=0.1).facts
     assert facts["reasons"] == {"image of no known format": 1}
-    assert facts["images"] == {"count": 39, "smallest": (8, 8), "median": (8, 8), "largest": (30, 20)}
+    assert facts["images"] == {"count": 39, "smallest": (8, 8), "median": (8, 8), "largest": (30, 20), "most": 1}
 
 
 class Ten:
