@@ -17,13 +17,13 @@ from job.data.shards import shards_to_stream
 from job.errors import DataError, JobError, NotAllowed, SpecError, Unavailable
 from job.evaluate.extra import model_folders
 from job.export import check_export
+from job.facts import Device, Facts
 from job.model import choose_backend
 from job.model.compile_cache import CompileCache
 from job.model.fetch import base_facts, fetch_adapter, fetch_base
 from job.model.glimpse import glimpse
 from job.output import read_json
 from job.packages import check_packages
-from job.plan import Device, Facts
 from job.preemption import grace_seconds, positive
 from job.record import STATUS_KEY
 from job.scratch import free_bytes

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from job.errors import SpecError
+from job.facts import Device, Facts
 from job.model.fetch import BaseFacts
 from job.model.lora import Linear
-from job.plan import Device, Facts, Plan, describe, make_plan
+from job.plan import Plan, describe, make_plan
 from job.specfile import validate
 
 LAYERS = {

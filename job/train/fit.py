@@ -15,9 +15,10 @@ from job.data import Data
 from job.errors import Unavailable
 from job.model import Loaded
 from job.model.transformers_backend import load_adapter
-from job.plan import Plan, thriftier
+from job.plan import Plan
 from job.preemption import Preemption
 from job.record import versions
+from job.room import thriftier
 from job.store.folders import upload_folder
 from job.train import train
 from job.train.callbacks import Safety

@@ -26,9 +26,10 @@ from peft import get_peft_model_state_dict
 from job.attempt import Attempt
 from job.data.prepare import prepare
 from job.errors import Preempted
+from job.facts import Facts
 from job.model import Loaded, load_model
 from job.model.collator import Collator
-from job.plan import Facts, make_plan
+from job.plan import make_plan
 from job.preemption import Preemption
 from job.record import Record
 from job.store import open_store
