@@ -1,7 +1,8 @@
 """What training will take of a GPU's memory, from the headers of the weights alone.
 
 The terms follow from the architecture; the factors were fitted to peaks of allocated memory measured with
-benchmarks/throughput.py (Llama 3.2 11B Vision, LoRA r 16, Unsloth, with every kind of gradient checkpointing and with none).
+benchmarks/throughput.py (Llama 3.2 11B Vision, LoRA r 16, Unsloth, with every kind of gradient checkpointing and with none):
+tests/model/test_memory.py compares them with the very peaks that they were fitted to.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ families differ. tests/model/test_memory.py counts them."""
 KEPT_AT_MOST = ((15, 4), (13, 6))
 """The same for a family that nobody counted."""
 ON_THEIR_WAY = 0.7
-"""Share of the layers' inputs that is on the card at the peak although they are moved to the host's memory."""
+"""Share of the layers' inputs to count where they are moved to the host's memory. Fitted to two peaks, and the cause not seen:
+copies that are under way are one reading."""
 
 
 Kept = Literal["nothing", "inputs", "all"]

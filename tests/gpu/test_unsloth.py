@@ -166,7 +166,7 @@ def test_only_the_trainer_that_is_used_was_rewritten() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_are_the_same_whatever_is_kept_for_them(family: str, folders: dict[str, Path]) -> None:
-    """In bf16, which alone moves them by some percent; the less is kept, the less memory it takes."""
+    """On a CPU mllama's are, to eight digits in float32 and to 0.03 % in bf16. What is recomputed takes less memory."""
     found: dict[Kept, tuple[float, int, torch.Tensor]] = {}
     ways: tuple[Kept, ...] = ("all", "inputs", "nothing")
     for kept in ways:
@@ -180,9 +180,11 @@ def test_gradients_are_the_same_whatever_is_kept_for_them(family: str, folders: 
         gradients = [weight.grad.float().flatten() for weight in loaded.model.parameters() if weight.grad is not None]
         found[kept] = (float(loss.detach()), held, torch.cat(gradients))
     loss, most, gradient = found["all"]
-    for other, held, same in (found["inputs"], found["nothing"]):
+    gaps = {kept: float((gradient - same).norm() / gradient.norm()) for kept, (_, _, same) in found.items()}
+    print(family, "gradients apart", gaps)
+    for kept, (other, held, _) in list(found.items())[1:]:
         assert other == pytest.approx(loss, rel=1e-3)
-        assert float((gradient - same).norm() / gradient.norm()) < 0.05
+        assert gaps[kept] < 0.02
         assert held < most
 
 
