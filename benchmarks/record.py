@@ -57,10 +57,10 @@ def commit() -> str:
 
 
 def render(rows: Iterable[dict[str, Any]]) -> str:
-    """The newest value of each case, by benchmark."""
+    """The newest value of each case on each machine, by benchmark; behind a device's comma is how much of it was granted."""
     newest: dict[tuple[str, str, str], dict[str, Any]] = {}
     for row in rows:
-        newest[row["bench"], row["case"], row["device"]] = row
+        newest[row["bench"], row["case"], row["device"].partition(",")[0]] = row
     lines = ["# Results", "", "Rendered by `python benchmarks/record.py` from `results.jsonl`, which holds every run."]
     for bench in sorted({bench for bench, _, _ in newest}):
         lines += [
