@@ -34,6 +34,7 @@ from PIL import Image
 from record import append
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 BATCH, TOKENS, A6000 = 8, 64, 48.0
 COMPILING = 2
 """First steps left out of the speed: the first compiles, the second compiles again for another number of tokens."""
@@ -156,6 +157,11 @@ def main() -> None:
     if given.case == "generation" and (given.alone or given.restart):
         parser.error("generation is measured beside the notebook, and once")
     import torch
+
+    from job.packages import uncompiled
+
+    if slow := uncompiled():
+        sys.exit(f"starts would be timed with Python's own compiling: {slow}")
 
     device = f"{torch.cuda.get_device_name(0)}, {given.card:g} GB of it"
     os.environ["JOB_GPU_MEMORY_GB"] = str(given.card)

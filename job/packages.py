@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import os
+import sys
+from collections.abc import Iterable
+from importlib.util import cache_from_source, find_spec
+from pathlib import Path
 
 from job.errors import SpecError
 from job.spec import JobSpec
 
 BITSANDBYTES = ("bitsandbytes", "install the gpu extra")
 LLMCOMPRESSOR = ("llmcompressor", "install the fp8 extra")
+LARGE = ("torch", "transformers", "unsloth")
 TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 
 
@@ -36,3 +41,27 @@ def check_packages(spec: JobSpec, cuda: bool) -> None:
     for field, (asked, package, cure) in wanted.items():
         if asked and find_spec(package) is None:
             raise SpecError(f"{field} needs the package {package}, which is not installed; {cure}")
+
+
+def uncompiled(names: Iterable[str] = LARGE) -> str:
+    """What to tell where packages come without Python's bytecode and none can be kept: each start then compiles thousands of
+    sources again, and so does each process that Inductor compiles kernels in. Empty where all is well."""
+    found = []
+    for name in names:
+        spec = find_spec(name)
+        if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+            continue
+        kept = Path(cache_from_source(spec.origin))
+        if not kept.exists() and (sys.dont_write_bytecode or not _writable(kept.parent)):
+            found.append(name)
+    if not found:
+        return ""
+    folder = Path(str(find_spec(found[0]).origin)).parents[1]  # type: ignore[union-attr]
+    return (
+        f"without bytecode, which cannot be written either: {', '.join(found)}; every start compiles them again: run "
+        f"'python -m compileall -q -j 0 {folder}' once, or let PYTHONPYCACHEPREFIX name a folder that stays"
+    )
+
+
+def _writable(folder: Path) -> bool:
+    return os.access(next(path for path in (folder, *folder.parents) if path.exists()), os.W_OK)
