@@ -39,7 +39,3 @@ def test_bytecode_that_the_first_start_will_write_is_nothing_to_tell(
     assert uncompiled(("slowpackage",)) == ""
     monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path / "kept" / "elsewhere"))
     assert uncompiled(("slowpackage",)) == ""
-
-
-def test_what_the_tests_run_with_is_compiled() -> None:
-    assert uncompiled() == ""
