@@ -58,8 +58,9 @@ def uncompiled(names: Iterable[str] = LARGE) -> str:
         return ""
     folder = Path(str(find_spec(found[0]).origin)).parents[1]  # type: ignore[union-attr]
     return (
-        f"without bytecode, which cannot be written either: {', '.join(found)}; every start compiles them again: run "
-        f"'python -m compileall -q -j 0 {folder}' once, or let PYTHONPYCACHEPREFIX name a folder that stays"
+        f"without bytecode, and none will be written: {', '.join(found)}; every start compiles them again: run "
+        f"'python -m compileall -q -j 0 {folder}' once, or, where that is read-only, let PYTHONPYCACHEPREFIX name a folder "
+        "that stays and unset PYTHONDONTWRITEBYTECODE"
     )
 
 

@@ -26,7 +26,7 @@ def test_packages_that_each_start_compiles_again_are_told_with_the_cure(
 ) -> None:
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     told = uncompiled(("slowpackage", "not_installed_here"))
-    assert told.startswith("without bytecode, which cannot be written either: slowpackage; ")
+    assert told.startswith("without bytecode, and none will be written: slowpackage; ")
     assert f"'python -m compileall -q -j 0 {package.parent}'" in told
     compileall.compile_dir(package.parent, quiet=1)
     assert uncompiled(("slowpackage",)) == ""
