@@ -162,7 +162,6 @@ def main() -> None:
 
     if slow := uncompiled():
         sys.exit(f"starts would be timed with Python's own compiling: {slow}")
-
     device = f"{torch.cuda.get_device_name(0)}, {given.card:g} GB of it"
     os.environ["JOB_GPU_MEMORY_GB"] = str(given.card)
     folder = given.folder or Path(tempfile.mkdtemp(prefix="throughput-"))

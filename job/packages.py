@@ -46,20 +46,20 @@ def check_packages(spec: JobSpec, cuda: bool) -> None:
 def uncompiled(names: Iterable[str] = LARGE) -> str:
     """What to tell where packages come without Python's bytecode and none can be kept: each start then compiles thousands of
     sources again, and so does each process that Inductor compiles kernels in. Empty where all is well."""
-    found = []
+    folders = {}
     for name in names:
         spec = find_spec(name)
-        if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        if spec is None or spec.origin is None:
             continue
         kept = Path(cache_from_source(spec.origin))
         if not kept.exists() and (sys.dont_write_bytecode or not _writable(kept.parent)):
-            found.append(name)
-    if not found:
+            folders[name] = str(Path(spec.origin).parents[1])
+    if not folders:
         return ""
-    folder = Path(str(find_spec(found[0]).origin)).parents[1]  # type: ignore[union-attr]
+    where = " ".join(sorted(set(folders.values())))
     return (
-        f"without bytecode, and none will be written: {', '.join(found)}; every start compiles them again: run "
-        f"'python -m compileall -q -j 0 {folder}' once, or, where that is read-only, let PYTHONPYCACHEPREFIX name a folder "
+        f"without bytecode, and none will be written: {', '.join(folders)}; every start compiles them again: run "
+        f"'python -m compileall -q -j 0 {where}' once, or, where that is read-only, let PYTHONPYCACHEPREFIX name a folder "
         "that stays and unset PYTHONDONTWRITEBYTECODE"
     )
 

@@ -20,7 +20,7 @@ from job.export import check_mergeable, hub
 from job.metrics import serving, writing
 from job.model import choose_backend, import_first, load_model
 from job.model.compile_cache import CompileCache
-from job.packages import check_packages, uncompiled
+from job.packages import check_packages
 from job.plan import Plan, describe, make_plan
 from job.preemption import Preemption, positive
 from job.ranks import Ranks, joined
@@ -156,8 +156,6 @@ def stage_in(
     with nullcontext() if ranks.place.local_rank else arriving(spec, scratch):
         device = find_device(has_torch=True)
         check_packages(spec, device.kind == "cuda")  # `survey` does too, behind gigabytes
-        if slow := uncompiled():
-            log.warning("%s", slow)
         if device.kind == "cuda":
             check_kernels(environment)
             keep_within(device)

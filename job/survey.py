@@ -23,7 +23,7 @@ from job.model.compile_cache import CompileCache
 from job.model.fetch import base_facts, fetch_adapter, fetch_base
 from job.model.glimpse import glimpse
 from job.output import read_json
-from job.packages import check_packages
+from job.packages import check_packages, uncompiled
 from job.preemption import grace_seconds, positive
 from job.record import STATUS_KEY
 from job.scratch import free_bytes
@@ -62,7 +62,7 @@ def survey(
 
     Raises SpecError and DataError for what is wrong with model and data.
     """
-    notes = list[str]()
+    notes = [slow] if (slow := uncompiled()) else []
     has_torch = importlib.util.find_spec("torch") is not None
     device = find_device(has_torch)
     check_packages(spec, device.kind == "cuda")

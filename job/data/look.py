@@ -153,9 +153,9 @@ def _facts(field: str, good: list[Seen], bad: list[dict[str, Any]], spec: JobSpe
     facts |= {"without_images": sum(not row.sizes for row in good), "over_length": over}
     facts |= {"tokens": {"median": int(np.median(lengths)), "longest": max(lengths)}} if lengths else {}
     if sizes:
-        least, median, most = (sizes[len(sizes) * part // 2 - (part == 2)] for part in range(3))
-        facts["images"] = {"count": len(sizes), "smallest": least, "median": median, "largest": most}
-        facts["images"]["most"] = max(len(row.sizes) for row in good)
+        least, median, largest = (sizes[len(sizes) * part // 2 - (part == 2)] for part in range(3))
+        most = max(len(row.sizes) for row in good)
+        facts["images"] = {"count": len(sizes), "smallest": least, "median": median, "largest": largest, "most": most}
     return facts
 
 

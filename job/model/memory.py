@@ -90,7 +90,7 @@ def memory(
     language, vision = widths(linears, "language"), widths(linears, "vision")
     seen = vision_tokens(config, tokens, pictures)
     trained = any(group.startswith("vision/") for group in groups)
-    for_language, for_vision = kept_by_towers(linears, groups, kept, tokens, seen, str(config.get("model_type")))
+    for_language, for_vision = kept_by_towers(linears, trained, kept, tokens, seen, str(config.get("model_type")))
     reading = 2.0 * tokens * values(language, LAYER)
     if config.get("model_type") == "mllama":
         reading += 2 * CROSS * seen * language.hidden
@@ -104,12 +104,12 @@ def memory(
 
 
 def kept_by_towers(
-    linears: Mapping[str, Linear], groups: Mapping[str, int], kept: Kept, tokens: int, seen: int, model_type: str
+    linears: Mapping[str, Linear], trained: bool, kept: Kept, tokens: int, seen: int, model_type: str
 ) -> tuple[float, float]:
     """Bytes of one row of `tokens` text tokens and `seen` vision tokens that wait on the card for the backward, in the language
-    model and in a vision tower that is trained."""
+    model and, where it is `trained`, in the vision tower."""
     language, vision = widths(linears, "language"), widths(linears, "vision")
-    looked = seen if any(group.startswith("vision/") for group in groups) else 0
+    looked = seen if trained else 0
     if kept == "all":
         of_layer, of_vision_layer = KEPT.get(model_type, KEPT_AT_MOST)
         crossing = 2 * CROSS_KEPT * seen * language.hidden * sum("cross_attn.q_proj" in name for name in linears)
