@@ -12,7 +12,7 @@ and uses what earlier ones left in WORK, so cases can be spread over several cal
     merge     merges to a folder, and says by how much the files' bytes differ from the base's
     gate16    the gate, trained in 16 bits
     fault     the gate again, with one layer of forty folded at twice its scale: must be refused
-    gate4     the gate, trained in 4 bits: both foldings; then nf4 and FP8 (where llm-compressor is installed)
+    gate4     the gate, trained in 4 bits; then nf4 and FP8 (where llm-compressor is installed)
     unsloth16 Unsloth's save_pretrained_merged, the model held in 16 bits
     unsloth4  the same, the model held in 4 bits
 
@@ -145,15 +145,14 @@ def load(work: Path, precision: str, start: bool = True) -> Any:
     return load_model(spec_of(work), work / "base", torch_device(), "transformers", precision, "all", adapter)
 
 
-def recipe_of(work: Path, held: Any = None) -> Any:
+def recipe_of(work: Path) -> Any:
     from job.export.merge import recipe
     from job.export.places import changes, read_adapter, read_base
     from job.survey import torch_device
 
     base = read_base(work / "base")
     changed = changes(base, *read_adapter(work / "adapter"))
-    onto = {key: held[name] for key, name in base.names.items() if held and name in held}
-    return recipe(base, work / "adapter", changed, onto, torch_device())
+    return recipe(base, work / "adapter", changed, torch_device())
 
 
 def base(work: Path, family: str, size: str) -> Facts:
@@ -223,7 +222,7 @@ def merge(work: Path, *_: str) -> Facts:
     return {"seconds to find every place": prepared, **facts, "weights changed": len(todo.changes)}
 
 
-def judged(work: Path, loaded: Any, folder: Path, **export: Any) -> Facts:
+def judged(work: Path, loaded: Any, folder: Path) -> Facts:
     from functools import partial
 
     import torch
@@ -231,12 +230,14 @@ def judged(work: Path, loaded: Any, folder: Path, **export: Any) -> Facts:
     from job.errors import GateRefused
     from job.export.gate import compare, refuse
     from job.export.places import read_base
+    from job.model import release
     from job.model.transformers_backend import load_weights
 
-    spec = spec_of(work, **export)
+    spec = spec_of(work)
     began = time.monotonic()
     read = partial(load_weights, spec.model, folder, loaded.device)
-    verdict = compare(spec, loaded, read_base(work / "base"), work / "adapter", read, rows_of())
+    let_go = partial(release, loaded.model)
+    verdict = compare(spec, loaded, read_base(work / "base"), read, rows_of(), let_go=let_go)
     facts = {"seconds": time.monotonic() - began, **verdict.facts(), "wrong": verdict.wrong[:3]}
     if torch.cuda.is_available():
         facts["peak GPU GB"] = torch.cuda.max_memory_allocated() / 1e9
@@ -277,34 +278,28 @@ def fault(work: Path, *_: str) -> Facts:
 
 
 def gate4(work: Path, *_: str) -> Facts:
-    import torch
+    from functools import partial
 
-    from job.export.answers import answer_logits, loss, spread_rows
-    from job.export.merge import copy_rest, merge_to_folder
-    from job.export.quantised import held_weights, write_fp8, write_nf4
+    from job.export.answers import answers, loss, spread_rows
+    from job.export.gate import micro_batches
+    from job.export.quantised import write_compressed, write_nf4
+    from job.model import release
 
     loaded = load(work, "4bit")
-    facts = {"onto original": judged(work, loaded, work / "merged")}
-    smaller, spec = {}, spec_of(work)
-    for name, write in (("nf4", write_nf4), ("fp8", write_fp8)):
+    facts = {"gate": judged(work, loaded, work / "merged")}
+    spec = spec_of(work)
+    for name, write in (("nf4", write_nf4), ("fp8", partial(write_compressed, "FP8_DYNAMIC"))):
         began = time.monotonic()
         try:
             model = write(spec.model, work / "merged", work / name, loaded.device)
             small = type(loaded)(model, loaded.processor, work / name, "transformers", "16bit", loaded.device, {})
-            batches = spread_rows(rows_of(), 16, 4)
-            measured = loss([answer_logits(small, batch, spec, tuned=True) for batch in batches])
-            smaller[name] = {"GB": disk(work / name) / 1e9, "seconds": time.monotonic() - began, "loss": measured}
-            del model, small
-            torch.cuda.empty_cache()
+            measured = loss(answers(small, spread_rows(rows_of(), 16, 4), spec, micro_batches(spec, small)))
+            facts[name] = {"GB": disk(work / name) / 1e9, "seconds": time.monotonic() - began, "loss": measured}
+            release(model)
         except Exception as error:
-            smaller[name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
+            facts[name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
         shutil.rmtree(work / name, ignore_errors=True)
-    shutil.rmtree(work / "merged")
-    merge_to_folder(recipe_of(work, held_weights(loaded.model)), work / "dequantised")
-    copy_rest(work / "base", work / "dequantised")
-    facts["onto dequantised"] = judged(work, loaded, work / "dequantised", fold_onto="dequantised")
-    shutil.rmtree(work / "dequantised")
-    return facts | smaller
+    return facts
 
 
 def unsloth(work: Path, precision: str) -> Facts:

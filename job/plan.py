@@ -9,7 +9,8 @@ from typing import Any, Literal
 from job.errors import SpecError
 from job.facts import Facts
 from job.model.lora import GROUPS, parameters, targets
-from job.model.memory import Kept, Memory
+from job.model.memory import Kept, Memory, last_cure, weight_bytes
+from job.planning.device_memory import gate_room, offload_seconds, stage_memory
 from job.preemption import FITS
 from job.record import bytes_text
 from job.room import by_unsloth, fits, fitted, held_precision, refuse_many, share_of_batch, thriftier
@@ -39,7 +40,8 @@ class Stage:
 @dataclass(frozen=True)
 class Plan:
     """Sizes in bytes; `micro_batch` × `accumulation` × `world` = the effective batch. `kept` is what stays on the device for
-    the backward."""
+    the backward; `device_memory` the peak of each stage on a GPU; `gate_room` the bytes of weights that the GPU holds while the
+    gate asks a model in 16 bits, None where it holds all."""
 
     stages: tuple[Stage, ...]
     total_steps: int | None
@@ -48,6 +50,8 @@ class Plan:
     world: int
     precision: str
     kept: Kept
+    gate_room: int | None = None
+    device_memory: dict[str, int] = field(default_factory=dict)
     groups: dict[str, int] = field(default_factory=dict)
     estimates: dict[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -67,9 +71,13 @@ def make_plan(spec: JobSpec, facts: Facts) -> Plan:
     precision = held_precision(spec, facts, groups)
     kept, memory, micro = fitted(spec, facts, groups, precision, share)
     cure = thriftier(kept, unsloth=by_unsloth(spec, facts))
-    refuse_many(facts, memory, cure)
+    refuse_many(facts, memory, cure + last_cure(precision))
     _refuse_mixed_batches(spec, facts, micro)
     total = total_steps(spec, facts.data["train"]) if facts.data else None
+    trainable = facts.device is not None and fits(
+        memory, facts.device, 1
+    )  # what cannot be trained has a warning of its own
+    room = gate_room(spec, facts, groups, precision) if trainable else None
     return Plan(
         stages=tuple(stages(spec, facts, total)),
         total_steps=total,
@@ -78,9 +86,11 @@ def make_plan(spec: JobSpec, facts: Facts) -> Plan:
         world=facts.world,
         precision=precision,
         kept=kept,
+        gate_room=room,
+        device_memory=stage_memory(spec, facts, groups, precision, memory, micro, room),
         groups=groups,
         estimates=estimates(spec, facts, groups, memory, micro),
-        warnings=tuple(warnings(spec, facts, total, memory, cure)),
+        warnings=tuple(warnings(spec, facts, total, memory, cure, precision)),
     )
 
 
@@ -163,8 +173,10 @@ def estimates(spec: JobSpec, facts: Facts, groups: dict[str, int], memory: Memor
     return sizes
 
 
-def warnings(spec: JobSpec, facts: Facts, total: int | None, memory: Memory | None, cure: str) -> list[str]:
-    """What a careful colleague would say before this runs; `cure` comes first where memory is short."""
+def warnings(
+    spec: JobSpec, facts: Facts, total: int | None, memory: Memory | None, cure: str, precision: str
+) -> list[str]:
+    """What a careful colleague would say before this runs; `cure` comes first where memory is short in this `precision`."""
     found = list(facts.notes)
     if facts.data is not None:
         if facts.data["evaluation"] == 0:
@@ -190,8 +202,8 @@ def warnings(spec: JobSpec, facts: Facts, total: int | None, memory: Memory | No
     if device is not None and device.kind == "cuda" and memory is not None and not fits(memory, device, 1):
         found.append(
             f"one row at once needs about {bytes_text(memory.of(1))} ({bytes_text(memory.weights)} of it weights), and "
-            f"{device.name} has {bytes_text(device.memory)}; {cure}set model.precision to 4bit, shrink images with "
-            "dataset.image_max_side, or take a larger card"
+            f"{device.name} has {bytes_text(device.memory)}; {cure}shrink images with "
+            f"dataset.image_max_side, {last_cure(precision)}"
         )
     needed = facts.base is not None and spec.export.merged and spec.export.scratch_copy
     need = facts.base.bytes if facts.base is not None and needed else 0
@@ -264,6 +276,13 @@ def describe(spec: JobSpec, plan: Plan, facts: Facts) -> str:
         lines += [f"  {group:<20} {count:>12,}" for group, count in plan.groups.items()]
     if facts.base is not None and facts.device is not None and facts.device.kind == "cuda":
         lines.append(f"kept on the GPU for the backward: {KEPT_TEXT[plan.kept]}")
+    lines += [f"GPU memory, {stage}: {bytes_text(size)}" for stage, size in plan.device_memory.items()]
+    if plan.gate_room is not None and facts.base is not None:
+        weights = weight_bytes(facts.base, "16bit")
+        lines.append(
+            f"gate: of {bytes_text(weights)} of weights in 16 bits the GPU holds {bytes_text(plan.gate_room)}; the others come "
+            f"out of host memory, for about {offload_seconds(spec, weights, plan.gate_room):.0f} s in all"
+        )
     lines += [f"estimate: {name} {bytes_text(size)}" for name, size in plan.estimates.items()]
     if facts.device is not None:
         lines.append(f"device: {facts.device.name}, {bytes_text(facts.device.memory)}")

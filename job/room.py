@@ -103,8 +103,7 @@ def refuse_many(facts: Facts, memory: Memory | None, cure: str) -> None:
         raise SpecError(
             f"model.name_or_path: one row of {facts.base.architecture} needs about {bytes_text(memory.of(1))} "
             f"({bytes_text(memory.weights)} of it weights), and {device.name} has {bytes_text(device.memory)}; each of the "
-            f"{facts.world} GPUs holds the whole model, since it is not sharded: {cure}take larger cards, or set "
-            "model.precision to 4bit"
+            f"{facts.world} GPUs holds the whole model, since it is not sharded: {cure}"
         )
 
 

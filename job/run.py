@@ -107,7 +107,8 @@ def lead(spec: JobSpec, environment: MutableMapping[str, str], ranks: Ranks, scr
         record.update(measured=values(measured))
         seen = looked_at(attempt, loaded, data, measured, before, after)
         with preemption.leave_at_once():
-            exported = export(attempt, loaded, data, fold=spec.export.merged and not refused)
+            fold = spec.export.merged and not refused
+            exported = export(attempt, loaded, data, fold=fold, gate_room=plan.gate_room)
             facts = report_facts(attempt, found, plan, before, after, measured, exported, seen)
             publish(attempt, data, exported, facts, refused)
         log.info("published: %s", spec.output.url)

@@ -495,10 +495,6 @@ def contradictions(spec: JobSpec) -> list[str]:
             "hub.merged_repo": export.hub.merged_repo,
         }
         found += [f"export: {name} needs merged weights on scratch; {why}" for name, on in asked.items() if on]
-    if export.fold_onto == "dequantised" and spec.model.precision in ("16bit", "32bit"):
-        found.append(
-            f"export: fold_onto dequantised is for a base held in 4bit; model.precision is {spec.model.precision}"
-        )
     held = data.eval_fraction or data.eval_rows or data.eval_path or data.eval_split
     if spec.evaluation.eval_steps is None:
         needing = {"take: best": spec.evaluation.take == "best", "patience": spec.evaluation.patience}

@@ -11,6 +11,7 @@ from job.model.fetch import BaseFacts
 from job.model.lora import Linear
 from job.plan import Plan, describe, make_plan
 from job.specfile import validate
+from tests.model.test_memory import llama_11b
 
 LAYERS = {
     "model.visual.blocks.0.attn.qkv": Linear(96, 32),
@@ -178,11 +179,11 @@ def test_less_is_kept_is_the_first_cure_where_more_was_asked_for(tree):
     def said(facts, given):
         return " ".join(plan(tree, facts, training={"gradient_checkpointing": given}).warnings)
 
-    assert "has 100.0 kB; set training.gradient_checkpointing to unsloth, set model.precision" in said(small, False)
-    assert "has 100.0 kB; set model.precision" in said(small, "auto")
+    assert "has 100.0 kB; set training.gradient_checkpointing to unsloth, shrink images" in said(small, False)
+    assert "has 100.0 kB; shrink images" in said(small, "auto")
     eager = replace(small, backend="transformers")
-    assert "has 100.0 kB; set training.gradient_checkpointing to true, set model.precision" in said(eager, False)
-    assert "has 100.0 kB; set model.precision" in said(eager, True)
+    assert "has 100.0 kB; set training.gradient_checkpointing to true, shrink images" in said(eager, False)
+    assert "has 100.0 kB; shrink images" in said(eager, True)
 
 
 def test_no_held_out_rows_are_warned_about_and_nothing_is_measured(tree):
@@ -205,7 +206,51 @@ def test_a_split_without_patients_is_warned_about(tree):
 
 def test_weights_that_do_not_fit_are_warned_about(tree):
     small = replace(FACTS, device=Device("cuda", "small card", 10**5))
-    assert any("and small card has 100.0 kB; set model.precision" in warning for warning in plan(tree, small).warnings)
+    shrink = "and small card has 100.0 kB; shrink images with dataset.image_max_side, "
+    assert any(f"{shrink}take a GPU with more memory" in warning for warning in plan(tree, small).warnings)
+    in_16_bits = plan(tree, small, model={"name_or_path": "m", "precision": "16bit"})
+    assert any(f"{shrink}set model.precision to 4bit" in warning for warning in in_16_bits.warnings)
+
+
+LLAMA = replace(
+    BASE,
+    model_type="mllama",
+    parameters=10_670_220_835,
+    linears=llama_11b(),
+    config={"model_type": "mllama", "vision_config": {"image_size": 560, "patch_size": 14, "max_num_tiles": 4}},
+)
+
+
+def on_a_card(tree, gigabytes, precision="auto", **sections):
+    device = Device("cuda", "card", int(gigabytes * 1e9))
+    facts = replace(
+        FACTS, base=LLAMA, device=device, backend="unsloth", data=DATA | {"tokens": {"median": 130, "longest": 138}}
+    )
+    return plan(tree, facts, model={"name_or_path": "m", "precision": precision}, **sections)
+
+
+def test_the_gate_of_a_base_in_16_bits_needs_no_more_than_evaluation(tree):
+    found = on_a_card(tree, 48)
+    assert (found.precision, found.gate_room) == ("16bit", None)
+    assert found.device_memory["export"] == found.device_memory["evaluate after"] < 30e9
+
+
+def test_the_gate_leaves_outside_what_a_small_card_cannot_hold_and_says_how_long_that_takes(tree):
+    found = on_a_card(tree, 24, "4bit")
+    assert found.gate_room is not None
+    assert 10e9 < found.gate_room < 21.3e9
+    assert max(found.device_memory.values()) <= 0.9 * 24e9
+    facts = replace(FACTS, base=LLAMA, device=Device("cuda", "card", 24 * 10**9))
+    assert "out of host memory, for about" in describe(validate(tree), found, facts)
+    assert on_a_card(tree, 48, "4bit").gate_room is None
+
+
+def test_a_card_without_room_for_the_gate_is_refused_before_training(tree):
+    with pytest.raises(SpecError, match="export.merged: the gate asks the merged model in 16 bits"):
+        on_a_card(tree, 14, "4bit", evaluation={"batch_size": 24})
+    assert on_a_card(tree, 14, "4bit", evaluation={"batch_size": 24}, export={"merged": False}).gate_room is None
+    with pytest.raises(SpecError, match="lora.bias: all is trained beside a base whose 16 bits"):
+        on_a_card(tree, 24, "4bit", lora={"bias": "all"})
 
 
 def test_the_description_names_every_stage_and_the_cure_of_every_warning(tree):

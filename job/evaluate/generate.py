@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from job.errors import OutOfMemory
 from job.evaluate.before import OWN
 from job.model import Loaded, to_generation
 from job.model.collator import IGNORE, Collator, encode, render
+from job.model.memory import last_cure
+from job.model.oom_retry import MicroBatches
 from job.ranks import ONE, Ranks
 from job.spec import JobSpec
 
@@ -63,8 +65,20 @@ def answers(
 ) -> Iterator[list[Generation]]:
     """Records of each batch (places of `rows`), as they are made by all ranks together; nothing on others than rank 0."""
     to_generation(loaded)
+    micro = micro_batches(loaded, spec, "evaluation")
     with base_or_tuned(loaded, tuned):
-        yield from ranks.spread("answers", batches, lambda batch: _generate(loaded, [rows[n] for n in batch], spec))
+        yield from ranks.spread(
+            "answers",
+            batches,
+            lambda batch: micro.map([rows[n] for n in batch], lambda part: _generate(loaded, list(part), spec)),
+        )
+
+
+def micro_batches(loaded: Loaded, spec: JobSpec, what: str) -> MicroBatches:
+    """Micro-batches of `evaluation.batch_size` rows; `what` names the work."""
+    return MicroBatches(
+        spec.evaluation.batch_size, what, f"shrink images with dataset.image_max_side, {last_cure(loaded.precision)}"
+    )
 
 
 def rows_ids(rows: Any) -> list[str]:
@@ -93,13 +107,8 @@ def _batches(rows: Any, order: Sequence[int], size: int, finished: dict[str, Gen
 
 @torch.inference_mode()
 def _generate(loaded: Loaded, batch: list[dict[str, Any]], spec: JobSpec) -> list[Generation]:
-    try:
-        texts = answer(loaded, batch, spec.evaluation.max_new_tokens)
-        losses = answer_losses(loaded, batch, spec.training.max_length, spec.dataset.over_length == "truncate")
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(
-            f"generation of {len(batch)} rows at once does not fit the GPU; lower evaluation.batch_size"
-        ) from error
+    texts = answer(loaded, batch, spec.evaluation.max_new_tokens)
+    losses = answer_losses(loaded, batch, spec.training.max_length, spec.dataset.over_length == "truncate")
     return [
         {name: row[name] for name in OWN}
         | {"generated": text, "tokens": count, "loss": loss, "answer_tokens": answer_tokens}
@@ -131,13 +140,36 @@ def answer_losses(
     loaded: Loaded, batch: list[dict[str, Any]], max_length: int, truncate: bool = False
 ) -> list[tuple[float, int]]:
     """Mean cross-entropy (nats) of each row's true answer, and how many tokens it has."""
+    logits, targets, counts = answer_logits(loaded, batch, max_length, truncate)
+    losses = cross_entropy(logits.float(), targets, reduction="none")
+    means = [part.sum() / max(len(part), 1) for part in torch.split(losses, counts)]
+    return [(round(float(mean), 6), count) for mean, count in zip(means, counts, strict=True)]
+
+
+def answer_logits(
+    loaded: Loaded, batch: list[dict[str, Any]], max_length: int, truncate: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Logits (answer tokens, vocabulary) at the places that predict the true answers, in the model's dtype on its device; the
+    true tokens (answer tokens); and how many of them each row has, row after row.
+
+    The model computes logits at the columns of answer tokens only: those of a whole batch, with a vocabulary of 128,000,
+    take gigabytes.
+    """
     inputs = Collator(loaded.processor, max_length, truncate=truncate)(batch)
     labels = inputs.pop("labels")[:, 1:].to(loaded.device)
-    logits = loaded.model(**to_device(inputs, loaded)).logits[:, :-1].float()
-    losses = cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
-    counts = (labels != IGNORE).sum(dim=1)
-    means = losses.sum(dim=1) / counts.clamp(min=1)
-    return [(round(float(mean), 6), int(count)) for mean, count in zip(means, counts, strict=True)]
+    wanted = labels != IGNORE
+    columns = wanted.any(dim=0).nonzero()[:, 0]
+    keep = {"logits_to_keep": columns} if _keeps_logits(loaded.model) else {}
+    logits = loaded.model(**to_device(inputs, loaded), **keep).logits
+    if logits.shape[1] != len(columns):
+        logits = logits[:, columns]
+    return logits[wanted[:, columns]], labels[wanted], wanted.sum(dim=1).tolist()
+
+
+def _keeps_logits(model: Any) -> bool:
+    """Whether the forward of the base model takes `logits_to_keep`, as those of transformers' language models do."""
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(type(bare).forward).parameters
 
 
 def to_device(batch: dict[str, torch.Tensor], loaded: Loaded) -> dict[str, torch.Tensor]:

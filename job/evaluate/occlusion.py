@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageStat
 
-from job.evaluate.generate import answer_losses
+from job.evaluate.generate import answer_losses, micro_batches
 from job.model import Loaded, to_generation
 from job.spec import JobSpec
 
@@ -51,11 +51,12 @@ def explain(
     loaded: Loaded, rows: Any, wanted: dict[str, str], spec: JobSpec, each: Callable[[], None]
 ) -> dict[str, list[list[float]]]:
     """Maps by row id of the answers `wanted`; `each` is called before every row. Rows without image or answer have none."""
-    size, truncate = spec.evaluation.batch_size, spec.dataset.over_length == "truncate"
+    truncate = spec.dataset.over_length == "truncate"
+    micro = micro_batches(loaded, spec, "a map of where the model looks")
 
     def losses_of(batch: list[dict[str, Any]]) -> list[float]:
-        parts = [batch[start : start + size] for start in range(0, len(batch), size)]
-        return [loss for part in parts for loss, _ in answer_losses(loaded, part, spec.training.max_length, truncate)]
+        said = micro.map(batch, lambda part: answer_losses(loaded, list(part), spec.training.max_length, truncate))
+        return [loss for loss, _ in said]
 
     found = {}
     to_generation(loaded)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.errors import GateRefused, SpecError
+from job.model import release
 from job.model.lora import group_of
 from job.record import bytes_text
 from job.store import Digest
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from job.export.places import Base
     from job.model import Loaded
     from job.model.fetch import BaseFacts
+    from job.model.transformers_backend import Offload
     from job.spec import ExportSpec, JobSpec
 
 
@@ -73,10 +75,14 @@ def check_mergeable(spec: JobSpec, loaded: Loaded) -> None:
         rehearse(converter(loaded.model.config.model_type), loaded.folder)
 
 
-def export(attempt: Attempt, loaded: Loaded, data: Data, *, fold: bool) -> Exported:
+def export(attempt: Attempt, loaded: Loaded, data: Data, *, fold: bool, gate_room: int | None) -> Exported:
     """Write the adapter to scratch and, where it shall `fold` it in, what the spec asks for of merged weights, to scratch or
-    straight to the output, measured against the adapter."""
+    straight to the output, measured against the adapter. `loaded.model` cannot be used afterwards.
+
+    `gate_room`: bytes of weights that the GPU holds of a model in 16 bits; None where all of it fits.
+    """
     from job.export.places import read_base
+    from job.model.transformers_backend import Offload
 
     spec, record = attempt.spec, attempt.record
     folder = attempt.scratch / "export"
@@ -89,40 +95,38 @@ def export(attempt: Attempt, loaded: Loaded, data: Data, *, fold: bool) -> Expor
         if not fold:
             return Exported({"adapter": adapter})
         base = read_base(loaded.folder, spec.model.trust_remote_code)
-        exported = merged(attempt, loaded, base, folder, data)
+        offload = Offload(gate_room, folder / "offloaded") if gate_room is not None else None
+        exported = merged(attempt, loaded, base, folder, data, offload)
         size = sum((base.folder / file).stat().st_size for file in base.files)
         facts += [f"merged {bytes_text(size)}", f"token agreement {exported.gate['token_agreement']:.4f}"]
         if exported.refused is None:
-            exported = smaller(spec, loaded, exported, data)
+            exported = smaller(spec, loaded, exported, data, offload)
         attempt.preemption.check()  # a library on the way may have swallowed the notice
     return exported
 
 
-def merged(attempt: Attempt, loaded: Loaded, base: Base, folder: Path, data: Data) -> Exported:
-    """Fold, and judge what came out from where it lies."""
+def merged(attempt: Attempt, loaded: Loaded, base: Base, folder: Path, data: Data, offload: Offload | None) -> Exported:
+    """Fold, and judge what came out from where it lies. `loaded.model` is let go on the way."""
     from job.export.gate import compare, refuse
     from job.export.merge import copy_rest, merge_to_folder, merge_to_store, recipe
     from job.export.places import changes, read_adapter
-    from job.export.quantised import held_weights
     from job.export.served import read_back
     from job.model.transformers_backend import load_weights
 
     spec, store = attempt.spec, attempt.store
     adapter, into = folder / "adapter", folder / "merged"
-    keys = {name: key for key, name in base.names.items()}
-    onto = held_weights(loaded.model) if spec.export.fold_onto == "dequantised" else {}
-    held = {keys[name]: weight for name, weight in onto.items()}
-    todo = recipe(base, adapter, changes(base, *read_adapter(adapter)), held, loaded.device)
+    todo = recipe(base, adapter, changes(base, *read_adapter(adapter)), loaded.device)
     sent: dict[str, Digest] = {}
     if spec.export.scratch_copy:
         merge_to_folder(todo, into)
-        read_merged = partial(load_weights, spec.model, into, loaded.device)
+        read_merged = partial(load_weights, spec.model, into, loaded.device, offload=offload)
     else:
         shutil.rmtree(into, ignore_errors=True)
         sent = merge_to_store(todo, store, "merged", attempt.lease.check)
-        read_merged = partial(read_back, spec.model, into, store, "merged", sent, loaded.device)
+        read_merged = partial(read_back, spec.model, into, base, store, "merged", sent, loaded.device, offload=offload)
     copy_rest(base.folder, into)
-    verdict = compare(spec, loaded, base, adapter, read_merged, rows_of(data))
+    let_go = partial(release, loaded.model)
+    verdict = compare(spec, loaded, base, read_merged, rows_of(data), let_go=let_go, offload=offload)
     refused = None
     try:
         refuse(verdict, spec.export.gate)
@@ -131,16 +135,17 @@ def merged(attempt: Attempt, loaded: Loaded, base: Base, folder: Path, data: Dat
     return Exported({"adapter": adapter, "merged": into}, sent, verdict.facts(), refused)
 
 
-def smaller(spec: JobSpec, loaded: Loaded, exported: Exported, data: Data) -> Exported:
+def smaller(spec: JobSpec, loaded: Loaded, exported: Exported, data: Data, offload: Offload | None) -> Exported:
     """Write merged weights in fewer bits, where the spec asks for them, and measure them on the gate's rows."""
-    from job.export.answers import answer_logits, loss, spread_rows
+    from job.export.answers import answers, loss, spread_rows
+    from job.export.gate import micro_batches
     from job.export.gguf import converter, write_gguf
     from job.export.quantised import write_compressed, write_nf4
 
     kinds: dict[str, Any] = {
         "merged_4bit": write_nf4,
-        "merged_fp8": partial(write_compressed, "FP8_DYNAMIC"),
-        "merged_int4": partial(write_compressed, "W4A16"),
+        "merged_fp8": partial(write_compressed, "FP8_DYNAMIC", offload=offload),
+        "merged_int4": partial(write_compressed, "W4A16", offload=offload),
     }
     folders, gate = dict(exported.folders), dict(exported.gate)
     batches = spread_rows(rows_of(data), spec.export.gate.rows, spec.evaluation.batch_size)
@@ -150,7 +155,8 @@ def smaller(spec: JobSpec, loaded: Loaded, exported: Exported, data: Data) -> Ex
             shutil.rmtree(folders[name], ignore_errors=True)
             model = write(spec.model, folders["merged"], folders[name], loaded.device)
             small = replace(loaded, model=model, precision="16bit", backend="transformers")
-            gate[f"loss_{name}"] = loss([answer_logits(small, batch, spec, tuned=True) for batch in batches])
+            gate[f"loss_{name}"] = loss(answers(small, batches, spec, micro_batches(spec, loaded)))
+            release(model)
     if spec.export.gguf:
         folders["gguf"] = folders["merged"].with_name("gguf")
         write_gguf(converter(loaded.model.config.model_type), folders["merged"], folders["gguf"])

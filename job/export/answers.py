@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from job.evaluate.generate import base_or_tuned, to_device
+from job.evaluate.generate import answer_logits
 from job.model import Loaded
-from job.model.collator import IGNORE, Collator
+from job.model.oom_retry import MicroBatches
 from job.spec import JobSpec
 
 
@@ -23,22 +24,25 @@ def spread_rows(rows: Any, most: int, size: int) -> list[list[dict[str, Any]]]:
 
 @dataclass(frozen=True)
 class Answers:
-    """Of one batch: logits (answer tokens, vocabulary) in the model's dtype on the CPU, and the true tokens."""
+    """Of one row: logits (answer tokens, vocabulary) in the model's dtype on the CPU, and the true tokens."""
 
     logits: Tensor
     targets: Tensor
 
 
 @torch.inference_mode()
-def answer_logits(loaded: Loaded, batch: list[dict[str, Any]], spec: JobSpec, *, tuned: bool) -> Answers:
-    """At the places that predict a token of the true answers."""
+def answers(
+    loaded: Loaded, batches: list[list[dict[str, Any]]], spec: JobSpec, micro_batches: MicroBatches
+) -> list[Answers]:
+    """What the model says at the places that predict a token of the true answers, batch by batch."""
     truncate = spec.dataset.over_length == "truncate"
-    inputs = Collator(loaded.processor, spec.training.max_length, truncate=truncate)(batch)
-    labels = inputs.pop("labels")[:, 1:]
-    with base_or_tuned(loaded, tuned):
-        logits = loaded.model(**to_device(inputs, loaded)).logits[:, :-1]
-    wanted = labels != IGNORE
-    return Answers(logits[wanted.to(logits.device)].cpu(), labels[wanted])
+
+    def say(rows: Sequence[dict[str, Any]]) -> list[Answers]:
+        logits, targets, counts = answer_logits(loaded, list(rows), spec.training.max_length, truncate)
+        pairs = zip(torch.split(logits.cpu(), counts), torch.split(targets.cpu(), counts), strict=True)
+        return [Answers(*pair) for pair in pairs if len(pair[1])]
+
+    return [each for batch in batches for each in micro_batches.map(batch, say)]
 
 
 def spread(answers: list[Answers]) -> float:

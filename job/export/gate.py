@@ -1,4 +1,4 @@
-"""The proof that merged weights are base + adapter, read back from where they will be served.
+"""The proof that merged weights are base + adapter, read back from where they will be served. One model at a time is in memory.
 
 Two questions are asked, because each alone can be fooled.
 
@@ -22,34 +22,28 @@ Where an adapter outweighs its base, folded weights are larger than the base's a
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from job.errors import GateRefused
-from job.export.answers import Answers, agreement, answer_logits, apart, loss, spread, spread_rows
-from job.export.fold import Lora, changed
-from job.export.places import DTYPES, Base
-from job.export.quantised import held_weights
-from job.model import Loaded
+from job.export.answers import Answers, agreement, answers, apart, loss, spread, spread_rows
+from job.export.places import Base
+from job.export.reference import Expected, adapters_of, beside, expected, jittered, samples, trained, trained_weights
+from job.model import Loaded, release
 from job.model.lora import group_of
-from job.model.transformers_backend import load_weights
+from job.model.memory import last_cure
+from job.model.oom_retry import MicroBatches
+from job.model.transformers_backend import Offload, load_weights
 from job.spec import GateSpec, JobSpec
 
-SAMPLE = 4096
-"""Numbers of each weight that are compared."""
 MOST_WRONG = 0.01
 """Share of them that may differ: float32 sums of another kind of device round otherwise now and then."""
 VISIBLE = 0.01
 """Adapters that move logits by less (a trial of few steps) cannot be told from rounding."""
-FLIPPED = 12
-MANTISSA = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
 
 
 @dataclass(frozen=True)
@@ -84,36 +78,86 @@ class Verdict:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Reference:
+    """All that is asked of base + adapter, on the CPU: what `tuned` and `untuned` say, what `jitter` (rounding alone) makes
+    of it, what the merged model's weights must be, and what the model said as it was `trained` in 4 bits, else None."""
+
+    batches: list[list[dict[str, Any]]]
+    tuned: list[Answers]
+    untuned: list[Answers]
+    jitter: list[Answers]
+    trained: list[Answers] | None
+    weights: dict[str, Expected]
+    groups: dict[str, dict[str, float]]
+
+
 def compare(
-    spec: JobSpec, loaded: Loaded, base: Base, adapter: Path, read_merged: Callable[[str], Any], rows: Any
+    spec: JobSpec,
+    loaded: Loaded,
+    base: Base,
+    read_merged: Callable[[str], Any],
+    rows: Any,
+    *,
+    let_go: Callable[[], None] = lambda: None,
+    offload: Offload | None = None,
 ) -> Verdict:
     """Measure the merged model, which `read_merged(precision)` loads, against base + adapter on `rows`.
 
     Both in the precision that was trained in; where that is 4bit, both in 16 bits, which is what merged weights are made
-    from and served in. `adapter` is read only then.
+    from and served in. One model at a time is in memory: `let_go` is called once nothing is wanted of `loaded.model` any
+    more, before another is read. `offload` says which part of a model in 16 bits stays outside the GPU, and is for a base
+    that was held in 4 bits.
     """
-    gate = spec.export.gate
+    reference = refer(spec, loaded, base, rows, let_go, offload)
     precision = "16bit" if loaded.precision == "4bit" else loaded.precision
-    batches = spread_rows(rows, gate.rows, spec.evaluation.batch_size)
-
-    def answers(model: Loaded, tuned: bool = True) -> list[Answers]:
-        return [answer_logits(model, batch, spec, tuned=tuned) for batch in batches]
-
-    trained = answers(loaded) if loaded.precision == "4bit" else None
     again = replace(loaded, model=read_merged(precision), precision=precision, backend="transformers")
-    merged, samples = answers(again), {name: sample(name, weight) for name, weight in again.model.named_parameters()}
-    del again  # its memory is wanted for the next one
-    torch.cuda.empty_cache()
-    reference = loaded if precision == loaded.precision else in_16_bits(spec, loaded, adapter)
-    tuned, untuned = answers(reference), answers(reference, tuned=False)
-    with jittered(reference.model, base):
-        jitter = answers(reference)
+    micro = micro_batches(spec, loaded)
+    merged = answers(again, reference.batches, spec, micro)
+    wrong = wrong_weights(reference.weights, samples(again.model))
+    return judge(spec, reference, merged, wrong)
+
+
+def refer(
+    spec: JobSpec, loaded: Loaded, base: Base, rows: Any, let_go: Callable[[], None], offload: Offload | None
+) -> Reference:
+    """Ask base + adapter all that the merged model is compared with, and let go of it."""
+    micro = micro_batches(spec, loaded)
+    batches = spread_rows(rows, spec.export.gate.rows, spec.evaluation.batch_size)
+    as_trained = None
+    adapted = trained(loaded)
+    if loaded.precision == "4bit":
+        as_trained = answers(loaded, batches, spec, micro)
+        adapters, others = adapters_of(loaded.model), trained_weights(loaded.model)
+        let_go()
+        whole = load_weights(spec.model, loaded.folder, loaded.device, "16bit", offload)
+        with torch.no_grad():
+            for name, weight in others.items():
+                whole.get_parameter(name).copy_(weight)
+        adapted = beside(loaded, whole, adapters)
+        del whole
+    tuned = answers(adapted.loaded, batches, spec, micro)
+    with adapted.silent():
+        untuned = answers(adapted.loaded, batches, spec, micro)
+    weights, groups = expected(adapted, base)
+    with jittered(adapted, base):
+        jitter = answers(adapted.loaded, batches, spec, micro)
+    if loaded.precision == "4bit":
+        release(adapted.loaded.model)
+    else:
+        let_go()
+    return Reference(batches, tuned, untuned, jitter, as_trained, weights, groups)
+
+
+def judge(spec: JobSpec, reference: Reference, merged: list[Answers], wrong: list[str]) -> Verdict:
+    """The figures of the verdict from what both sides said."""
+    tuned, untuned, jitter = reference.tuned, reference.untuned, reference.jitter
     scale = spread(tuned)
-    near = gate.max_mean_logit_difference * scale
+    near = spec.export.gate.max_mean_logit_difference * scale
     difference, largest = apart(tuned, merged)
-    weights, wrong = compare_weights(reference.model, base, samples)
+    before_merge = reference.trained
     return Verdict(
-        rows=sum(map(len, batches)),
+        rows=sum(map(len, reference.batches)),
         tokens=sum(len(batch.targets) for batch in tuned),
         mean_logit_difference=difference / scale,
         max_logit_difference=largest / scale,
@@ -122,14 +166,29 @@ def compare(
         rounding_token_agreement=agreement(tuned, jitter, near),
         mean_difference_from_base=apart(untuned, merged)[0] / scale,
         mean_effect_of_adapter=apart(untuned, tuned)[0] / scale,
-        difference_from_trained=(apart(trained, merged)[0] if trained else difference) / scale,
+        difference_from_trained=(apart(before_merge, merged)[0] if before_merge else difference) / scale,
         loss_base=loss(untuned),
-        loss_adapter=loss(trained or tuned),
+        loss_adapter=loss(before_merge or tuned),
         loss_merged=loss(merged),
-        weights=weights,
-        compared=len(samples),
+        weights=reference.groups,
+        compared=len(reference.weights),
         wrong=wrong,
     )
+
+
+def wrong_weights(right: dict[str, Expected], found: dict[str, Tensor]) -> list[str]:
+    """Names of weights that the merged model lacks, or that are not what they must be."""
+    wrong = []
+    for name, each in right.items():
+        there = found.get(name)
+        if there is None or not float(((there - each.sample).abs() <= each.tolerance).float().mean()) >= 1 - MOST_WRONG:
+            wrong.append(name)
+    return wrong
+
+
+def micro_batches(spec: JobSpec, loaded: Loaded) -> MicroBatches:
+    cure = f"lower export.gate.rows, shrink images with dataset.image_max_side, {last_cure(loaded.precision)}"
+    return MicroBatches(spec.evaluation.batch_size, "the gate", cure)
 
 
 def refuse(result: Verdict, spec: GateSpec) -> None:
@@ -161,97 +220,3 @@ def refuse(result: Verdict, spec: GateSpec) -> None:
         raise GateRefused(
             f"merged weights differ from base + adapter: {'; '.join(reasons)}; the adapter is published, merged is not"
         )
-
-
-def in_16_bits(spec: JobSpec, loaded: Loaded, adapter: Path) -> Loaded:
-    """The base read again in 16 bits, the adapter beside it, not folded. With `fold_onto: dequantised`, each weight that
-    `loaded` holds in 4 bits is what those stand for."""
-    from peft import PeftModel
-
-    base = load_weights(spec.model, loaded.folder, loaded.device, "16bit")
-    if spec.export.fold_onto == "dequantised":
-        with torch.no_grad():
-            for name, weight in held_weights(loaded.model).items():
-                base.get_parameter(name).copy_(weight())
-    model = PeftModel.from_pretrained(base, str(adapter)).eval()
-    return replace(loaded, model=model, precision="16bit", backend="transformers")
-
-
-def compare_weights(
-    model: Any, base: Base, samples: dict[str, Tensor]
-) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """Samples of the merged model's weights against the live base + adapter: counts by group, and names of the wrong."""
-    kept = {name: DTYPES.get(base.slots[key].dtype) for key, name in base.names.items()}
-    groups: dict[str, dict[str, float]] = {}
-    wrong = []
-    for name, weight, adapters in with_adapters(model):
-        dtype = kept.get(name) or weight.dtype
-        right = before = sample(name, weight)
-        if adapters is not None:
-            right = sample(name, changed(weight.detach(), adapters))
-            group = groups.setdefault(group_of(name) or "other", {"adapted": 0, "change": 0.0})
-            share = float((right - before).norm() / before.norm())
-            group["change"] = (group["change"] * group["adapted"] + share) / (group["adapted"] + 1)
-            group["adapted"] += 1
-        exact = weight.dtype == dtype or weight.dtype == torch.float32
-        tolerance = torch.zeros(()) if exact else right.abs() * 2.0 ** -MANTISSA[weight.dtype]
-        right, found = right.to(dtype).float(), samples.get(name)
-        if found is None or not float(((found - right).abs() <= tolerance).float().mean()) >= 1 - MOST_WRONG:
-            wrong.append(name)
-    return groups, wrong
-
-
-def with_adapters(model: Any) -> Iterator[tuple[str, Tensor, Lora | None]]:
-    """Weights of the base by their names in it, each with the adapter that is beside it."""
-    from peft.tuners.lora import LoraLayer
-
-    base = model.get_base_model()
-    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    for name, weight in base.named_parameters():
-        if ".original_module." in name or ".lora_" in name:
-            continue
-        module, _, last = name.rpartition(".base_layer.")
-        adapters = adapters_of(layers[module]) if module in layers and last == "weight" else None
-        yield name.replace(".base_layer.", ".").replace(".modules_to_save.default.", "."), weight, adapters
-
-
-def adapters_of(layer: Any) -> Lora:
-    """The live adapter of a layer, with the scale that PEFT uses."""
-    (adapter,) = layer.active_adapters
-    scale = float(layer.scaling[adapter])
-    if adapter in layer.lora_embedding_A:
-        return Lora(layer.lora_embedding_B[adapter].T, layer.lora_embedding_A[adapter].T, scale)
-    magnitude = layer.lora_magnitude_vector[adapter].weight if adapter in layer.lora_magnitude_vector else None
-    return Lora(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, scale, magnitude)
-
-
-def sample(name: str, weight: Tensor) -> Tensor:
-    """The same numbers of a weight each time, chosen by its name: float32 on the CPU."""
-    flat = weight.detach().flatten()
-    if len(flat) > SAMPLE:
-        chosen = torch.randint(len(flat), (SAMPLE,), generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
-        flat = flat[chosen.to(flat.device)]
-    return flat.float().cpu()
-
-
-@contextmanager
-def jittered(model: Any, base: Base) -> Iterator[None]:
-    """One adapted weight in twelve moved to its neighbour in the files' dtype; afterwards all are as they were."""
-    dtypes = {name: DTYPES.get(base.slots[key].dtype, torch.float32) for key, name in base.names.items()}
-    adapted = [(name, weight) for name, weight, adapters in with_adapters(model) if adapters is not None]
-    _flip(adapted, dtypes)
-    try:
-        yield
-    finally:
-        _flip(adapted, dtypes)
-
-
-@torch.no_grad()
-def _flip(weights: list[tuple[str, Tensor]], dtypes: dict[str, torch.dtype]) -> None:
-    """Flip the last bit that the files keep, in one number of twelve. Done twice, it undoes itself."""
-    for name, weight in weights:
-        bit = 1 << max(0, MANTISSA[weight.dtype] - MANTISSA[dtypes.get(name, weight.dtype)])
-        generator = torch.Generator(weight.device).manual_seed(zlib.crc32(name.encode()))
-        dice = torch.randint(FLIPPED, weight.shape, dtype=torch.uint8, device=weight.device, generator=generator)
-        integers = weight.data.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
-        integers ^= (dice == 0).to(integers.dtype) * bit

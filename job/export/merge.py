@@ -47,26 +47,16 @@ LEFT_OUT = {"README.md", "pytorch_model.bin.index.json", HERE}
 
 @dataclass(frozen=True)
 class Recipe:
-    """What merged weights are made of. `changes` and `held` go by the files' names of tensors.
-
-    `held` gives weights to fold onto in place of the files': those that were dequantised. `identity` tells whether what an
-    earlier attempt made is a part of the same.
-    """
+    """What merged weights are made of. `changes` go by the files' names of tensors; `identity` tells whether what an earlier
+    attempt made is a part of the same."""
 
     base: Base
     changes: Mapping[str, Change]
-    held: Mapping[str, Callable[[], Tensor]]
     device: torch.device
     identity: str
 
 
-def recipe(
-    base: Base,
-    adapter: Path,
-    changes: Mapping[str, Change],
-    held: Mapping[str, Callable[[], Tensor]],
-    device: torch.device,
-) -> Recipe:
+def recipe(base: Base, adapter: Path, changes: Mapping[str, Change], device: torch.device) -> Recipe:
     """`adapter` is the folder that `changes` were read from."""
     made_of = hashlib.sha256()
     for file in base.files:
@@ -75,10 +65,10 @@ def recipe(
     config = json.loads((adapter / "adapter_config.json").read_text())
     deciding = {name: config.get(name) for name in ("lora_alpha", "alpha_pattern", "use_rslora", "use_dora")}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    made_of.update(json.dumps([deciding, sorted(held), name], sort_keys=True).encode())
+    made_of.update(json.dumps([deciding, name], sort_keys=True).encode())
     with (adapter / "adapter_model.safetensors").open("rb") as weights:
         made_of.update(hashlib.file_digest(weights, "sha256").digest())
-    return Recipe(base, changes, held, device, made_of.hexdigest())
+    return Recipe(base, changes, device, made_of.hexdigest())
 
 
 def merge_to_folder(recipe: Recipe, into: Path) -> list[str]:
@@ -169,7 +159,7 @@ def pieces(recipe: Recipe, file: str) -> Generator[memoryview]:
 def _parts(recipe: Recipe, file: str, source: int) -> Iterator[Callable[[], memoryview]]:
     """What makes each piece of a file, which is open as the descriptor `source`."""
     slots = {key: slot for key, slot in recipe.base.slots.items() if slot.file == file}
-    touched = [key for key in slots if key in recipe.changes or key in recipe.held]
+    touched = [key for key in slots if key in recipe.changes]
     done = 0
     for key in sorted(touched, key=lambda key: slots[key].start):
         yield from _plain(recipe, source, done, slots[key].start)
@@ -189,12 +179,7 @@ def _folded(recipe: Recipe, source: int, key: str) -> memoryview:
     raw = _read(recipe, source, slot.start, slot.end)
     there = raw.view(DTYPES[slot.dtype]).view(slot.shape)
     with FOLDING:
-        weight = there.to(recipe.device)
-        if key in recipe.held:
-            weight = recipe.held[key]().to(weight)
-        if key in recipe.changes:
-            weight = changed(weight, recipe.changes[key])
-        there.copy_(weight)
+        there.copy_(changed(there.to(recipe.device), recipe.changes[key]))
     return raw.numpy().data
 
 

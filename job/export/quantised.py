@@ -1,40 +1,19 @@
-"""Weights in fewer bits: those that a base was held in while it trained, and merged ones for serving."""
+"""Merged weights in fewer bits, for serving."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from job.export.merge import copy_rest
 from job.model.lora import CONNECTOR, HEAD, VISION
+from job.model.transformers_backend import Offload, placement
 from job.spec import ModelSpec
 
 TOWERS = "|".join(sorted(VISION))
 UNTOUCHED = [f"re:.*{HEAD}", "re:.*embed_tokens.*", f"re:.*({TOWERS}).*", f"re:.*({CONNECTOR.pattern}).*"]
-
-
-def held_weights(model: Any) -> dict[str, Callable[[], Tensor]]:
-    """For each weight that the model holds in 4 bits, by its name in the base: what it stands for, made when asked for."""
-    found: dict[str, Callable[[], Tensor]] = {}
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        state = getattr(weight, "quant_state", None)
-        if state is not None:
-            layer = name.removeprefix("base_model.model.").removesuffix(".base_layer")
-            found[f"{layer}.weight"] = partial(_dequantised, weight, state)
-    return found
-
-
-def _dequantised(weight: Any, state: Any) -> Tensor:
-    from bitsandbytes.functional import dequantize_4bit
-
-    whole: Tensor = dequantize_4bit(weight.data, state)
-    return whole
 
 
 def write_nf4(spec: ModelSpec, merged: Path, into: Path, device: torch.device) -> Any:
@@ -54,7 +33,9 @@ def write_nf4(spec: ModelSpec, merged: Path, into: Path, device: torch.device) -
     return model
 
 
-def write_compressed(scheme: str, spec: ModelSpec, merged: Path, into: Path, device: torch.device) -> Any:
+def write_compressed(
+    scheme: str, spec: ModelSpec, merged: Path, into: Path, device: torch.device, offload: Offload | None = None
+) -> Any:
     """Write the merged weights of a folder in a scheme of compressed-tensors, file by file, as vLLM and SGLang serve it, and
     return the model.
 
@@ -65,10 +46,10 @@ def write_compressed(scheme: str, spec: ModelSpec, merged: Path, into: Path, dev
     from llmcompressor.entrypoints.model_free import model_free_ptq
 
     model_free_ptq(merged, into, scheme=scheme, ignore=UNTOUCHED, device=device)
-    return _load(spec, into, device)
+    return _load(spec, into, device, offload)
 
 
-def _load(spec: ModelSpec, folder: Path, device: torch.device, **how: Any) -> Any:
+def _load(spec: ModelSpec, folder: Path, device: torch.device, offload: Offload | None = None, **how: Any) -> Any:
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(
@@ -76,7 +57,7 @@ def _load(spec: ModelSpec, folder: Path, device: torch.device, **how: Any) -> An
         dtype=torch.bfloat16,
         attn_implementation=spec.attn_implementation,
         trust_remote_code=spec.trust_remote_code,
-        device_map={"": device},
+        **placement(device, offload),
         **how,
     )
     return model.eval()

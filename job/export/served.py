@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
+from job.export.places import Base
 from job.model import tiles
-from job.model.transformers_backend import DTYPES
+from job.model.transformers_backend import DTYPES, Offload, placement
 from job.spec import ModelSpec
 from job.store import Digest, Store
 
@@ -18,38 +20,46 @@ from job.store import Digest, Store
 def read_back(
     spec: ModelSpec,
     rest: Path,
+    base: Base,
     store: Store,
     prefix: str,
     files: Mapping[str, Digest],
     device: torch.device,
     precision: str,
+    offload: Offload | None = None,
 ) -> Any:
-    """The model of the weight files under `prefix/`, each checked against its digest. One at a time is on scratch.
+    """The model of the weight files under `prefix/`, each checked against its digest. One file at a time is on scratch, and one
+    copy of the weights in memory.
 
     The folder `rest` holds the configuration.
     """
-    from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    state: dict[str, torch.Tensor] = {}
+    config = AutoConfig.from_pretrained(rest, trust_remote_code=spec.trust_remote_code)
+    how = {"dtype": DTYPES[precision], "attn_implementation": spec.attn_implementation}
+    tensors = _tensors(rest, store, prefix, files)
+    if offload is None and base.names.keys() == base.slots.keys():
+        with torch.device(device):
+            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=spec.trust_remote_code, **how)
+        state = model.state_dict()
+        for key, tensor in tensors:
+            state[base.names[key]].copy_(tensor)
+    else:  # what the loader makes of several tensors, or leaves outside the GPU, is its own affair
+        with torch.device("meta"):  # the automatic class takes weights from a folder only
+            made = type(AutoModelForImageTextToText.from_config(config, trust_remote_code=spec.trust_remote_code))
+        state = {key: tensor.clone() for key, tensor in tensors}
+        model = made.from_pretrained(None, config=config, state_dict=state, **how, **placement(device, offload))
+    if spec.attn_implementation == "sdpa":
+        tiles.install(model)  # as on base + adapter
+    return model.eval()
+
+
+def _tensors(rest: Path, store: Store, prefix: str, files: Mapping[str, Digest]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of all files by their names in them, on the CPU, each a view of a file that goes when the next one comes."""
     for file, digest in files.items():
         with tempfile.TemporaryDirectory(dir=rest.parent) as folder:
             part = Path(folder) / file
             store.download(f"{prefix}/{file}", part, sha256=digest.sha256)
-            weights = load_file(part, device=str(device))
-            # On a CPU these are views of the file, which would then stay on scratch.
-            state |= {name: weight.clone() if device.type == "cpu" else weight for name, weight in weights.items()}
-    config = AutoConfig.from_pretrained(rest, trust_remote_code=spec.trust_remote_code)
-    with torch.device("meta"):  # the automatic class takes weights from a folder only
-        made = type(AutoModelForImageTextToText.from_config(config, trust_remote_code=spec.trust_remote_code))
-    model = made.from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        dtype=DTYPES[precision],
-        attn_implementation=spec.attn_implementation,
-        device_map={"": device},
-    )
-    if spec.attn_implementation == "sdpa":
-        tiles.install(model)  # as on base + adapter
-    return model.eval()
+            with safe_open(part, "pt") as stream:
+                for key in stream.keys():  # noqa: SIM118 - it is no mapping
+                    yield key, stream.get_tensor(key)

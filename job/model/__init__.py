@@ -78,6 +78,23 @@ def load_model(
     return transformers_backend.load(spec, folder, device, start, precision)
 
 
+def release(model: Any) -> None:
+    """Free the memory of a model's tensors, whoever still refers to it. It can be used no more.
+
+    Trainers, hooks and patches of the libraries keep references to a model that nobody wants any more.
+    """
+    from job.model.oom_retry import free_cached
+
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_meta:  # it waits elsewhere
+            continue
+        tensor.grad = None
+        tensor.data = tensor.data.new_empty(0)
+        if getattr(tensor, "quant_state", None) is not None:  # bitsandbytes' scales
+            tensor.quant_state = None
+    free_cached()
+
+
 def to_training(loaded: Loaded) -> None:
     """Adapters trainable, dropout on."""
     if loaded.backend == "unsloth":

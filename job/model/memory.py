@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+from job.model.fetch import BaseFacts
 from job.model.lora import Linear, group_of
 
 NF4_BYTES = 0.516
@@ -42,6 +43,12 @@ KEPT_AT_MOST = ((15, 4), (13, 6))
 ON_THEIR_WAY = 0.7
 """Share of the layers' inputs to count where they are moved to the host's memory. Fitted to two peaks, and the cause not seen:
 copies that are under way are one reading."""
+
+
+ANSWER = 128
+"""Tokens of an answer, at most, whose logits are counted: of a row's tokens most are the picture's and the question's."""
+LOGIT_BYTES = 10
+"""Of a logit while a loss is made of it: 16 bits, and 32 twice."""
 
 
 Kept = Literal["nothing", "inputs", "all"]
@@ -83,9 +90,6 @@ def memory(
     pictures: int = 1,
 ) -> Memory:
     """For rows of `tokens` text tokens and so many `pictures`; `groups` counts LoRA parameters by group."""
-    quantised = sum(layer.in_features * layer.out_features for name, layer in linears.items() if name != "lm_head")
-    in_16_bits = 2 * (parameters - quantised)
-    weights = {"4bit": in_16_bits + NF4_BYTES * quantised, "16bit": 2.0 * parameters, "32bit": 4.0 * parameters}
     lora = sum(groups.values())
     language, vision = widths(linears, "language"), widths(linears, "vision")
     seen = vision_tokens(config, tokens, pictures)
@@ -100,7 +104,47 @@ def memory(
     row = for_vision + max(for_language + reading, looking)  # the language model goes backward first
     one = vision_tokens(config, tokens, 1)
     once = WORKSPACE + (0 if trained else 4 * LOOK * one * vision.hidden / (6432 * 1280))
-    return Memory(int(weights[precision]), int(lora * (8 + OPTIMIZER_BYTES[optim]) + once), int(row))
+    return Memory(weights_of(linears, parameters, precision), int(lora * (8 + OPTIMIZER_BYTES[optim]) + once), int(row))
+
+
+def weights_of(linears: Mapping[str, Linear], parameters: int, precision: str) -> int:
+    """Bytes of a base in memory. 4 bits hold its linear layers but the head, and the rest in 16 bits."""
+    if precision != "4bit":
+        return {"16bit": 2, "32bit": 4}[precision] * parameters
+    quantised = sum(layer.in_features * layer.out_features for name, layer in linears.items() if name != "lm_head")
+    return int(2 * (parameters - quantised) + NF4_BYTES * quantised)
+
+
+def weight_bytes(base: BaseFacts, precision: str) -> int:
+    """`weights_of` a base by its facts."""
+    return weights_of(base.linears, base.parameters, precision)
+
+
+def asked_row(
+    config: Mapping[str, Any], linears: Mapping[str, Linear], tokens: int, pictures: int, new_tokens: int
+) -> float:
+    """Bytes that one row takes while a model is asked, without gradients: generation of `new_tokens`, or the loss of its answer.
+
+    The tower looks at all pictures of a batch first; what it said, keys and values, and the answer's logits come behind.
+    """
+    language, vision = widths(linears, "language"), widths(linears, "vision")
+    seen = vision_tokens(config, tokens, pictures)
+    looking = LOOK * seen * vision.hidden / (6432 * 1280)
+    keys = max(
+        (layer.out_features for name, layer in linears.items() if name.endswith("k_proj")), default=language.hidden
+    )
+    cache = 2.0 * 2 * keys * language.layers * (tokens + new_tokens)
+    answer = min(tokens, ANSWER)
+    reading = 2.0 * tokens * values(language, LAYER) + LOGIT_BYTES * answer * vocabulary(config, linears)
+    if config.get("model_type") == "mllama":
+        crossing = sum("cross_attn.q_proj" in name for name in linears)
+        reading += 2.0 * seen * (CROSS * language.hidden + 2 * keys * crossing)
+    return max(looking, cache + reading)
+
+
+def last_cure(precision: str) -> str:
+    """What is left to do where a model in `precision` and one row do not fit the GPU together."""
+    return "take a GPU with more memory" if precision == "4bit" else "set model.precision to 4bit, or take a larger GPU"
 
 
 def kept_by_towers(

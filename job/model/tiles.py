@@ -51,7 +51,9 @@ def install(model: Any) -> bool:
         gap = apart(tower)
         why = f"{gap:.2g} apart"
     except torch.OutOfMemoryError as error:
-        raise OutOfMemory("one attention of the vision tower does not fit the GPU beside the weights") from error
+        raise OutOfMemory(
+            "one attention of the vision tower does not fit the GPU beside the weights; take a larger GPU"
+        ) from error
     except Exception as error:  # of code that is not ours, and not what it was
         gap, why = float("inf"), f"{type(error).__name__}: {error}"
     if not gap < DIFFERENT:

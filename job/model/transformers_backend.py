@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from job.errors import OutOfMemory, SpecError
 from job.model import Loaded, tiles
 from job.model.lora import Linear, census, parameters, pattern, targets
+from job.model.memory import last_cure
 from job.spec import JobSpec, LoraSpec, ModelSpec
 
 DTYPES = {"16bit": torch.bfloat16, "32bit": torch.float32, "4bit": torch.bfloat16}
@@ -47,8 +49,31 @@ def make_recomputable(model: Any) -> None:
             layer.__class__ = made.setdefault(kind, type(kind.__name__, bases, {"__module__": kind.__module__}))
 
 
-def load_weights(spec: ModelSpec, folder: Path, device: torch.device, precision: str) -> Any:
-    """An `AutoModelForImageTextToText` in eval mode."""
+@dataclass(frozen=True)
+class Offload:
+    """A model of which a part stays outside the GPU: at most `room` bytes of its weights are on it, the others come for each
+    forward out of the weight files, which the host maps; `folder` is for what cannot be taken from there as it is."""
+
+    room: int
+    folder: Path
+
+
+def placement(device: torch.device, offload: Offload | None) -> dict[str, Any]:
+    """Where `from_pretrained` puts the weights."""
+    if offload is None:
+        return {"device_map": {"": device}}
+    memory: dict[Any, int] = {device.index or 0: offload.room, "cpu": 2**60} if device.type == "cuda" else {}
+    return {
+        "device_map": "auto",
+        "max_memory": memory or {"cpu": offload.room},
+        "offload_folder": str(offload.folder),
+    }
+
+
+def load_weights(
+    spec: ModelSpec, folder: Path, device: torch.device, precision: str, offload: Offload | None = None
+) -> Any:
+    """An `AutoModelForImageTextToText` in eval mode, on `device` or, with `offload`, partly outside it."""
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
     extra: dict[str, Any] = {}
@@ -64,14 +89,14 @@ def load_weights(spec: ModelSpec, folder: Path, device: torch.device, precision:
             dtype=DTYPES[precision],
             attn_implementation=spec.attn_implementation,
             trust_remote_code=spec.trust_remote_code,
-            device_map={"": device},
             use_safetensors=True,
+            **placement(device, offload),
             **extra,
         )
     except (OSError, ValueError, KeyError) as error:
         raise SpecError(f"model.name_or_path: {folder} is not a vision-language model: {first_line(error)}") from error
     except torch.OutOfMemoryError as error:
-        raise OutOfMemory("the base model does not fit the GPU; set model.precision to 4bit") from error
+        raise OutOfMemory(f"the base model does not fit the GPU; {last_cure(precision)}") from error
     if spec.attn_implementation == "sdpa":
         tiles.install(model)
     return model.eval()

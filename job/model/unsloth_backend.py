@@ -12,7 +12,7 @@ import torch  # isort: skip
 from job.errors import OutOfMemory, SpecError
 from job.model import Loaded, tiles
 from job.model.lora import census, parameters, targets
-from job.model.memory import Kept
+from job.model.memory import Kept, last_cure
 from job.model.transformers_backend import adapted, first_line, linears, load_adapter, load_processor, lora_settings
 from job.spec import JobSpec
 
@@ -38,7 +38,7 @@ def load(spec: JobSpec, folder: Path, device: torch.device, start: Path | None, 
             trust_remote_code=spec.model.trust_remote_code,
         )
     except torch.OutOfMemoryError as error:
-        raise OutOfMemory("the base model does not fit the GPU; set model.precision to 4bit") from error
+        raise OutOfMemory(f"the base model does not fit the GPU; {last_cure(precision)}") from error
     except (
         OSError,
         ValueError,

@@ -23,6 +23,7 @@ from job.errors import DataError, OutOfMemory, Preempted, SpecError
 from job.model import Loaded, to_generation, to_training
 from job.model.collator import Collator
 from job.model.frozen import Features, Frozen, base, frozen_vision
+from job.model.memory import last_cure
 from job.model.pictures import LAYOUTS, Layout, cut
 from job.plan import Plan
 from job.preemption import Preemption
@@ -322,9 +323,9 @@ def train(
             safety.leave()
             raise
         except torch.OutOfMemoryError as error:  # in the optimizer: the ladder has the rest
+            smaller = "" if spec.training.optim == "adamw_8bit" else "set training.optim to adamw_8bit, "
             raise OutOfMemory(
-                "the optimizer's state does not fit the GPU; lower lora.r, set training.optim to adamw_8bit, or set "
-                "model.precision to 4bit"
+                f"the optimizer's state does not fit the GPU; lower lora.r, {smaller}{last_cure(loaded.precision)}"
             ) from error
         finally:
             to_generation(loaded)

@@ -14,6 +14,7 @@ from job.attempt import Attempt
 from job.data import Data
 from job.errors import Unavailable
 from job.model import Loaded
+from job.model.memory import last_cure
 from job.model.transformers_backend import load_adapter
 from job.plan import Plan
 from job.preemption import Preemption
@@ -55,7 +56,9 @@ def _fit(
     record, preemption, first = attempt.record, attempt.preemption, attempt.ranks.rank == 0
     step = restored.manifest.step if restored else 0
     record.resume_numbers(restored.folder if restored else None)
-    ladder = Ladder(plan.micro_batch, thriftier(plan.kept, unsloth=loaded.backend == "unsloth"))
+    less_kept = thriftier(plan.kept, unsloth=loaded.backend == "unsloth")
+    cure = f"{less_kept}shrink images with dataset.image_max_side, lower training.max_length, {last_cure(loaded.precision)}"
+    ladder = Ladder(plan.micro_batch, cure)
     held_out = HeldOut(attempt, loaded, data.evaluation, ladder, group)
     if restored is not None:
         held_out.resume(restored.folder)

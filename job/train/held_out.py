@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -21,10 +22,12 @@ import torch
 from transformers import TrainerCallback
 
 from job.attempt import Attempt
-from job.errors import JobError, OutOfMemory, Preempted
+from job.errors import JobError, Preempted
 from job.evaluate import Rows, jsonl
 from job.evaluate.generate import answer
 from job.model import Loaded, to_generation, to_training
+from job.model.memory import last_cure
+from job.model.oom_retry import MicroBatches
 from job.model.transformers_backend import load_adapter
 from job.report import SAMPLES_KEY
 from job.train.callbacks import random_states, restore_random_states
@@ -137,11 +140,6 @@ class HeldOut(TrainerCallback):
         try:
             loss = self._mean()
             answers = self._answers(step)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(
-                "measuring on held-out rows while training does not fit the GPU; lower "
-                "training.per_device_train_batch_size or evaluation.eval_samples, or remove evaluation.eval_steps"
-            ) from error
         finally:
             to_training(self.loaded)
             restore_random_states(states)
@@ -152,13 +150,16 @@ class HeldOut(TrainerCallback):
     def _mean(self) -> float:
         """Mean loss of all answer tokens, weighted as in training; of those so far when a notice comes. Each rank takes its
         share of the rows."""
-        total, tokens, size = 0.0, 0.0, self.ladder.rows_at_once
+
+        def measure(places: Sequence[int]) -> list[tuple[float, float]]:
+            if self.attempt.preemption.requested:
+                return []
+            return [self.trainer.loss_of([self.rows[place] for place in places])]
+
         places = range(self.group.ranks.rank, len(self.rows), self.group.ranks.world)
-        for start in range(0, len(places), size):
-            if not self.attempt.preemption.requested:
-                rows = [self.rows[place] for place in places[start : start + size]]
-                loss, count = self.trainer.loss_of(rows)
-                total, tokens = total + loss * count, tokens + count
+        measured = self._micro_batches(self.ladder.rows_at_once).map(places, measure)
+        tokens = sum(count for _, count in measured)
+        total = sum(loss * count for loss, count in measured)
         with suppress(Preempted):  # the step's line of numbers is still to be written
             total, tokens = self.group.sums(total, tokens)
         return total / tokens if tokens else math.nan
@@ -169,12 +170,17 @@ class HeldOut(TrainerCallback):
             return []
         to_generation(self.loaded)
         frozen = self.trainer.frozen
+        micro = self._micro_batches(len(rows))
         with torch.no_grad(), frozen.pixels() if frozen else nullcontext():
-            said = answer(self.loaded, rows, self.spec.max_new_tokens)
+            said = micro.map(rows, lambda part: answer(self.loaded, list(part), self.spec.max_new_tokens))
         return [
             {"step": step, "id": row["id"], "reference": row["reference"], "generated": text}
             for row, (text, _) in zip(rows, said, strict=True)
         ]
+
+    def _micro_batches(self, size: int) -> MicroBatches:
+        cure = f"remove evaluation.eval_steps, shrink images with dataset.image_max_side, {last_cure(self.loaded.precision)}"
+        return MicroBatches(size, "measuring on held-out rows while training", cure)
 
     def _note(self, step: int, loss: float, answers: Rows) -> None:
         self.losses[step] = round(loss, 6) if math.isfinite(loss) else math.inf

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from job.errors import OutOfMemory
+from job.model.oom_retry import half
 
 log = logging.getLogger("job")
 
@@ -18,12 +17,12 @@ class Ladder:
     """How many rows go through the model at once: `rows_at_once` until the card says no, then half of it, down to one.
 
     The loss of every part is a sum over its tokens divided by those of the whole step, so a step in parts has the
-    gradients of a step in one, but for rounding. `advice` is the first cure to name when one row alone does not fit.
+    gradients of a step in one, but for rounding. `cure` says what to change when one row alone does not fit.
     """
 
-    def __init__(self, rows_at_once: int, advice: str = "") -> None:
+    def __init__(self, rows_at_once: int, cure: str = "take a GPU with more memory") -> None:
         self.rows_at_once = rows_at_once
-        self.advice = advice
+        self.cure = cure
 
     def climb(self, rows: int, model: Any, part: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
         """The summed loss of `part(start, stop)` over `rows` rows. Gradients of a failed try are taken back.
@@ -46,15 +45,7 @@ class Ladder:
             yield start, min(start + self.rows_at_once, rows)
 
     def _halve(self, tried: int, said: str) -> None:
-        gc.collect()  # the failed try's tensors hang on its frames until here
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if tried == 1:
-            raise OutOfMemory(
-                f"one row at a time does not fit the GPU; {self.advice}shrink images with dataset.image_max_side, lower "
-                f"training.max_length, or set model.precision to 4bit ({said})"
-            )
-        self.rows_at_once = tried // 2
+        self.rows_at_once = half(tried, f"one row at a time does not fit the GPU; {self.cure} ({said})")
         log.warning("out of GPU memory with %d rows at once; going on with %d (%s)", tried, self.rows_at_once, said)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from job.export.fold import Whole
+from job.export.fold import Change, Whole
 from job.export.merge import Recipe, merge_to_folder, merge_to_store
 from job.export.places import Base, Slot
 from job.model.fetch import read_header
@@ -16,7 +16,7 @@ from job.store import open_store
 
 
 def recipe(folder: Path, seconds: float) -> Recipe:
-    """One weight is held elsewhere, and takes so long to be had."""
+    """One weight is changed, and its change takes so long to be had."""
     slots: dict[str, Slot] = {}
     for file in sorted(folder.glob("*.safetensors")):
         header, begin = read_header(file)
@@ -25,15 +25,22 @@ def recipe(folder: Path, seconds: float) -> Recipe:
             slots[key] = Slot(file.name, entry["dtype"], tuple(entry["shape"]), begin + start, begin + end)
     base = Base(folder, tuple(sorted({slot.file for slot in slots.values()})), slots, {}, {})
     last = max((slot.start, key) for key, slot in slots.items() if slot.file == base.files[1])[1]
-    shape = slots[last].shape
+    change = Whole(torch.full(slots[last].shape, 2.0))
+    return Recipe(base, Stalling({last: change}, seconds), torch.device("cpu"), "one")
 
-    def weight() -> torch.Tensor:
-        if seconds:
+
+class Stalling(dict[str, Change]):
+    """Changes that take so long to be had."""
+
+    def __init__(self, changes: dict[str, Change], seconds: float) -> None:
+        super().__init__(changes)
+        self.seconds = seconds
+
+    def __getitem__(self, key: str) -> Change:
+        if self.seconds:
             print("stalled", flush=True)
-            time.sleep(seconds)
-        return torch.ones(shape)
-
-    return Recipe(base, {last: Whole(torch.full(shape, 2.0))}, {last: weight}, torch.device("cpu"), "one")
+            time.sleep(self.seconds)
+        return super().__getitem__(key)
 
 
 def merge(todo: Recipe, into: Path, way: str) -> list[str]:

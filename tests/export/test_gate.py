@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from job.export.merge import copy_rest, merge_to_folder, merge_to_store, recipe
 from job.export.places import Base, changes, read_adapter, read_base
 from job.export.served import read_back
 from job.model import Loaded
-from job.model.transformers_backend import adapted, load_weights
+from job.model.transformers_backend import Offload, adapted, load, load_weights
 from job.spec import JobSpec
 from job.store import open_store
 from job.store.protocol import Corrupt
@@ -43,10 +43,10 @@ def export(base: Path, into: Path, size: float, **lora: Any) -> Made:
     return merge(loaded, into)
 
 
-def merge(loaded: Loaded, into: Path, held: dict[str, Any] | None = None) -> Made:
+def merge(loaded: Loaded, into: Path) -> Made:
     loaded.model.save_pretrained(into / "adapter")
     base = read_base(loaded.folder)
-    todo = recipe(base, into / "adapter", changes(base, *read_adapter(into / "adapter")), held or {}, CPU)
+    todo = recipe(base, into / "adapter", changes(base, *read_adapter(into / "adapter")), CPU)
     merge_to_folder(todo, into / "merged")
     copy_rest(loaded.folder, into / "merged")
     return Made(loaded, base, into / "adapter", into / "merged")
@@ -66,12 +66,12 @@ def altered(made: Made, into: Path, alter: Callable[[dict[str, torch.Tensor], di
     return into
 
 
-def measure(made: Made, folder: Path, spec: JobSpec = SPEC) -> Verdict:
-    return compare(spec, made.loaded, made.base, made.adapter, partial(load_weights, spec.model, folder, CPU), ROWS)
+def measure(made: Made, folder: Path, spec: JobSpec = SPEC, **how: Any) -> Verdict:
+    return compare(spec, made.loaded, made.base, partial(load_weights, spec.model, folder, CPU), ROWS, **how)
 
 
-def judge(made: Made, folder: Path, spec: JobSpec = SPEC) -> Verdict:
-    verdict = measure(made, folder, spec)
+def judge(made: Made, folder: Path, spec: JobSpec = SPEC, **how: Any) -> Verdict:
+    verdict = measure(made, folder, spec, **how)
     refuse(verdict, spec.export.gate)
     return verdict
 
@@ -179,14 +179,50 @@ def test_trained_biases_are_in_both(tiny: Callable[..., Path], tmp_path: Path) -
     judge(made, made.merged)
 
 
+def test_a_model_of_which_a_part_waits_outside_gets_the_same_verdict(
+    family: str, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As for a base that was held in 4 bits on a card too small for 16: it and the merged model come part by part."""
+    base = tiny(family, torch.bfloat16)
+    loaded = perturb(replace(load(job_spec(lora={"r": 4}), base, CPU, None, "16bit"), precision="4bit"), 0.05)
+    made = merge(loaded, tmp_path)
+    size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    offload = Offload(size // 2, tmp_path / "offloaded")
+    parts = []
+
+    def read(precision: str) -> Any:
+        model = load_weights(SPEC.model, made.merged, CPU, precision, offload)
+        parts.append({weight.device.type for weight in model.parameters()})
+        return model
+
+    parted = compare(SPEC, loaded, made.base, read, ROWS, offload=offload)
+    assert parts == [{"cpu", "meta"}]
+    assert parted == measure(made, made.merged)
+    assert parted.wrong == []
+    assert parted.mean_logit_difference < 2 * parted.rounding_logit_difference
+
+
+@pytest.mark.parametrize("family", ["llava"], scope="module")
+def test_biases_trained_beside_a_base_in_4_bits_are_in_both(
+    family: str, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    loaded = load(job_spec(lora={"r": 4, "bias": "all"}), tiny(family, torch.bfloat16), CPU, None, "16bit")
+    with torch.no_grad():
+        for name, weight in loaded.model.named_parameters():
+            if name.endswith("bias"):
+                weight.add_(0.2)
+    made = merge(replace(loaded, precision="4bit"), tmp_path)
+    judge(made, made.merged)
+
+
 @pytest.mark.parametrize("family", ["mllama"], scope="module")
 def test_weights_are_read_back_from_the_store_that_they_were_sent_to(family: str, made: Made, tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
-    todo = recipe(made.base, made.adapter, changes(made.base, *read_adapter(made.adapter)), {}, CPU)
+    todo = recipe(made.base, made.adapter, changes(made.base, *read_adapter(made.adapter)), CPU)
     sent = merge_to_store(todo, store, "merged", lambda: None)
     copy_rest(made.base.folder, tmp_path / "rest")
-    read = partial(read_back, SPEC.model, tmp_path / "rest", store, "merged", sent, CPU)
-    assert compare(SPEC, made.loaded, made.base, made.adapter, read, ROWS) == judge(made, made.merged)
+    read = partial(read_back, SPEC.model, tmp_path / "rest", made.base, store, "merged", sent, CPU)
+    assert compare(SPEC, made.loaded, made.base, read, ROWS) == judge(made, made.merged)
     assert not list(tmp_path.glob("**/part*"))
     path = tmp_path / "store" / "merged" / made.base.files[0]
     content = bytearray(path.read_bytes())

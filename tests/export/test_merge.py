@@ -63,7 +63,7 @@ def sharded(base: Path, into: Path, rename: Callable[[str], str] = lambda key: k
 
 def recipe_of(folder: Path, adapter: Path) -> Recipe:
     base = read_base(folder)
-    return recipe(base, adapter, changes(base, *read_adapter(adapter)), {}, CPU)
+    return recipe(base, adapter, changes(base, *read_adapter(adapter)), CPU)
 
 
 def merge(folder: Path, adapter: Path, into: Path) -> Base:

@@ -1,0 +1,62 @@
+"""Halves the micro-batch on out-of-memory, down to one row."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+from job.errors import OutOfMemory
+
+log = logging.getLogger("job")
+
+Row = TypeVar("Row")
+Made = TypeVar("Made")
+
+
+class MicroBatches:
+    """Runs work without gradients over rows, `size` of them at once until GPU memory runs out, then half as many.
+
+    `what` names the work in messages; `cure` says what to change when one row alone does not fit.
+    """
+
+    def __init__(self, size: int, what: str, cure: str) -> None:
+        self.size, self.what, self.cure = size, what, cure
+
+    def map(self, rows: Sequence[Row], work: Callable[[Sequence[Row]], list[Made]]) -> list[Made]:
+        """What `work` returns for each micro-batch, joined. Raises OutOfMemory when one row alone does not fit."""
+        found: list[Made] = []
+        done = 0
+        while done < len(rows):
+            part = rows[done : done + self.size]
+            try:
+                made = work(part)
+            except torch.OutOfMemoryError as error:
+                said = str(error).partition("\n")[0]
+            else:
+                found, done = found + made, done + len(part)
+                continue
+            self.size = half(len(part), f"{self.what} does not fit the GPU; {self.cure} ({said})")
+            log.warning("%s: out of GPU memory with %d rows; going on with %d", self.what, len(part), self.size)
+        return found
+
+
+def half(rows: int, refusal: str) -> int:
+    """Half of `rows`, with the memory of the failed try freed. Raises OutOfMemory with `refusal` where one row failed.
+
+    Call it behind the `except` block: the failed try's tensors hang on the frames of the exception.
+    """
+    free_cached()
+    if rows == 1:
+        raise OutOfMemory(refusal)
+    return rows // 2
+
+
+def free_cached() -> None:
+    """Give back what nobody refers to any more, also to other processes on the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
