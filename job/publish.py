@@ -153,7 +153,7 @@ def publish(attempt: Attempt, data: Data, exported: Exported, facts: dict[str, A
             "taken": facts["lineage"]["taken"],
             "metrics": facts["metrics"] and {k: facts["metrics"][k] for k in ("before", "after", "change")},
             "gate": exported.gate,
-            "lineage": facts["lineage"],
+            "lineage": facts["lineage"] | {"stages": dict(record.stages)},
             "hub": pushed,
             "files": {key: digest._asdict() for key, digest in files.items()},
         }

@@ -1,17 +1,21 @@
 """What a run says about itself."""
 
 import json
+import mmap
 import os
+import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from job.errors import DataError, Preempted
-from job.record import Record, bytes_text
+from job.peaks import SAMPLE_SECONDS
+from job.record import Record, bytes_text, peaks_text
 from job.store import open_store
 from tests.s3 import address
 from tests.store.proxy import Proxy
@@ -19,7 +23,9 @@ from tests.store.proxy import Proxy
 
 @pytest.fixture
 def record(tmp_path: Path) -> Record:
-    return Record(open_store(str(tmp_path / "output")), tmp_path, name="test", attempt=1)
+    folder = tmp_path / "scratch" / "job"
+    folder.mkdir(parents=True)
+    return Record(open_store(str(tmp_path / "output")), folder, name="test", attempt=1)
 
 
 def status(tmp_path: Path) -> dict[str, Any]:
@@ -47,8 +53,6 @@ def test_a_good_ending_is_published(record: Record, tmp_path: Path):
 
 
 def test_the_heartbeat_carries_the_latest_numbers(record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import time
-
     import job.record
 
     monkeypatch.setattr(job.record, "HEARTBEAT_SECONDS", 0.05)
@@ -118,3 +122,74 @@ def test_a_scratch_from_which_nothing_can_be_executed_is_told_where_kernels_are_
     assert check("true") == ""
     said = check(f"mount -t tmpfs -o noexec none {tmp_path}")
     assert f"NotAllowed: scratch folder {tmp_path} is mounted noexec" in said
+
+
+def stages(tmp_path: Path) -> dict[str, Any]:
+    return status(tmp_path)["stages"]
+
+
+def test_a_stage_shows_what_it_held_at_most_and_the_next_one_does_not(record: Record, tmp_path: Path):
+    with record.kept():
+        with record.stage("large"):
+            held = bytearray(b"1") * 200_000_000
+            record.peaks.sample()
+            del held
+        with record.stage("small"):
+            pass
+    large, small = stages(tmp_path)["large"], stages(tmp_path)["small"]
+    for name in ("host_peak", "host_anonymous"):
+        assert 190_000_000 < large[name] - small[name] < 260_000_000
+
+
+def test_memory_that_is_held_for_a_moment_is_seen(record: Record, tmp_path: Path):
+    with record.kept(), record.stage("short"):
+        before = record.peaks.end()["host_anonymous"]
+        held = bytearray(b"1") * 200_000_000
+        time.sleep(3 * SAMPLE_SECONDS)
+        del held
+    assert stages(tmp_path)["short"]["host_anonymous"] > before + 190_000_000
+
+
+def test_mapped_files_count_as_host_memory_and_not_as_anonymous(record: Record, tmp_path: Path):
+    (tmp_path / "weights").write_bytes(bytes(200_000_000))
+    with record.kept():
+        with (
+            record.stage("mapped"),
+            (tmp_path / "weights").open() as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+        ):
+            assert sum(mapped[::4096]) == 0
+        with record.stage("small"):
+            pass
+    mapped, small = stages(tmp_path)["mapped"], stages(tmp_path)["small"]
+    assert mapped["host_peak"] - small["host_peak"] > 190_000_000
+    assert abs(mapped["host_anonymous"] - small["host_anonymous"]) < 50_000_000
+
+
+def test_scratch_counts_what_lies_there_at_the_end_and_a_linked_file_once(tmp_path: Path):
+    folder = tmp_path / "scratch" / "job"
+    folder.mkdir(parents=True)
+    record = Record(open_store(str(tmp_path / "output")), folder)
+    with record.kept(), record.stage("merge"):
+        (folder.parent / "cached").write_bytes(bytes(3_000_000))
+        (folder / "merged").write_bytes(bytes(5_000_000))
+        (folder / "again").hardlink_to(folder / "merged")
+    assert 8_000_000 <= stages(tmp_path)["merge"]["scratch"] < 8_200_000
+
+
+def test_a_stage_that_fails_leaves_its_peaks(record: Record, tmp_path: Path):
+    with pytest.raises(DataError), record.kept(), record.stage("train"):
+        raise DataError("row 3 is bad")
+    assert {"seconds", "host_peak", "scratch"} <= stages(tmp_path)["train"].keys()
+    assert record.seconds == {}
+
+
+def test_the_log_line_of_a_stage_ends_with_its_peaks(record: Record, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO", "job"), record.stage("export") as facts:
+        facts.append("merged 21.3 GB")
+    size = r"[\d.]+ [kMG]?B"
+    assert re.fullmatch(
+        rf"export: [\d.]+ s; merged 21.3 GB, host {size} \({size} anonymous\), scratch {size}", caplog.messages[0]
+    )
+    gpu = {"seconds": 1.0, "device_peak": 31.9e9, "device_reserved": 32.5e9}
+    assert peaks_text(gpu) == ["device 31.9 GB (32.5 GB reserved)"]

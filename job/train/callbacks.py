@@ -76,7 +76,7 @@ class Numbers(TrainerCallback):
             **rank_waits(self.trainer.waits_of_step),
             rows_at_once=self.trainer.ladder.rows_at_once,
             rows=list(self.trainer.rows_of_step),
-            **gpu_numbers(),
+            **gpu_numbers(self.record.peaks),
         )
         self.trainer.rows_of_step.clear()
         self.trainer.waits_of_step.clear()

@@ -7,18 +7,21 @@ import warnings
 
 import torch
 
+from job.peaks import Peaks
 
-def gpu_numbers() -> dict[str, float]:
+
+def gpu_numbers(peaks: Peaks) -> dict[str, float]:
     """`gpu_memory_peak_gb` (allocated, since the last call), `gpu_memory_reserved_gb`, and from NVML `gpu_utilization`
     (percent of the last sample period in which a kernel ran) and `gpu_power_watts`. Empty without a GPU.
     """
-    if not torch.cuda.is_available():
+    found = peaks.take_device()
+    if found is None:
         return {}
+    allocated, reserved = found
     numbers = {
-        "gpu_memory_peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3),
-        "gpu_memory_reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 3),
+        "gpu_memory_peak_gb": round(allocated / 1e9, 3),
+        "gpu_memory_reserved_gb": round(reserved / 1e9, 3),
     }
-    torch.cuda.reset_peak_memory_stats()
     if importlib.util.find_spec("pynvml") is None:
         return numbers
     try:

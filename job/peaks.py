@@ -1,0 +1,95 @@
+"""The peaks of a stage: how much of the device, of host memory and of scratch it used at most."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+SAMPLE_SECONDS = 0.5
+"""Between two looks at anonymous memory, of which the kernel keeps no peak."""
+WALK_SECONDS = 1.0
+"""A scratch folder that takes longer to count (a million files, a slow network) is not counted."""
+
+
+class Peaks:
+    """Peaks since `begin`, in bytes. A figure that this machine does not tell is left out of `end`.
+
+    `device_peak` and `device_reserved` are what torch allocated and reserved on the current CUDA device. `host_peak` is the
+    resident memory of this process (VmHWM), mapped weight files included, which the kernel can drop; `host_anonymous` is
+    the part that no file backs (RssAnon and RssShmem of /proc/self/status), looked at every `SAMPLE_SECONDS`. Where
+    /proc/self/clear_refs cannot be written, `host_peak` counts from the start of the process. `scratch` is what lies below
+    the scratch folder, in blocks of the file system.
+    """
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+        self._found: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        self.take_device()
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM: proc_pid_clear_refs(5)
+        with self._lock:
+            self._found = {}
+
+    def end(self) -> dict[str, int]:
+        self.take_device()
+        self.sample()
+        self.walk()
+        self._raise("host_peak", _status("VmHWM"))
+        names = ("device_peak", "device_reserved", "host_peak", "host_anonymous", "scratch")
+        return {name: self._found[name] for name in names if name in self._found}
+
+    def take_device(self) -> tuple[int, int] | None:
+        """Allocated and reserved peak since the last call, which torch then counts anew; None where CUDA is not in use."""
+        cuda = sys.modules.get("torch.cuda")  # importing torch takes seconds, and a light command never does
+        if cuda is None or not hasattr(cuda, "is_initialized") or not cuda.is_initialized():  # half imported, or unused
+            return None
+        found = int(cuda.max_memory_allocated()), int(cuda.max_memory_reserved())
+        cuda.reset_peak_memory_stats()
+        self._raise("device_peak", found[0])
+        self._raise("device_reserved", found[1])
+        return found
+
+    def sample(self) -> None:
+        """Look at anonymous memory."""
+        self._raise("host_anonymous", _status("RssAnon", "RssShmem"))
+
+    def walk(self) -> None:
+        """Look at scratch."""
+        self._raise("scratch", used_bytes(self._scratch, WALK_SECONDS))
+
+    def _raise(self, name: str, value: int | None) -> None:
+        if value is not None:
+            with self._lock:
+                self._found[name] = max(value, self._found.get(name, 0))
+
+
+def used_bytes(folder: Path, seconds: float) -> int | None:
+    """Bytes of disk below a folder, a file with several names once; None when counting takes longer than `seconds`."""
+    deadline, total, linked = time.monotonic() + seconds, 0, set[int]()
+    for place, _, files in os.walk(folder):
+        for name in files:
+            with suppress(OSError):  # gone meanwhile
+                entry = os.lstat(os.path.join(place, name))  # noqa: PTH118 - a Path for each of many files is slow
+                if entry.st_nlink == 1 or entry.st_ino not in linked:
+                    total += entry.st_blocks * 512
+                if entry.st_nlink > 1:
+                    linked.add(entry.st_ino)
+            if time.monotonic() > deadline:
+                return None
+    return total
+
+
+def _status(*names: str) -> int | None:
+    """The sum of these lines of /proc/self/status, in bytes; None where there is no such file or line."""
+    with suppress(OSError):
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        if all(name in lines for name in names):
+            return sum(int(lines[name].split()[0]) for name in names) * 1024
+    return None
