@@ -204,9 +204,6 @@ class CheckpointSpec(Section):
     """Newest checkpoints to keep."""
     keep_every: PositiveInt | None = None
     """Also keep each checkpoint whose step is a multiple of this."""
-    compile_cache: bool = True
-    """Keep compiled GPU code in the output, so that a job resumed on a new node does not compile again. It is code: set
-    false where others than the job can write to the output."""
 
 
 class PreemptionSpec(Section):
@@ -390,7 +387,6 @@ HARMLESS = frozenset(
         "checkpoint.save_steps",
         "checkpoint.keep",
         "checkpoint.keep_every",
-        "checkpoint.compile_cache",
         "preemption.spot_notices",
         "preemption.max_attempts_without_progress",
         "export.scratch_copy",
