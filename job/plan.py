@@ -10,6 +10,7 @@ from job.errors import SpecError
 from job.facts import Facts
 from job.model.lora import GROUPS, parameters, targets
 from job.model.memory import Kept, Memory
+from job.planning.compile import can_compile, compiles, compiling_text
 from job.preemption import FITS
 from job.record import bytes_text
 from job.room import by_unsloth, fits, fitted, held_precision, refuse_many, share_of_batch, thriftier
@@ -39,7 +40,7 @@ class Stage:
 @dataclass(frozen=True)
 class Plan:
     """Sizes in bytes; `micro_batch` × `accumulation` × `world` = the effective batch. `kept` is what stays on the device for
-    the backward."""
+    the backward; with `compile`, whole micro-batches of training go through torch.compile."""
 
     stages: tuple[Stage, ...]
     total_steps: int | None
@@ -48,6 +49,7 @@ class Plan:
     world: int
     precision: str
     kept: Kept
+    compile: bool = False
     groups: dict[str, int] = field(default_factory=dict)
     estimates: dict[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -78,6 +80,7 @@ def make_plan(spec: JobSpec, facts: Facts) -> Plan:
         world=facts.world,
         precision=precision,
         kept=kept,
+        compile=compiles(spec, facts, total),
         groups=groups,
         estimates=estimates(spec, facts, groups, memory, micro),
         warnings=tuple(warnings(spec, facts, total, memory, cure)),
@@ -264,6 +267,8 @@ def describe(spec: JobSpec, plan: Plan, facts: Facts) -> str:
         lines += [f"  {group:<20} {count:>12,}" for group, count in plan.groups.items()]
     if facts.base is not None and facts.device is not None and facts.device.kind == "cuda":
         lines.append(f"kept on the GPU for the backward: {KEPT_TEXT[plan.kept]}")
+    if can_compile(spec, facts):
+        lines.append(compiling_text(spec, facts, plan.total_steps))
     lines += [f"estimate: {name} {bytes_text(size)}" for name, size in plan.estimates.items()]
     if facts.device is not None:
         lines.append(f"device: {facts.device.name}, {bytes_text(facts.device.memory)}")
