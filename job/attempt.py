@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from job.model.compile_cache import CompileCache
 from job.preemption import Preemption
 from job.ranks import ONE, Ranks
 from job.record import Record
@@ -16,8 +15,8 @@ from job.store.lease import Lease
 
 @dataclass(frozen=True)
 class Attempt:
-    """`number` counts from 1 over all attempts at this output; `scratch` is this job's own folder on the node; `compiled`
-    is None where nothing is compiled (a CPU), or its keeping switched off; `ranks` are this process and those it works with."""
+    """`number` counts from 1 over all attempts at this output; `scratch` is this job's own folder on the node; `ranks`
+    are this process and those it works with."""
 
     spec: JobSpec
     store: Store
@@ -26,5 +25,4 @@ class Attempt:
     record: Record
     preemption: Preemption
     number: int
-    compiled: CompileCache | None = None
     ranks: Ranks = ONE

@@ -53,12 +53,22 @@ def is_published(store: Store, spec: JobSpec) -> bool:
 def check_owner(store: Store, spec: JobSpec) -> bool:
     """Whether the output holds a run of another spec, to be deleted. Raises SpecError when the spec does not say so, unless
     that run came to nothing: its spec was wrong, say, and has been mended."""
-    stored = stored_spec(store)
+    try:
+        stored = stored_spec(store)
+    except SpecError:
+        if _refuses(store, spec):
+            raise
+        return True
     if stored is None or stored.digest == spec.digest:
         return False
-    if spec.output.on_conflict == "refuse" and any(entry.key.startswith(WORK) for entry in store.list()):
+    if _refuses(store, spec):
         raise SpecError(_conflict(store, spec))
     return True
+
+
+def _refuses(store: Store, spec: JobSpec) -> bool:
+    """Whether the output holds work that the spec does not give up."""
+    return spec.output.on_conflict == "refuse" and any(entry.key.startswith(WORK) for entry in store.list())
 
 
 def begin(store: Store, spec: JobSpec) -> int:
@@ -121,7 +131,8 @@ def _places(deaths: list[dict[str, Any]]) -> list[str]:
 
 
 def stored_spec(store: Store) -> JobSpec | None:
-    """The spec of the run that the output holds."""
+    """The spec of the run that the output holds. Raises SpecError when another version of this program wrote it, with fields
+    that are unknown here."""
     try:
         text = store.read(SPEC_KEY).decode()
     except Preempted:
@@ -130,7 +141,14 @@ def stored_spec(store: Store) -> JobSpec | None:
         if error.exit_code == 65:
             return None
         raise
-    return validate(parse(text))
+    try:
+        return validate(parse(text))
+    except SpecError as error:
+        problems = "; ".join(line.removeprefix("  - ") for line in str(error).splitlines()[1:])
+        raise SpecError(
+            f"output.url: {store.url} holds a run of another version of this program, whose spec.yaml does not fit this one "
+            f"({problems}). Choose another output, run that version, or set output.on_conflict to restart, which deletes that run"
+        ) from error
 
 
 def _conflict(store: Store, spec: JobSpec) -> str:

@@ -10,6 +10,7 @@ from job.errors import SpecError
 from job.facts import Facts
 from job.model.lora import GROUPS, parameters, targets
 from job.model.memory import Kept, Memory, last_cure, weight_bytes
+from job.planning.compile import can_compile, compiles, compiling_text
 from job.planning.device_memory import gate_room, offload_seconds, stage_memory
 from job.preemption import FITS
 from job.record import bytes_text
@@ -41,7 +42,8 @@ class Stage:
 class Plan:
     """Sizes in bytes; `micro_batch` × `accumulation` × `world` = the effective batch. `kept` is what stays on the device for
     the backward; `device_memory` the peak of each stage on a GPU; `gate_room` the bytes of weights that the GPU holds while the
-    gate asks a model in 16 bits, None where it holds all."""
+    gate asks a model in 16 bits, None where it holds all. With `compile`, whole micro-batches of training go through
+    torch.compile."""
 
     stages: tuple[Stage, ...]
     total_steps: int | None
@@ -52,6 +54,7 @@ class Plan:
     kept: Kept
     gate_room: int | None = None
     device_memory: dict[str, int] = field(default_factory=dict)
+    compile: bool = False
     groups: dict[str, int] = field(default_factory=dict)
     estimates: dict[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -88,6 +91,7 @@ def make_plan(spec: JobSpec, facts: Facts) -> Plan:
         kept=kept,
         gate_room=room,
         device_memory=stage_memory(spec, facts, groups, precision, memory, micro, room),
+        compile=compiles(spec, facts, total),
         groups=groups,
         estimates=estimates(spec, facts, groups, memory, micro),
         warnings=tuple(warnings(spec, facts, total, memory, cure, precision)),
@@ -283,6 +287,8 @@ def describe(spec: JobSpec, plan: Plan, facts: Facts) -> str:
             f"gate: of {bytes_text(weights)} of weights in 16 bits the GPU holds {bytes_text(plan.gate_room)}; the others come "
             f"out of host memory, for about {offload_seconds(spec, weights, plan.gate_room):.0f} s in all"
         )
+    if can_compile(spec, facts):
+        lines.append(compiling_text(spec, facts, plan.total_steps))
     lines += [f"estimate: {name} {bytes_text(size)}" for name, size in plan.estimates.items()]
     if facts.device is not None:
         lines.append(f"device: {facts.device.name}, {bytes_text(facts.device.memory)}")

@@ -19,7 +19,6 @@ from job.errors import SpecError
 from job.export import check_mergeable, hub
 from job.metrics import serving, writing
 from job.model import choose_backend, import_first, load_model
-from job.model.compile_cache import CompileCache
 from job.packages import check_packages
 from job.plan import Plan, describe, make_plan
 from job.preemption import Preemption, positive
@@ -30,7 +29,7 @@ from job.spec import JobSpec
 from job.spot import watching
 from job.store import ReadOnly, Store, check_writable, open_store
 from job.store.lease import Lease, acquire
-from job.survey import Survey, arriving, compile_cache, find_device, keep_within, survey, torch_device
+from job.survey import Survey, arriving, find_device, keep_within, survey, torch_device
 
 log = logging.getLogger("job")
 
@@ -76,11 +75,11 @@ def lead(spec: JobSpec, environment: MutableMapping[str, str], ranks: Ranks, scr
             with record.stage("stage in"):
                 hub.check_token(spec.export.hub)
                 try:
-                    found, backend, compiled = stage_in(spec, environment, store, scratch, ranks)
+                    found, backend = stage_in(spec, environment, store, scratch, ranks)
                 except BadRows as error:
                     store.write(QUARANTINE_KEY, as_jsonl(error.rows))
                     raise
-            attempt = Attempt(spec, store, lease, scratch, record, preemption, number, compiled, ranks)
+            attempt = Attempt(spec, store, lease, scratch, record, preemption, number, ranks)
             plan = ranks.shared("plan", make_plan(spec, found.facts))
             log.info("%s", describe(spec, plan, found.facts))
             data, base = found.data, found.base
@@ -129,7 +128,7 @@ def follow(spec: JobSpec, environment: MutableMapping[str, str], ranks: Ranks, s
         with preemption.leave_at_once():
             number = ranks.shared("attempt", 0)
             with record.stage("stage in"):
-                found, backend, _ = stage_in(spec, environment, store, scratch, ranks)
+                found, backend = stage_in(spec, environment, store, scratch, ranks)
             plan: Plan | None = ranks.shared("plan", None)
             assert found.data is not None
             assert found.base is not None
@@ -140,7 +139,7 @@ def follow(spec: JobSpec, environment: MutableMapping[str, str], ranks: Ranks, s
 
                 loaded = load_model(spec, found.base, torch_device(), backend, plan.precision, plan.kept, found.adapter)
         lease = Lease(open_store(str(own)), f"rank {ranks.rank}", ttl)
-        attempt = Attempt(spec, store, lease, own, record, preemption, number, None, ranks)
+        attempt = Attempt(spec, store, lease, own, record, preemption, number, ranks)
         for task, details in ranks.asked():
             if task == "train":
                 fit(attempt, plan, loaded, found.data)
@@ -150,8 +149,8 @@ def follow(spec: JobSpec, environment: MutableMapping[str, str], ranks: Ranks, s
 
 def stage_in(
     spec: JobSpec, environment: MutableMapping[str, str], store: Store, scratch: Path, ranks: Ranks
-) -> tuple[Survey, str, CompileCache | None]:
-    """Base, data and what was compiled, brought to `scratch` once a node; with the backend imported meanwhile."""
+) -> tuple[Survey, str]:
+    """Base and data, brought to `scratch` once a node, with the backend imported meanwhile."""
     bundle_named(environment)
     ranks.once_per_node(scratch, "bundle", lambda: use_bundle(spec, environment, scratch))
     with nullcontext() if ranks.place.local_rank else arriving(spec, scratch):
@@ -165,12 +164,9 @@ def stage_in(
                 f"rank {ranks.rank} on {socket.gethostname()} has a {device.kind} and rank 0 has none of these: start as many "
                 "processes on a node as it has GPUs"
             )
-        compiled = compile_cache(spec, store, scratch.parent, device)
-        if compiled is not None:
-            ranks.once_per_node(scratch, "compiled code", compiled.restore)
         backend = choose_backend(spec.model, device.kind == "cuda")
         import_first(backend)
     if ranks.rank:
         importlib.import_module("job.train.fit")  # while rank 0 looks at the rows
     look = ranks.once_per_node(scratch, "rows", lambda: survey(spec, store, scratch, fetch=True, world=ranks.world))
-    return look, backend, compiled
+    return look, backend

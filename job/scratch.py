@@ -44,7 +44,7 @@ COMPILING = {
     # Unsloth's layers in 4 bits are autograd functions of its own. Unless asked, torch compiles graphs that hold such ones
     # in every process again, be they in its cache; the key that it looks them up by knows their backward.
     "TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD": "1",
-    # Below the home folder, and while a job is leaving: a second copy of what `job.model.compile_cache` keeps.
+    # Unsloth's own copy of what was compiled, below the home folder, written while a job is leaving.
     "UNSLOTH_MEGA_CACHE": "0",
 }
 

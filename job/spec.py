@@ -177,6 +177,9 @@ class TrainingSpec(Section):
     """Recompute activations to save memory: `true` keeps the layers' inputs on the card, `unsloth` moves them to the host's
     memory, `false` keeps everything. `auto` puts as many rows through at once as any of these allows, and with so many
     recomputes and moves only what it must; nothing on a CPU."""
+    torch_compile: bool | Literal["auto"] = "auto"
+    """Run training through torch.compile, where Unsloth trains. `auto` does where all steps together gain more than compiling
+    costs, as docs/gpus.md says; the numbers differ by rounding. Evaluation and short batches are never compiled."""
     vision_cache_gb: NonNegativeFloat | Literal["auto"] = "auto"
     """Scratch for the features of a vision tower that is not trained, so that each picture goes through it once. `auto`
     takes up to half of what is free; 0 keeps none."""
@@ -204,9 +207,6 @@ class CheckpointSpec(Section):
     """Newest checkpoints to keep."""
     keep_every: PositiveInt | None = None
     """Also keep each checkpoint whose step is a multiple of this."""
-    compile_cache: bool = True
-    """Keep compiled GPU code in the output, so that a job resumed on a new node does not compile again. It is code: set
-    false where others than the job can write to the output."""
 
 
 class PreemptionSpec(Section):
@@ -390,7 +390,6 @@ HARMLESS = frozenset(
         "checkpoint.save_steps",
         "checkpoint.keep",
         "checkpoint.keep_every",
-        "checkpoint.compile_cache",
         "preemption.spot_notices",
         "preemption.max_attempts_without_progress",
         "export.scratch_copy",
@@ -459,6 +458,11 @@ def contradictions(spec: JobSpec) -> list[str]:
         found.append("model: backend unsloth chooses its attention itself; leave attn_implementation out")
     if spec.model.backend == "transformers" and training.gradient_checkpointing == "unsloth":
         found.append("training: gradient_checkpointing: unsloth is not for model.backend transformers; say true")
+    if training.torch_compile is True and not spec.model.by_unsloth:
+        found.append(
+            "training: torch_compile: true is for Unsloth, which model.backend or model.attn_implementation rules out; "
+            "leave it out"
+        )
     if data.eval_path is not None and data.eval_split is not None:
         found.append("dataset: eval_path and eval_split both name held-out rows; keep one")
     fields = DatasetSpec.model_fields.items()

@@ -19,7 +19,6 @@ from job.evaluate.extra import model_folders
 from job.export import check_export
 from job.facts import Device, Facts
 from job.model import choose_backend
-from job.model.compile_cache import CompileCache
 from job.model.fetch import base_facts, fetch_adapter, fetch_base
 from job.model.glimpse import glimpse
 from job.output import read_json
@@ -159,13 +158,6 @@ def arriving(spec: JobSpec, scratch: Path) -> Iterator[None]:
         thread.join(0.5)  # in short waits: a notice is heard between them
     if failed:
         raise failed[0]
-
-
-def compile_cache(spec: JobSpec, store: Store, scratch: Path, device: Device) -> CompileCache | None:
-    """Where what is compiled for this card is kept; None on a CPU or when switched off."""
-    if device.kind != "cuda" or not spec.checkpoint.compile_cache:
-        return None
-    return CompileCache(store, scratch / "cache", device.name)
 
 
 def elsewhere(name: str, field: str, error: type[JobError]) -> str:

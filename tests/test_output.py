@@ -61,6 +61,18 @@ def test_a_harmless_change_is_let_in_and_another_is_not(store: Store, tree: dict
         begin(store, validate(tree))
 
 
+def test_a_run_of_a_version_with_other_fields_is_told_and_restarted_on_request(store: Store, tree: dict[str, Any]):
+    begin(store, validate(tree))
+    text = store.read("spec.yaml").decode()
+    store.write("spec.yaml", text.replace("checkpoint:", "checkpoint:\n  compile_cache: true").encode())
+    store.write("evaluation/before.partial.jsonl", b"")
+    with pytest.raises(SpecError, match=r"another version of this program.*\(checkpoint.compile_cache: no such field;"):
+        begin(store, validate(tree))
+    tree["output"]["on_conflict"] = "restart"
+    assert begin(store, validate(tree)) == 1
+    assert [entry.key for entry in store.list("evaluation/")] == []
+
+
 def test_published_is_only_this_very_spec(store: Store, tree: dict[str, Any]):
     spec = validate(tree)
     assert not is_published(store, spec)

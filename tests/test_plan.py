@@ -327,3 +327,36 @@ def test_an_unknown_family_trains_on_one_device_only(tree):
     plan(tree, replace(FACTS, base=other))
     with pytest.raises(SpecError, match="idefics3 .* one device only"):
         plan(tree, replace(FACTS, base=other, world=2))
+
+
+UNSLOTH = replace(FACTS, device=A6000, backend="unsloth")
+
+
+@pytest.mark.parametrize(
+    ("rows", "world", "facts", "given", "compiles"),
+    [
+        (3000, 1, UNSLOTH, "auto", False),  # 9000 rows in three epochs
+        (4000, 1, UNSLOTH, "auto", True),  # 12000: they gain 150 s, and two starts cost 140
+        (4000, 2, UNSLOTH, "auto", False),  # each GPU has half of them and compiles by itself
+        (100, 1, UNSLOTH, True, True),
+        (4000, 1, UNSLOTH, False, False),
+        (4000, 1, replace(UNSLOTH, backend="transformers"), "auto", False),
+        (4000, 1, FACTS, True, False),
+    ],
+)
+def test_training_is_compiled_where_its_rows_gain_more_than_two_starts_cost(tree, rows, world, facts, given, compiles):
+    found = replace(facts, data=DATA | {"train": rows}, world=world)
+    assert plan(tree, found, training={"torch_compile": given}).compile is compiles
+
+
+def test_every_attempt_decides_alike_whether_training_is_compiled(tree):
+    """By all steps, not by those that are left."""
+    facts = replace(UNSLOTH, data=DATA | {"train": 4000})
+    assert plan(tree, replace(facts, checkpoints=(1490,))).compile is plan(tree, facts).compile is True
+
+
+def test_the_plan_says_what_compiling_would_gain(tree):
+    spec = validate(tree)
+    said = describe(spec, make_plan(spec, UNSLOTH), UNSLOTH)
+    assert "torch.compile: off; 39 steps would gain about 4 s, and compiling costs about 70 s at each start" in said
+    assert "torch.compile" not in describe(spec, make_plan(spec, FACTS), FACTS)

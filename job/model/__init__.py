@@ -72,10 +72,15 @@ def load_model(
     if backend == "unsloth":
         from job.model import unsloth_backend
 
-        return unsloth_backend.load(spec, folder, device, start, precision, kept)
-    from job.model import transformers_backend
+        loaded = unsloth_backend.load(spec, folder, device, start, precision, kept)
+    else:
+        from job.model import transformers_backend
 
-    return transformers_backend.load(spec, folder, device, start, precision)
+        loaded = transformers_backend.load(spec, folder, device, start, precision)
+    from job.model.compiling import hold_stance
+
+    hold_stance(loaded.model)
+    return loaded
 
 
 def release(model: Any) -> None:
@@ -101,6 +106,7 @@ def to_training(loaded: Loaded) -> None:
         from job.model.unsloth_backend import for_training
 
         for_training(loaded.model)
+        _set_stance()
     loaded.model.train()
 
 
@@ -110,4 +116,12 @@ def to_generation(loaded: Loaded) -> None:
         from job.model.unsloth_backend import for_generation
 
         for_generation(loaded.model)
+        _set_stance()
     loaded.model.eval()
+
+
+def _set_stance() -> None:
+    """Unsloth lets torch.compile compile again when it changes between training and generation."""
+    from job.model.compiling import set_stance
+
+    set_stance()

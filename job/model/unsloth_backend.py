@@ -11,6 +11,7 @@ import torch  # isort: skip
 
 from job.errors import OutOfMemory, SpecError
 from job.model import Loaded, tiles
+from job.model.compiling import keep_flex_attention_compiled
 from job.model.lora import census, parameters, targets
 from job.model.memory import Kept, last_cure
 from job.model.transformers_backend import adapted, first_line, linears, load_adapter, load_processor, lora_settings
@@ -48,6 +49,7 @@ def load(spec: JobSpec, folder: Path, device: torch.device, start: Path | None, 
         raise SpecError(
             f"model.name_or_path: {folder} is not a model that Unsloth loads: {first_line(error)}"
         ) from error
+    keep_flex_attention_compiled()
     if spec.model.attn_implementation == "sdpa":
         tiles.install(model)
     chosen = targets(spec.lora, linears(model))

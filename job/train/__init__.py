@@ -22,6 +22,7 @@ from job.attempt import Attempt
 from job.errors import DataError, OutOfMemory, Preempted, SpecError
 from job.model import Loaded, to_generation, to_training
 from job.model.collator import Collator
+from job.model.compiling import compiled
 from job.model.frozen import Features, Frozen, base, frozen_vision
 from job.model.memory import last_cure
 from job.model.pictures import LAYOUTS, Layout, cut
@@ -67,12 +68,13 @@ class LoraTrainer(SFTTrainer):
         frozen: Frozen | None,
         layout: Layout | None,
         group: Together,
+        compiles: bool,
         **named: Any,
     ) -> None:
         self.group, self.ranks = group, group.ranks
         super().__init__(*arguments, **named)
         self.record, self.preemption = record, preemption
-        self.ladder, self.frozen, self.layout = ladder, frozen, layout
+        self.ladder, self.frozen, self.layout, self.compiles = ladder, frozen, layout, compiles
         if layout is not None:
             # Upstream calls some families unable to divide by the tokens of the whole step, though their forwards do it.
             # Without, each micro-batch has the same weight, however few tokens it learns from.
@@ -128,9 +130,11 @@ class LoraTrainer(SFTTrainer):
                     raise OutOfMemory(self._too_large(len(counts)))
                 cut_out = cut(inputs, self.layout, counts, start, stop)
             named = keys[sum(counts[:start]) : sum(counts[:stop])]
-            loss: torch.Tensor = Trainer.training_step(
-                self, model, self._seen(dict(cut_out), named), num_items_in_batch
-            )
+            seen = self._seen(dict(cut_out), named)
+            # Short batches and parts of one run eagerly: another number of rows would compile all anew, and what they ran
+            # as must not depend on what was compiled before.
+            with compiled(self.compiles and stop - start == self.args.per_device_train_batch_size):
+                loss: torch.Tensor = Trainer.training_step(self, model, seen, num_items_in_batch)
             return loss
 
         if self.ranks.world > 1:
@@ -162,7 +166,7 @@ class LoraTrainer(SFTTrainer):
         if self.frozen is None:
             return inputs
         inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
+        with compiled(False), self.compute_loss_context_manager():
             return self.frozen.inputs(self.frozen.look(inputs, keys))
 
     @torch.no_grad()
@@ -307,6 +311,7 @@ def train(
             frozen=frozen,
             layout=LAYOUTS.get(base(loaded.model).config.model_type),
             group=group,
+            compiles=plan.compile,
         )
     for theirs in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(theirs)

@@ -102,8 +102,6 @@ def uploader(attempt: Attempt) -> checkpoint.Uploader:
         seconds = round(time.time() - manifest.extra["submitted"], 1)
         record.update(last_checkpoint=manifest.step, checkpoint_failures=0, checkpoint_seconds=seconds)
         record.publish_numbers()
-        if attempt.compiled is not None:
-            attempt.compiled.keep()
 
     return checkpoint.Uploader(
         attempt.store,

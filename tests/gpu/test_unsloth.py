@@ -25,8 +25,10 @@ import_first("unsloth")  # before transformers, which it patches
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from job.model import load_model, tiles, to_training
+from job.evaluate.generate import answer
+from job.model import load_model, tiles, to_generation, to_training
 from job.model.collator import Collator
+from job.model.compiling import compiled
 from job.model.frozen import TOGETHER, frozen_vision, tower
 from job.model.memory import Kept
 from job.model.pictures import FEATURES, cut
@@ -100,6 +102,27 @@ def test_labels_groups_loss_and_gradients_are_those_of_plain_transformers(
         found = apart(gradient, load_file(tmp_path / family / GRADIENTS))
         print(family, f"loss {loss:.4f}, plain {theirs[family]['loss']:.4f}; gradients apart", found)
         assert max(found.values()) < (0.3 if family == "gemma3" else 0.1), family
+
+
+@pytest.mark.parametrize("family", ["mllama", "qwen2_5_vl", "qwen3_vl"])  # Gemma 3's attention is always compiled
+def test_unsloth_compiles_only_when_asked(family: str, folders: dict[str, Path]) -> None:
+    loaded = loaded_by_unsloth(folders[family])
+    inputs = on_gpu(loaded, batch())
+
+    def frames() -> int:
+        return sum(torch._dynamo.utils.counters["frames"].values())
+
+    before = frames()
+    to_generation(loaded)
+    with torch.no_grad():
+        answer(loaded, batch(), 4)
+    to_training(loaded)
+    with torch.autocast("cuda", torch.bfloat16):
+        loaded.model(**inputs).loss.backward()
+    assert frames() == before
+    with compiled(True), torch.autocast("cuda", torch.bfloat16):
+        loaded.model(**inputs).loss.backward()
+    assert frames() > before
 
 
 @pytest.mark.parametrize("family", FAMILIES)
