@@ -10,6 +10,9 @@ from job.errors import SpecError
 from job.facts import Facts
 from job.model.lora import GROUPS, parameters, targets
 from job.model.memory import Kept, Memory
+from job.planning.describe import describe_needs
+from job.planning.needs import Training, checkpoint_bytes, room_for_features
+from job.planning.shortage import Foreseen, foresee
 from job.preemption import FITS
 from job.record import bytes_text
 from job.room import by_unsloth, fits, fitted, held_precision, refuse_many, share_of_batch, thriftier
@@ -18,15 +21,14 @@ from job.spec import JobSpec
 
 Action = Literal["do", "resume", "skip"]
 
-CHECKPOINT_BYTES_PER_LORA_PARAMETER = 12
-"""fp32 weight and AdamW's two moments."""
-
 SIZES = ("smallest", "median", "largest")
 KEPT_TEXT = {
     "all": "all that layers compute (nothing is computed again)",
     "inputs": "the layers' inputs (the rest is computed again)",
     "nothing": "nothing (the layers' inputs wait in the host's memory, the rest is computed again)",
 }
+
+NOTHING_KNOWN = Foreseen(True, (), ())
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Stage:
 @dataclass(frozen=True)
 class Plan:
     """Sizes in bytes; `micro_batch` × `accumulation` × `world` = the effective batch. `kept` is what stays on the device for
-    the backward."""
+    the backward; `features` is the room for those of a frozen vision tower, None where what is free is not known."""
 
     stages: tuple[Stage, ...]
     total_steps: int | None
@@ -50,6 +52,8 @@ class Plan:
     kept: Kept
     groups: dict[str, int] = field(default_factory=dict)
     estimates: dict[str, int] = field(default_factory=dict)
+    foreseen: Foreseen = NOTHING_KNOWN
+    features: int | None = None
     warnings: tuple[str, ...] = ()
 
     def action(self, name: str) -> Action:
@@ -70,8 +74,13 @@ def make_plan(spec: JobSpec, facts: Facts) -> Plan:
     refuse_many(facts, memory, cure)
     _refuse_mixed_batches(spec, facts, micro)
     total = total_steps(spec, facts.data["train"]) if facts.data else None
+    todo, foreseen = stages(spec, facts, total), NOTHING_KNOWN
+    if "RESULT.json" not in facts.keys:
+        done = next(stage.action for stage in todo if stage.name == "train") == "skip"
+        training = Training(sum(groups.values()), precision, memory, micro, kept, total, done)
+        foreseen = foresee(spec, facts, training)
     return Plan(
-        stages=tuple(stages(spec, facts, total)),
+        stages=tuple(todo),
         total_steps=total,
         micro_batch=micro,
         accumulation=share // micro,
@@ -80,8 +89,16 @@ def make_plan(spec: JobSpec, facts: Facts) -> Plan:
         kept=kept,
         groups=groups,
         estimates=estimates(spec, facts, groups, memory, micro),
-        warnings=tuple(warnings(spec, facts, total, memory, cure)),
+        foreseen=foreseen,
+        features=room_for_features(spec, facts, foreseen.needs),
+        warnings=(*warnings(spec, facts, total, memory, cure), *short_of(foreseen)),
     )
+
+
+def decided(spec: JobSpec, plan: Plan) -> JobSpec:
+    """The spec with what its `auto` of `export.scratch_copy` became. Its digest stays, since the field decides no result."""
+    export = spec.export.model_copy(update={"scratch_copy": plan.foreseen.scratch_copy})
+    return spec.model_copy(update={"export": export})
 
 
 def _refuse_mixed_batches(spec: JobSpec, facts: Facts, micro: int) -> None:
@@ -157,7 +174,7 @@ def estimates(spec: JobSpec, facts: Facts, groups: dict[str, int], memory: Memor
     if facts.device is not None and facts.device.kind == "cuda":
         sizes |= {"adapters, gradients, optimizer, buffers": memory.training, "each row at once": memory.row}
         sizes["GPU memory in all"] = memory.of(micro)
-    sizes["one checkpoint"] = sum(groups.values()) * CHECKPOINT_BYTES_PER_LORA_PARAMETER
+    sizes["one checkpoint"] = checkpoint_bytes(spec, sum(groups.values()))
     if spec.export.merged:
         sizes["merged weights"] = facts.base.bytes
     return sizes
@@ -193,14 +210,12 @@ def warnings(spec: JobSpec, facts: Facts, total: int | None, memory: Memory | No
             f"{device.name} has {bytes_text(device.memory)}; {cure}set model.precision to 4bit, shrink images with "
             "dataset.image_max_side, or take a larger card"
         )
-    needed = facts.base is not None and spec.export.merged and spec.export.scratch_copy
-    need = facts.base.bytes if facts.base is not None and needed else 0
-    if facts.scratch_free and need > facts.scratch_free:
-        found.append(
-            f"merged weights need {bytes_text(need)} of scratch, {bytes_text(facts.scratch_free)} are free; "
-            "set export.scratch_copy to false, or point JOB_SCRATCH at a larger disk"
-        )
     return found
+
+
+def short_of(foreseen: Foreseen) -> list[str]:
+    """What `run` refuses is only told here: `check` may look from a machine on which the job will not run."""
+    return [f"run refuses this here: {each.text}" if each.sure else each.text for each in foreseen.shortages]
 
 
 def _describe_data(data: dict[str, Any]) -> list[str]:
@@ -265,6 +280,9 @@ def describe(spec: JobSpec, plan: Plan, facts: Facts) -> str:
     if facts.base is not None and facts.device is not None and facts.device.kind == "cuda":
         lines.append(f"kept on the GPU for the backward: {KEPT_TEXT[plan.kept]}")
     lines += [f"estimate: {name} {bytes_text(size)}" for name, size in plan.estimates.items()]
+    lines += describe_needs(plan.foreseen.needs, facts.limits)
+    if spec.export.merged and not plan.foreseen.scratch_copy:
+        lines.append("merged weights go straight to the output")
     if facts.device is not None:
         lines.append(f"device: {facts.device.name}, {bytes_text(facts.device.memory)}")
     if facts.example is not None:

@@ -1,0 +1,1 @@
+"""What a job will take, and what there is for it, before anything runs."""
