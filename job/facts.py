@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from job.model.fetch import BaseFacts
+from job.planning.limits import Limits
 from job.preemption import DEFAULT_GRACE_SECONDS
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where the model will run. `memory` in bytes: the GPU's, or the machine's for a CPU."""
+    """Where the model will run. `memory` in bytes: the GPU's, or for a CPU what this process may hold of the host's."""
 
     kind: Literal["cuda", "cpu"]
     name: str
@@ -30,7 +32,15 @@ class Facts:
     backend: str | None = None
     world: int = 1
     """Processes, each with a device like this one."""
-    scratch_free: int = 0
+    on_this_node: int = 1
+    """How many of them share this node's memory and scratch."""
+    limits: Limits | None = None
+    written: Mapping[str, int] = field(default_factory=dict)
+    """Bytes in the output, by the first part of their keys."""
+    left: Mapping[str, int] = field(default_factory=dict)
+    """Bytes that an earlier attempt left in this job's scratch: `trainer`, and `export/NAME` for what is published."""
+    to_fetch: int = 0
+    """Bytes of the base that are still to come to scratch."""
     example: str | None = None
     notes: tuple[str, ...] = ()
     checkpoint_seconds: float | None = None

@@ -11,7 +11,10 @@ from job.facts import Facts
 from job.model.lora import GROUPS, parameters, targets
 from job.model.memory import Kept, Memory, last_cure, weight_bytes
 from job.planning.compile import can_compile, compiles, compiling_text
+from job.planning.describe import describe_needs
 from job.planning.device_memory import gate_room, offload_seconds, stage_memory
+from job.planning.needs import Training, checkpoint_bytes, room_for_features
+from job.planning.shortage import Foreseen, foresee
 from job.preemption import FITS
 from job.record import bytes_text
 from job.room import by_unsloth, fits, fitted, held_precision, refuse_many, share_of_batch, thriftier
@@ -20,15 +23,14 @@ from job.spec import JobSpec
 
 Action = Literal["do", "resume", "skip"]
 
-CHECKPOINT_BYTES_PER_LORA_PARAMETER = 12
-"""fp32 weight and AdamW's two moments."""
-
 SIZES = ("smallest", "median", "largest")
 KEPT_TEXT = {
     "all": "all that layers compute (nothing is computed again)",
     "inputs": "the layers' inputs (the rest is computed again)",
     "nothing": "nothing (the layers' inputs wait in the host's memory, the rest is computed again)",
 }
+
+NOTHING_KNOWN = Foreseen(True, (), ())
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Plan:
     """Sizes in bytes; `micro_batch` × `accumulation` × `world` = the effective batch. `kept` is what stays on the device for
     the backward; `device_memory` the peak of each stage on a GPU; `gate_room` the bytes of weights that the GPU holds while the
     gate asks a model in 16 bits, None where it holds all. With `compile`, whole micro-batches of training go through
-    torch.compile."""
+    torch.compile. `features` is the room for those of a frozen vision tower, None where what is free is not known."""
 
     stages: tuple[Stage, ...]
     total_steps: int | None
@@ -57,6 +59,8 @@ class Plan:
     compile: bool = False
     groups: dict[str, int] = field(default_factory=dict)
     estimates: dict[str, int] = field(default_factory=dict)
+    foreseen: Foreseen = NOTHING_KNOWN
+    features: int | None = None
     warnings: tuple[str, ...] = ()
 
     def action(self, name: str) -> Action:
@@ -77,12 +81,15 @@ def make_plan(spec: JobSpec, facts: Facts) -> Plan:
     refuse_many(facts, memory, cure + last_cure(precision))
     _refuse_mixed_batches(spec, facts, micro)
     total = total_steps(spec, facts.data["train"]) if facts.data else None
-    trainable = facts.device is not None and fits(
-        memory, facts.device, 1
-    )  # what cannot be trained has a warning of its own
+    trainable = facts.device is not None and fits(memory, facts.device, 1)  # what does not fit has its own warning
     room = gate_room(spec, facts, groups, precision) if trainable else None
+    todo, foreseen = stages(spec, facts, total), NOTHING_KNOWN
+    if "RESULT.json" not in facts.keys:
+        done = next(stage.action for stage in todo if stage.name == "train") == "skip"
+        training = Training(sum(groups.values()), precision, memory, micro, kept, total, done)
+        foreseen = foresee(spec, facts, training)
     return Plan(
-        stages=tuple(stages(spec, facts, total)),
+        stages=tuple(todo),
         total_steps=total,
         micro_batch=micro,
         accumulation=share // micro,
@@ -94,8 +101,16 @@ def make_plan(spec: JobSpec, facts: Facts) -> Plan:
         compile=compiles(spec, facts, total),
         groups=groups,
         estimates=estimates(spec, facts, groups, memory, micro),
-        warnings=tuple(warnings(spec, facts, total, memory, cure, precision)),
+        foreseen=foreseen,
+        features=room_for_features(spec, facts, foreseen.needs),
+        warnings=(*warnings(spec, facts, total, memory, cure, precision), *short_of(foreseen)),
     )
+
+
+def decided(spec: JobSpec, plan: Plan) -> JobSpec:
+    """The spec with what its `auto` of `export.scratch_copy` became. Its digest stays, since the field decides no result."""
+    export = spec.export.model_copy(update={"scratch_copy": plan.foreseen.scratch_copy})
+    return spec.model_copy(update={"export": export})
 
 
 def _refuse_mixed_batches(spec: JobSpec, facts: Facts, micro: int) -> None:
@@ -171,7 +186,7 @@ def estimates(spec: JobSpec, facts: Facts, groups: dict[str, int], memory: Memor
     if facts.device is not None and facts.device.kind == "cuda":
         sizes |= {"adapters, gradients, optimizer, buffers": memory.training, "each row at once": memory.row}
         sizes["GPU memory in all"] = memory.of(micro)
-    sizes["one checkpoint"] = sum(groups.values()) * CHECKPOINT_BYTES_PER_LORA_PARAMETER
+    sizes["one checkpoint"] = checkpoint_bytes(spec, sum(groups.values()))
     if spec.export.merged:
         sizes["merged weights"] = facts.base.bytes
     return sizes
@@ -209,14 +224,12 @@ def warnings(
             f"{device.name} has {bytes_text(device.memory)}; {cure}shrink images with "
             f"dataset.image_max_side, {last_cure(precision)}"
         )
-    needed = facts.base is not None and spec.export.merged and spec.export.scratch_copy
-    need = facts.base.bytes if facts.base is not None and needed else 0
-    if facts.scratch_free and need > facts.scratch_free:
-        found.append(
-            f"merged weights need {bytes_text(need)} of scratch, {bytes_text(facts.scratch_free)} are free; "
-            "set export.scratch_copy to false, or point JOB_SCRATCH at a larger disk"
-        )
     return found
+
+
+def short_of(foreseen: Foreseen) -> list[str]:
+    """What `run` refuses is only told here: `check` may look from a machine on which the job will not run."""
+    return [f"run refuses this here: {each.text}" if each.sure else each.text for each in foreseen.shortages]
 
 
 def _describe_data(data: dict[str, Any]) -> list[str]:
@@ -280,7 +293,6 @@ def describe(spec: JobSpec, plan: Plan, facts: Facts) -> str:
         lines += [f"  {group:<20} {count:>12,}" for group, count in plan.groups.items()]
     if facts.base is not None and facts.device is not None and facts.device.kind == "cuda":
         lines.append(f"kept on the GPU for the backward: {KEPT_TEXT[plan.kept]}")
-    lines += [f"GPU memory, {stage}: {bytes_text(size)}" for stage, size in plan.device_memory.items()]
     if plan.gate_room is not None and facts.base is not None:
         weights = weight_bytes(facts.base, "16bit")
         lines.append(
@@ -290,6 +302,9 @@ def describe(spec: JobSpec, plan: Plan, facts: Facts) -> str:
     if can_compile(spec, facts):
         lines.append(compiling_text(spec, facts, plan.total_steps))
     lines += [f"estimate: {name} {bytes_text(size)}" for name, size in plan.estimates.items()]
+    lines += describe_needs(plan.foreseen.needs, facts.limits, plan.device_memory)
+    if spec.export.merged and not plan.foreseen.scratch_copy:
+        lines.append("merged weights go straight to the output")
     if facts.device is not None:
         lines.append(f"device: {facts.device.name}, {bytes_text(facts.device.memory)}")
     if facts.example is not None:

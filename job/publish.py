@@ -50,6 +50,7 @@ def lineage(attempt: Attempt, survey: Survey) -> dict[str, Any]:
         "taken_step": attempt.record.read("taken_step"),
         "taken": spec.evaluation.take,
         "attempts": attempt.number,
+        "foreseen": attempt.record.read("foreseen"),
         "seconds": dict(attempt.record.seconds),
         "packages": versions(),
         "package_lock": LOCK_KEY,

@@ -20,7 +20,9 @@ from job.export import check_mergeable, hub
 from job.metrics import serving, writing
 from job.model import choose_backend, import_first, load_model
 from job.packages import check_packages
-from job.plan import Plan, describe, make_plan
+from job.plan import Plan, decided, describe, make_plan
+from job.planning.describe import foreseen_bytes
+from job.planning.shortage import refuse
 from job.preemption import Preemption, positive
 from job.ranks import Ranks, joined
 from job.record import Record
@@ -79,9 +81,12 @@ def lead(spec: JobSpec, environment: MutableMapping[str, str], ranks: Ranks, scr
                 except BadRows as error:
                     store.write(QUARANTINE_KEY, as_jsonl(error.rows))
                     raise
-            attempt = Attempt(spec, store, lease, scratch, record, preemption, number, ranks)
-            plan = ranks.shared("plan", make_plan(spec, found.facts))
+            plan = make_plan(spec, found.facts)
             log.info("%s", describe(spec, plan, found.facts))
+            record.update(foreseen=foreseen_bytes(plan.foreseen.needs, plan.device_memory))
+            refuse(plan.foreseen.shortages)
+            plan, spec = ranks.shared("plan", plan), decided(spec, plan)
+            attempt = Attempt(spec, store, lease, scratch, record, preemption, number, ranks)
             data, base = found.data, found.base
             assert data is not None
             assert base is not None
@@ -168,5 +173,9 @@ def stage_in(
         import_first(backend)
     if ranks.rank:
         importlib.import_module("job.train.fit")  # while rank 0 looks at the rows
-    look = ranks.once_per_node(scratch, "rows", lambda: survey(spec, store, scratch, fetch=True, world=ranks.world))
+    look = ranks.once_per_node(
+        scratch,
+        "rows",
+        lambda: survey(spec, store, scratch, fetch=True, world=ranks.world, on_this_node=ranks.on_this_node()),
+    )
     return look, backend

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -20,15 +21,17 @@ from job.export import check_export
 from job.facts import Device, Facts
 from job.model import choose_backend
 from job.model.fetch import base_facts, fetch_adapter, fetch_base
-from job.model.glimpse import glimpse
+from job.model.glimpse import GLIMPSES, glimpse
 from job.output import read_json
 from job.packages import check_packages, uncompiled
+from job.planning.limits import Limits, cores, disk, host_memory, scratch_disk, used_bytes
 from job.preemption import grace_seconds, positive
 from job.record import STATUS_KEY
-from job.scratch import free_bytes
+from job.scratch import scratch_folder
 from job.spec import JobSpec
 from job.stage_in import BUNDLE, is_there, local_path
 from job.store import Store, open_store
+from job.store.local import LocalStore
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +56,14 @@ QUICK_ROWS = 1000
 
 
 def survey(
-    spec: JobSpec, store: Store, scratch: Path, *, fetch: bool, all_data: bool = False, world: int = 1
+    spec: JobSpec,
+    store: Store,
+    scratch: Path,
+    *,
+    fetch: bool,
+    all_data: bool = False,
+    world: int = 1,
+    on_this_node: int = 1,
 ) -> Survey:
     """Look at everything. With `fetch`, remote models and data are brought to scratch; without, of a remote model only the
     headers are, remote data stay unknown, and of data that is here only `QUICK_ROWS` rows are looked at, unless `all_data`
@@ -99,21 +109,50 @@ def survey(
     else:
         rows = elsewhere(spec.dataset.path, "dataset.path", DataError)
         notes.append(f"{rows}: rows are counted after stage in, or by check --data")
+    entries, known = list(store.list()), base_facts(base) if base else None
     facts = Facts(
-        keys=frozenset(entry.key for entry in store.list() if not entry.key.startswith("checkpoints/")),
+        keys=frozenset(entry.key for entry in entries if not entry.key.startswith("checkpoints/")),
         checkpoints=tuple(steps(store)),
         data=data.facts if data else None,
-        base=base_facts(base) if base else None,
+        base=known,
         device=device,
         backend=backend,
         world=world,
-        scratch_free=free_bytes(scratch),
+        on_this_node=on_this_node,
+        limits=find_limits(store, scratch),
+        written=sizes((entry.key.partition("/")[0], entry.size) for entry in entries),
+        left=left_by_attempts(scratch if fetch else scratch / spec.digest[:16]),
+        to_fetch=known.bytes + known.rest if known and base and GLIMPSES in base.parts else 0,
         example=example,
         notes=tuple(notes),
         checkpoint_seconds=(read_json(store, STATUS_KEY) or {}).get("checkpoint_seconds"),
         grace_seconds=grace_seconds(os.environ),
     )
     return Survey(facts, data, base, adapter)
+
+
+def find_limits(store: Store, scratch: Path) -> Limits:
+    """What this process may use. Of the output only where it is a folder. Raises SpecError for a wrong `JOB_SCRATCH_GB`."""
+    whole = scratch_folder(os.environ)
+    scratch = whole if scratch.is_relative_to(whole) else scratch
+    return Limits(
+        host_memory(),
+        scratch_disk(scratch, os.environ),
+        disk(store.root) if isinstance(store, LocalStore) else None,
+    )
+
+
+def left_by_attempts(scratch: Path) -> dict[str, int]:
+    """Bytes of what a later attempt uses again or removes, by folder: see `Facts.left`."""
+    folders = [scratch / "trainer", *(scratch / "export").glob("*")]
+    return {str(folder.relative_to(scratch)): used_bytes(folder) for folder in folders if folder.is_dir()}
+
+
+def sizes(counted: Iterable[tuple[str, int]]) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for name, size in counted:
+        found[name] += size
+    return dict(found)
 
 
 def _base(spec: JobSpec, scratch: Path, notes: list[str], *, here: bool) -> Path | None:
@@ -177,7 +216,8 @@ def is_local(path: str) -> bool:
 
 
 def find_device(has_torch: bool) -> Device:
-    """The GPU that will be used, with as much of its memory as `JOB_GPU_MEMORY_GB` grants, else the CPU."""
+    """The GPU that will be used, with as much of its memory as `JOB_GPU_MEMORY_GB` grants, else the CPU with the host
+    memory that the container's limits leave."""
     granted = 1e9 * positive(os.environ, "JOB_GPU_MEMORY_GB", DEFAULT_GB, "gigabytes")
     if has_torch:
         import torch
@@ -185,8 +225,7 @@ def find_device(has_torch: bool) -> Device:
         if torch.cuda.is_available():
             facts = torch.cuda.get_device_properties(0)
             return Device("cuda", str(facts.name), int(min(facts.total_memory, granted)))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device("cpu", f"CPU, {os.cpu_count()} cores", memory)
+    return Device("cpu", f"CPU, {cores()} cores", host_memory().limit)
 
 
 def keep_within(device: Device) -> None:

@@ -95,10 +95,14 @@ RENAMED = (
 )
 
 
+BESIDE = (".json", ".jinja", ".model", ".txt")
+"""Endings of the files beside the weights: configuration, tokenizer, processor, chat template."""
+
+
 @dataclass(frozen=True)
 class BaseFacts:
     """What the files of a base model say: `parameters` counts all weights, `linears` the layers by the module's name,
-    `config` is config.json."""
+    `config` is config.json. `bytes` are those of all weight files, `largest` of the largest, `rest` of the files beside them."""
 
     model_type: str
     architecture: str
@@ -106,6 +110,8 @@ class BaseFacts:
     bytes: int
     linears: dict[str, Linear]
     config: dict[str, Any] = field(default_factory=dict)
+    largest: int = 0
+    rest: int = 0
 
 
 def base_facts(folder: Path) -> BaseFacts:
@@ -131,13 +137,17 @@ def base_facts(folder: Path) -> BaseFacts:
             if layer != name and len(shape) == 2 and "embed" not in layer.rpartition(".")[2]:
                 linears[module_name(layer)] = Linear(*shape)
     architectures = config.get("architectures") or ["unknown"]
+    sizes = [file.stat().st_size for file in files]
+    rest = [file for file in folder.iterdir() if file.is_file() and file.suffix in BESIDE]
     return BaseFacts(
         model_type=str(config.get("model_type", "unknown")),
         architecture=str(architectures[0]),
         parameters=count,
-        bytes=sum(file.stat().st_size for file in files),
+        bytes=sum(sizes),
         linears=linears,
         config=config,
+        largest=max(sizes),
+        rest=sum(file.stat().st_size for file in rest),
     )
 
 

@@ -13,11 +13,12 @@ import shutil
 from pathlib import Path
 
 from job.errors import SpecError, Unavailable
-from job.model.fetch import hub_errors, refuse_unless_model
+from job.model.fetch import BESIDE, hub_errors, refuse_unless_model
 from job.spec import ModelSpec
 from job.store import open_store
 
-SMALL = (".json", ".jinja", ".model", ".txt")
+GLIMPSES = "glimpses"
+"""Their folder on scratch."""
 SMALL_BYTES = 64 * 2**20
 HUB_SECONDS = 10.0
 """For each question to the hub, as its own library has it for headers."""
@@ -29,7 +30,7 @@ def glimpse(spec: ModelSpec, scratch: Path) -> Path:
     """The folder, on scratch. Raises SpecError when there is no such model, NotAllowed or Unavailable when it cannot be
     looked at from here."""
     name = spec.name_or_path
-    folder = scratch / "glimpses" / re.sub(r"[^\w.-]+", "-", f"{name}@{spec.revision or ''}")
+    folder = scratch / GLIMPSES / re.sub(r"[^\w.-]+", "-", f"{name}@{spec.revision or ''}")
     folder.mkdir(parents=True, exist_ok=True)
     if name.startswith("s3://"):
         _of_prefix(name, folder)
@@ -48,7 +49,7 @@ def _of_prefix(name: str, folder: Path) -> None:
         if entry.key.endswith(".safetensors"):
             length = min(int.from_bytes(store.read_piece(entry.key, 0, 8), "little"), HEADER_BYTES)
             _hollow(folder / entry.key, store.read_piece(entry.key, 8, length), entry.size)
-        elif entry.key.endswith(SMALL) and entry.size <= SMALL_BYTES:
+        elif entry.key.endswith(BESIDE) and entry.size <= SMALL_BYTES:
             (folder / entry.key).write_bytes(store.read(entry.key))
 
 
@@ -78,7 +79,7 @@ def _of_hub(spec: ModelSpec, folder: Path) -> None:
                     for key, each in tensors.items()
                 }
                 _hollow(folder / path, json.dumps(header).encode(), size)
-            elif path.endswith(SMALL) and size <= SMALL_BYTES:
+            elif path.endswith(BESIDE) and size <= SMALL_BYTES:
                 shutil.copyfile(hf_hub_download(name, path, revision=found.sha), folder / path)
 
 

@@ -293,7 +293,7 @@ def train(
     spec = attempt.spec
     truncate = spec.dataset.over_length == "truncate"
     collator = Collator(loaded.processor, spec.training.max_length, spec.training.train_on_responses_only, truncate)
-    frozen = vision_kept(attempt, loaded)
+    frozen = vision_kept(attempt, loaded, plan.features)
     numbers = Numbers(attempt.record, spec.training.effective_batch_size)
     epochs = _Epochs()
     with warnings.catch_warnings():
@@ -337,10 +337,11 @@ def train(
     return int(trainer.state.global_step)
 
 
-def vision_kept(attempt: Attempt, loaded: Loaded) -> Frozen | None:
-    """A frozen tower with its features on scratch, which jobs on the same node share; None when the tower is trained."""
-    given = attempt.spec.training.vision_cache_gb
-    room = free_bytes(attempt.scratch) // 2 if given == "auto" else int(given * 1e9)
+def vision_kept(attempt: Attempt, loaded: Loaded, room: int | None) -> Frozen | None:
+    """A frozen tower with its features on scratch, in `room` bytes of it (None: half of what is free), which jobs on the same
+    node share; None when the tower is trained."""
+    free = free_bytes(attempt.scratch)
+    room = free // 2 if room is None else min(room, free)
     room //= attempt.ranks.on_this_node()
     return frozen_vision(loaded, attempt.scratch.parent / "features", room, attempt.spec.lora.bias)
 

@@ -123,7 +123,7 @@ def running(
         volume, place = volumes[mount["name"]], f"$root{mount['mountPath']}"
         script.append(f"mkdir -p {place}")
         if "emptyDir" in volume:
-            limit = volume["emptyDir"]["sizeLimit"].removesuffix("i")
+            limit = volume["emptyDir"]["sizeLimit"].removesuffix("i")  # a tmpfs knows no decimal units
             script.append(f"mount -t tmpfs -o mode=2777,gid={security['fsGroup']},size={limit} none {place}")
         else:
             script.append(f"mount --bind {claims[volume['persistentVolumeClaim']['claimName']]} {place}")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from job.errors import EXIT_CODES
+from job.render import read_job
 from job.specfile import apply_overrides, validate
 from tests.conftest import ROOT
 from tests.k8s.conftest import SETUPS, Pods, Tree, built, documents, of_kind, pods
@@ -106,8 +107,27 @@ def test_every_pod_says_what_it_takes(run: Pods):
 
 
 def size(quantity: str) -> int:
-    number, unit = re.fullmatch(r"(\d+)(Gi|Mi)", quantity).groups()  # type: ignore[union-attr]
-    return int(number) * {"Gi": 2**30, "Mi": 2**20}[unit]
+    number, unit = re.fullmatch(r"(\d+)(Gi|Mi|G)", quantity).groups()  # type: ignore[union-attr]
+    return int(number) * {"Gi": 2**30, "Mi": 2**20, "G": 10**9}[unit]
+
+
+def told_and_set(container: Tree, volumes: list[Tree]) -> tuple[float | None, float | None]:
+    """Bytes of scratch: as the job is told, and as the kubelet allows; None where the one or the other says nothing."""
+    told = [entry["value"] for entry in container["env"] if entry["name"] == "JOB_SCRATCH_GB"]
+    (scratch,) = [volume for volume in volumes if volume["name"] == "scratch"]
+    limit = scratch.get("emptyDir", {}).get("sizeLimit")
+    return (float(told[0]) * 1e9 if told else None), (size(limit) if limit else None)
+
+
+def test_the_job_is_told_how_large_scratch_may_grow(run: Pods):
+    told, allowed = told_and_set(run.container, run.pod["volumes"])
+    assert told == allowed is not None
+
+
+@pytest.mark.parametrize("components", [("scratch-volume",), ("spot", "hub", "scratch-volume", "monitoring")])
+def test_a_volume_of_its_own_says_itself_how_large_it_is(components: tuple[str, ...]):
+    pod = read_job(components)["spec"]["template"]["spec"]
+    assert told_and_set(pod["containers"][0], pod["volumes"]) == (None, None)
 
 
 def test_images_are_pinned(run: Pods):
