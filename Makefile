@@ -2,7 +2,7 @@
 PYTHON_VENV = .venv/bin/python
 DEMO = build/demo
 
-.PHONY: demo test lint clean kill-proof resume-proof test-gpu test-image test-slurm test-gguf test-store bench-store bench-gpu bench-scaling bench
+.PHONY: demo test lint clean kill-proof resume-proof test-gpu test-image test-slurm test-gguf test-store bench-store bench-gpu bench-scaling bench-whole-job whole-job bench
 
 demo:
 	@.ci/venv train
@@ -27,6 +27,12 @@ kill-proof:
 resume-proof:
 	@.ci/venv train dev
 	@$(PYTHON_VENV) -m tests.resume_proof $(or $(N),50)
+
+# The whole job in each family, stopped and killed on the way; the suite has one.
+whole-job:
+	@.ci/venv train dev
+	@for family in mllama qwen2_5_vl qwen3_vl gemma3 llava; do \
+	  $(PYTHON_VENV) benchmarks/whole_job.py $$family --size tiny --folder build/whole-job/$$family || exit 1; done
 
 # On a machine with an NVIDIA GPU and the gpu extra; JOB_TEST_MODEL may name a checkpoint in its real size.
 PYTHON_GPU ?= python3
@@ -90,6 +96,12 @@ bench-gpu:
 # The same with several GPUs.
 bench-scaling:
 	@$(PYTHON_GPU) benchmarks/scaling.py $(MODEL) --folder $(or $(FOLDER),/tmp/scaling)
+	@$(PYTHON_GPU) benchmarks/record.py
+
+# The whole job in the published shape of FAMILY, which may take CARD gigabytes of the GPU.
+bench-whole-job:
+	@$(PYTHON_GPU) benchmarks/whole_job.py $(or $(FAMILY),mllama) --card $(or $(CARD),48) \
+	  $(if $(PRECISION),--precision $(PRECISION)) --folder $(or $(FOLDER),/tmp/whole-job)
 	@$(PYTHON_GPU) benchmarks/record.py
 
 bench:

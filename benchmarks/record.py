@@ -21,9 +21,18 @@ PAGE = FOLDER / "RESULTS.md"
 
 
 def append(
-    bench: str, case: str, value: float, unit: str, *, goal: str = "", meets: bool | None = None, device: str = ""
+    bench: str,
+    case: str,
+    value: float,
+    unit: str,
+    *,
+    goal: str = "",
+    meets: bool | None = None,
+    detail: str = "",
+    device: str = "",
 ) -> None:
-    """Add one measurement. `goal` says in words what was aimed at, `meets` whether it was reached (None: no goal)."""
+    """Add one measurement. `goal` says in words what was aimed at, `meets` whether it was reached (None: no goal), `detail`
+    what belongs to the value and is no case of its own."""
     row = {
         "bench": bench,
         "case": case,
@@ -31,6 +40,7 @@ def append(
         "unit": unit,
         "goal": goal,
         "meets": meets,
+        "detail": detail,
         "device": device or this_machine(),
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -72,7 +82,7 @@ def render(rows: Iterable[dict[str, Any]]) -> str:
         ]
         for row in (row for (name, _, _), row in newest.items() if name == bench):
             met = {True: "yes", False: "**no**", None: ""}[row["meets"]]
-            cells = [row["case"], f"{row['value']:g} {row['unit']}", row["goal"], met]
+            cells = [row["case"], f"{row['value']:g} {row['unit']}{_detail(row)}", row["goal"], met]
             cells += [row["device"], row["commit"], row["date"][:10]]
             lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
         commands = {row["command"] for (name, _, _), row in newest.items() if name == bench}
@@ -82,6 +92,10 @@ def render(rows: Iterable[dict[str, Any]]) -> str:
 
 def _verdict(row: dict[str, Any]) -> str:
     return "" if row["meets"] is None else f" ({'meets' if row['meets'] else 'MISSES'} {row['goal']})"
+
+
+def _detail(row: dict[str, Any]) -> str:
+    return f"; {row['detail']}" if row.get("detail") else ""
 
 
 def _git(*arguments: str) -> str:

@@ -43,7 +43,7 @@ GOALS = {"language": 4.0, "everywhere": 1.5}
 
 
 def make_data(folder: Path, rows: int, side: int = 512) -> Path:
-    """Noise in squares of `side` pixels, and captions of 20 to 60 words."""
+    """Noise in squares of `side` pixels, and captions of 20 to 60 words; three rows a patient."""
     folder.mkdir(parents=True, exist_ok=True)
     noise, chance = np.random.default_rng(0), random.Random(0)
     lines = []
@@ -51,7 +51,8 @@ def make_data(folder: Path, rows: int, side: int = 512) -> Path:
         small = noise.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
         Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
         caption = " ".join(chance.choice(WORDS) for _ in range(chance.randint(20, 60))) + "."
-        lines.append(json.dumps({"file_name": f"{number}.png", "caption": caption}))
+        row = {"file_name": f"{number}.png", "caption": caption, "patient_id": f"patient-{number // 3}"}
+        lines.append(json.dumps(row))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 

@@ -36,7 +36,17 @@ ONE_AT_A_TIME = ("cluster", "docker")
 """Folders whose tests share what a machine has once (a Slurm, the store of images): one process runs them all."""
 
 
-LONGEST = ("cluster", "docker", "test_stop.py", "test_job.py", "test_ranks.py", "checkpoint", "train", "test_bundle.py")
+LONGEST = (
+    "cluster",
+    "docker",
+    "test_stop.py",
+    "test_job.py",
+    "test_ranks.py",
+    "checkpoint",
+    "train",
+    "test_bundle.py",
+    "test_whole_job.py",
+)
 """What begins first, so that no process is left with minutes of one file when the others have ended."""
 
 
