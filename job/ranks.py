@@ -204,12 +204,12 @@ def _locked(file: Any) -> bool:
 
 @contextmanager
 def joined(
-    environment: MutableMapping[str, str], preemption: Preemption, scratch: Path, silence: float, run: str
+    environment: MutableMapping[str, str], preemption: Preemption, folder: Path, silence: float, run: str
 ) -> Iterator[Ranks]:
     """The ranks of `run`, a name for it, while the block runs; all of them end as rank 0 does. One that meets another run's
     rank 0, at a port that both chose, disturbs nobody and waits in vain.
 
-    What ranks other than 0 say goes to `scratch/rank-N.log`; their last words come out all the same.
+    What ranks other than 0 say is added to `folder/rank-N.log`; their last words come out all the same.
     """
     here = place(environment)
     one_gpu(environment, here.local_rank)
@@ -224,7 +224,7 @@ def joined(
         ranks.meet_at(_connected(ranks, environment, run))
     hide(environment)
     caught: Exception | None = None
-    with _quiet(scratch / f"rank-{here.rank}.log", here.rank > 0):
+    with _quiet(folder / f"rank-{here.rank}.log", here.rank > 0):
         try:
             with preemption.leave_at_once():
                 ranks.join()
@@ -273,7 +273,7 @@ def _quiet(file: Path, quiet: bool) -> Iterator[None]:
         yield
         return
     kept = [os.dup(number) for number in (1, 2)]
-    with file.open("w") as stream:
+    with file.open("a") as stream:  # an attempt that waits for the lease must not empty the log of the one that has it
         for number in (1, 2):
             os.dup2(stream.fileno(), number)
     try:

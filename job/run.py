@@ -26,7 +26,7 @@ from job.planning.shortage import refuse
 from job.preemption import Preemption, positive
 from job.ranks import Ranks, joined
 from job.record import Record
-from job.scratch import breathing, check_kernels, full_disk_told, prepare_scratch
+from job.scratch import breathing, check_kernels, full_disk_told, job_folder, prepare_scratch
 from job.spec import JobSpec
 from job.spot import watching
 from job.store import ReadOnly, Store, check_writable, open_store
@@ -47,10 +47,12 @@ def run(spec: JobSpec, environment: MutableMapping[str, str], preemption: Preemp
     root = prepare_scratch(environment)
     if "mlflow" not in spec.training.report_to:
         environment.setdefault("DISABLE_MLFLOW_INTEGRATION", "TRUE")  # or TRL imports it, for a second
-    scratch = root / spec.digest[:16]
-    scratch.mkdir(exist_ok=True)
+    own = job_folder(root, spec)
+    own.mkdir(exist_ok=True)
     ttl = positive(environment, "JOB_LEASE_SECONDS", LEASE_SECONDS)
-    with breathing(root), joined(environment, preemption, root, ttl, spec.digest) as ranks:
+    with breathing(root), joined(environment, preemption, own, ttl, f"{spec.digest} {spec.output.url}") as ranks:
+        scratch = root / ranks.shared("scratch", own.name)  # some network file systems give each process other inodes
+        scratch.mkdir(exist_ok=True)
         story = follow if ranks.rank else lead
         story(spec, environment, ranks, scratch, ttl)
 
@@ -122,16 +124,17 @@ def follow(spec: JobSpec, environment: MutableMapping[str, str], ranks: Ranks, s
     """Train and answer when rank 0 asks for it, until it ends. Its status and its numbers are in a folder of its own."""
     preemption = ranks.preemption
     store, own = ReadOnly(output.open_output(spec)), scratch.with_suffix(f".rank-{ranks.rank}")
-    shutil.rmtree(own, ignore_errors=True)
-    own.mkdir()
     with ExitStack() as stack:
+        if ranks.place.local_rank == 0:  # on another machine than rank 0
+            stack.enter_context(watching(spec.preemption.spot_notices, preemption, environment))
+        # Rank 0 says it once it has the lease. Until then another attempt may be at work in `own`.
+        number = ranks.shared("attempt", 0)
+        shutil.rmtree(own, ignore_errors=True)
+        own.mkdir()
         record = stack.enter_context(Record(open_store(str(own)), own, name=spec.name, rank=ranks.rank).kept())
         stack.enter_context(full_disk_told(own))
         ranks.where = record.where
-        if ranks.place.local_rank == 0:  # on another machine than rank 0
-            stack.enter_context(watching(spec.preemption.spot_notices, preemption, environment))
         with preemption.leave_at_once():
-            number = ranks.shared("attempt", 0)
             with record.stage("stage in"):
                 found, backend = stage_in(spec, environment, store, scratch, ranks)
             plan: Plan | None = ranks.shared("plan", None)

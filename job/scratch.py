@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 
 from job.errors import NotAllowed, Unavailable
 from job.repeat import repeating
+from job.spec import JobSpec
+from job.store import LocalStore, open_store
 
 HEARTBEAT = "heartbeat"
 BREATH_SECONDS = 15.0
@@ -65,7 +68,7 @@ def prepare_scratch(environment: MutableMapping[str, str]) -> Path:
         scratch.mkdir(parents=True, exist_ok=True)
         probe = scratch / f".probe-{os.getpid()}"
         probe.write_bytes(b"x")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # containers that share scratch may share process ids too
     except OSError as error:
         kind = Unavailable if error.errno == errno.ENOSPC else NotAllowed
         raise kind(f"scratch folder {scratch}: {error.strerror}; set JOB_SCRATCH to a folder with room") from error
@@ -78,6 +81,23 @@ def prepare_scratch(environment: MutableMapping[str, str]) -> Path:
     for variable, value in (QUIET | COMPILING | bars).items():
         environment.setdefault(variable, value)
     return scratch
+
+
+def job_folder(root: Path, spec: JobSpec) -> Path:
+    """The folder below `root` that belongs to this spec and this output alone: numbers, checkpoints and exports in the
+    making. Every attempt at the output finds the same one. Other jobs of the node may run at the same time with the same
+    spec, so the output is part of its name.
+
+    The folder of an output is known by its inode too: containers that share scratch may all call their own `/output`. For
+    that it is made here, before the first attempt writes to it.
+    """
+    output = spec.output.url.rstrip("/")
+    store = None if output.startswith("s3://") else open_store(spec.output.url)
+    if isinstance(store, LocalStore):
+        with suppress(OSError):  # who may not write there is told by `job.store.check_writable`
+            store.root.mkdir(parents=True, exist_ok=True)
+            output = f"{store.root.resolve()} {store.root.stat().st_ino}"
+    return root / f"{spec.digest[:16]}-{hashlib.sha256(output.encode()).hexdigest()[:8]}"
 
 
 def check_kernels(environment: Mapping[str, str]) -> None:

@@ -192,7 +192,8 @@ class TrainingSpec(Section):
     dataloader_num_workers: Annotated[int, Field(ge=0, le=64)] | Literal["auto"] = "auto"
     """Processes that prepare batches ahead. `auto` is up to 4 with a GPU, none without."""
     logging_steps: PositiveInt = 1
-    """Steps between lines of `logs/metrics.jsonl`; each holds the mean loss since the line before."""
+    """Steps between lines of `logs/metrics.jsonl`; each holds the mean loss since the line before. Checkpoints and the
+    last step have one too."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = []
     """Also tell these, each with its own package and its own variables (`WANDB_API_KEY`, `MLFLOW_TRACKING_URI`).
     TensorBoard's files are published under `logs/tensorboard/`."""

@@ -43,10 +43,14 @@ def free_port() -> int:
 class Run:
     """`world` processes of one job with the variables that srun and rank.sh give them. None sees to the others."""
 
-    def __init__(self, world: int, spec: str, folder: Path) -> None:
+    def __init__(self, world: int, spec: str, folder: Path, scratch: Path | None = None) -> None:
         self.output = Path(yaml.safe_load(spec)["output"]["url"])
         there = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        there |= {"JOB_SPEC": spec, "JOB_LEASE_SECONDS": str(SILENCE)}
+        there |= {
+            "JOB_SPEC": spec,
+            "JOB_LEASE_SECONDS": str(SILENCE),
+            "JOB_SCRATCH": str(scratch or folder / "scratch"),
+        }
         self.said = [folder / f"stderr-{rank}" for rank in range(world)]
         self.processes = []
         for rank, said in enumerate(self.said):
@@ -73,11 +77,11 @@ def committed(output: Path) -> list[int]:
     return sorted(int(file.parent.name.removeprefix("step-")) for file in output.glob("checkpoints/*/MANIFEST.json"))
 
 
-def spec_of(demo: Path, output: Path) -> str:
+def spec_of(demo: Path, output: Path, **training: Any) -> str:
     """58 rows in steps of 8: with four ranks two of them have no row in the last step of an epoch."""
     tree = yaml.safe_load(small_spec(demo, str(output)))
     tree["dataset"]["max_rows"], tree["lora"]["lora_dropout"] = 66, 0.0
-    tree["training"] |= {"num_train_epochs": 2, "per_device_train_batch_size": 1}
+    tree["training"] |= {"num_train_epochs": 2, "per_device_train_batch_size": 1} | training
     tree["checkpoint"] = {"save_steps": 3, "keep": 3}
     tree["evaluation"] |= {"eval_steps": 5, "take": "best"}
     return yaml.safe_dump(tree)
@@ -92,15 +96,21 @@ def close(one: list[Any], other: list[Any]) -> bool:
     return bool(one == pytest.approx(other, rel=1e-4, abs=1e-5))
 
 
+@pytest.fixture(scope="module")
+def whole(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of one process that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    alone = Run(1, spec_of(demo, folder / "output"), folder)
+    assert alone.end() == [0], alone.words()
+    return folder / "output"
+
+
 @pytest.mark.timeout(600)
-def test_two_ranks_then_one_then_four_do_what_one_process_does(demo: Path, tmp_path: Path):
+def test_two_ranks_then_one_then_four_do_what_one_process_does(demo: Path, whole: Path, tmp_path: Path):
     """Stopped at one rank, killed at another, resumed on other numbers of them; nothing but rounding differs."""
     from safetensors.torch import load_file
 
-    whole, output = tmp_path / "whole", tmp_path / "output"
-    alone = Run(1, spec_of(demo, whole), tmp_path)
-    assert alone.end() == [0], alone.words()
-
+    output = tmp_path / "output"
     two = Run(2, spec_of(demo, output), tmp_path)
     two.send(signal.SIGTERM, 1, 3)
     assert two.end() == [75, 75], two.words()
@@ -138,6 +148,46 @@ def test_two_ranks_then_one_then_four_do_what_one_process_does(demo: Path, tmp_p
     answers = [(folder / "evaluation/after.jsonl").read_text().splitlines() for folder in (output, whole)]
     generated = [[json.loads(line)["generated"] for line in lines] for lines in answers]
     assert sum(a == b for a, b in zip(*generated, strict=True)) >= 7
+
+
+def test_two_ranks_have_each_step_in_one_line_of_numbers(demo: Path, whole: Path, tmp_path: Path):
+    """With a line every fourth step, when stopped between two lines and taken up again."""
+    output = tmp_path / "output"
+    two = Run(2, spec_of(demo, output, logging_steps=4), tmp_path)
+    two.send(signal.SIGTERM, 1, 6)
+    assert two.end() == [75, 75], two.words()
+    stopped = committed(output)[-1]
+    two = Run(2, spec_of(demo, output, logging_steps=4), tmp_path)
+    assert two.end() == [0, 0], two.words()
+    each_step, lines = (trajectory((folder / "logs/metrics.jsonl").read_bytes()) for folder in (whole, output))
+    steps = [step for step, *_ in lines]
+    assert steps == sorted({*range(4, 17, 4), *range(3, 17, 3), stopped, 16})
+    for first, (last, loss, rate, _, rows) in zip([0, *steps], lines, strict=False):
+        within = each_step[first:last]
+        assert rows == [row for *_, of_step in within for row in of_step]
+        assert close([loss, rate], [sum(line[1] for line in within) / len(within), within[-1][2]])
+
+
+def test_a_second_attempt_at_an_output_leaves_the_files_of_the_first_alone(demo: Path, tmp_path: Path):
+    """On one node and one scratch, with a rank each that has files of its own."""
+    output, spec = tmp_path / "output", spec_of(demo, tmp_path / "output", num_train_epochs=40)
+    first = Run(2, spec, tmp_path)
+    while not committed(output):
+        assert all(process.poll() is None for process in first.processes), first.words()
+        time.sleep(0.02)
+    (log,) = tmp_path.glob("scratch/*/rank-1.log")
+    (numbers,) = tmp_path.glob("scratch/*.rank-1/metrics.jsonl")
+    said, there = log.read_text(), numbers.stat().st_ino
+    (tmp_path / "second").mkdir()
+    second = Run(2, spec, tmp_path / "second", scratch=tmp_path / "scratch")
+    assert second.end() == [75, 75], second.words()
+    assert "holds its lease and is alive" in second.words()
+    assert log.read_text().startswith(said)
+    assert numbers.stat().st_ino == there
+    first.send(signal.SIGTERM, 1, 3)
+    assert first.end() == [75, 75], first.words()
+    steps = [step for step, *_ in trajectory((output / "logs/metrics.jsonl").read_bytes())]
+    assert steps == list(range(1, committed(output)[-1] + 1))
 
 
 def test_without_rank_0_the_others_end(demo: Path, tmp_path: Path):

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import queue
+import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -126,7 +127,7 @@ class Features:
     def _write(self, waiting: queue.Queue[tuple[str, torch.Tensor]]) -> None:
         while True:
             key, features = waiting.get()
-            part = self._file(key).with_suffix(f".part-{os.getpid()}")
+            part = self._file(key).with_suffix(f".part-{secrets.token_hex(6)}")
             try:
                 save_file({FEATURES: features.contiguous()}, part)
                 part.replace(self._file(key))

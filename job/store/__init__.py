@@ -19,6 +19,7 @@ __all__ = [
     "Corrupt",
     "Digest",
     "Entry",
+    "LocalStore",
     "Missing",
     "ReadOnly",
     "Store",

@@ -148,9 +148,16 @@ class Safety(TrainerCallback):
         self.trainer: Any = None
         self.last_saved = -1
         self.random_states: dict[str, Any] = {}
+        self.learning_rate = 0.0
+        self.without_line: tuple[torch.Tensor, int] = (torch.zeros(()), 0)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.last_saved = state.global_step if state.global_step else -1
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.learning_rate = self.trainer._get_learning_rate()  # of this step: the scheduler moves on behind it
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.half_made += 1
@@ -160,8 +167,11 @@ class Safety(TrainerCallback):
         if not self.random_states and not self.trainer.ranks.rank:  # from here on the optimizer has a state
             self.trainer.snapshot.prepare(self.trainer.states())
         self.random_states, self.half_made = random_states(), 0
+        self.without_line = self.trainer._tr_loss.clone(), len(self.trainer.rows_of_step)
         if self.preemption.requested:
             control.should_save = True  # behind the step's line of numbers; then we leave
+        if control.should_save or state.global_step == state.max_steps:
+            control.should_log = True  # whatever `logging_steps` is: no later line would have these steps in it
         seconds = self.record.read("checkpoint_seconds")
         if not self.shortened and seconds is not None and seconds > FITS * self.preemption.grace_seconds:
             self.shortened = True
@@ -184,12 +194,20 @@ class Safety(TrainerCallback):
         self.keep(state.global_step, folder, state.epoch or 0.0, self.trainer.snapshot.written)
         self.last_saved = state.global_step
 
+    def _write_line(self, state: TrainerState) -> None:
+        """The line of numbers of the finished steps that have none yet, with nothing of the half-made one."""
+        trainer, (loss, rows) = self.trainer, self.without_line
+        if steps := state.global_step - trainer._globalstep_last_logged:
+            del trainer.rows_of_step[rows:]
+            trainer.log({"loss": float(loss) / steps, "learning_rate": self.learning_rate})
+
     def leave(self) -> None:
         """Save the last finished step unless it is saved already, once a notice has ended training."""
         state = self.trainer.state
         if state.global_step > 0 and state.global_step != self.last_saved:
             if self.random_states:
                 restore_random_states(self.random_states)
+            self._write_line(state)
             self.trainer.save_state_now()
             self._commit(state)
         try:

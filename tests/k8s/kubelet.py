@@ -11,7 +11,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,18 @@ mount -t tmpfs -o mode=755 none $root/dev
 for device in null zero random urandom; do touch $root/dev/$device; mount --bind /dev/$device $root/dev/$device; done
 touch $root/dev/termination-log
 mount --bind $message $root/dev/termination-log
+"""
+# A folder of this machine as part of the image, at its own place: also where another file system or a volume covers that,
+# and for users who may not look into it out here.
+SHOW = """
+show() {
+  mkdir -p "$root$1" $work/$2-upper $work/$2-own
+  mount -t overlay overlay -o "lowerdir=$1,upperdir=$work/$2-upper,workdir=$work/$2-own" "$root$1"
+  chmod o+rx "$root$1"
+  mount -o remount,ro "$root$1"
+  parent=$(dirname "$1")
+  while [ "$parent" != / ]; do chmod o+x "$root$parent"; parent=$(dirname "$parent"); done
+}
 """
 
 
@@ -108,16 +120,23 @@ class Container:
 
 @contextlib.contextmanager
 def running(
-    pod: dict[str, Any], folder: Path, *, image: Path, given: Mapping[str, str], claims: Mapping[str, Path]
+    pod: dict[str, Any],
+    folder: Path,
+    *,
+    image: Path,
+    given: Mapping[str, str],
+    claims: Mapping[str, Path],
+    shown: Iterable[Path] = (),
 ) -> Iterator[Container]:
-    """Start the pod's first container from `image`, a root file system. `claims` are the folders behind its PVCs."""
+    """Start the pod's first container from `image`, a root file system. `claims` are the folders behind its PVCs, `shown`
+    folders of this machine that belong to the image."""
     container, security = pod["containers"][0], pod["securityContext"]
     folder.mkdir()
     message, work = folder / "message", folder / "work"
     message.touch()
     message.chmod(0o666)
     work.mkdir()
-    script = [f"image={image} work={work} message={message}", PREPARE]
+    script = [f"image={image} work={work} message={message}", PREPARE, SHOW]
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     for mount in container["volumeMounts"]:
         volume, place = volumes[mount["name"]], f"$root{mount['mountPath']}"
@@ -128,6 +147,7 @@ def running(
         else:
             script.append(f"mount --bind {claims[volume['persistentVolumeClaim']['claimName']]} {place}")
             script.append(f"mount -o remount,bind,ro {place}" if mount.get("readOnly") else "true")
+    script += [f"show {shlex.quote(str(place))} {number}" for number, place in enumerate(shown)]
     script.append("mount -o remount,ro $root")
     environment = [f"{name}={value}" for name, value in variables(container, given).items()]
     user = [f"--reuid={security['runAsUser']}", f"--regid={security['runAsGroup']}", f"--groups={security['fsGroup']}"]

@@ -20,12 +20,20 @@ from tests.k8s.conftest import documents
 from tests.k8s.kubelet import Container, missing, running
 from tests.k8s.test_policy import action
 
+CHECKOUT, PYTHON = ROOT.resolve(), Path(sys.prefix).resolve()
 # What an image brings: an interpreter that has the job, on the path.
 IMAGE = {
-    "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
-    "PYTHONPATH": str(ROOT),
+    "PATH": f"{PYTHON}/bin:/usr/bin:/bin",
+    "PYTHONPATH": str(CHECKOUT),
     "PYTHONDONTWRITEBYTECODE": "1",
 }
+
+
+def shown() -> list[Path]:
+    """Folders that this interpreter needs, wherever they lie: in a clone below /tmp, the pod's own /tmp would cover them."""
+    named = [CHECKOUT, PYTHON, Path(sys.base_prefix), *map(Path, sys.path)]
+    places = {place.resolve() for place in named if place.is_absolute() and place.is_dir()}
+    return [place for place in sorted(places) if not places & set(place.parents)]
 
 
 def test_evicted_it_leaves_with_75_and_its_next_pod_publishes(demo: Path, tmp_path: Path):
@@ -53,7 +61,7 @@ def test_evicted_it_leaves_with_75_and_its_next_pod_publishes(demo: Path, tmp_pa
     container = pod["containers"][0]
     claims = {"vision-lora-bundle": bundle, "vision-lora-output": output}
 
-    with running(pod, tmp_path / "first", image=Path("/"), given=IMAGE, claims=claims) as first:
+    with running(pod, tmp_path / "first", image=Path("/"), given=IMAGE, claims=claims, shown=shown()) as first:
         until(lambda: first.passes(container["startupProbe"]), first)
         until(lambda: first.passes(container["livenessProbe"]), first)
         until(lambda: status(output).get("stage") == "train", first)
@@ -64,7 +72,7 @@ def test_evicted_it_leaves_with_75_and_its_next_pod_publishes(demo: Path, tmp_pa
     assert action(job, code, disrupted=False) == "Ignore"
     assert not (output / "run" / "RESULT.json").exists()
 
-    with running(pod, tmp_path / "second", image=Path("/"), given=IMAGE, claims=claims) as second:
+    with running(pod, tmp_path / "second", image=Path("/"), given=IMAGE, claims=claims, shown=shown()) as second:
         assert second.process.wait(120) == 0, second.log
     assert status(output)["attempt"] == 2
     assert (output / "run" / "RESULT.json").exists()

@@ -38,7 +38,8 @@ Trained = Callable[..., Outcome]
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path]) -> Trained:
     """`trained(name, fits, stops)` trains to the end on a card where so many rows fit; for each n of `stops` an attempt
-    before is asked to stop in its n-th forward. A save took `save_seconds` so far. Returns numbers by step, and the adapter."""
+    before is asked to stop in its n-th forward. A save took `save_seconds` so far. Returns the lines of numbers, one each
+    `logging_steps`, and the adapter."""
     root = tmp_path_factory.mktemp("resume")
     (root / "rows").mkdir()
     lines = [{"file_name": f"{n}.png", "caption": "There is a nodule. " * (1 + n % 3)} for n in range(ROWS)]
@@ -47,7 +48,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path])
     (root / "rows" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def run(
-        name: str, fits: int = 2, stops: tuple[int, ...] = (), save_seconds: float | None = None, stuck_at: int = 0
+        name: str,
+        fits: int = 2,
+        stops: tuple[int, ...] = (),
+        save_seconds: float | None = None,
+        stuck_at: int = 0,
+        logging_steps: int = 1,
     ) -> Outcome:
         spec = job_spec(
             model={"name_or_path": str(tiny("llava"))},
@@ -58,6 +64,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path])
                 "effective_batch_size": 4,
                 "per_device_train_batch_size": 2,
                 "learning_rate": 0.05,
+                "logging_steps": logging_steps,
             },
             checkpoint={"save_steps": 4},
             output={"url": str(root / name)},
@@ -133,6 +140,26 @@ def test_stopped_again_and_again(
     assert [int(step) for step in left] == saved
     assert again == numbers
     assert all(torch.equal(same[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("stops", "steps"),
+    [
+        ((), [4, 6]),  # step 4 is saved, step 6 the last
+        ((6,), [3, 4, 6]),  # asked to stop in the last micro-batch of step 3
+        ((5, 7), [2, 4, 5, 6]),  # in the first one of step 3, then of step 6
+    ],
+)
+def test_each_step_is_in_one_line_of_numbers(trained: Trained, stops: tuple[int, ...], steps: list[int]) -> None:
+    """However rarely lines are written: the next attempt knows nothing of the steps behind the last one."""
+    each_step, _ = trained(f"each step {stops}")
+    lines, _ = trained(f"seldom {stops}", stops=stops, logging_steps=100)
+    assert [step for step, *_ in lines] == steps
+    for first, (last, loss, rate, _, rows) in zip([0, *steps], lines, strict=False):
+        within = each_step[first:last]
+        assert rows == [row for *_, of_step in within for row in of_step]
+        assert loss == pytest.approx(sum(line[1] for line in within) / len(within), rel=1e-6)
+        assert rate == within[-1][2]
 
 
 def test_stopped_while_it_waits_for_rows_it_keeps_the_steps_before(
