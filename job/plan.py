@@ -12,7 +12,7 @@ from job.model.lora import GROUPS, parameters, targets
 from job.model.memory import Kept, Memory, last_cure, weight_bytes
 from job.planning.compile import can_compile, compiles, compiling_text
 from job.planning.describe import describe_needs
-from job.planning.device_memory import gate_room, offload_seconds, stage_memory
+from job.planning.device_memory import answer_batch, gate_room, offload_seconds, stage_memory
 from job.planning.needs import Training, checkpoint_bytes, room_for_features
 from job.planning.shortage import Foreseen, foresee
 from job.preemption import FITS
@@ -43,7 +43,8 @@ class Stage:
 @dataclass(frozen=True)
 class Plan:
     """Sizes in bytes; `micro_batch` × `accumulation` × `world` = the effective batch. `kept` is what stays on the device for
-    the backward; `device_memory` the peak of each stage on a GPU; `gate_room` the bytes of weights that the GPU holds while the
+    the backward; `device_memory` the peak of each stage on a GPU; `answer_batch` the rows generated at once;
+    `gate_room` the bytes of weights that the GPU holds while the
     gate asks a model in 16 bits, None where it holds all. With `compile`, whole micro-batches of training go through
     torch.compile. `features` is the room for those of a frozen vision tower, None where what is free is not known."""
 
@@ -54,6 +55,7 @@ class Plan:
     world: int
     precision: str
     kept: Kept
+    answer_batch: int = 8
     gate_room: int | None = None
     device_memory: dict[str, int] = field(default_factory=dict)
     compile: bool = False
@@ -79,6 +81,8 @@ def make_plan(spec: JobSpec, facts: Facts) -> Plan:
     kept, memory, micro = fitted(spec, facts, groups, precision, share)
     cure = thriftier(kept, unsloth=by_unsloth(spec, facts))
     refuse_many(facts, memory, cure + last_cure(precision))
+    answered = answer_batch(spec, facts, groups, precision)
+    spec = spec.model_copy(update={"evaluation": spec.evaluation.model_copy(update={"batch_size": answered})})
     _refuse_mixed_batches(spec, facts, micro)
     total = total_steps(spec, facts.data["train"]) if facts.data else None
     trainable = facts.device is not None and fits(memory, facts.device, 1)  # what does not fit has its own warning
@@ -96,6 +100,7 @@ def make_plan(spec: JobSpec, facts: Facts) -> Plan:
         world=facts.world,
         precision=precision,
         kept=kept,
+        answer_batch=answered,
         gate_room=room,
         device_memory=stage_memory(spec, facts, groups, precision, memory, micro, room),
         compile=compiles(spec, facts, total),
@@ -108,16 +113,18 @@ def make_plan(spec: JobSpec, facts: Facts) -> Plan:
 
 
 def decided(spec: JobSpec, plan: Plan) -> JobSpec:
-    """The spec with what its `auto` of `export.scratch_copy` became. Its digest stays, since the field decides no result."""
+    """The spec with what `auto` of `export.scratch_copy` and of `evaluation.batch_size` became. Its digest stays, since these
+    fields decide no result."""
     export = spec.export.model_copy(update={"scratch_copy": plan.foreseen.scratch_copy})
-    return spec.model_copy(update={"export": export})
+    evaluation = spec.evaluation.model_copy(update={"batch_size": plan.answer_batch})
+    return spec.model_copy(update={"export": export, "evaluation": evaluation})
 
 
 def _refuse_mixed_batches(spec: JobSpec, facts: Facts, micro: int) -> None:
     """mllama looks at images beside the text, not in it: a row without would look at what is padding."""
     without = facts.data.get("without_images", 0) if facts.data else 0
     mllama = facts.base is not None and facts.base.model_type == "mllama"
-    if mllama and facts.data and 0 < without < facts.data["train"] and max(micro, spec.evaluation.batch_size) > 1:
+    if mllama and facts.data and 0 < without < facts.data["train"] and max(micro, spec.evaluation.batch) > 1:
         raise SpecError(
             f"training.per_device_train_batch_size, evaluation.batch_size: {without} rows have no image and the others have, "
             "which cannot share a batch of Llama 3.2 Vision; set both to 1"
@@ -282,6 +289,7 @@ def describe(spec: JobSpec, plan: Plan, facts: Facts) -> str:
     batch = spec.training.effective_batch_size
     devices = f" × {plan.world} devices" if plan.world > 1 else ""
     lines.append(f"batch: {batch} = {plan.micro_batch} at once × {plan.accumulation} accumulated{devices}")
+    lines.append(f"answers: {plan.answer_batch} rows at once")
     if facts.base is not None:
         base = facts.base
         lines.append(f"base: {base.architecture}, {base.parameters:,} parameters, held in {plan.precision}")

@@ -141,6 +141,7 @@ def follow(spec: JobSpec, environment: MutableMapping[str, str], ranks: Ranks, s
             assert found.data is not None
             assert found.base is not None
             assert plan is not None
+            spec = decided(spec, plan)
             with record.stage("load"):
                 from job.evaluate import answer_for
                 from job.train.fit import fit

@@ -256,8 +256,8 @@ class EvaluationSpec(Section):
     """Held-out rows to generate for, spread evenly over all of them."""
     max_new_tokens: PositiveInt = 128
     """Longest answer."""
-    batch_size: PositiveInt = 8
-    """Rows generated at once."""
+    batch_size: PositiveInt | Literal["auto"] = "auto"
+    """Rows generated at once. `auto` takes as many as the GPU has room for, up to 32: a batch takes hardly longer than a row."""
     labels: dict[str, LabelSpec] = Field(default_factory=dict)
     """Facts to score: `finding: {column: finding}` gives `finding_accuracy` and `finding_macro_f1`."""
     groups: list[str] = Field(default_factory=list)
@@ -288,6 +288,11 @@ class EvaluationSpec(Section):
     cache: str | None = None
     """`s3://bucket/prefix` or a folder where runs share what the base says, so that the runs of a sweep measure it once. It
     holds texts generated from your images. Jobs on one node share it through their scratch anyway."""
+
+    @property
+    def batch(self) -> int:
+        """Rows at once; 8 where nothing decided what `auto` is."""
+        return 8 if self.batch_size == "auto" else self.batch_size
 
 
 class GateSpec(Section):
@@ -395,6 +400,7 @@ HARMLESS = frozenset(
         "preemption.spot_notices",
         "preemption.max_attempts_without_progress",
         "export.scratch_copy",
+        "evaluation.batch_size",
         "evaluation.cache",
         "evaluation.explained_rows",
         "evaluation.eval_samples",

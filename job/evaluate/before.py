@@ -65,7 +65,7 @@ def key(spec: JobSpec, loaded: Loaded, rows: Sequence[Held], device: str) -> str
         "held as": [loaded.backend, loaded.precision, spec.model.attn_implementation, device],
         "rows": [row.digest for row in rows],
         "dataset": dataset,
-        "lengths": [spec.training.max_length, spec.evaluation.max_new_tokens, spec.evaluation.batch_size],
+        "lengths": [spec.training.max_length, spec.evaluation.max_new_tokens, spec.evaluation.batch],
         "packages": versions(),
     }
     return f"{hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()}.jsonl"

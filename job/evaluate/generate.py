@@ -29,6 +29,7 @@ GREEDY = {
     "temperature": 1.0,
     "top_p": 1.0,
     "top_k": 50,
+    "use_cache": True,  # which trainers switch off in the model's config
 }
 
 
@@ -52,7 +53,7 @@ def generations(
     finished batch. `loss` is the mean over the answer's tokens, nats.
     """
     finished = {record["id"]: record for record in known}
-    batches = _batches(rows, order, spec.evaluation.batch_size, finished)
+    batches = _batches(rows, order, spec.evaluation.batch, finished)
     ranks.ask("answer", tuned, batches)
     for made in answers(loaded, rows, spec, tuned, batches, ranks):
         finished |= {record["id"]: record for record in made}
@@ -77,7 +78,7 @@ def answers(
 def micro_batches(loaded: Loaded, spec: JobSpec, what: str) -> MicroBatches:
     """Micro-batches of `evaluation.batch_size` rows; `what` names the work."""
     return MicroBatches(
-        spec.evaluation.batch_size, what, f"shrink images with dataset.image_max_side, {last_cure(loaded.precision)}"
+        spec.evaluation.batch, what, f"shrink images with dataset.image_max_side, {last_cure(loaded.precision)}"
     )
 
 

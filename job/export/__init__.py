@@ -148,7 +148,7 @@ def smaller(spec: JobSpec, loaded: Loaded, exported: Exported, data: Data, offlo
         "merged_int4": partial(write_compressed, "W4A16", offload=offload),
     }
     folders, gate = dict(exported.folders), dict(exported.gate)
-    batches = spread_rows(rows_of(data), spec.export.gate.rows, spec.evaluation.batch_size)
+    batches = spread_rows(rows_of(data), spec.export.gate.rows, spec.evaluation.batch)
     for name, write in kinds.items():
         if getattr(spec.export, name):
             folders[name] = folders["merged"].with_name(name)

@@ -52,9 +52,10 @@ class Verdict:
 
     `token_agreement` is the share of tokens at which merged puts first what base + adapter does, or holds within
     `max_mean_logit_difference` of it; `rounding_…` is what rounding alone makes of both. Losses are nats a token of the
-    true answers. `difference_from_trained` is from the model as it was trained and measured: the same as
-    `mean_logit_difference`, but where the base was held in 4 bits. `weights` counts tensors by group: how many were
-    `adapted`, and by what share of their size; `wrong` names those that are not base + adapter.
+    true answers. `difference_from_trained` is from the model as it was trained and
+    measured: the same as `mean_logit_difference`, but where the base was held in 4 bits or Unsloth's kernels computed it.
+    `weights` counts tensors by group: how many were `adapted`, and by what share of their size; `wrong` names those that are
+    not base + adapter.
     """
 
     rows: int
@@ -81,7 +82,8 @@ class Verdict:
 @dataclass(frozen=True)
 class Reference:
     """All that is asked of base + adapter, on the CPU: what `tuned` and `untuned` say, what `jitter` (rounding alone) makes
-    of it, what the merged model's weights must be, and what the model said as it was `trained` in 4 bits, else None."""
+    of it, what the merged model's weights must be, and what the model said as it was `trained`, where that
+    was in 4 bits or by Unsloth's kernels, else None."""
 
     batches: list[list[dict[str, Any]]]
     tuned: list[Answers]
@@ -105,12 +107,13 @@ def compare(
     """Measure the merged model, which `read_merged(precision)` loads, against base + adapter on `rows`.
 
     Both in the precision that was trained in; where that is 4bit, both in 16 bits, which is what merged weights are made
-    from and served in. One model at a time is in memory: `let_go` is called once nothing is wanted of `loaded.model` any
-    more, before another is read. `offload` says which part of a model in 16 bits stays outside the GPU, and is for a base
-    that was held in 4 bits.
+    from and served in. Both are asked by transformers: the kernels of Unsloth round otherwise, which some models amplify
+    beyond what folding does to them. One model at a time is in memory: `let_go` is called once nothing is wanted of
+    `loaded.model` any more, before another is read. `offload` says which part of a model in 16 bits stays outside the GPU,
+    and is for a base that was held in 4 bits.
     """
     reference = refer(spec, loaded, base, rows, let_go, offload)
-    precision = "16bit" if loaded.precision == "4bit" else loaded.precision
+    precision = served_precision(loaded)
     again = replace(loaded, model=read_merged(precision), precision=precision, backend="transformers")
     micro = micro_batches(spec, loaded)
     merged = answers(again, reference.batches, spec, micro)
@@ -123,14 +126,14 @@ def refer(
 ) -> Reference:
     """Ask base + adapter all that the merged model is compared with, and let go of it."""
     micro = micro_batches(spec, loaded)
-    batches = spread_rows(rows, spec.export.gate.rows, spec.evaluation.batch_size)
-    as_trained = None
-    adapted = trained(loaded)
-    if loaded.precision == "4bit":
+    batches = spread_rows(rows, spec.export.gate.rows, spec.evaluation.batch)
+    as_trained, adapted = None, trained(loaded)
+    apart_from_served = loaded.precision == "4bit" or loaded.backend == "unsloth"
+    if apart_from_served:
         as_trained = answers(loaded, batches, spec, micro)
         adapters, others = adapters_of(loaded.model), trained_weights(loaded.model)
         let_go()
-        whole = load_weights(spec.model, loaded.folder, loaded.device, "16bit", offload)
+        whole = load_weights(spec.model, loaded.folder, loaded.device, served_precision(loaded), offload)
         with torch.no_grad():
             for name, weight in others.items():
                 whole.get_parameter(name).copy_(weight)
@@ -142,7 +145,7 @@ def refer(
     weights, groups = expected(adapted, base)
     with jittered(adapted, base):
         jitter = answers(adapted.loaded, batches, spec, micro)
-    if loaded.precision == "4bit":
+    if apart_from_served:
         release(adapted.loaded.model)
     else:
         let_go()
@@ -186,9 +189,13 @@ def wrong_weights(right: dict[str, Expected], found: dict[str, Tensor]) -> list[
     return wrong
 
 
+def served_precision(loaded: Loaded) -> str:
+    return "16bit" if loaded.precision == "4bit" else loaded.precision
+
+
 def micro_batches(spec: JobSpec, loaded: Loaded) -> MicroBatches:
     cure = f"lower export.gate.rows, shrink images with dataset.image_max_side, {last_cure(loaded.precision)}"
-    return MicroBatches(spec.evaluation.batch_size, "the gate", cure)
+    return MicroBatches(spec.evaluation.batch, "the gate", cure)
 
 
 def refuse(result: Verdict, spec: GateSpec) -> None:

@@ -85,7 +85,8 @@ def beside(loaded: Loaded, base: Any, adapters: Mapping[str, Lora]) -> Adapted:
         for name, module, weight in _aligned_weights(base):
             yield name, module, weight, adapters.get(name.removesuffix(".weight"))
 
-    return Adapted(replace(loaded, model=base, precision="16bit", backend="transformers"), weights, silent)
+    precision = "16bit" if loaded.precision == "4bit" else loaded.precision
+    return Adapted(replace(loaded, model=base, precision=precision, backend="transformers"), weights, silent)
 
 
 def adapters_of(model: Any) -> dict[str, Lora]:

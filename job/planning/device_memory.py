@@ -13,6 +13,10 @@ FILLED = 0.9
 LEAST_ROOM = 2_000_000_000
 """Bytes of weights that must have room on the GPU: accelerate keeps as much free as the largest layer takes, and a head with a
 vocabulary of 262,000 takes 1.3 GB."""
+MOST_ANSWERED = 32
+"""Rows that are answered at once; more would make the answers of a stopped job that are made again cost too much."""
+COVERED = 37
+"""Pictures of a row whose map is made: each cell covered, and none (`job.evaluate.occlusion`)."""
 HOST_BYTES_A_SECOND = 5e9
 """At which weights that wait outside come to the GPU, out of the host's file cache through memory that is not pinned."""
 
@@ -35,7 +39,11 @@ def stage_memory(
         whole = weight_bytes(facts.base, gate_precision(precision))
         exported = max(asked, _gate(spec, facts, groups, whole if room is None else room))
     measured = {"evaluate before": asked, "evaluate after": asked} if _held_out(facts) else {}
-    mapped = {"map where it looks": asked} if _held_out(facts) and spec.evaluation.explained_rows else {}
+    mapped = (
+        {"map where it looks": _asked(spec, facts, groups, precision, COVERED)}
+        if _held_out(facts) and spec.evaluation.explained_rows
+        else {}
+    )
     return {
         "load": weight_bytes(facts.base, precision) + 4 * sum(groups.values()),
         **measured,
@@ -79,20 +87,41 @@ def gate_precision(precision: str) -> str:
 def offload_seconds(spec: JobSpec, weights: int, room: int) -> float:
     """What the gate takes longer for the weights that wait outside: they come for base + adapter, for the base, with rounding
     jittered, and for the merged model."""
-    batches = -(-spec.export.gate.rows // spec.evaluation.batch_size)
+    batches = -(-spec.export.gate.rows // spec.evaluation.batch)
     return 4 * batches * (weights - room) / HOST_BYTES_A_SECOND
 
 
-def _asked(spec: JobSpec, facts: Facts, groups: dict[str, int], precision: str) -> int:
-    """Generation and losses of a batch of held-out rows."""
+def answer_batch(spec: JobSpec, facts: Facts, groups: dict[str, int], precision: str) -> int:
+    """`evaluation.batch_size` resolved: on a GPU the largest power of two, up to `MOST_ANSWERED`, that fits with the model."""
+    given, device, base = spec.evaluation.batch_size, facts.device, facts.base
+    if given != "auto" or device is None or device.kind != "cuda" or base is None:
+        return spec.evaluation.batch
+    room = FILLED * device.memory - _beside(groups) - weight_bytes(base, precision)
+    fitting = [rows for rows in (MOST_ANSWERED, 16, 8, 4, 2) if rows * _row(spec, facts) <= room]
+    return max(fitting, default=1)
+
+
+def _asked(spec: JobSpec, facts: Facts, groups: dict[str, int], precision: str, most: int | None = None) -> int:
+    """Generation and losses of a batch of held-out rows, or of at most `most` pictures with a part covered."""
     assert facts.base is not None
-    rows = spec.evaluation.batch_size
-    return int(weight_bytes(facts.base, precision) + 4 * sum(groups.values()) + WORKSPACE + rows * _row(spec, facts))
+    rows = spec.evaluation.batch
+    if most is not None:
+        rows = min(rows, most)
+    elif facts.data is not None:
+        rows = min(rows, facts.data["evaluation"])
+    return int(weight_bytes(facts.base, precision) + _beside(groups) + rows * _row(spec, facts))
 
 
 def _gate(spec: JobSpec, facts: Facts, groups: dict[str, int], weights: int) -> int:
-    rows = min(spec.evaluation.batch_size, spec.export.gate.rows)
-    return int(weights + 4 * sum(groups.values()) + WORKSPACE + rows * _row(spec, facts))
+    rows = min(
+        spec.evaluation.batch, spec.export.gate.rows, (facts.data or {}).get("evaluation", 0) or spec.export.gate.rows
+    )
+    return int(weights + _beside(groups) + rows * _row(spec, facts))
+
+
+def _beside(groups: dict[str, int]) -> float:
+    """Adapters in 32 bits, and buffers."""
+    return WORKSPACE + 4 * sum(groups.values())
 
 
 def _row(spec: JobSpec, facts: Facts) -> float:
