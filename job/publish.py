@@ -135,6 +135,9 @@ def publish(attempt: Attempt, data: Data, exported: Exported, facts: dict[str, A
         record.publish_numbers()
         store.write(LOCK_KEY, package_lock())
         files = {f"merged/{name}": digest for name, digest in exported.sent.items()}
+        # What an earlier attempt sent would lie beside each new file until that is whole, and the disk may hold it but once.
+        stale = [entry.key for prefix in MADE_OF_MERGED for entry in store.list(prefix) if entry.key not in files]
+        store.delete(stale)
         for name, folder in exported.folders.items():
             if name == "adapter" or refused is None:
                 (folder / "README.md").write_text(card.render(facts, name))

@@ -100,7 +100,8 @@ def open_source(
     bundled = scratch / BUNDLE / "images"
     fetched = bundled if bundled.exists() else scratch / "fetched" / "images"
     way = hashlib.sha256(f"{bounds} {spec.dicom}".encode()).hexdigest()[:16]
-    shelf = Shelf(scratch / "cache" / "pictures" / way, int(spec.cache_gb * 1e9)) if any(bounds) else None
+    room = min(int(spec.cache_gb * 1e9), free_bytes(scratch) // 2)  # the rest is for what the job cannot do without
+    shelf = Shelf(scratch / "cache" / "pictures" / way, room) if any(bounds) else None
     files = Files(table.base, fetched, shelf, bounds)
     what = f"conversations in {reading.messages}" if reading.messages else f"answers in {reading.answer}"
     if spec.answer and not reading.messages:

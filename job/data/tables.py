@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import glob
 import hashlib
 import json
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.data.images import BadRow
-from job.errors import DataError, NotAllowed, Unavailable
+from job.errors import DataError, NotAllowed, SpecError, Unavailable
+from job.record import bytes_text
 from job.spec import DatasetSpec
 from job.store.local import disk
 
@@ -25,6 +27,7 @@ LINE = "_line"
 for a column, and one broken line spoils one row."""
 PATIENT = "_patient"
 """A digest of DICOM's PatientID: it groups rows for the split, is no column that a spec can name, and is written nowhere."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
 AT_ONCE = 100
 """Lines written at a time: some hold whole images."""
 
@@ -46,6 +49,12 @@ def read_table(files: list[Path], cache: Path, field: str) -> Dataset:
                 raise ValueError(f"its columns are not those of {files[0].name}")
         rows = Dataset.from_parquet([glob.escape(str(file)) for file in files], cache_dir=str(cache))
     except (ArrowException, DatasetGenerationError, ValueError, OSError) as error:
+        if any(isinstance(each, OSError) and each.errno in FULL for each in (error, error.__cause__)):
+            size = bytes_text(sum(each.stat().st_size for each in files))
+            raise SpecError(
+                f"{field}: {files[0].parent} is unpacked to {cache}, about as large as its {size}, and that disk is full; point "
+                "JOB_SCRATCH at a larger one"
+            ) from error
         cause = str(error.__cause__ or error).splitlines()[0][:200]
         raise DataError(f"{field}: {file} cannot be read as parquet: {cause}") from error
     assert isinstance(rows, Dataset)

@@ -8,7 +8,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from job.errors import NotAllowed, SpecError, Unavailable
 from job.model.lora import Linear
 from job.spec import ModelSpec
-from job.stage_in import local_path
+from job.stage_in import check_room, local_path
 
 
 def fetch_base(spec: ModelSpec, scratch: Path) -> Path:
@@ -51,10 +51,16 @@ def fetch_adapter(name: str, scratch: Path) -> Path:
 
 def _from_hub(spec: ModelSpec) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import DryRunError
 
     with hub_errors(spec):
         left_out = ["original/*", "*.pth", "*.bin", "*.gguf"]
-        return Path(snapshot_download(spec.name_or_path, revision=spec.revision, ignore_patterns=left_out))
+        which: dict[str, Any] = {"repo_id": spec.name_or_path, "revision": spec.revision, "ignore_patterns": left_out}
+        with suppress(DryRunError):  # nobody answers, or not to this token: the download says why, or finds all in its cache
+            need = sum(file.file_size or 0 for file in snapshot_download(**which, dry_run=True) if file.will_download)
+            check_room(need, Path(HF_HUB_CACHE), f"model.name_or_path: {spec.name_or_path}")
+        return Path(snapshot_download(**which))
 
 
 @contextmanager

@@ -36,6 +36,8 @@ SENT_AT_ONCE = 2
 """Files, straight to the output (`job.export.merge`)."""
 ANSWERS = 4
 """Sets of logits that the gate holds at a time: merged, base + adapter, base, and with rounding jittered (`job.export.gate`)."""
+MERGING = "logs/merging.json"
+"""What an earlier attempt finished of merged weights that go straight to the output (`job.export.merge`)."""
 GROUP_SCALES = 2 / 128
 """Bytes of INT4's scales for each weight: 16 bits for 128 of them."""
 
@@ -130,17 +132,21 @@ def _scratch(spec: JobSpec, facts: Facts, base: BaseFacts, training: Training, s
 
 
 def _output(spec: JobSpec, facts: Facts, base: BaseFacts, training: Training, scratch_copy: bool) -> dict[str, Range]:
-    """Checkpoints that are kept, one more while the newest is committed; then what is published. What an earlier attempt wrote is
-    written over, the largest file of it beside the old one."""
+    """Checkpoints that are kept, one more while the newest is committed; then what is published. Merged weights that an earlier
+    attempt wrote are removed first, but where they go there straight: what it finished of them stays, and where it made them in
+    the other way each new file is written beside the old one."""
     at_peak, at_end = (
         (0, 0) if training.done else (kept_checkpoints(spec, training.total_steps, more) for more in (1, 0))
     )
     one, there = checkpoint_bytes(spec, training.lora), facts.written.get("checkpoints", 0)
     during, after = (max(0, count * one + base.rest * bool(count) - there) for count in (at_peak, at_end))
     left = {name: size - facts.written.get(name, 0) for name, size in published(spec, base, training.lora).items()}
-    again = base.largest * bool(facts.written.get("merged")) * scratch_copy * ("merged" in left)
-    whole = after + sum(max(0, size) for size in left.values()) + again
-    straight = after + max(0, left.get("merged", 0)) * (not scratch_copy)
+    beside = (
+        0 if scratch_copy or MERGING in facts.keys else min(SENT_AT_ONCE * base.largest, facts.written.get("merged", 0))
+    )
+    whole = after + sum(max(0, size) for size in left.values())
+    straight = 0 if scratch_copy else max(0, left.get("merged", 0)) + beside
+    straight += after
     return {"train": disk_range(during), "export": disk_range(straight), "publish": disk_range(whole)}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import pytest
 from job.errors import SpecError
 from job.planning.limits import cores, disk, host_memory, scratch_disk, used_bytes
 from tests.conftest import ROOT, job_environment
+from tests.planning.conftest import Enter
 
 GB, KB = 10**9, 1024
 GIB = 2**30
@@ -137,31 +138,15 @@ def test_cores_of_version_1(machine: Machine):
     assert cores(machine(v1("/", "/", files))) == 1
 
 
-@pytest.fixture
-def four_gib() -> Iterator[Callable[[], None]]:
-    """A cgroup of ours with a limit of 4 GiB; what is yielded puts the process that calls it there."""
-    for kind, limit in (("memory", "memory.limit_in_bytes"), ("", "memory.max")):
-        folder = Path("/sys/fs/cgroup") / kind / f"vision-lora-test-{os.getpid()}"
-        try:
-            folder.mkdir()
-            (folder / limit).write_text(str(4 * GIB))
-        except OSError:
-            continue
-        yield lambda folder=folder: (folder / "cgroup.procs").write_text(str(os.getpid())) and None  # type: ignore[misc]
-        folder.rmdir()
-        return
-    pytest.skip("no cgroup with a limit of memory can be made here")
-
-
 def test_check_in_a_real_cgroup_of_4_gib_says_4_gib(
-    four_gib: Callable[[], None], tiny: Callable[..., Path], tmp_path: Path
+    cgroup: Callable[[int], Enter], tiny: Callable[..., Path], tmp_path: Path
 ):
     spec = f"{{model: {{name_or_path: {tiny('llava')}}}, dataset: {{path: none/none}}, output: {{url: {tmp_path}/o}}}}"
     said = subprocess.run(
         [sys.executable, "-m", "job", "check", spec],
         env=job_environment(tmp_path, HF_HUB_OFFLINE="1"),
         cwd=ROOT,
-        preexec_fn=four_gib,
+        preexec_fn=cgroup(4 * GIB),
         capture_output=True,
         text=True,
         check=True,
