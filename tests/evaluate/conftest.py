@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,7 +101,7 @@ class Browser:
     def ask(self, verb: str, body: dict[str, Any] | None = None, method: str = "POST") -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
-            f"{self.session}/{verb}", data, {"Content-Type": "application/json"}, method=method
+            f"{self.session}/{verb}".rstrip("/"), data, {"Content-Type": "application/json"}, method=method
         )
         try:
             with urllib.request.urlopen(request, timeout=240) as response:
@@ -135,14 +137,27 @@ class Browser:
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     driver, chromium = shutil.which("chromedriver"), shutil.which("chromium") or shutil.which("google-chrome")
-    if not driver or not chromium:
+    if not driver or not chromium or not (_starts(driver) and _starts(chromium)):
         pytest.skip("no Chromium with its driver here (Debian: apt-get install chromium chromium-driver)")
-    folder = tmp_path_factory.mktemp("browser")
-    with (folder / "log").open("wb") as log, subprocess.Popen([driver, "--port=0"], stdout=log, stderr=log) as process:
+    log = tmp_path_factory.mktemp("browser") / "log"
+    with (
+        TemporaryDirectory(prefix="browser-", ignore_cleanup_errors=True) as folder,  # it leaves files there
+        log.open("wb") as stream,
+        subprocess.Popen(
+            [driver, "--port=0"], stdout=stream, stderr=stream, env=os.environ | {"TMPDIR": folder}
+        ) as process,
+    ):
         try:
-            yield _session(f"http://127.0.0.1:{_port(folder / 'log')}", chromium)
+            started = _session(f"http://127.0.0.1:{_port(log)}", chromium)
+            yield started
+            started.ask("", method="DELETE")  # without its driver alone, the browser would stay for ever
         finally:
             process.terminate()
+
+
+def _starts(program: str) -> bool:
+    """Ubuntu's packages of these names hold a script that asks for a snap."""
+    return subprocess.run([program, "--version"], capture_output=True, check=False).returncode == 0
 
 
 def _port(log: Any) -> int:
