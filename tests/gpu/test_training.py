@@ -122,6 +122,13 @@ def same_steps(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], rel: fl
         assert one["loss"] == pytest.approx(other["loss"], rel=rel)
 
 
+def test_a_stage_has_the_highest_peak_of_its_steps_which_reset_it(model: Path, rows: Path, tmp_path: Path) -> None:
+    lines, _, _ = trained(model, rows, tmp_path / "out")
+    stage = json.loads((tmp_path / "out" / "status.json").read_text())["stages"]["train"]
+    for name, of_steps in (("device_peak", "gpu_memory_peak_gb"), ("device_reserved", "gpu_memory_reserved_gb")):
+        assert stage[name] / 1e9 > max(line[of_steps] for line in steps(lines)) - 0.001
+
+
 def test_a_card_too_small_for_the_step_makes_it_in_parts(model: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows"
     rows.mkdir()
