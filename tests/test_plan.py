@@ -232,7 +232,14 @@ def on_a_card(tree, gigabytes, precision="auto", **sections):
 def test_the_gate_of_a_base_in_16_bits_needs_no_more_than_evaluation(tree):
     found = on_a_card(tree, 48)
     assert (found.precision, found.gate_room) == ("16bit", None)
-    assert found.device_memory["export"] == found.device_memory["evaluate after"] < 30e9
+    assert 21.3e9 < found.device_memory["export"] <= found.device_memory["evaluate after"] < 0.9 * 48e9
+    assert found.answer_batch == 16
+
+
+def test_answers_come_in_the_largest_batch_that_fits(tree):
+    assert [on_a_card(tree, size).answer_batch for size in (48, 80, 32)] == [16, 32, 8]
+    assert on_a_card(tree, 80, evaluation={"batch_size": 5}).answer_batch == 5
+    assert plan(tree).answer_batch == 8
 
 
 def test_the_gate_leaves_outside_what_a_small_card_cannot_hold_and_says_how_long_that_takes(tree):
@@ -245,118 +252,13 @@ def test_the_gate_leaves_outside_what_a_small_card_cannot_hold_and_says_how_long
     assert on_a_card(tree, 48, "4bit").gate_room is None
 
 
-def test_a_card_without_room_for_the_gate_is_refused_before_training(tree):
-    with pytest.raises(SpecError, match="export.merged: the gate asks the merged model in 16 bits"):
-        on_a_card(tree, 14, "4bit", evaluation={"batch_size": 24})
-    assert on_a_card(tree, 14, "4bit", evaluation={"batch_size": 24}, export={"merged": False}).gate_room is None
+def test_the_gate_asks_fewer_rows_where_they_would_leave_less_room_for_weights_than_training_had(tree):
+    found = on_a_card(tree, 13, "4bit")
+    assert found.gate_room is not None
+    assert 7.4e9 < found.gate_room < 0.9 * 13e9
+
+
+def test_biases_trained_beside_a_base_that_the_gate_cannot_hold_whole_are_refused_before_training(tree):
     with pytest.raises(SpecError, match="lora.bias: all is trained beside a base whose 16 bits"):
         on_a_card(tree, 24, "4bit", lora={"bias": "all"})
-
-
-def test_the_description_names_every_stage_and_the_cure_of_every_warning(tree):
-    spec = validate(tree)
-    text = describe(spec, make_plan(spec, FACTS), FACTS)
-    for stage in ("stage in", "load", "evaluate before", "train", "evaluate after", "export", "publish"):
-        assert f"  {stage}" in text
-    assert "39 steps" in text
-
-
-def test_what_is_not_known_is_left_out_and_said(tree):
-    facts = Facts(notes=("the data was not looked at",))
-    found = plan(tree, facts)
-    assert found.total_steps is None
-    assert "the data was not looked at" in found.warnings
-
-
-def test_rows_with_and_without_images_do_not_share_a_batch_of_mllama(tree):
-    mixed = replace(FACTS, data=DATA | {"without_images": 3}, base=replace(BASE, model_type="mllama"))
-    with pytest.raises(SpecError, match="3 rows have no image and the others have.*set both to 1"):
-        plan(tree, mixed)
-    one = {"training": {"per_device_train_batch_size": 1}, "evaluation": {"batch_size": 1}}
-    assert plan(tree, mixed, **one).micro_batch == 1
-    assert plan(tree, replace(mixed, base=BASE)).micro_batch > 1
-
-
-def test_what_the_data_is_like_is_told(tree):
-    data = DATA | {
-        "reasons": {"no caption": 2},
-        "quarantined": 2,
-        "near_duplicates": 4,
-        "over_length": 5,
-        "looked_at": 50,
-    }
-    data |= {"tokens": {"median": 300, "longest": 900}, "burned_in_yes": 1, "grouped": True}
-    data["images"] = {"count": 50, "smallest": (8, 9), "median": (512, 512), "largest": (3000, 2000)}
-    text = describe(validate(tree), plan(tree, replace(FACTS, data=data)), replace(FACTS, data=data))
-    for words in (
-        "of 50 rows looked at, and the rest in proportion (check --data looks at all)",
-        "set aside: 2 × no caption",
-        "images: 50, smallest 8×9, median 512×512, largest 3000×2000",
-        "tokens a row: median 300, longest 900",
-        "warning: 4 held-out pictures are nearly the same as one to train on",
-        "warning: 5 rows are over training.max_length: their answers are cut there",
-        "warning: 1 rows say that words are burned into their pixels",
-    ):
-        assert words in text
-    assert "group_column" not in text
-
-
-def test_devices_share_the_effective_batch(tree):
-    four = plan(tree, replace(FACTS, world=4))
-    assert (four.micro_batch, four.accumulation, four.world) == (2, 1, 4)
-    assert four.total_steps == plan(tree).total_steps
-    assert "batch: 8 = 2 at once × 1 accumulated × 4 devices" in describe(validate(tree), four, FACTS)
-
-
-@pytest.mark.parametrize(("world", "training"), [(3, {}), (4, {"per_device_train_batch_size": 4})])
-def test_a_batch_that_devices_cannot_share_is_refused(tree, world: int, training: dict[str, Any]):
-    with pytest.raises(SpecError, match=f"8 rows cannot be dealt out to {world} devices"):
-        plan(tree, replace(FACTS, world=world), training=training)
-
-
-def test_a_model_that_would_have_to_be_sharded_is_refused_with_its_memory(tree):
-    card = Device("cuda", "A100", 10**8)
-    with pytest.raises(
-        SpecError, match=r"Qwen2_5_VL.* needs about .* A100 has 100.0 MB; each of the 2 GPUs holds the whole"
-    ):
-        plan(tree, replace(FACTS, world=2, device=card))
-
-
-def test_an_unknown_family_trains_on_one_device_only(tree):
-    other = replace(BASE, model_type="idefics3")
-    plan(tree, replace(FACTS, base=other))
-    with pytest.raises(SpecError, match="idefics3 .* one device only"):
-        plan(tree, replace(FACTS, base=other, world=2))
-
-
-UNSLOTH = replace(FACTS, device=A6000, backend="unsloth")
-
-
-@pytest.mark.parametrize(
-    ("rows", "world", "facts", "given", "compiles"),
-    [
-        (3000, 1, UNSLOTH, "auto", False),  # 9000 rows in three epochs
-        (4000, 1, UNSLOTH, "auto", True),  # 12000: they gain 150 s, and two starts cost 140
-        (4000, 2, UNSLOTH, "auto", False),  # each GPU has half of them and compiles by itself
-        (100, 1, UNSLOTH, True, True),
-        (4000, 1, UNSLOTH, False, False),
-        (4000, 1, replace(UNSLOTH, backend="transformers"), "auto", False),
-        (4000, 1, FACTS, True, False),
-    ],
-)
-def test_training_is_compiled_where_its_rows_gain_more_than_two_starts_cost(tree, rows, world, facts, given, compiles):
-    found = replace(facts, data=DATA | {"train": rows}, world=world)
-    assert plan(tree, found, training={"torch_compile": given}).compile is compiles
-
-
-def test_every_attempt_decides_alike_whether_training_is_compiled(tree):
-    """By all steps, not by those that are left."""
-    facts = replace(UNSLOTH, data=DATA | {"train": 4000})
-    assert plan(tree, replace(facts, checkpoints=(1490,))).compile is plan(tree, facts).compile is True
-
-
-def test_the_plan_says_what_compiling_would_gain(tree):
-    spec = validate(tree)
-    said = describe(spec, make_plan(spec, UNSLOTH), UNSLOTH)
-    assert "torch.compile: off; 39 steps would gain about 4 s, and compiling costs about 70 s at each start" in said
-    assert "torch.compile" not in describe(spec, make_plan(spec, FACTS), FACTS)
+    assert on_a_card(tree, 24, "4bit", lora={"bias": "all"}, export={"merged": False}).gate_room is None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from job.errors import GateRefused, SpecError
 from job.model import release
 from job.model.lora import group_of
+from job.model.memory import gate_batch
 from job.record import bytes_text
 from job.store import Digest
 
@@ -148,7 +149,7 @@ def smaller(spec: JobSpec, loaded: Loaded, exported: Exported, data: Data, offlo
         "merged_int4": partial(write_compressed, "W4A16", offload=offload),
     }
     folders, gate = dict(exported.folders), dict(exported.gate)
-    batches = spread_rows(rows_of(data), spec.export.gate.rows, spec.evaluation.batch)
+    batches = spread_rows(rows_of(data), spec.export.gate.rows, gate_batch(spec))
     for name, write in kinds.items():
         if getattr(spec.export, name):
             folders[name] = folders["merged"].with_name(name)

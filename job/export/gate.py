@@ -35,7 +35,7 @@ from job.export.places import Base
 from job.export.reference import Expected, adapters_of, beside, expected, jittered, samples, trained, trained_weights
 from job.model import Loaded, release
 from job.model.lora import group_of
-from job.model.memory import last_cure
+from job.model.memory import gate_batch, last_cure
 from job.model.oom_retry import MicroBatches
 from job.model.transformers_backend import Offload, load_weights
 from job.spec import GateSpec, JobSpec
@@ -126,7 +126,7 @@ def refer(
 ) -> Reference:
     """Ask base + adapter all that the merged model is compared with, and let go of it."""
     micro = micro_batches(spec, loaded)
-    batches = spread_rows(rows, spec.export.gate.rows, spec.evaluation.batch)
+    batches = spread_rows(rows, spec.export.gate.rows, gate_batch(spec))
     as_trained, adapted = None, trained(loaded)
     apart_from_served = loaded.precision == "4bit" or loaded.backend == "unsloth"
     if apart_from_served:
@@ -195,7 +195,7 @@ def served_precision(loaded: Loaded) -> str:
 
 def micro_batches(spec: JobSpec, loaded: Loaded) -> MicroBatches:
     cure = f"lower export.gate.rows, shrink images with dataset.image_max_side, {last_cure(loaded.precision)}"
-    return MicroBatches(spec.evaluation.batch, "the gate", cure)
+    return MicroBatches(gate_batch(spec), "the gate", cure)
 
 
 def refuse(result: Verdict, spec: GateSpec) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from job.model.fetch import BaseFacts
 from job.model.lora import Linear, group_of
+from job.spec import JobSpec
 
 NF4_BYTES = 0.516
 """A weight in nf4 with double quantisation: 4 bits, and 8 bits a block of 64, and 32 bits 256 blocks (Dettmers et al., 2023)."""
@@ -45,6 +46,8 @@ ON_THEIR_WAY = 0.7
 copies that are under way are one reading."""
 
 
+GATE_ROWS = 8
+"""Rows that the gate asks at once: more gain little, and leave less room for weights where not all of them fit."""
 ANSWER = 128
 """Tokens of an answer, at most, whose logits are counted: of a row's tokens most are the picture's and the question's."""
 LOGIT_BYTES = 10
@@ -140,6 +143,11 @@ def asked_row(
         crossing = sum("cross_attn.q_proj" in name for name in linears)
         reading += 2.0 * seen * (CROSS * language.hidden + 2 * keys * crossing)
     return max(looking, cache + reading)
+
+
+def gate_batch(spec: JobSpec) -> int:
+    """Rows that the gate asks at once."""
+    return min(spec.evaluation.batch, GATE_ROWS)
 
 
 def last_cure(precision: str) -> str:

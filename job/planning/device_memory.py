@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from job.errors import SpecError
 from job.facts import Facts
-from job.model.memory import WORKSPACE, Memory, asked_row, weight_bytes
+from job.model.memory import GATE_ROWS, WORKSPACE, Memory, asked_row, gate_batch, weight_bytes
 from job.record import bytes_text
 from job.spec import JobSpec
 
 FILLED = 0.9
 """Share of the GPU's memory that weights and rows of the gate may fill."""
-LEAST_ROOM = 2_000_000_000
-"""Bytes of weights that must have room on the GPU: accelerate keeps as much free as the largest layer takes, and a head with a
-vocabulary of 262,000 takes 1.3 GB."""
 MOST_ANSWERED = 32
 """Rows that are answered at once; more would make the answers of a stopped job that are made again cost too much."""
 COVERED = 37
@@ -56,27 +53,23 @@ def stage_memory(
 def gate_room(spec: JobSpec, facts: Facts, groups: dict[str, int], precision: str) -> int | None:
     """Bytes of weights that the GPU holds in the gate, where a model in 16 bits does not fit it as a whole; None where it does.
 
-    A base that is trained in 16 bits fits as it did in training. Raises SpecError where the GPU has no room even so.
+    A base that is trained in 16 bits fits as it did in training, and the GPU that trained one in 4 bits has room for as many
+    bytes of it in 16, beside at least one row: the gate asks fewer rows at once where it must. Raises SpecError for biases
+    that are trained beside such a base.
     """
     device, base = facts.device, facts.base
     if base is None or device is None or device.kind != "cuda" or precision != "4bit" or not spec.export.merged:
         return None
-    weights, beside = weight_bytes(base, "16bit"), _gate(spec, facts, groups, 0)
-    if weights + beside <= FILLED * device.memory:
+    weights, filled = weight_bytes(base, "16bit"), int(FILLED * device.memory)
+    if weights + _gate(spec, facts, groups, 0) <= filled:
         return None
-    room = int(FILLED * device.memory) - beside
-    if room < LEAST_ROOM:
-        raise SpecError(
-            f"export.merged: the gate asks the merged model in 16 bits ({bytes_text(weights)}), part by part, and "
-            f"{device.name} has room for {bytes_text(max(room, 0))} of it beside its rows; lower evaluation.batch_size, shrink "
-            "images with dataset.image_max_side, take a larger GPU, or set export.merged to false"
-        )
     if spec.lora.bias != "none":
         raise SpecError(
             f"lora.bias: {spec.lora.bias} is trained beside a base whose 16 bits ({bytes_text(weights)}) do not fit "
             f"{device.name} whole, and such a merge cannot be checked; set it to none, or export.merged to false"
         )
-    return room
+    rooms = [filled - _gate(spec, facts, groups, 0, most=rows) for rows in (GATE_ROWS, 4, 2, 1)]
+    return next((room for room in rooms if room >= weight_bytes(base, "4bit")), rooms[-1])
 
 
 def gate_precision(precision: str) -> str:
@@ -87,7 +80,7 @@ def gate_precision(precision: str) -> str:
 def offload_seconds(spec: JobSpec, weights: int, room: int) -> float:
     """What the gate takes longer for the weights that wait outside: they come for base + adapter, for the base, with rounding
     jittered, and for the merged model."""
-    batches = -(-spec.export.gate.rows // spec.evaluation.batch)
+    batches = -(-spec.export.gate.rows // gate_batch(spec))
     return 4 * batches * (weights - room) / HOST_BYTES_A_SECOND
 
 
@@ -112,10 +105,9 @@ def _asked(spec: JobSpec, facts: Facts, groups: dict[str, int], precision: str, 
     return int(weight_bytes(facts.base, precision) + _beside(groups) + rows * _row(spec, facts))
 
 
-def _gate(spec: JobSpec, facts: Facts, groups: dict[str, int], weights: int) -> int:
-    rows = min(
-        spec.evaluation.batch, spec.export.gate.rows, (facts.data or {}).get("evaluation", 0) or spec.export.gate.rows
-    )
+def _gate(spec: JobSpec, facts: Facts, groups: dict[str, int], weights: int, most: int = GATE_ROWS) -> int:
+    held_out = (facts.data or {}).get("evaluation", 0) or spec.export.gate.rows
+    rows = min(most, gate_batch(spec), spec.export.gate.rows, held_out)
     return int(weights + _beside(groups) + rows * _row(spec, facts))
 
 

@@ -67,9 +67,8 @@ def test_a_roomy_machine_is_told_nothing_and_shown_a_table(tree: Spec):
     found = plan(tree)
     assert found.foreseen.shortages == ()
     lines = describe(validate(tree), found, FACTS).splitlines()
-    start = next(
-        number for number, line in enumerate(lines) if line.split() == ["needs", "host", "memory", "scratch", "output"]
-    )
+    head = ["needs", "GPU", "memory", "host", "memory", "scratch", "output"]
+    start = next(number for number, line in enumerate(lines) if line.split() == head)
     assert [line.split()[0] for line in lines[start + 1 : start + 8]][:2] == ["stage", "load"]
     assert lines[start + 8].split() == ["free", "here", "64.0", "GB", "150.0", "GB", "100.0", "GB"]
 
