@@ -92,20 +92,8 @@ def survey(
     if importlib.util.find_spec("datasets") is None:
         notes.append("the data was not looked at: install the train extra to do so")
     elif fetch or bundled or all_data or is_local(spec.dataset.path):
-        from job.data.images import Bounds
-        from job.data.prepare import prepare
-
         most = None if fetch or all_data else QUICK_ROWS
-        if base and has_torch:
-            from job.model.lengths import Ruler
-            from job.model.transformers_backend import load_processor
-
-            measure = Ruler(load_processor(spec.model, base))
-            bounds = Bounds(**measure.room(spec.training.max_length * 3 // 4))
-            data = prepare(spec, scratch, measure, most, bounds)
-            example = rendered(spec, measure.processor, data)
-        else:
-            data = prepare(spec, scratch, None, most)
+        data, example = _rows(spec, scratch, base if has_torch else None, most)
     else:
         rows = elsewhere(spec.dataset.path, "dataset.path", DataError)
         notes.append(f"{rows}: rows are counted after stage in, or by check --data")
@@ -167,6 +155,22 @@ def _base(spec: JobSpec, scratch: Path, notes: list[str], *, here: bool) -> Path
             return None
     check_export(spec.export, base_facts(base))
     return base
+
+
+def _rows(spec: JobSpec, scratch: Path, base: Path | None, most: int | None) -> tuple[Data, str | None]:
+    """The rows, `most` of them looked at, and one as the model sees it; of `base` None, nothing is counted in tokens."""
+    from job.data.images import Bounds
+    from job.data.prepare import prepare
+
+    if base is None:
+        return prepare(spec, scratch, None, most), None
+    from job.model.lengths import Ruler
+    from job.model.transformers_backend import load_processor
+
+    measure = Ruler(load_processor(spec.model, base))
+    bounds = Bounds(**measure.room(spec.training.max_length * 3 // 4))
+    data = prepare(spec, scratch, measure, most, bounds)
+    return data, rendered(spec, measure.processor, data)
 
 
 def _adapter(spec: JobSpec, scratch: Path, notes: list[str], *, here: bool) -> Path | None:

@@ -57,9 +57,8 @@ def _from_hub(spec: ModelSpec) -> Path:
     with hub_errors(spec):
         left_out = ["original/*", "*.pth", "*.bin", "*.gguf"]
         which: dict[str, Any] = {"repo_id": spec.name_or_path, "revision": spec.revision, "ignore_patterns": left_out}
-        with suppress(
-            DryRunError
-        ):  # nobody answers, or not to this token: the download says why, or finds all in its cache
+        # Nobody answers, or not to this token: the download itself says why, or finds all in its cache.
+        with suppress(DryRunError):
             need = sum(file.file_size or 0 for file in snapshot_download(**which, dry_run=True) if file.will_download)
             check_room(need, Path(HF_HUB_CACHE), f"model.name_or_path: {spec.name_or_path}")
         return Path(snapshot_download(**which))

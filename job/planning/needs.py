@@ -17,25 +17,29 @@ from typing import NamedTuple
 from job.facts import Facts
 from job.model.fetch import BaseFacts
 from job.model.lora import group_of
-from job.model.memory import NF4_BYTES, OPTIMIZER_BYTES, Kept, Memory, kept_by_towers, vision_tokens, vocabulary
+from job.model.memory import ANSWER, NF4_BYTES, OPTIMIZER_BYTES, Kept, Memory, kept_by_towers, vision_tokens, vocabulary
 from job.spec import JobSpec
 
 MARGIN = 1.1
 SMALL = 20_000_000
 """Bytes of logs, tables, answers, report and its pictures, in scratch and in the output each."""
-LIBRARIES = {"cpu": 400_000_000, "cuda": 1_300_000_000}
+LIBRARIES = {"cpu": 400_000_000, "cuda": 1_000_000_000}
 """Bytes that a process holds without any weights. CPU: RssAnon of a whole job with a model of 1 MB, 402 MB at its peak. CUDA:
-host memory of a process that merged with Unsloth, benchmarks/RESULTS.md (`unsloth16, peak host GB, own`)."""
+stage in of a whole job on Unsloth, 1.0 to 1.1 GB."""
+ON_CUDA = 900_000_000
+"""What comes on top once there is a model on the GPU: 2.0 GB in all while held-out rows were answered (Llama 3.2 11B, Qwen3-VL 8B)."""
 WEIGHT_BYTES = {"32bit": 4, "16bit": 2}
 LOADER_BYTES = 500_000_000
 """Of /dev/shm, which is memory, for each loader on a GPU (`job.train.SHARED_BYTES`). A loader's own are 17 MB: it shares its
 parent's."""
+LOADED = 0.7
+"""Share of that which batches were seen to fill (Llama 3.2 11B, 8 rows at once)."""
 PIECES, PIECE = 7, 16 * 2**20
 """Pieces that a merge has in memory at a time, and their size unless one is a larger tensor (`job.export.merge`)."""
 SENT_AT_ONCE = 2
 """Files, straight to the output (`job.export.merge`)."""
-ANSWERS = 4
-"""Sets of logits that the gate holds at a time: merged, base + adapter, base, and with rounding jittered (`job.export.gate`)."""
+ANSWERS = 5
+"""Sets of logits that the gate holds: merged, base + adapter, base, with rounding jittered, and as trained (`job.export.gate`)."""
 MERGING = "logs/merging.json"
 """What an earlier attempt finished of merged weights that go straight to the output (`job.export.merge`)."""
 GROUP_SCALES = 2 / 128
@@ -162,27 +166,26 @@ def disk_range(size: int) -> Range:
 
 
 def _memory(spec: JobSpec, facts: Facts, base: BaseFacts, training: Training, scratch_copy: bool) -> dict[str, Range]:
-    """On a GPU the weights go from mapped files to the device and are cache, not memory; on a CPU the model is memory, and so is
-    the merged one that the gate compares it with. Every rank of a node holds its own; rank 0 alone exports."""
+    """On a GPU the weights go from mapped files to the device and are cache, not memory, and what training held stays with the
+    process, pinned. On a CPU the model is memory. Every rank of a node holds its own; rank 0 alone exports."""
     kind = facts.device.kind if facts.device else "cpu"
-    libraries = LIBRARIES[kind]
-    ranks = facts.on_this_node
+    ranks, libraries = facts.on_this_node, LIBRARIES[kind]
     weights = ranks * base.parameters * WEIGHT_BYTES.get(training.precision, 0) * (kind == "cpu")
     loaded = ranks * libraries + weights
+    likely = ranks * ON_CUDA * (kind == "cuda")
     checkpoint = 0 if training.done else checkpoint_bytes(spec, training.lora)
     state = training.lora * (8 + OPTIMIZER_BYTES[spec.training.optim]) * (kind == "cpu") * (not training.done)
-    second = weights // ranks if spec.export.merged else 0
-    export = _export_memory(spec, base, training, kind, scratch_copy) if spec.export.merged else 0
+    step = likely + ranks * _step_memory(spec, facts, base, training, kind)
+    after = step + checkpoint if kind == "cuda" else ranks * state
+    export = _export_memory(spec, facts, base, training, scratch_copy) if spec.export.merged else 0
     return {
         "stage in": memory_range(ranks * libraries),
-        "load": memory_range(loaded),
-        "evaluate before": memory_range(loaded),
-        "train": memory_range(
-            loaded + ranks * state + checkpoint, ranks * _step_memory(spec, facts, base, training, kind)
-        ),
-        "evaluate after": memory_range(loaded, ranks * state),
-        "export": memory_range(loaded + second, ranks * state + export),
-        "publish": memory_range(loaded, ranks * state),
+        "load": memory_range(loaded, likely),
+        "evaluate before": memory_range(loaded, likely),
+        "train": memory_range(loaded + ranks * state + checkpoint, step),
+        "evaluate after": memory_range(loaded, after),
+        "export": memory_range(loaded, after + export),
+        "publish": memory_range(ranks * libraries, after + export),
     }
 
 
@@ -194,28 +197,32 @@ def _step_memory(spec: JobSpec, facts: Facts, base: BaseFacts, training: Trainin
     if kind == "cpu":
         return training.micro_batch * training.memory.row * (2 if training.precision == "32bit" else 1)
     loaders = 4 if spec.training.dataloader_num_workers == "auto" else spec.training.dataloader_num_workers
+    ahead = int(LOADED * loaders * LOADER_BYTES)
     if training.kept != "nothing":
-        return loaders * LOADER_BYTES
-    tokens, family = spec.training.max_length, base.model_type
+        return ahead
+    tokens = min(
+        (facts.data or {}).get("tokens", {}).get("longest", spec.training.max_length), spec.training.max_length
+    )
     seen = vision_tokens(base.config, tokens, (facts.data or {}).get("images", {}).get("most", 1))
-    moved = sum(kept_by_towers(base.linears, True, "inputs", tokens, seen, family))
-    return loaders * LOADER_BYTES + training.micro_batch * int(moved)
+    return ahead + training.micro_batch * int(
+        sum(kept_by_towers(base.linears, True, "inputs", tokens, seen, base.model_type))
+    )
 
 
-def _export_memory(spec: JobSpec, base: BaseFacts, training: Training, kind: str, scratch_copy: bool) -> int:
-    """What the export likely holds beside models: pieces of the merge; the gate's logits; a file that is read back or made
+def _export_memory(spec: JobSpec, facts: Facts, base: BaseFacts, training: Training, scratch_copy: bool) -> int:
+    """What the export likely holds beside the one model: pieces of the merge, pinned; the gate's logits; a file that is made
     smaller."""
     item = base.bytes / base.parameters if base.parameters else 0
     layers = [layer.out_features * layer.in_features for name, layer in base.linears.items() if name != "lm_head"]
     pieces = PIECES * max(PIECE, int(item * max(layers, default=0))) * (1 if scratch_copy else SENT_AT_ONCE)
-    tokens = spec.export.gate.rows * spec.evaluation.max_new_tokens
+    rows = min(spec.export.gate.rows, (facts.data or {}).get("evaluation", 0) or spec.export.gate.rows)
+    tokens = rows * min(spec.evaluation.max_new_tokens, ANSWER)
     logits = ANSWERS * tokens * vocabulary(base.config, base.linears) * WEIGHT_BYTES.get(training.precision, 2)
-    copied = base.bytes if kind == "cpu" and not scratch_copy else 0  # cloned from the files that are read back
     sizes = published(spec, base, training.lora)
     small = sizes.get("merged_4bit", 0)  # safetensors writes a file from memory
     small = max(small, base.largest * (spec.export.merged_fp8 or spec.export.merged_int4))
     converter = LIBRARIES["cpu"] * spec.export.gguf
-    return max(pieces, logits + copied, small, converter)
+    return pieces + max(logits, small, converter)
 
 
 def memory_range(sure: int, likely: int = 0) -> Range:
