@@ -27,7 +27,7 @@ LIBRARIES = {"cpu": 400_000_000, "cuda": 1_000_000_000}
 """Bytes that a process holds without any weights. CPU: RssAnon of a whole job with a model of 1 MB, 402 MB at its peak. CUDA:
 stage in of a whole job on Unsloth, 1.0 to 1.1 GB."""
 ON_CUDA = 900_000_000
-"""What comes on top once there is a model on the GPU: 2.0 GB in all while held-out rows were answered (Llama 3.2 11B, Qwen3-VL 8B)."""
+"""What comes on top once there is a model on the GPU: 2.0 GB in all while held-out rows were answered (11B and 8B)."""
 WEIGHT_BYTES = {"32bit": 4, "16bit": 2}
 LOADER_BYTES = 500_000_000
 """Of /dev/shm, which is memory, for each loader on a GPU (`job.train.SHARED_BYTES`). A loader's own are 17 MB: it shares its
@@ -39,7 +39,7 @@ PIECES, PIECE = 7, 16 * 2**20
 SENT_AT_ONCE = 2
 """Files, straight to the output (`job.export.merge`)."""
 ANSWERS = 5
-"""Sets of logits that the gate holds: merged, base + adapter, base, with rounding jittered, and as trained (`job.export.gate`)."""
+"""Sets of logits that the gate holds: merged, base + adapter, base, with rounding, and as trained (`job.export.gate`)."""
 MERGING = "logs/merging.json"
 """What an earlier attempt finished of merged weights that go straight to the output (`job.export.merge`)."""
 GROUP_SCALES = 2 / 128
