@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def lineage(attempt: Attempt, survey: Survey) -> dict[str, Any]:
     }
 
 
+@cache
 def package_lock() -> bytes:
     """Every installed package as pip would pin it."""
     found = {f"{package.name}=={package.version}\n" for package in metadata.distributions()}

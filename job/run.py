@@ -97,6 +97,7 @@ def lead(spec: JobSpec, environment: MutableMapping[str, str], ranks: Ranks, scr
             with record.stage("load"):
                 # Imported here: a published job, and one that waits for the lease, need none of the training libraries.
                 from job.evaluate import judge, looked_at, measure, values
+                from job.evaluate.before import read_base_ahead
                 from job.evaluate.extra import scored
                 from job.export import export
                 from job.publish import publish, report_facts
@@ -105,17 +106,20 @@ def lead(spec: JobSpec, environment: MutableMapping[str, str], ranks: Ranks, scr
                 loaded = load_model(spec, base, torch_device(), backend, plan.precision, plan.kept, found.adapter)
                 check_mergeable(spec, loaded)
         before = measure(attempt, loaded, data, "before")
+        read_base_ahead(base)
         ranks.ask("train")
         fit(attempt, plan, loaded, data)
         after = measure(attempt, loaded, data, "after")
         scored(attempt, before, after)
-        measured, refused = judge(spec, data, before, after)
+        with record.stage("compare"), preemption.leave_at_once():
+            measured, refused = judge(spec, data, before, after)
         record.update(measured=values(measured))
         seen = looked_at(attempt, loaded, data, measured, before, after)
         with preemption.leave_at_once():
             fold = spec.export.merged and not refused
             exported = export(attempt, loaded, data, fold=fold, gate_room=plan.gate_room)
-            facts = report_facts(attempt, found, plan, before, after, measured, exported, seen)
+            with record.stage("lineage"):
+                facts = report_facts(attempt, found, plan, before, after, measured, exported, seen)
             publish(attempt, data, exported, facts, refused)
         log.info("published: %s", spec.output.url)
 

@@ -11,9 +11,11 @@ import json
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from job.attempt import Attempt
@@ -42,9 +44,16 @@ class Held:
     digest: str
 
 
+_last: list[tuple[Any, list[Held]]] = []
+"""The rows that were read last, and what `held` found."""
+
+
 def held(rows: Any) -> list[Held]:
-    """One pass over all rows, in their order."""
-    return [Held({name: row[name] for name in OWN}, _digest(row["messages"], row["images"])) for row in rows]
+    """All rows, in their order. They are read once a process, since every picture is decoded for its digest."""
+    if not any(known is rows for known, _ in _last):
+        found = [Held({name: row[name] for name in OWN}, _digest(row["messages"], row["images"])) for row in rows]
+        _last[:] = [(rows, found)]
+    return _last[0][1]
 
 
 def rows_digest(rows: Any) -> str:
@@ -73,16 +82,32 @@ def key(spec: JobSpec, loaded: Loaded, rows: Sequence[Held], device: str) -> str
 
 def base_digest(folder: Path) -> str:
     """SHA-256 over names and contents of all files of a model's folder, which are read once a process."""
-    stats = {name: (folder / name).stat() for name in sorted(files_of(folder))}
-    return _contents(folder, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()))
+    names = sorted(files_of(folder))
+    with ThreadPoolExecutor(4) as threads:
+        digests = list(threads.map(lambda name: _unchanged(folder / name), names))
+    return hashlib.sha256(json.dumps(list(zip(names, digests, strict=True))).encode()).hexdigest()
+
+
+def read_base_ahead(folder: Path) -> None:
+    """Take the digests of a base's files in the background, for `base_digest`. A resumed job, which has measured the base
+    already, else reads gigabytes at its end. The thread is a daemon, so that a notice does not wait for it."""
+
+    def read() -> None:
+        with suppress(OSError):  # for who asks for the digest
+            for name in files_of(folder):
+                _unchanged(folder / name)
+
+    Thread(target=read, name="base digest", daemon=True).start()
+
+
+def _unchanged(file: Path) -> str:
+    stat = file.stat()
+    return _file_digest(file, stat.st_size, stat.st_mtime_ns)
 
 
 @cache
-def _contents(folder: Path, files: tuple[tuple[str, int, int], ...]) -> str:
-    names = [name for name, *_ in files]
-    with ThreadPoolExecutor(4) as threads:
-        digests = list(threads.map(lambda name: sha256_of(folder / name), names))
-    return hashlib.sha256(json.dumps(list(zip(names, digests, strict=True))).encode()).hexdigest()
+def _file_digest(file: Path, _size: int, _changed: int) -> str:
+    return sha256_of(file)
 
 
 def places(attempt: Attempt) -> list[Store]:

@@ -59,7 +59,8 @@ def sample_scores(rows: Sequence[Row], labels: Mapping[str, LabelSpec]) -> dict[
     for name, spec in labels.items():
         scores |= _label_scores(rows, name, spec)
     scores |= rouge(references, generated)
-    scores |= {"bleu": _corpus(BLEU(force=True), references, generated), "chrf": _corpus(CHRF(), references, generated)}
+    scores["bleu"] = _corpus(BLEU(force=True), bleu_from_sums, references, generated)
+    scores["chrf"] = _corpus(CHRF(), chrf_from_sums, references, generated)
     pairs = [(_squad_words(one), _squad_words(other)) for one, other in zip(references, generated, strict=True)]
     scores["exact_match"] = _mean([one == other for one, other in pairs], proportion=True)
     scores["token_f1"] = _mean([bag_f1(one, other) for one, other in pairs])
@@ -142,12 +143,33 @@ def rouge(references: Sequence[str], generated: Sequence[str]) -> dict[str, Sums
     return {name: _mean([row[name].fmeasure for row in scored]) for name in names}
 
 
-def _corpus(metric: Any, references: Sequence[str], generated: Sequence[str]) -> Sums:
-    """A corpus metric of sacrebleu by its own per-sentence counts and its own formula, for which it has no public names."""
+def bleu_from_sums(sums: Floats) -> Floats:
+    """Corpus BLEU (Papineni et al. 2002) as sacrebleu smooths it (`exp`), from (…, 10) sums: words said and of the reference,
+    then right n-grams and all that were said, n from 1 to 4."""
+    said, told, right, total = sums[..., 0], sums[..., 1], sums[..., 2:6], sums[..., 6:10]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        smoothing = 2.0 ** np.cumsum(right == 0, axis=-1)
+        precisions = np.where(right == 0, 1 / smoothing, right) / total
+        brevity = np.exp(np.minimum(0, 1 - told / said))
+        scores = 100 * brevity * np.exp(np.log(precisions).mean(axis=-1))
+    return np.asarray(np.where(right.any(axis=-1) & (total > 0).all(axis=-1), scores, 0.0))
 
-    def finish(sums: Floats) -> Floats:
-        return np.apply_along_axis(lambda one: metric._compute_score_from_stats(one.tolist()).score, -1, sums)
 
+def chrf_from_sums(sums: Floats) -> Floats:
+    """chrF2 (Popović 2015) as sacrebleu computes it, from (…, 18) sums: for each n from 1 to 6 the character n-grams that were
+    said, those of the reference, and those of both. An n that one of the two lacks is left out."""
+    said, told, both = sums[..., 0::3], sums[..., 1::3], sums[..., 2::3]
+    known = (said > 0) & (told > 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precision, recall = (np.where(known, both / of, 0).sum(axis=-1) / known.sum(axis=-1) for of in (said, told))
+        return np.asarray(np.where(precision + recall > 0, 500 * precision * recall / (4 * precision + recall), 0.0))
+
+
+def _corpus(
+    metric: Any, finish: Callable[[Floats], Floats], references: Sequence[str], generated: Sequence[str]
+) -> Sums:
+    """A corpus metric of sacrebleu by its own per-sentence counts, for which it has no public name. Its formula takes one
+    set of sums at a time: of a thousand resamples in each group that is most of the time of a comparison."""
     counts = metric._extract_corpus_statistics(list(generated), [list(references)])
     return Sums(np.array(counts, float), np.ones(len(references), bool), finish)
 

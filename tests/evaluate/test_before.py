@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +83,36 @@ def test_the_key_changes_with_all_that_decides_an_answer_and_with_nothing_else(l
         key(device="B"),
     ]
     assert len({first, *other}) == 9
+
+
+def test_held_out_rows_are_read_once() -> None:
+    class Counted(list[dict[str, Any]]):
+        read = 0
+
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            Counted.read += 1
+            return super().__iter__()
+
+    given = Counted(rows())
+    assert before.held(given) == before.held(given) == before.held(rows())
+    assert before.rows_digest(given) == before.rows_digest(rows())
+    assert Counted.read == 2  # once more, since other rows came in between
+
+
+def test_a_base_that_was_read_ahead_is_not_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"weights")
+    fresh = before.base_digest(shutil.copytree(tmp_path, tmp_path.with_name("fresh")))
+    before.read_base_ahead(tmp_path)
+    for thread in threading.enumerate():
+        if thread.name == "base digest":
+            thread.join()
+    stat = file.stat()
+    file.write_bytes(b"weightz")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert before.base_digest(tmp_path) == fresh
+    os.utime(file)
+    assert before.base_digest(tmp_path) != fresh
 
 
 def test_rows_of_like_length_share_a_batch_longest_first() -> None:
