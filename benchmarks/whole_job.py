@@ -5,8 +5,9 @@
 
 A model of FAMILY in its published shape, with random weights, is made first, unless --model names one; several cases may share
 it. The data are ROWS pictures of 512 pixels with captions of 20 to 60 words, three a patient. The job may take GB of the card.
-Its spec is the defaults, but for the paths, `dataset.group_column`, what the options name, and `checkpoint.save_steps: 4`,
-since at the default of 50 a killed run of 33 steps would begin anew. `JOB_LEASE_SECONDS` is 10.
+Its spec is the defaults, but for the paths, `dataset.group_column`, what the options name, `dataset.eval_rows: 16`, which is
+a full batch of answers, and `checkpoint.save_steps: 4`, since at the default of 50 a killed run of 33 steps would begin anew.
+`JOB_LEASE_SECONDS` is 10.
 
 1. The first start is sent SIGTERM at a third of the steps, and must end with 75 within `JOB_GRACE_SECONDS`.
 2. The second one, on a new scratch folder, is sent SIGKILL at two thirds, with all its processes.
@@ -55,6 +56,8 @@ sys.path.insert(0, str(ROOT))
 LEASE, SLACK = 10.0, 3.0
 """Seconds of the lease, and how much longer it is waited for than `job.store.lease` does."""
 POLL = 0.02
+HELD_OUT = 16
+"""Rows: as many as are answered at once."""
 DEVICE = "import torch; print(torch.cuda.get_device_name(0) if torch.cuda.is_available() else '')"
 
 
@@ -80,7 +83,7 @@ def spec_of(model: Path, data: Path, output: Path, precision: str | None, epochs
     return {
         "name": "whole-job",
         "model": {"name_or_path": str(model)} | ({"precision": precision} if precision else {}),
-        "dataset": {"path": str(data), "group_column": "patient_id"},
+        "dataset": {"path": str(data), "group_column": "patient_id", "eval_rows": HELD_OUT},
         "training": {"num_train_epochs": epochs},
         "checkpoint": {"save_steps": 4},
         "output": {"url": str(output)},

@@ -9,9 +9,9 @@ each start.
   A notice costs what lies between the last finished step and the exit: the dropped half-made step, and the save.
 - Goodput projected for S steps and two notices = S × pace ÷ (S × pace + cost of the first start + 2 × (mean cost of the two
   later starts + cost of the notice)). S is 742: three epochs of Radiology_mini at 8 rows.
-- Not training, projected = the stages `evaluate before` and `evaluate after`, each taken to 25 batches (200 rows) by its
+- Not training, projected = the stages `evaluate before` and `evaluate after`, each taken to 13 batches of 16 (200 rows) by its
   seconds a batch, and all else behind the last step; as a share of that and of the projected training. Seconds a batch hold
-  what the first batch alone costs, so for the 2 batches of 96 rows the share is an upper bound.
+  what the first batch alone costs, so for the one batch of 16 rows the share is an upper bound.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-STEPS, ROWS, BATCH = 742, 200, 8
+STEPS, ROWS, BATCH = 742, 200, 16
 PEAKS = {"device": "device_peak", "host": "host_anonymous", "scratch": "scratch"}
 """What is foreseen, and what it is compared with: mapped files are host memory that nobody needs."""
 
