@@ -1,4 +1,11 @@
-"""What an adapter does to one weight, in float32 and rounded once."""
+"""What an adapter does to one weight, in float32 and rounded once.
+
+A weight of the base lies on the grid of its dtype, and what a short training adds is often less than half a step of that grid.
+Rounding to the nearest then gives the base back: of a LoRA that changes a bfloat16 weight by 0.3 % of its size a tenth is
+lost, of 0.1 % a half, and it is lost in the very directions that were learned. Rounding up or down by chance, with the chance
+that makes the mean right (stochastic rounding: Croci et al., 2022), keeps the sum over many columns, for more noise in each.
+Each weight is rounded in the way that loses less along the adapter's own directions.
+"""
 
 from __future__ import annotations
 
@@ -33,19 +40,54 @@ class Whole:
 Change = Lora | Whole
 
 
-def changed(weight: Tensor, change: Change) -> Tensor:
-    """The weight after the change, with the dtype and on the device of `weight`."""
+def changed(weight: Tensor, change: Change, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight after the change, on the device of `weight`; in `dtype`, which is that of `weight` if not given."""
+    dtype = dtype or weight.dtype
     if isinstance(change, Whole):
-        return change.weight.to(weight)
+        return change.weight.to(weight.device, dtype)
     device = weight.device
     a, b = (factor.detach().to(device, torch.float32).flatten(1) for factor in (change.a, change.b))
     sum_ = weight.to(torch.float32, copy=True).flatten(1)
     with full_precision():
         sum_.addmm_(b, a, alpha=change.scale)
-    if change.magnitude is not None:
-        lengths = torch.linalg.vector_norm(sum_, dim=1, keepdim=True)
-        sum_ *= change.magnitude.detach().to(device, torch.float32).unsqueeze(1) / lengths
-    return sum_.view(weight.shape).to(weight.dtype)
+        if change.magnitude is not None:
+            lengths = torch.linalg.vector_norm(sum_, dim=1, keepdim=True)
+            sum_ *= change.magnitude.detach().to(device, torch.float32).unsqueeze(1) / lengths
+        return rounded(sum_, dtype, a).view(weight.shape)
+
+
+def rounded(exact: Tensor, dtype: torch.dtype, directions: Tensor) -> Tensor:
+    """`exact` (out, in) in float32, rounded to `dtype` in the way that loses less along `directions` (r, in)."""
+    nearest = exact.to(dtype)
+    if dtype not in DROPPED:
+        return nearest
+    dithered = torch.cat([dither(exact[rows], rows.start, dtype) for rows in _slices(exact)])
+    lost = [torch.linalg.matrix_norm((each - exact) @ directions.T) for each in (nearest, dithered)]
+    return dithered if lost[1] < lost[0] else nearest
+
+
+DROPPED = {torch.bfloat16: 16, torch.float16: 13}
+"""Bits of a float32's mantissa that these have not."""
+AT_ONCE = 2**22
+"""Numbers that are dithered at once: what that takes beside them is small."""
+
+
+def dither(exact: Tensor, first: int, dtype: torch.dtype) -> Tensor:
+    """`exact` (rows, columns) in float32 rounded up or down by chance. The chance is a hash of the place, rows counted from
+    `first`, so that every attempt and every device rounds alike."""
+    mask = (1 << DROPPED[dtype]) - 1
+    count = exact.numel()
+    place = torch.arange(first * exact.shape[1], first * exact.shape[1] + count, device=exact.device)
+    place = (place & 0x7FFFFFFF).to(torch.int32).view_as(exact)
+    for factor in (0x45D9F3B, 0x119DE1F3):  # wraps around: a multiply-xorshift hash (Wellons, 2018)
+        place = (place ^ (place >> 16)) * factor
+    bits = exact.view(torch.int32) + ((place ^ (place >> 15)) & mask)
+    return (bits & ~mask).view(torch.float32).to(dtype)
+
+
+def _slices(exact: Tensor) -> list[slice]:
+    step = max(1, AT_ONCE // max(1, exact.shape[1]))
+    return [slice(start, start + step) for start in range(0, max(1, exact.shape[0]), step)]
 
 
 @contextmanager

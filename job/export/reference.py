@@ -115,16 +115,16 @@ def expected(adapted: Adapted, base: Base) -> tuple[dict[str, Expected], dict[st
     found = {}
     for name, _, weight, adapter in adapted.weights():
         dtype = kept.get(name) or weight.dtype
+        exact = weight.dtype in (dtype, torch.float32)
         right = before = sample(name, weight)
         if adapter is not None:
-            right = sample(name, changed(weight.detach(), adapter))
+            right = sample(name, changed(weight.detach(), adapter, dtype if exact else torch.float32))
             group = groups.setdefault(group_of(name) or "other", {"adapted": 0, "change": 0.0})
             share = float((right - before).norm() / before.norm())
             group["change"] = (group["change"] * group["adapted"] + share) / (group["adapted"] + 1)
             group["adapted"] += 1
-        exact = weight.dtype == dtype or weight.dtype == torch.float32
         tolerance = torch.zeros(()) if exact else right.abs() * 2.0 ** -MANTISSA[weight.dtype]
-        found[name] = Expected(right.to(dtype).float(), tolerance)
+        found[name] = Expected(right.to(dtype if exact else weight.dtype).float(), tolerance)
     return found, groups
 
 

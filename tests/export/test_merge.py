@@ -26,7 +26,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from job.errors import SpecError, Unavailable
 from job.export import check_mergeable
-from job.export.fold import Lora, changed
+from job.export.fold import Lora, changed, dither
 from job.export.merge import Recipe, copy_rest, merge_to_folder, merge_to_store, recipe
 from job.export.places import Base, changes, read_adapter, read_base
 from job.model import Loaded
@@ -256,7 +256,7 @@ def test_what_has_no_place_in_the_base_is_refused_by_name(
     dora=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_folding_is_float64s_sum_rounded_once(
+def test_folding_is_float64s_sum_rounded_once_up_or_down(
     rows: int, columns: int, rank: int, scale: float, size: float, dtype: torch.dtype, dora: bool, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -273,8 +273,35 @@ def test_folding_is_float64s_sum_rounded_once(
         exact, terms = exact * magnitude.double()[:, None] / length, terms * magnitude.double()[:, None] / length
     found = changed(weight, Lora(a, b, scale, magnitude))
     assert found.dtype == dtype
-    slack = terms * (rank + columns + 8) * 2.0**-24 + exact.abs() * torch.finfo(dtype).eps / 2 + 2.0**-24
+    step = torch.finfo(dtype).eps / (2 if dtype == torch.float32 else 1)
+    slack = terms * (rank + columns + 8) * 2.0**-24 + exact.abs() * step + 2.0**-24
     assert bool(((found.double() - exact).abs() <= slack * 1.001).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("share", "kept"), [(0.0005, 0.5), (0.001, 0.7), (0.1, 0.99)])
+def test_what_is_learned_survives_rounding_though_it_is_less_than_half_a_step(
+    dtype: torch.dtype, share: float, kept: float
+) -> None:
+    """`share`: size of the adapter over that of the weight. Rounding to the nearest keeps 0.26 and 0.54 of the first two."""
+    share *= torch.finfo(dtype).eps / torch.finfo(torch.bfloat16).eps
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(1024, 1024, generator=generator) * 0.02).to(dtype)
+    a, b = torch.randn(16, 1024, generator=generator), torch.randn(1024, 16, generator=generator)
+    scale = float(share * weight.float().norm() / (b @ a).norm())
+    asked = a.T @ torch.randn(16, 32, generator=generator)
+    right = scale * (b @ a) @ asked
+    found = (changed(weight, Lora(a, b, scale)).float() - weight.float()) @ asked
+    assert float((found - right).norm() / right.norm()) < 1 - kept
+
+
+def test_rounding_by_chance_has_the_right_mean_and_knows_only_the_place() -> None:
+    exact = torch.full((512, 300), 1.0) + torch.linspace(0, 2**-7, 300)  # from one number of bfloat16 to the next
+    found = dither(exact, 0, torch.bfloat16)
+    assert set(found.unique().tolist()) == {1.0, 1.0078125}
+    assert float((found.float().mean(dim=0) - exact[0]).abs().max()) < 5 * 2**-7 / 2 / 512**0.5
+    assert torch.equal(dither(exact[100:], 100, torch.bfloat16), found[100:])
+    assert torch.equal(dither(found.float(), 0, torch.bfloat16), found)
 
 
 def noted(out: Path) -> str:
