@@ -1,7 +1,7 @@
 """The whole job on the card it is for, from spec to RESULT.json, stopped and killed on the way.
 
     python benchmarks/whole_job.py FAMILY --card GB [--precision P] [--rows 96] [--epochs 3] [--model FOLDER] [--folder FOLDER]
-                                   [--size full|tiny] [--no-uncut] [--limit SECONDS]
+                                   [--size full|tiny] [--no-uncut | --single] [--limit SECONDS]
 
 A model of FAMILY in its published shape, with random weights, is made first, unless --model names one; several cases may share
 it. The data are ROWS pictures of 512 pixels with captions of 20 to 60 words, three a patient. The job may take GB of the card.
@@ -166,15 +166,15 @@ def wait_for_lease(output: Path) -> float:
     return seconds
 
 
-def whole(case: Case, spec: dict[str, Any], attempts: list[Attempt]) -> None:
-    """The three starts. Raises Unfinished when one ends otherwise than it should."""
+def whole(case: Case, spec: dict[str, Any], attempts: list[Attempt], *, single: bool) -> None:
+    """The three starts, or the last one alone. Raises Unfinished when one ends otherwise than it should."""
     output = Path(spec["output"]["url"])
     plan = (
         ("notice", signal.SIGTERM, 1 / 3, 75),
         ("kill", signal.SIGKILL, 2 / 3, -signal.SIGKILL),
         ("end", None, 1.0, 0),
     )
-    for name, cut, at, code in plan:
+    for name, cut, at, code in plan[-1:] if single else plan:
         attempts.append(attempt(case, name, spec, cut, at))
         if attempts[-1].code != code or (cut and attempts[-1].cut is None):
             tail = "\n".join((case.folder / f"{name}.log").read_text().splitlines()[-30:])
@@ -209,13 +209,13 @@ def wrong_files(output: Path, base: Path) -> list[str]:
     return wrong
 
 
-def prove(case: Case, spec: dict[str, Any], base: Path, *, uncut: bool) -> tuple[list[str], list[Figure]]:
+def prove(case: Case, spec: dict[str, Any], base: Path, *, single: bool, uncut: bool) -> tuple[list[str], list[Figure]]:
     """What went wrong, and what was measured."""
     from job.peaks import used_bytes
 
     output, attempts, wrong = Path(spec["output"]["url"]), list[Attempt](), list[str]()
     try:
-        whole(case, spec, attempts)
+        whole(case, spec, attempts, single=single)
     except Unfinished as error:
         print(table(attempts))
         return [str(error)], [] if isinstance(error, Overtime) else [unpublished(attempts)]
@@ -269,6 +269,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     parser.add_argument("--no-uncut", action="store_true", help="leave out the uncut run")
+    parser.add_argument("--single", action="store_true", help="one start, neither stopped nor killed")
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which all is killed")
     return parser.parse_args()
 
@@ -284,12 +285,12 @@ def main() -> None:
         sys.exit(f"starts would be timed with Python's own compiling: {slow}")
     folder = (given.folder or Path(tempfile.mkdtemp(prefix="whole-job-"))).resolve()
     card = f"{given.card:g} GB" if gpu else "CPU"
-    label = " ".join(part for part in (given.family, given.precision, card) if part)
+    label = " ".join(part for part in (given.family, given.precision, card, given.single and "one start") if part)
     base, data = prepared(given, folder, bool(gpu))
     case = Case(label, folder, given.card if gpu else None, began + given.limit)
     spec = spec_of(base.resolve(), data, folder / "output", given.precision, given.epochs)
     (folder / "spec.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
-    wrong, found = prove(case, spec, base, uncut=not given.no_uncut)
+    wrong, found = prove(case, spec, base, single=given.single, uncut=not (given.no_uncut or given.single))
     for figure in found:
         figure = replace(figure, case=f"{label}: {figure.case}")
         if gpu and given.size == "full":

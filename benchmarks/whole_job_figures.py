@@ -155,27 +155,13 @@ def figures(
     attempts: list[Attempt], result: dict[str, Any], rows: int, apart_by: float | None, *, published: bool
 ) -> list[Figure]:
     """The rows of a job that published. `apart_by` is None without an uncut run."""
-    notice, kill, end = attempts
-    firsts = [each.first - each.began for each in attempts if each.first is not None]
-    seconds = sum(each.ended - each.began for each in attempts)
-    lost = kill.lines[-1]["step"] - end.resumed
-    share, other = projected(attempts)[0], not_training(attempts, rows)
-    exit_seconds = notice.ended - (notice.cut or 0)
-    found = [
-        Figure(
-            "ends published", seconds, "s", "published", published, f"{result['steps']} steps, {lost} lost by the kill"
-        ),
-        Figure(
-            "start to first step", firsts[0] - measuring(notice), "s", "at most 28", firsts[0] - measuring(notice) <= 28
-        ),
-        Figure("start to first step, on a new node", max(firsts[1:]), "s", "at most 28", max(firsts[1:]) <= 28),
-        Figure("SIGTERM to exit", exit_seconds, "s", "within the grace, 30", exit_seconds <= 30),
-        Figure("a steady step", pace_of(attempts), "s"),
-        Figure("goodput of this job", 100 * goodput(attempts, result["steps"]), "%"),
-        Figure(f"goodput, projected for {STEPS} steps", 100 * share, "%", "at least 93", share >= 0.93),
-        Figure(f"not training, projected for {ROWS} rows", 100 * other, "%", "under 15", other < 0.15),
-        Figure("token agreement in the gate", result["gate"]["token_agreement"], "share"),
-    ]
+    seconds, said = sum(each.ended - each.began for each in attempts), f"{result['steps']} steps"
+    if len(attempts) > 1:
+        said += f", {attempts[1].lines[-1]['step'] - attempts[-1].resumed} lost by the kill"
+    found = [Figure("ends published", seconds, "s", "published", published, said)]
+    if len(attempts) > 1:
+        found += starts_and_stops(attempts, result["steps"], rows)
+    found.append(Figure("token agreement in the gate", result["gate"]["token_agreement"], "share"))
     if apart_by is not None:
         found.append(Figure("losses apart from an uncut run, largest", 100 * apart_by, "%", "under 1", apart_by < 0.01))
     for kind in PEAKS:
@@ -187,6 +173,24 @@ def figures(
     return found + [
         Figure(f"stage {name}", stage["seconds"], "s", detail=peaks_text(stage, foreseen_of(attempts).get(name, {})))
         for name, stage in stages_of(attempts).items()
+    ]
+
+
+def starts_and_stops(attempts: list[Attempt], steps: int, rows: int) -> list[Figure]:
+    """What the notice, the kill and the starts cost."""
+    notice = attempts[0]
+    firsts = [each.first - each.began for each in attempts if each.first is not None]
+    cold, warm = firsts[0] - measuring(notice), max(firsts[1:])
+    share, other = projected(attempts)[0], not_training(attempts, rows)
+    exit_seconds = notice.ended - (notice.cut or 0)
+    return [
+        Figure("start to first step", cold, "s", "at most 28", cold <= 28),
+        Figure("start to first step, on a new node", warm, "s", "at most 28", warm <= 28),
+        Figure("SIGTERM to exit", exit_seconds, "s", "within the grace, 30", exit_seconds <= 30),
+        Figure("a steady step", pace_of(attempts), "s"),
+        Figure("goodput of this job", 100 * goodput(attempts, steps), "%"),
+        Figure(f"goodput, projected for {STEPS} steps", 100 * share, "%", "at least 93", share >= 0.93),
+        Figure(f"not training, projected for {ROWS} rows", 100 * other, "%", "under 15", other < 0.15),
     ]
 
 

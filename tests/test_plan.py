@@ -237,7 +237,7 @@ def test_the_gate_of_a_base_in_16_bits_needs_no_more_than_evaluation(tree):
 
 
 def test_answers_come_in_the_largest_batch_that_fits(tree):
-    assert [on_a_card(tree, size).answer_batch for size in (48, 80, 32)] == [16, 32, 8]
+    assert [on_a_card(tree, size).answer_batch for size in (48, 80, 32)] == [16, 32, 4]
     assert on_a_card(tree, 80, evaluation={"batch_size": 5}).answer_batch == 5
     assert plan(tree).answer_batch == 8
 

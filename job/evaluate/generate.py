@@ -66,7 +66,7 @@ def answers(
 ) -> Iterator[list[Generation]]:
     """Records of each batch (places of `rows`), as they are made by all ranks together; nothing on others than rank 0."""
     to_generation(loaded)
-    micro = micro_batches(loaded, spec, "evaluation")
+    micro = micro_batches(loaded, spec.evaluation.batch, "evaluation")
     with base_or_tuned(loaded, tuned):
         yield from ranks.spread(
             "answers",
@@ -75,11 +75,9 @@ def answers(
         )
 
 
-def micro_batches(loaded: Loaded, spec: JobSpec, what: str) -> MicroBatches:
-    """Micro-batches of `evaluation.batch_size` rows; `what` names the work."""
-    return MicroBatches(
-        spec.evaluation.batch, what, f"shrink images with dataset.image_max_side, {last_cure(loaded.precision)}"
-    )
+def micro_batches(loaded: Loaded, size: int, what: str) -> MicroBatches:
+    """Micro-batches of `size` rows; `what` names the work."""
+    return MicroBatches(size, what, f"shrink images with dataset.image_max_side, {last_cure(loaded.precision)}")
 
 
 def rows_ids(rows: Any) -> list[str]:

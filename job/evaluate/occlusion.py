@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageStat
 
 from job.evaluate.generate import answer_losses, micro_batches
 from job.model import Loaded, to_generation
+from job.model.memory import gate_batch
 from job.spec import JobSpec
 
 LossesOf = Callable[[list[dict[str, Any]]], list[float]]
@@ -52,7 +53,7 @@ def explain(
 ) -> dict[str, list[list[float]]]:
     """Maps by row id of the answers `wanted`; `each` is called before every row. Rows without image or answer have none."""
     truncate = spec.dataset.over_length == "truncate"
-    micro = micro_batches(loaded, spec, "a map of where the model looks")
+    micro = micro_batches(loaded, gate_batch(spec), "a map of where the model looks")
 
     def losses_of(batch: list[dict[str, Any]]) -> list[float]:
         said = micro.map(batch, lambda part: answer_losses(loaded, list(part), spec.training.max_length, truncate))
