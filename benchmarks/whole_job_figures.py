@@ -141,13 +141,19 @@ def foreseen_of(attempts: list[Attempt]) -> dict[str, dict[str, float]]:
     return {name: stage for each in attempts for name, stage in each.foreseen.items()}
 
 
+LITTLE = 2e9
+"""Bytes. A stage that takes less, and was foreseen to, is left out of the shares: half of it more would matter to nobody."""
+
+
 def shares(attempts: list[Attempt], kind: str) -> dict[str, float]:
     """Peak over what was foreseen, by stage."""
     stages, foreseen = stages_of(attempts), foreseen_of(attempts)
     return {
         name: stage[PEAKS[kind]] / foreseen[name][kind]
         for name, stage in stages.items()
-        if PEAKS[kind] in stage and foreseen.get(name, {}).get(kind)
+        if PEAKS[kind] in stage
+        and foreseen.get(name, {}).get(kind)
+        and max(stage[PEAKS[kind]], foreseen[name][kind]) >= LITTLE
     }
 
 

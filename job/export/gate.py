@@ -118,6 +118,7 @@ def compare(
     micro = micro_batches(spec, loaded)
     merged = answers(again, reference.batches, spec, micro)
     wrong = wrong_weights(reference.weights, samples(again.model))
+    release(again.model)
     return judge(spec, reference, merged, wrong)
 
 

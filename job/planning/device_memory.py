@@ -35,7 +35,7 @@ def stage_memory(
     exported = asked
     if spec.export.merged:
         whole = weight_bytes(facts.base, gate_precision(precision))
-        exported = max(asked, _gate(spec, facts, groups, whole if room is None else room))
+        exported = _gate(spec, facts, groups, whole if room is None else room)
     measured = {"evaluate before": asked, "evaluate after": asked} if _held_out(facts) else {}
     mapped = (
         {"map where it looks": _asked(spec, facts, groups, precision, COVERED)}

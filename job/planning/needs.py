@@ -185,7 +185,7 @@ def _memory(spec: JobSpec, facts: Facts, base: BaseFacts, training: Training, sc
         "train": memory_range(loaded + ranks * state + checkpoint, step),
         "evaluate after": memory_range(loaded, after),
         "export": memory_range(loaded, after + export),
-        "publish": memory_range(ranks * libraries, after + export),
+        "publish": memory_range(ranks * libraries, after),
     }
 
 
