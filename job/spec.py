@@ -324,8 +324,6 @@ class ExportSpec(Section):
 
     merged: bool = True
     """Also publish the base's weights with the adapter folded in, in the base's own precision, names and files."""
-    fold_onto: Literal["original", "dequantised"] = "original"
-    """For a base held in 4bit: fold onto its files, or onto what its 4 bits stand for, which is what was trained on."""
     scratch_copy: bool | Literal["auto"] = "auto"
     """Keep merged weights on scratch until they are published. False sends them straight to the output as they are made; `auto`
     does so where scratch has no room for them."""

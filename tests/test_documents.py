@@ -1,8 +1,11 @@
 """What the documents promise is what the code does."""
 
 import re
+from collections import Counter
+from typing import get_args
 
 import yaml
+from pydantic import BaseModel
 
 from job.errors import EXIT_CODES
 from job.spec import JobSpec, flatten
@@ -33,3 +36,21 @@ def test_the_spec_in_the_readme_is_valid_and_says_the_defaults():
 def test_every_example_is_valid():
     for file in (ROOT / "examples").glob("*.yaml"):
         assert validate(yaml.safe_load(file.read_text())).name
+
+
+def fields(section: type[BaseModel]) -> set[str]:
+    """Names of all settings below a section."""
+    found = set[str]()
+    for name, field in section.model_fields.items():
+        inner = [each for each in (field.annotation, *get_args(field.annotation)) if isinstance(each, type)]
+        below = [fields(each) for each in inner if issubclass(each, BaseModel)]
+        found |= set().union(*below) if below else {name}
+    return found
+
+
+def test_every_field_of_the_spec_is_read():
+    """One that nothing reads would be accepted and do nothing."""
+    code = "".join(file.read_text() for file in (ROOT / "job").rglob("*.py"))
+    read = Counter(re.findall(r"\w+", code))
+    read.subtract(re.findall(r"^    (\w+): ", (ROOT / "job" / "spec.py").read_text(), re.MULTILINE))
+    assert {name for name in fields(JobSpec) if not read[name]} == set()

@@ -317,7 +317,10 @@ def test_variables_that_place_no_process_are_refused(variables: dict[str, str]):
 
 def test_who_was_asked_to_stop_adds_nothing_half_counted(tmp_path: Path):
     """Its share would be taken for that of all its rows by ranks that have not heard of the notice yet."""
+    import torch
+
     from job.attempt import Attempt
+    from job.model import Loaded
     from job.record import Record
     from job.store.lease import Lease
     from job.train.held_out import HeldOut
@@ -331,7 +334,8 @@ def test_who_was_asked_to_stop_adds_nothing_half_counted(tmp_path: Path):
         group.sums(1.0)
     record = Record(store, tmp_path)
     attempt = Attempt(job_spec(), store, Lease(store, "test", 60.0), tmp_path, record, preemption, 1)
-    held_out = HeldOut(attempt, None, [], Ladder(1), group)  # type: ignore[arg-type]
+    model = Loaded(None, None, tmp_path, "transformers", "32bit", torch.device("cpu"), {})
+    held_out = HeldOut(attempt, model, [], Ladder(1), group)
     assert math.isnan(held_out._mean())  # and the step goes on to its line of numbers
 
 

@@ -55,7 +55,7 @@ def shortages(
         return ()
     found, memory = list[Shortage | None](), limits.memory
     where = f"host memory ({memory.source}: {bytes_text(memory.limit)})"
-    found.append(_short(where, stages, lambda need: need.memory, memory.free, _memory_cure(spec, facts, precision)))
+    found.append(_short(where, stages, lambda need: need.memory, memory.free, _memory_cure(facts, precision)))
     scratch, output = limits.scratch, limits.output
     cure, output_cure = _scratch_cure(spec, scratch_copy), _output_cure(spec)
     if scratch is not None:
@@ -93,12 +93,12 @@ def _sum(one: Range, other: Range) -> Range:
     return Range(one.least + other.least, one.most + other.most)
 
 
-def _memory_cure(spec: JobSpec, facts: Facts, precision: str) -> str:
+def _memory_cure(facts: Facts, precision: str) -> str:
+    """No field of `export` helps: training holds as much."""
     if facts.device is None or facts.device.kind == "cuda":
         return "give the job more memory"
     smaller = "set model.precision to 16bit, " if precision == "32bit" else ""
-    without = "set export.merged to false, " if spec.export.merged else ""
-    return f"{smaller}{without}give the job more memory, or take a smaller base"
+    return f"{smaller}give the job more memory, or take a smaller base"
 
 
 def _scratch_cure(spec: JobSpec, scratch_copy: bool) -> str:

@@ -164,8 +164,14 @@ def test_weights_pass_a_gpu_s_host_memory_as_cache_and_fill_that_of_a_cpu(tree: 
     assert plan(tree, replace(FACTS, limits=pod)).foreseen.shortages == ()
     found = plan(tree, replace(FACTS, device=CPU, limits=pod))
     said = refused(found)
-    assert said.startswith("host memory (memory.max of cgroup pod: 8.0 GB): export needs at least 85.")
-    assert "set model.precision to 16bit" in said
+    assert said.startswith("host memory (memory.max of cgroup pod: 8.0 GB): train needs at least 43.")
+    assert "; set model.precision to 16bit, give the job more memory" in said
+
+
+def test_one_model_at_a_time_is_in_memory_during_the_export(tree: Spec):
+    found = plan(tree, replace(FACTS, device=CPU))
+    assert need(found, "export").memory.least == need(found, "load").memory.least
+    assert need(found, "export").memory.most < 1.1 * need(found, "load").memory.most
 
 
 def test_every_rank_of_a_node_holds_the_model(tree: Spec):

@@ -184,6 +184,6 @@ def test_a_model_that_a_container_cannot_hold_is_refused_before_it_is_loaded(
     assert ended.code == 78, ended.log
     last = ended.log.strip().splitlines()[-1]
     assert "host memory (memory.limit_in_bytes of cgroup" in last or "host memory (memory.max of cgroup" in last
-    assert "export needs at least" in last
-    assert "set model.precision to 16bit, set export.merged to false, give the job more memory" in last
+    assert "train needs at least" in last
+    assert "set model.precision to 16bit, give the job more memory" in last
     assert "load:" not in ended.log
