@@ -21,10 +21,20 @@ def hold_stance(model: Any) -> None:
     """Compile nothing from here on but inside `compiled(True)`.
 
     Unsloth sets the stance to "default" in `for_training`, `for_inference` and at the start of `generate`, so it is set
-    again as each forward of `model`, a PEFT model, or of its base begins.
+    again as each forward of `model`, a PEFT model, or of its base begins; and as inputs of generation are prepared, which makes
+    masks by functions that Unsloth wraps too.
     """
     for module in (model, model.get_base_model()):
         module.register_forward_pre_hook(lambda _module, _arguments: set_stance())
+    bare = model.get_base_model()
+    prepare = bare.prepare_inputs_for_generation
+
+    @functools.wraps(prepare)  # transformers reads its signature
+    def prepared(*arguments: Any, **named: Any) -> Any:
+        set_stance()
+        return prepare(*arguments, **named)
+
+    bare.prepare_inputs_for_generation = prepared
     set_stance()
 
 

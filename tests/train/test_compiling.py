@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from job.attempt import Attempt
@@ -127,6 +129,26 @@ def test_nothing_compiles_after_someone_else_has_let_torch_compile(tiny: Callabl
     assert counted.rows == [1]
     loaded.model(**inputs)
     assert counted.rows == [1]
+
+
+def test_masks_of_a_generation_are_not_compiled_either(
+    tiny: Callable[..., Path], counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are made before the first forward, by functions that Unsloth wraps."""
+    mask, made = torch.compile(lambda tensor: tensor * 2, backend=counted), []
+    prepare = LlavaForConditionalGeneration.prepare_inputs_for_generation
+
+    @functools.wraps(prepare)
+    def prepared(*arguments: Any, **named: Any) -> Any:
+        made.append(mask(torch.zeros(1, 1, 1)))
+        return prepare(*arguments, **named)
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "prepare_inputs_for_generation", prepared)
+    loaded = loaded_with_a_compiled_layer(tiny("llava"), counted)
+    torch.compiler.set_stance("default")
+    loaded.model.generate(**loaded.processor(**asked(loaded), return_tensors="pt"), max_new_tokens=2)
+    assert made
+    assert counted.rows == []
 
 
 def asked(loaded: Loaded) -> dict[str, Any]:
