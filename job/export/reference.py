@@ -142,12 +142,13 @@ def _aligned_weights(model: Any) -> Iterator[tuple[str, Any, Tensor]]:
 
 
 def sample(name: str, weight: Tensor) -> Tensor:
-    """The same numbers of a weight each time, chosen by its name: float32 on the CPU."""
+    """The same numbers of a weight each time, chosen by its name: float32 on the CPU. A copy, since a view of a weight that is
+    mapped from its file keeps the whole file in memory."""
     flat = weight.detach().flatten()
     if len(flat) > SAMPLE:
         chosen = torch.randint(len(flat), (SAMPLE,), generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
         flat = flat[chosen.to(flat.device)]
-    return flat.float().cpu()
+    return flat.to("cpu", torch.float32, copy=True)
 
 
 @contextmanager
