@@ -83,6 +83,7 @@ def export(attempt: Attempt, loaded: Loaded, data: Data, *, fold: bool, gate_roo
     `gate_room`: bytes of weights that the GPU holds of a model in 16 bits; None where all of it fits.
     """
     from job.export.places import read_base
+    from job.model.oom_retry import free_cached
     from job.model.transformers_backend import Offload
 
     spec, record = attempt.spec, attempt.record
@@ -90,6 +91,7 @@ def export(attempt: Attempt, loaded: Loaded, data: Data, *, fold: bool, gate_roo
     adapter = folder / "adapter"
     with record.stage("export") as facts, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        free_cached()  # what training left
         shutil.rmtree(adapter, ignore_errors=True)
         loaded.model.save_pretrained(adapter)
         loaded.processor.save_pretrained(adapter)
@@ -112,6 +114,7 @@ def merged(attempt: Attempt, loaded: Loaded, base: Base, folder: Path, data: Dat
     from job.export.merge import copy_rest, merge_to_folder, merge_to_store, recipe
     from job.export.places import changes, read_adapter
     from job.export.served import read_back
+    from job.model.oom_retry import free_cached
     from job.model.transformers_backend import load_weights
 
     spec, store = attempt.spec, attempt.store
@@ -126,6 +129,7 @@ def merged(attempt: Attempt, loaded: Loaded, base: Base, folder: Path, data: Dat
         sent = merge_to_store(todo, store, "merged", attempt.lease.check)
         read_merged = partial(read_back, spec.model, into, base, store, "merged", sent, loaded.device, offload=offload)
     copy_rest(base.folder, into)
+    free_cached()  # the pieces of the merge
     let_go = partial(release, loaded.model)
     verdict = compare(spec, loaded, base, read_merged, rows_of(data), let_go=let_go, offload=offload)
     refused = None
