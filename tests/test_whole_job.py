@@ -25,6 +25,7 @@ def test_a_job_that_is_stopped_and_killed_on_the_way_ends_published(tmp_path: Pa
     given = ["qwen2_5_vl", "--size", "tiny", "--rows", "24", "--no-uncut", "--model", str(tiny("qwen2_5_vl"))]
     command = [sys.executable, "benchmarks/whole_job.py", *given, "--folder", str(tmp_path)]
     environment = os.environ | {"JOB__EVALUATION__MAX_NEW_TOKENS": "8", "JOB__EVALUATION__EXPLAINED_ROWS": "0"}
+    environment["JOB__DATASET__EVAL_ROWS"] = "3"
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ends published" in done.stdout
@@ -68,8 +69,8 @@ def test_a_step_that_compiles_again_is_a_cost_of_its_start(attempts: list[Attemp
     assert seconds == pytest.approx(742 * 2 + (40 - 15 - 2) + 2 * ((22 - 2) + 20 / 2 + 6))
 
 
-def test_what_is_not_training_is_taken_to_200_rows_by_batches(attempts: list[Attempt]):
-    other = 25 / 2 * (15 + 30) + (320 - 244 - 30)
+def test_what_is_not_training_is_taken_to_200_rows_by_batches_of_16(attempts: list[Attempt]):
+    other = 13 * (15 + 30) + (320 - 244 - 30)
     assert figures.not_training(attempts, 10) == pytest.approx(other / (other + figures.projected(attempts)[1]))
 
 
