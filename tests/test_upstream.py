@@ -33,6 +33,7 @@ def layer(ran: list[int]) -> Iterator[Layer]:
         return run
 
     torch._dynamo.reset()
+    torch.compiler.set_stance("default")  # a model that another test loaded in this process has set its own
     yield torch.compile(lambda x: torch.sin(x) * x, backend=backend, dynamic=True, fullgraph=True)
     torch.compiler.set_stance("default")
     torch._dynamo.reset()
