@@ -68,8 +68,9 @@ def rounded(exact: Tensor, dtype: torch.dtype, directions: Tensor) -> Tensor:
 
 DROPPED = {torch.bfloat16: 16, torch.float16: 13}
 """Bits of a float32's mantissa that these have not."""
-AT_ONCE = 2**22
-"""Numbers that are dithered at once: what that takes beside them is small."""
+AT_ONCE = {"cpu": 2**16, "cuda": 2**22}
+"""Numbers that are dithered at once: what that takes beside them is small. Blocks of megabytes, freed in between, leave gaps in
+malloc's heap: at 2**22 a CPU held 0.5 GB more after 30 weights of 17 MB, in the same time."""
 
 
 def dither(exact: Tensor, first: int, dtype: torch.dtype) -> Tensor:
@@ -86,7 +87,7 @@ def dither(exact: Tensor, first: int, dtype: torch.dtype) -> Tensor:
 
 
 def _slices(exact: Tensor) -> list[slice]:
-    step = max(1, AT_ONCE // max(1, exact.shape[1]))
+    step = max(1, AT_ONCE[exact.device.type] // max(1, exact.shape[1]))
     return [slice(start, start + step) for start in range(0, max(1, exact.shape[0]), step)]
 
 
