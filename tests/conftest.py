@@ -46,6 +46,7 @@ LONGEST = (
     "train",
     "test_bundle.py",
     "test_whole_job.py",
+    "planning",
 )
 """What begins first, so that no process is left with minutes of one file when the others have ended."""
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from job.scratch import job_folder
 from tests.conftest import ROOT, job_environment
@@ -38,10 +39,12 @@ def test_jobs_with_other_outputs_or_other_specs_have_other_folders(tmp_path: Pat
 def test_two_jobs_of_one_spec_at_once_on_one_scratch_keep_their_numbers_apart(demo: Path, tmp_path: Path):
     jobs = []
     for name in ("one", "other"):
-        environment = job_environment(tmp_path, JOB_SPEC=small_spec(demo, str(tmp_path / name)))
+        tree = yaml.safe_load(small_spec(demo, str(tmp_path / name)))
+        tree["training"]["max_steps"], tree["evaluation"]["max_rows"] = 8, 1
+        environment = job_environment(tmp_path, JOB_SPEC=yaml.safe_dump(tree))
         with (tmp_path / f"{name}.log").open("w") as log:
             jobs.append(subprocess.Popen([sys.executable, "-m", "job", "run"], env=environment, cwd=ROOT, stderr=log))
     assert [each.wait(200) for each in jobs] == [0, 0], (tmp_path / "one.log").read_text()
     for name in ("one", "other"):
         lines = map(json.loads, (tmp_path / name / "logs" / "metrics.jsonl").read_text().splitlines())
-        assert [line["step"] for line in lines] == list(range(1, 25))
+        assert [line["step"] for line in lines] == list(range(1, 9))
