@@ -221,7 +221,7 @@ def prove(case: Case, spec: dict[str, Any], base: Path, *, single: bool, uncut: 
         return [str(error)], [] if isinstance(error, Overtime) else [unpublished(attempts)]
     result = json.loads((output / "RESULT.json").read_text())
     attempts[-1].foreseen = attempts[-1].foreseen or result["lineage"].get("foreseen", {})
-    attempts[-1].stages["publish"]["output"] = float(used_bytes(output, 60) or 0)
+    attempts[-1].stages["publish"]["output"] = float(used_bytes(output))
     print(table(attempts))
     wrong += wrong_files(output, base)
     shutil.rmtree(output / "merged")

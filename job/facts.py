@@ -46,3 +46,8 @@ class Facts:
     checkpoint_seconds: float | None = None
     """From submitted to safe, as the last attempt measured it."""
     grace_seconds: float = DEFAULT_GRACE_SECONDS
+
+    def longest_row(self, most: int) -> tuple[int, int]:
+        """Tokens, `most` at most, and pictures of the longest row; where rows were not looked at, `most` and one."""
+        data = self.data or {}
+        return min(data.get("tokens", {}).get("longest", most), most), data.get("images", {}).get("most", 1)

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -61,8 +62,13 @@ class Peaks:
         self._raise("host_anonymous", _status("RssAnon", "RssShmem"))
 
     def walk(self) -> None:
-        """Look at scratch."""
-        self._raise("scratch", used_bytes(self._scratch, WALK_SECONDS))
+        """Look at scratch, unless that takes longer than `WALK_SECONDS`."""
+        deadline, total = time.monotonic() + WALK_SECONDS, 0
+        for size in file_bytes(self._scratch):
+            total += size
+            if time.monotonic() > deadline:
+                return
+        self._raise("scratch", total)
 
     def _raise(self, name: str, value: int | None) -> None:
         if value is not None:
@@ -70,20 +76,24 @@ class Peaks:
                 self._found[name] = max(value, self._found.get(name, 0))
 
 
-def used_bytes(folder: Path, seconds: float) -> int | None:
-    """Bytes of disk below a folder, a file with several names once; None when counting takes longer than `seconds`."""
-    deadline, total, linked = time.monotonic() + seconds, 0, set[int]()
+def used_bytes(folder: Path) -> int:
+    """Bytes of disk below a folder, as `du` and the kubelet count them."""
+    return sum(file_bytes(folder))
+
+
+def file_bytes(folder: Path) -> Iterator[int]:
+    """The bytes of disk of each file below a folder, one with several names once. What vanishes meanwhile is nothing."""
+    linked = set[int]()
     for place, _, files in os.walk(folder):
         for name in files:
-            with suppress(OSError):  # gone meanwhile
+            try:
                 entry = os.lstat(os.path.join(place, name))  # noqa: PTH118 - a Path for each of many files is slow
-                if entry.st_nlink == 1 or entry.st_ino not in linked:
-                    total += entry.st_blocks * 512
-                if entry.st_nlink > 1:
-                    linked.add(entry.st_ino)
-            if time.monotonic() > deadline:
-                return None
-    return total
+            except OSError:
+                continue
+            if entry.st_nlink == 1 or entry.st_ino not in linked:
+                yield entry.st_blocks * 512
+            if entry.st_nlink > 1:
+                linked.add(entry.st_ino)
 
 
 def _status(*names: str) -> int | None:

@@ -59,7 +59,7 @@ def needed_memory(spec: JobSpec, facts: Facts, groups: dict[str, int], precision
     """What training will take, for the longest row; None when the base is not here to be measured."""
     if facts.base is None:
         return None
-    tokens = (facts.data or {}).get("tokens", {}).get("longest", spec.training.max_length)
+    tokens, pictures = facts.longest_row(spec.training.max_length)
     return model_memory(
         facts.base.config,
         facts.base.linears,
@@ -69,8 +69,8 @@ def needed_memory(spec: JobSpec, facts: Facts, groups: dict[str, int], precision
         optim=spec.training.optim,
         unsloth=by_unsloth(spec, facts),
         kept=kept,
-        tokens=min(tokens, spec.training.max_length),
-        pictures=(facts.data or {}).get("images", {}).get("most", 1),
+        tokens=tokens,
+        pictures=pictures,
     )
 
 

@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 
 from job.errors import DataError, JobError, SpecError
-from job.planning.limits import disk, scratch_disk, used_bytes
+from job.peaks import used_bytes
+from job.planning.limits import disk, scratch_disk
 from job.record import bytes_text
 from job.scratch import scratch_folder
 from job.store import Missing, download_folder, open_store

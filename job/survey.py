@@ -24,7 +24,8 @@ from job.model.fetch import base_facts, fetch_adapter, fetch_base
 from job.model.glimpse import GLIMPSES, glimpse
 from job.output import read_json
 from job.packages import check_packages, uncompiled
-from job.planning.limits import Limits, cores, disk, host_memory, scratch_disk, used_bytes
+from job.peaks import used_bytes
+from job.planning.limits import Limits, cores, disk, host_memory, scratch_disk
 from job.preemption import grace_seconds, positive
 from job.record import STATUS_KEY
 from job.scratch import scratch_folder

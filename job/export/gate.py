@@ -35,7 +35,7 @@ from job.export.places import Base
 from job.export.reference import Expected, adapters_of, beside, expected, jittered, samples, trained, trained_weights
 from job.model import Loaded, release
 from job.model.lora import group_of
-from job.model.memory import gate_batch, last_cure
+from job.model.memory import gate_batch, last_cure, served_precision
 from job.model.oom_retry import MicroBatches
 from job.model.transformers_backend import Offload, load_weights
 from job.spec import GateSpec, JobSpec
@@ -113,7 +113,7 @@ def compare(
     and is for a base that was held in 4 bits.
     """
     reference = refer(spec, loaded, base, rows, let_go, offload)
-    precision = served_precision(loaded)
+    precision = served_precision(loaded.precision)
     again = replace(loaded, model=read_merged(precision), precision=precision, backend="transformers")
     micro = micro_batches(spec, loaded)
     merged = answers(again, reference.batches, spec, micro)
@@ -134,7 +134,7 @@ def refer(
         as_trained = answers(loaded, batches, spec, micro)
         adapters, others = adapters_of(loaded.model), trained_weights(loaded.model)
         let_go()
-        whole = load_weights(spec.model, loaded.folder, loaded.device, served_precision(loaded), offload)
+        whole = load_weights(spec.model, loaded.folder, loaded.device, served_precision(loaded.precision), offload)
         with torch.no_grad():
             for name, weight in others.items():
                 whole.get_parameter(name).copy_(weight)
@@ -188,10 +188,6 @@ def wrong_weights(right: dict[str, Expected], found: dict[str, Tensor]) -> list[
         if there is None or not float(((there - each.sample).abs() <= each.tolerance).float().mean()) >= 1 - MOST_WRONG:
             wrong.append(name)
     return wrong
-
-
-def served_precision(loaded: Loaded) -> str:
-    return "16bit" if loaded.precision == "4bit" else loaded.precision
 
 
 def micro_batches(spec: JobSpec, loaded: Loaded) -> MicroBatches:

@@ -18,6 +18,7 @@ from job.export.fold import Lora, changed
 from job.export.places import DTYPES, Base
 from job.model import Loaded
 from job.model.lora import group_of
+from job.model.memory import served_precision
 
 SAMPLE = 4096
 """Numbers of each weight that are compared."""
@@ -85,8 +86,8 @@ def beside(loaded: Loaded, base: Any, adapters: Mapping[str, Lora]) -> Adapted:
         for name, module, weight in _aligned_weights(base):
             yield name, module, weight, adapters.get(name.removesuffix(".weight"))
 
-    precision = "16bit" if loaded.precision == "4bit" else loaded.precision
-    return Adapted(replace(loaded, model=base, precision=precision, backend="transformers"), weights, silent)
+    served = replace(loaded, model=base, precision=served_precision(loaded.precision), backend="transformers")
+    return Adapted(served, weights, silent)
 
 
 def adapters_of(model: Any) -> dict[str, Lora]:

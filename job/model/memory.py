@@ -148,6 +148,11 @@ def asked_row(
     return ASKED * max(looking, cache + reading)
 
 
+def served_precision(precision: str) -> str:
+    """What merged weights are asked and served in: 16 bits where the base was held in 4."""
+    return "16bit" if precision == "4bit" else precision
+
+
 def gate_batch(spec: JobSpec) -> int:
     """Rows that the gate, and maps of where the model looks, ask at once."""
     return min(spec.evaluation.batch, GATE_ROWS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from job.errors import SpecError
 from job.facts import Facts
-from job.model.memory import GATE_ROWS, WORKSPACE, Memory, asked_row, gate_batch, weight_bytes
+from job.model.memory import GATE_ROWS, WORKSPACE, Memory, asked_row, gate_batch, served_precision, weight_bytes
 from job.record import bytes_text
 from job.spec import JobSpec
 
@@ -13,8 +13,6 @@ FILLED = 0.85
 0.9 of 24 GB, 16 rows of Llama 3.2 11B in 4 bits ran out."""
 MOST_ANSWERED = 32
 """Rows that are answered at once; more would make the answers of a stopped job that are made again cost too much."""
-COVERED = 37
-"""Pictures of a row whose map is made: each cell covered, and none (`job.evaluate.occlusion`)."""
 HOST_BYTES_A_SECOND = 5e9
 """At which weights that wait outside come to the GPU, out of the host's file cache through memory that is not pinned."""
 
@@ -31,19 +29,19 @@ def stage_memory(
     """Peak bytes on the GPU by stage; empty without a GPU or a base to measure. `room` as `gate_room` says."""
     if facts.base is None or training is None or facts.device is None or facts.device.kind != "cuda":
         return {}
-    asked = _asked(spec, facts, groups, precision)
+    weights, batch = weight_bytes(facts.base, precision), spec.evaluation.batch
+    held_out = batch if facts.data is None else facts.data["evaluation"]
+    asked = _asked(spec, facts, groups, weights, min(batch, held_out))
     exported = asked
     if spec.export.merged:
-        whole = weight_bytes(facts.base, gate_precision(precision))
+        whole = weight_bytes(facts.base, served_precision(precision))
         exported = _gate(spec, facts, groups, whole if room is None else room)
-    measured = {"evaluate before": asked, "evaluate after": asked} if _held_out(facts) else {}
-    mapped = (
-        {"map where it looks": _asked(spec, facts, groups, precision, COVERED)}
-        if _held_out(facts) and spec.evaluation.explained_rows
-        else {}
-    )
+    measured = {"evaluate before": asked, "evaluate after": asked} if held_out else {}
+    mapped = {}
+    if held_out and spec.evaluation.explained_rows:
+        mapped = {"map where it looks": _asked(spec, facts, groups, weights, gate_batch(spec))}
     return {
-        "load": weight_bytes(facts.base, precision) + 4 * sum(groups.values()),
+        "load": weights + 4 * sum(groups.values()),
         **measured,
         "train": training.of(micro),
         **mapped,
@@ -73,11 +71,6 @@ def gate_room(spec: JobSpec, facts: Facts, groups: dict[str, int], precision: st
     return next((room for room in rooms if room >= weight_bytes(base, "4bit")), rooms[-1])
 
 
-def gate_precision(precision: str) -> str:
-    """What merged weights are asked in: 16 bits where the base was held in 4."""
-    return "16bit" if precision == "4bit" else precision
-
-
 def offload_seconds(spec: JobSpec, weights: int, room: int) -> float:
     """What the gate takes longer for the weights that wait outside: they come for base + adapter, for the base, with rounding
     jittered, and for the merged model."""
@@ -95,21 +88,14 @@ def answer_batch(spec: JobSpec, facts: Facts, groups: dict[str, int], precision:
     return max(fitting, default=1)
 
 
-def _asked(spec: JobSpec, facts: Facts, groups: dict[str, int], precision: str, most: int | None = None) -> int:
-    """Generation and losses of a batch of held-out rows, or of at most `most` pictures with a part covered."""
-    assert facts.base is not None
-    rows = spec.evaluation.batch
-    if most is not None:
-        rows = min(gate_batch(spec), most)
-    elif facts.data is not None:
-        rows = min(rows, facts.data["evaluation"])
-    return int(weight_bytes(facts.base, precision) + _beside(groups) + rows * _row(spec, facts))
+def _asked(spec: JobSpec, facts: Facts, groups: dict[str, int], weights: int, rows: int) -> int:
+    """Generation and losses of so many rows with so many bytes of weights."""
+    return int(weights + _beside(groups) + rows * _row(spec, facts))
 
 
 def _gate(spec: JobSpec, facts: Facts, groups: dict[str, int], weights: int, most: int = GATE_ROWS) -> int:
     held_out = (facts.data or {}).get("evaluation", 0) or spec.export.gate.rows
-    rows = min(most, gate_batch(spec), spec.export.gate.rows, held_out)
-    return int(weights + _beside(groups) + rows * _row(spec, facts))
+    return _asked(spec, facts, groups, weights, min(most, gate_batch(spec), spec.export.gate.rows, held_out))
 
 
 def _beside(groups: dict[str, int]) -> float:
@@ -119,11 +105,5 @@ def _beside(groups: dict[str, int]) -> float:
 
 def _row(spec: JobSpec, facts: Facts) -> float:
     assert facts.base is not None
-    data = facts.data or {}
-    tokens = min(data.get("tokens", {}).get("longest", spec.training.max_length), spec.training.max_length)
-    pictures = data.get("images", {}).get("most", 1)
+    tokens, pictures = facts.longest_row(spec.training.max_length)
     return asked_row(facts.base.config, facts.base.linears, tokens, pictures, spec.evaluation.max_new_tokens)
-
-
-def _held_out(facts: Facts) -> bool:
-    return facts.data is None or facts.data["evaluation"] > 0

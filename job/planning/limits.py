@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from job.peaks import used_bytes
 from job.preemption import positive
 
 ROOT = Path("/")
@@ -119,16 +120,6 @@ def scratch_disk(scratch: Path, environment: Mapping[str, str]) -> Disk | None:
         return disk(scratch)
     size = positive(environment, SCRATCH_VARIABLE, 1, "gigabytes")
     return disk(scratch, max(0, int(size * 1e9) - used_bytes(scratch)))
-
-
-def used_bytes(folder: Path) -> int:
-    """What the files below a folder take of its disk, as `du` and the kubelet count it. What vanishes meanwhile is nothing."""
-    total = 0
-    for inside, _, names in os.walk(folder):
-        for name in names:
-            with suppress(OSError):
-                total += os.lstat(f"{inside}/{name}").st_blocks * 512
-    return total
 
 
 def _machine(root: Path, mine: int) -> Bound:

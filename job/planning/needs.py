@@ -200,10 +200,8 @@ def _step_memory(spec: JobSpec, facts: Facts, base: BaseFacts, training: Trainin
     ahead = int(LOADED * loaders * LOADER_BYTES)
     if training.kept != "nothing":
         return ahead
-    tokens = min(
-        (facts.data or {}).get("tokens", {}).get("longest", spec.training.max_length), spec.training.max_length
-    )
-    seen = vision_tokens(base.config, tokens, (facts.data or {}).get("images", {}).get("most", 1))
+    tokens, pictures = facts.longest_row(spec.training.max_length)
+    seen = vision_tokens(base.config, tokens, pictures)
     return ahead + training.micro_batch * int(
         sum(kept_by_towers(base.linears, True, "inputs", tokens, seen, base.model_type))
     )

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from job.errors import SpecError
-from job.planning.limits import cores, disk, host_memory, scratch_disk, used_bytes
+from job.peaks import used_bytes
+from job.planning.limits import cores, disk, host_memory, scratch_disk
 from tests.conftest import ROOT, job_environment
 from tests.planning.conftest import Enter
 

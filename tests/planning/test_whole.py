@@ -16,8 +16,8 @@ import yaml
 
 from job.errors import SpecError
 from job.output import open_output
+from job.peaks import used_bytes
 from job.plan import Plan, make_plan
-from job.planning.limits import used_bytes
 from job.planning.needs import MARGIN, SMALL, Range
 from job.planning.shortage import refuse
 from job.specfile import validate
