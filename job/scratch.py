@@ -83,19 +83,20 @@ def prepare_scratch(environment: MutableMapping[str, str]) -> Path:
     return scratch
 
 
-def job_folder(root: Path, spec: JobSpec) -> Path:
+def job_folder(root: Path, spec: JobSpec, *, make: bool = True) -> Path:
     """The folder below `root` that belongs to this spec and this output alone: numbers, checkpoints and exports in the
     making. Every attempt at the output finds the same one. Other jobs of the node may run at the same time with the same
     spec, so the output is part of its name.
 
     The folder of an output is known by its inode too: containers that share scratch may all call their own `/output`. For
-    that it is made here, before the first attempt writes to it.
+    that it is made here, before the first attempt writes to it; not without `make`, for who only looks.
     """
     output = spec.output.url.rstrip("/")
     store = None if output.startswith("s3://") else open_store(spec.output.url)
     if isinstance(store, LocalStore):
         with suppress(OSError):  # who may not write there is told by `job.store.check_writable`
-            store.root.mkdir(parents=True, exist_ok=True)
+            if make:
+                store.root.mkdir(parents=True, exist_ok=True)
             output = f"{store.root.resolve()} {store.root.stat().st_ino}"
     return root / f"{spec.digest[:16]}-{hashlib.sha256(output.encode()).hexdigest()[:8]}"
 

@@ -28,7 +28,7 @@ from job.peaks import used_bytes
 from job.planning.limits import Limits, cores, disk, host_memory, scratch_disk
 from job.preemption import grace_seconds, positive
 from job.record import STATUS_KEY
-from job.scratch import scratch_folder
+from job.scratch import job_folder, scratch_folder
 from job.spec import JobSpec
 from job.stage_in import BUNDLE, is_there, local_path
 from job.store import Store, open_store
@@ -110,7 +110,7 @@ def survey(
         on_this_node=on_this_node,
         limits=find_limits(store, scratch),
         written=sizes((entry.key.partition("/")[0], entry.size) for entry in entries),
-        left=left_by_attempts(scratch if fetch else scratch / spec.digest[:16]),
+        left=left_by_attempts(scratch if fetch else job_folder(scratch, spec, make=False)),
         to_fetch=known.bytes + known.rest if known and base and GLIMPSES in base.parts else 0,
         example=example,
         notes=tuple(notes),

@@ -9,6 +9,9 @@ import pytest
 import yaml
 
 from job.scratch import job_folder
+from job.specfile import validate
+from job.store import open_store
+from job.survey import survey
 from tests.conftest import ROOT, job_environment
 from tests.resume_proof import small_spec
 from tests.tiny import job_spec
@@ -34,6 +37,21 @@ def test_jobs_with_other_outputs_or_other_specs_have_other_folders(tmp_path: Pat
     inside.rename(tmp_path / "output of the first container")
     outside.rename(inside)  # as a mount has it: another folder by the same name
     assert len({*found, folder_of(str(inside))}) == 6
+
+
+def test_check_finds_what_an_attempt_left_on_scratch_and_makes_no_folder(demo: Path, tmp_path: Path):
+    spec = validate(yaml.safe_load(small_spec(demo, str(tmp_path / "output"))))
+    scratch = tmp_path / "scratch"
+
+    def left() -> dict[str, int]:
+        return dict(survey(spec, open_store(spec.output.url), scratch, fetch=False).facts.left)
+
+    assert left() == {}
+    assert not (tmp_path / "output").exists()
+    merged = job_folder(scratch, spec) / "export" / "merged"
+    merged.mkdir(parents=True)
+    (merged / "model.safetensors").write_bytes(bytes(1_000_000))
+    assert left()["export/merged"] >= 1_000_000
 
 
 def test_two_jobs_of_one_spec_at_once_on_one_scratch_keep_their_numbers_apart(demo: Path, tmp_path: Path):
