@@ -151,7 +151,7 @@ def test_two_ranks_then_one_then_four_do_what_one_process_does(demo: Path, whole
 
 
 def test_two_ranks_have_each_step_in_one_line_of_numbers(demo: Path, whole: Path, tmp_path: Path):
-    """With a line every fourth step, when stopped between two lines and taken up again."""
+    """With a line every fourth step, for a run that is stopped between two lines and resumed."""
     output = tmp_path / "output"
     two = Run(2, spec_of(demo, output, logging_steps=4), tmp_path)
     two.send(signal.SIGTERM, 1, 6)

@@ -3,7 +3,7 @@
 Two questions are asked, because each alone can be fooled.
 
 **Are the weights right?** Of every weight of the merged model, as transformers loads it, a sample is compared with base +
-adapter, folded here from the live modules of PEFT. Both sides round the same float32 sum once, so they are the same to
+adapter, folded here from the adapter as it lies in memory. Both sides round the same float32 sum once, so they are the same to
 the bit and there is no noise that a fault could hide in: a LoRA that was left out, put in the wrong layer, scaled wrongly
 or read from a damaged file is named, however little it moves the logits.
 
@@ -12,11 +12,12 @@ weights alone do not: a configuration, a processor or a forward pass that differ
 each adapted weight to the files' dtype, and how much that moves the logits depends on the model alone: well-trained ones
 move by less than a hundredth of their spread; forty layers of random weights amplify each other's rounding and were seen
 to move by 0.08, with every fourth first token changed. So the model itself is asked: one adapted weight in twelve, chosen
-at random, is moved to its neighbour in the files' dtype, adapters left unfolded. A rounding error is spread evenly over
-±½ unit in the last place and has the variance 1/12; a whole unit with the chance 1/12 has the same. This is a rounding
-of the same size in the same weights, and by construction nothing else. What it does to logits and first tokens is the
-floor, and the merged model may differ by `rounding_allowance` times as much (twice: two draws of one noise differ
-little, and folding also saves the roundings of the adapters' own products), or by the spec's bounds where they are wider.
+at random, is moved to its neighbour in the files' dtype, adapters left unfolded. Rounding to
+the nearest has an error that is spread evenly over ±½ unit in the last place, with the variance 1/12; a whole unit with the
+chance 1/12 has the same. Rounding by chance (`job.export.fold`) has the variance f(1 − f) for a number that lies the share f
+of a unit above the one below: 1/4 at most, 1.7 times the size. What the jitter does to logits and first tokens is the floor,
+and the merged model may differ by `rounding_allowance` times as much, twice if not said otherwise, or by the spec's bounds
+where they are wider.
 Where an adapter outweighs its base, folded weights are larger than the base's and round more coarsely than that floor.
 """
 

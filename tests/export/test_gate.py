@@ -176,7 +176,7 @@ def test_trained_biases_are_in_both(tiny: Callable[..., Path], tmp_path: Path) -
                 weight.add_(0.2)
     shutil.rmtree(made.merged)
     made = merge(made.loaded, tmp_path)
-    judge(made, made.merged)
+    assert judge(made, made.merged).wrong == []
 
 
 def test_a_model_of_which_a_part_waits_outside_gets_the_same_verdict(
@@ -212,7 +212,7 @@ def test_biases_trained_beside_a_base_in_4_bits_are_in_both(
             if name.endswith("bias"):
                 weight.add_(0.2)
     made = merge(replace(loaded, precision="4bit"), tmp_path)
-    judge(made, made.merged)
+    assert judge(made, made.merged).wrong == []
 
 
 @pytest.mark.parametrize("family", ["mllama"], scope="module")

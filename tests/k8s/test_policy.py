@@ -112,7 +112,7 @@ def size(quantity: str) -> int:
 
 
 def told_and_set(container: Tree, volumes: list[Tree]) -> tuple[float | None, float | None]:
-    """Bytes of scratch: as the job is told, and as the kubelet allows; None where the one or the other says nothing."""
+    """Bytes of scratch: `JOB_SCRATCH_GB` and the emptyDir's `sizeLimit`; None for one that is not set."""
     told = [entry["value"] for entry in container["env"] if entry["name"] == "JOB_SCRATCH_GB"]
     (scratch,) = [volume for volume in volumes if volume["name"] == "scratch"]
     limit = scratch.get("emptyDir", {}).get("sizeLimit")
