@@ -2,6 +2,8 @@
 
     python benchmarks/loader.py [--images 600] [--seconds 20]
     python benchmarks/loader.py --many 100000          memory and scratch for so many images in shards, nothing else
+    python benchmarks/loader.py --identity 100000      what it costs to know so many rows again, nothing else
+    python benchmarks/loader.py --tokens 600           what it costs to count so many rows' tokens at the look, nothing else
 
 The notebook's way is Unsloth's and TRL's: decode every image into a list of conversations, then let TRL's collator run the
 processor in the training process. Ours: two loader processes read rows from shards, decode, shrink, and run the processor.
@@ -24,6 +26,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +77,7 @@ def shards(folder: Path, images: int, side: int, kind: str = "JPEG", depth: int 
 
 
 def spec(path: Path, scratch: Path, **dataset: Any) -> Any:
-    from job.spec import JobSpec
+    from job.config.schema import JobSpec
 
     needed = {"model": {"name_or_path": "none"}, "output": {"url": str(scratch / "output")}}
     rows = {"path": str(path), "eval_fraction": 0, "answer_column": "txt", **dataset}
@@ -221,6 +224,55 @@ def measure_many(folder: Path, count: int) -> None:
     append("loader", f"{case}: random batches after it", said["loaded"], "images/s on 2 cores")
 
 
+def measure_identity(folder: Path, count: int) -> None:
+    """What an attempt pays to see whether its rows are those that the run began with, beside the look at them that it takes
+    anyway. Small pictures, and no tokens counted, make that look cheap."""
+    from job.data.prepare import prepare
+    from job.output.identity import changes, from_json, row_identity
+    from job.store import open_store
+
+    path = shards(folder / "identity", count, 224, distinct=512)
+    began = cpu()
+    data = prepare(spec(path, folder), folder / "scratch")
+    looked, store = cpu() - began, open_store(str(folder / "output"))
+    assert data.identity is not None
+    began = cpu()
+    other = [row_identity([f"{n % 512:064x}"], [f"{n:064x}", 1.0]) for n in range(count)]
+    digests = cpu() - began
+    store.write("identity.json", data.identity.to_json())
+    before = from_json(store.read("identity.json"))
+    assert before == data.identity
+    same = cpu() - began
+    # The dearest case: every row has changed, so that each of them is matched with another.
+    told = changes(before, replace(before, train=b"".join(other)))
+    price = cpu() - began
+    print(told[0], flush=True)
+    case = f"identity of {count:,} rows of 224 px"
+    append("loader", f"{case}: the look at them all", looked, "s of processor time")
+    detail = f"{digests:.2f} s of it for the digests of rows"
+    append("loader", f"{case}: made, written, read and found the same", same, "s of processor time", detail=detail)
+    share, goal = price / looked, "under 1, an extra pass"
+    append("loader", f"{case}, all of them changed, beside the look", share, "times", goal=goal, meets=share < 1)
+    append("loader", f"{case}: the file in the output", len(store.read("identity.json")) / 1e6, "MB")
+
+
+def measure_tokens(folder: Path, count: int) -> None:
+    """The look at rows with their tokens counted beside the look without, in turns; small pictures make that look cheap."""
+    from job.data.prepare import prepare
+    from job.model.token_length import TokenCounter
+
+    path = shards(folder / "tokens", count, 560)
+    for family, name in FAMILIES.items():
+        seconds, ruler = {True: 0.0, False: 0.0}, TokenCounter(processor_of(family))
+        prepare(spec(path, folder), folder / "scratch", ruler)  # what is loaded and compiled once
+        for counted in (True, False) * 3:
+            began = cpu()
+            prepare(spec(path, folder), folder / "scratch", ruler if counted else None)
+            seconds[counted] += cpu() - began
+        case = f"the look at {count:,} rows of 560 px, {name}'s tokens counted, beside the look without"
+        append("loader", case, seconds[True] / seconds[False], "times")
+
+
 def look(path: Path, folder: Path) -> None:
     """In a process of its own, so that its memory is its own. Prints what `measure_many` reads."""
     from job.data.images import Bounds
@@ -240,6 +292,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=640)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--many", type=int, default=0)
+    parser.add_argument("--identity", type=int, default=0)
+    parser.add_argument("--tokens", type=int, default=0)
     parser.add_argument("--look", type=Path)
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
@@ -250,6 +304,10 @@ def main() -> None:
     try:
         if given.many:
             measure_many(folder, given.many)
+        elif given.identity:
+            measure_identity(folder, given.identity)
+        elif given.tokens:
+            measure_tokens(folder, given.tokens)
         else:
             measure_rates(folder, given.images, given.seconds)
             measure_large(folder, given.seconds)

@@ -34,6 +34,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def warm(work: Path) -> None:
 
 
 def spec_of(work: Path, **export: Any) -> Any:
-    from job.spec import JobSpec
+    from job.config.schema import JobSpec
 
     return JobSpec.model_validate(
         {
@@ -125,8 +126,8 @@ def rows_of() -> list[Facts]:
     import numpy as np
     from PIL import Image
 
-    from job.data.rows import conversation
-    from job.spec import RADIOGRAPHER
+    from job.config.schema import RADIOGRAPHER
+    from job.data.conversations import conversation
 
     rows = []
     for number in range(16):
@@ -138,8 +139,8 @@ def rows_of() -> list[Facts]:
 
 
 def load(work: Path, precision: str, start: bool = True) -> Any:
-    from job.model import load_model
-    from job.survey import torch_device
+    from job.model.load import load_model
+    from job.planning.survey import torch_device
 
     adapter = work / "adapter" if start else None
     return load_model(spec_of(work), work / "base", torch_device(), "transformers", precision, "all", adapter)
@@ -147,8 +148,8 @@ def load(work: Path, precision: str, start: bool = True) -> Any:
 
 def recipe_of(work: Path) -> Any:
     from job.export.merge import recipe
-    from job.export.places import changes, read_adapter, read_base
-    from job.survey import torch_device
+    from job.export.tensor_map import changes, read_adapter, read_base
+    from job.planning.survey import torch_device
 
     base = read_base(work / "base")
     changed = changes(base, *read_adapter(work / "adapter"))
@@ -159,7 +160,7 @@ def base(work: Path, family: str, size: str) -> Facts:
     import torch
     from models import make_model
 
-    from job.survey import torch_device
+    from job.planning.survey import torch_device
 
     if not (work / "base" / "config.json").exists():
         make_model(family, work / "base", size, device=str(torch_device()), dtype=torch.bfloat16)
@@ -201,7 +202,7 @@ def stream(work: Path, *_: str) -> Facts:
     store, facts = open_store(str(work / "store")), Facts()
     todo = recipe_of(work)
     with watched(work, facts):
-        merge_to_store(todo, store, "merged", lambda: None)
+        merge_to_store(todo, store, "merged")
     shutil.rmtree(work / "store")
     return facts
 
@@ -229,8 +230,8 @@ def judged(work: Path, loaded: Any, folder: Path) -> Facts:
 
     from job.errors import GateRefused
     from job.export.gate import compare, refuse
-    from job.export.places import read_base
-    from job.model import release
+    from job.export.tensor_map import read_base
+    from job.model.loaded import release
     from job.model.transformers_backend import load_weights
 
     spec = spec_of(work)
@@ -238,7 +239,7 @@ def judged(work: Path, loaded: Any, folder: Path) -> Facts:
     read = partial(load_weights, spec.model, folder, loaded.device)
     let_go = partial(release, loaded.model)
     verdict = compare(spec, loaded, read_base(work / "base"), read, rows_of(), let_go=let_go)
-    facts = {"seconds": time.monotonic() - began, **verdict.facts(), "wrong": verdict.wrong[:3]}
+    facts = {"seconds": time.monotonic() - began, **asdict(verdict), "wrong": verdict.wrong[:3]}
     if torch.cuda.is_available():
         facts["peak GPU GB"] = torch.cuda.max_memory_allocated() / 1e9
     try:
@@ -280,10 +281,10 @@ def fault(work: Path, *_: str) -> Facts:
 def gate4(work: Path, *_: str) -> Facts:
     from functools import partial
 
-    from job.export.answers import answers, loss, spread_rows
     from job.export.gate import micro_batches
-    from job.export.quantised import write_compressed, write_nf4
-    from job.model import release
+    from job.export.logits import answers, loss, spread_rows
+    from job.export.quantise import write_compressed, write_nf4
+    from job.model.loaded import release
 
     loaded = load(work, "4bit")
     facts = {"gate": judged(work, loaded, work / "merged")}
@@ -303,8 +304,8 @@ def gate4(work: Path, *_: str) -> Facts:
 
 
 def unsloth(work: Path, precision: str) -> Facts:
-    from job.model import import_first, load_model
-    from job.survey import torch_device
+    from job.model.load import import_first, load_model
+    from job.planning.survey import torch_device
 
     import_first("unsloth")
     warm(work)

@@ -15,41 +15,26 @@ from typing import Any
 import torch
 from processors import build_processor
 from shapes import FAMILIES, TEXT, VISION
-from transformers import (
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    GenerationConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    MllamaConfig,
-    MllamaForConditionalGeneration,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-)
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, GenerationConfig
 
-CLASSES: dict[str, tuple[Any, Any]] = {
-    "mllama": (MllamaConfig, MllamaForConditionalGeneration),
-    "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
-    "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
-    "gemma3": (Gemma3Config, Gemma3ForConditionalGeneration),
-    "llava": (LlavaConfig, LlavaForConditionalGeneration),
-}
 MLLAMA_TEXT_VOCABULARY = 128_256
 ENDS = {
     "mllama": ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"],
     "qwen2_5_vl": ["<|im_end|>", "<|endoftext|>"],
     "qwen3_vl": ["<|im_end|>", "<|endoftext|>"],
+    "qwen3_5": ["<|im_end|>", "<|endoftext|>"],
     "gemma3": ["<eos>", "<end_of_turn>"],
     "llava": ["</s>"],
+    "llava_next": ["</s>"],
 }
 SAMPLING: dict[str, dict[str, Any]] = {  # as the published generation configs have it
     "mllama": {"do_sample": True, "temperature": 0.6, "top_p": 0.9},
     "qwen2_5_vl": {"do_sample": True, "temperature": 1e-6, "repetition_penalty": 1.05},
     "qwen3_vl": {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20},
+    "qwen3_5": {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20},
     "gemma3": {"do_sample": True, "top_p": 0.95, "top_k": 64},
     "llava": {},
+    "llava_next": {},
 }
 GATE = 0.3
 
@@ -79,7 +64,7 @@ def build_model(family: str, size: str, processor: Any, device: str, dtype: torc
     """
     config = configuration(family, size, processor)
     with torch.device(device):
-        model = CLASSES[family][1]._from_config(config, dtype=dtype)
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     for name, weight in model.named_parameters():  # these start at 0, which would shut the image out
         last = name.rpartition(".")[2]
         if family == "mllama" and "gate" in last:
@@ -106,14 +91,16 @@ def configuration(family: str, size: str, processor: Any) -> Any:
     if family == "gemma3":
         tokens = {f"{name}_token_index": getattr(tokenizer, f"{name}_token_id") for name in ("boi", "eoi", "image")}
         tokens["mm_tokens_per_image"] = processor.image_seq_length
-    elif family in ("mllama", "llava"):
+    elif family in ("mllama", "llava", "llava_next"):
         tokens = {"image_token_index": processor.image_token_id}
-        if family == "llava":
+        if family == "llava_next":
+            tokens["image_grid_pinpoints"] = processor.image_processor.image_grid_pinpoints
+        if family != "mllama":
             tokens["image_seq_length"] = (vision["image_size"] // vision["patch_size"]) ** 2
     else:
         names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
         tokens = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in names.items()}
-    return CLASSES[family][0](text_config=text, vision_config=vision, **tokens)
+    return CONFIG_MAPPING[family](text_config=text, vision_config=vision, **tokens)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from record import append
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from examples.radiographs import draw_cases, draw_images
-from job.data.similar import BITS, NEAR, near_pairs, perceptual_hash
+from job.data.near_duplicates import BITS, NEAR, near_pairs, perceptual_hash
 
 PICTURES = 600
 COPIES = 200

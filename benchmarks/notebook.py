@@ -29,10 +29,10 @@ from trl import SFTConfig, SFTTrainer
 from unsloth import FastVisionModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from job.data.rows import conversation
+from job.config.schema import RADIOGRAPHER
+from job.data.conversations import conversation
 from job.model.collator import Collator
-from job.spec import RADIOGRAPHER
-from job.train.order import EpochOrder
+from job.train.sampler import EpochOrder
 
 
 class InOrder(SFTTrainer):

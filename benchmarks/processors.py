@@ -1,7 +1,7 @@
 """Processors made from nothing: each family's own classes, special tokens and layout, over a small learnt vocabulary.
 
 Each family keeps its kind of tokenizer, since that is where the traps are: byte-level BPE for Llama 3 and Qwen, BPE over
-`▁` with byte fallback for Gemma and Llama 2 (which LLaVA 1.5 has). Any text can be spelled.
+`▁` with byte fallback for Gemma and Llama 2 (which LLaVA has). Any text can be spelled.
 """
 
 import json
@@ -16,6 +16,8 @@ from transformers import (
     Gemma3Processor,
     GemmaTokenizer,
     LlamaTokenizer,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
     LlavaProcessor,
     MllamaImageProcessor,
     MllamaProcessor,
@@ -72,10 +74,10 @@ def build_processor(family: str, size: str, text_vocabulary: int | None) -> Any:
         tokenizer = _llama3(text_vocabulary)
     elif family == "gemma3":
         tokenizer = _gemma()
-    elif family == "llava":
+    elif family in ("llava", "llava_next"):
         tokenizer = _llama2()
     else:
-        tokenizer = _qwen()
+        tokenizer = _qwen(*(("<think>", "</think>") if family == "qwen3_5" else ()))
     template = (Path(__file__).parent / "templates" / f"{family}.jinja").read_text()
     pixels = PIXELS[family][size]
     tokenizer.model_max_length = 1 << 17
@@ -86,9 +88,16 @@ def build_processor(family: str, size: str, text_vocabulary: int | None) -> Any:
         half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
         images = Gemma3ImageProcessor(size=pixels, **half)
         return Gemma3Processor(images, tokenizer, template, image_seq_length=256 if size == "full" else 4)
-    if family == "llava":
-        images = CLIPImageProcessor(size={"shortest_edge": pixels["height"]}, crop_size=pixels)
-        return LlavaProcessor(
+    if family in ("llava", "llava_next"):
+        side = pixels["height"]
+        kinds: Any = (CLIPImageProcessor, LlavaProcessor)
+        more: Any = {}
+        if family == "llava_next":
+            kinds = (LlavaNextImageProcessor, LlavaNextProcessor)
+            shapes = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+            more = {"image_grid_pinpoints": [[side * high, side * wide] for high, wide in shapes]}
+        images = kinds[0](size={"shortest_edge": side}, crop_size=pixels, **more)
+        return kinds[1](
             images,
             tokenizer,
             patch_size=14,
@@ -117,7 +126,7 @@ def _learn(normalizer: Any, pre_tokenizer: Any, alphabet: list[str]) -> Learnt:
     return model["vocab"], [tuple(pair) for pair in model["merges"]]
 
 
-def _qwen() -> Any:
+def _qwen(*more: str) -> Any:
     words = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     vocabulary, merges = _learn(None, words, pre_tokenizers.ByteLevel.alphabet())
     return Qwen2Tokenizer(
@@ -126,7 +135,7 @@ def _qwen() -> Any:
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         unk_token=None,
-        extra_special_tokens=list(QWEN_SPECIALS),
+        extra_special_tokens=[*QWEN_SPECIALS, *more],
     )
 
 

@@ -7,17 +7,32 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
-from datetime import UTC, datetime
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results.jsonl"
 PAGE = FOLDER / "RESULTS.md"
+
+
+PLACES = ("--model", "--folder", "--limit", "--json", "--scratch")
+"""Options that decide where a benchmark runs, and how long it may, and nothing of what it measures."""
+ROUNDS = ("--rounds", "--saves", "--seconds")
+"""Options that decide how often something is measured, or for how long."""
+HOUR = timedelta(hours=1)
+Row = dict[str, Any]
+
+
+def without_places(arguments: Sequence[str], left_out: Sequence[str] = PLACES) -> list[str]:
+    """The command line for others to repeat."""
+    kept = [arg.removeprefix(f"{FOLDER.parent}/") for arg in arguments]
+    return [arg for n, arg in enumerate(kept) if arg not in left_out and (n == 0 or kept[n - 1] not in left_out)]
 
 
 def append(
@@ -44,7 +59,7 @@ def append(
         "device": device or this_machine(),
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *(arg.removeprefix(f"{FOLDER.parent}/") for arg in sys.argv)]),
+        "command": shlex.join(["python", *without_places(sys.argv)]),
     }
     with RESULTS.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -66,13 +81,54 @@ def commit() -> str:
         return ""
 
 
-def render(rows: Iterable[dict[str, Any]]) -> str:
-    """The newest value of each case on each machine, by benchmark; behind a device's comma is how much of it was granted."""
-    newest: dict[tuple[str, str, str], dict[str, Any]] = {}
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """The newest row of each case on each machine, of commands that can still be given, in the order of their first runs.
+
+    Of each command, however often it measures, the newest run alone counts: a case that it left out is one that the benchmark
+    has no more. A run ends where a case comes again, or an hour has gone by.
+    """
+    runs: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
-        newest[row["bench"], row["case"], row["device"].partition(",")[0]] = row
-    lines = ["# Results", "", "Rendered by `python benchmarks/record.py` from `results.jsonl`, which holds every run."]
-    for bench in sorted({bench for bench, _, _ in newest}):
+        if can_be_given(row["command"]):
+            run = runs.setdefault((*what_it_measures(row["command"]), *_against(row)), {})
+            last = next(reversed(run.values()), row)
+            if row["case"] in run or _time(row) - _time(last) > HOUR:
+                run.clear()
+            run[row["case"]] = row
+    found: dict[tuple[str, ...], Row] = {}
+    for row in sorted((row for run in runs.values() for row in run.values()), key=lambda row: str(row["date"])):
+        found[row["bench"], row["case"], *_against(row)] = row
+    return list(found.values())
+
+
+def can_be_given(command: str) -> bool:
+    """Whether the benchmark of a recorded command is there, and knows all its options."""
+    script, *arguments = shlex.split(command)[1:]
+    text = "".join(_read(str(FOLDER.parent / script)))
+    return bool(text) and all(f'"{option}"' in text for option in arguments if option.startswith("--"))
+
+
+def what_it_measures(command: str) -> list[str]:
+    """A recorded command without places and counts of rounds."""
+    return [arg for arg in without_places(shlex.split(command), (*PLACES, *ROUNDS)) if not arg.startswith("/")]
+
+
+def _time(row: Row) -> datetime:
+    return datetime.fromisoformat(row["date"])
+
+
+def _against(row: Row) -> tuple[str, str]:
+    """The device, without how much of it was granted, and the store with a version that a case may begin with."""
+    store = re.match(r"\w+ \d+\.\d+\.\d+ ", row["case"])
+    return str(row["device"]).partition(",")[0], store[0] if store else ""
+
+
+def render(rows: Iterable[Row]) -> str:
+    """What `newest` keeps, by benchmark."""
+    kept = newest(rows)
+    lines = ["# Results", "", "The newest run of each case on each machine; `results.jsonl` holds every run."]
+    lines += ["Rendered by `python benchmarks/record.py`."]
+    for bench in sorted({row["bench"] for row in kept}):
         lines += [
             "",
             f"## {bench}",
@@ -80,21 +136,21 @@ def render(rows: Iterable[dict[str, Any]]) -> str:
             "| case | value | goal | met | on | commit | date |",
             "|---|---|---|---|---|---|---|",
         ]
-        for row in (row for (name, _, _), row in newest.items() if name == bench):
+        for row in (row for row in kept if row["bench"] == bench):
             met = {True: "yes", False: "**no**", None: ""}[row["meets"]]
             cells = [row["case"], f"{row['value']:g} {row['unit']}{_detail(row)}", row["goal"], met]
             cells += [row["device"], row["commit"], row["date"][:10]]
             lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
-        commands = {row["command"] for (name, _, _), row in newest.items() if name == bench}
+        commands = {shlex.join(without_places(shlex.split(row["command"]))) for row in kept if row["bench"] == bench}
         lines += ["", *(f"    {command}" for command in sorted(commands))]
     return "\n".join(lines) + "\n"
 
 
-def _verdict(row: dict[str, Any]) -> str:
+def _verdict(row: Row) -> str:
     return "" if row["meets"] is None else f" ({'meets' if row['meets'] else 'MISSES'} {row['goal']})"
 
 
-def _detail(row: dict[str, Any]) -> str:
+def _detail(row: Row) -> str:
     return f"; {row['detail']}" if row.get("detail") else ""
 
 

@@ -1,19 +1,20 @@
-"""The five families' configurations: `full` as published, `tiny` the same architecture with small numbers.
+"""The families' configurations: `full` as published, `tiny` the same architecture with small numbers.
 
 The full figures are those of the published configs; `PARAMETERS` is what the models then hold, in all weights.
 """
 
 from typing import Any
 
-FAMILIES = ("mllama", "qwen2_5_vl", "qwen3_vl", "gemma3", "llava")
-
 PARAMETERS = {
     "mllama": 10_670_220_835,  # Llama 3.2 11B Vision
     "qwen2_5_vl": 8_292_166_656,  # Qwen2.5-VL 7B
     "qwen3_vl": 8_767_123_696,  # Qwen3-VL 8B
+    "qwen3_5": 9_409_813_744,  # Qwen3.5 9B, without the layer that foretells a second token, which transformers leaves out
     "gemma3": 4_300_079_472,  # Gemma 3 4B
     "llava": 7_063_427_072,  # LLaVA 1.5 7B
+    "llava_next": 7_566_747_648,  # LLaVA 1.6 7B over Mistral
 }
+FAMILIES = tuple(PARAMETERS)
 
 WIDTH, SPREAD = (
     64,
@@ -90,6 +91,35 @@ TEXT: dict[str, dict[str, dict[str, Any]]] = {
             },
         },
     },
+    "qwen3_5": {
+        "full": {
+            "vocab_size": 248_320,
+            "max_position_embeddings": 262_144,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e7,
+                "mrope_section": [11, 11, 10],
+                "mrope_interleaved": True,
+                "partial_rotary_factor": 0.25,
+            },
+        },
+        "tiny": {
+            **TINY_TEXT,
+            "num_hidden_layers": 4,
+            "head_dim": 32,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True,
+                "partial_rotary_factor": 0.25,
+            },
+        },
+    },
     "gemma3": {
         "full": {
             "vocab_size": 262_208,
@@ -119,6 +149,17 @@ TEXT: dict[str, dict[str, dict[str, Any]]] = {
     "llava": {
         "full": {"vocab_size": 32_064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
         "tiny": TINY_TEXT,
+    },
+    "llava_next": {
+        "full": {
+            "model_type": "mistral",
+            "vocab_size": 32_064,
+            "max_position_embeddings": 32_768,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+        "tiny": {**TINY_TEXT, "model_type": "mistral", "sliding_window": None},
     },
 }
 
@@ -156,6 +197,10 @@ VISION: dict[str, dict[str, dict[str, Any]]] = {
             "num_position_embeddings": 16,
             "deepstack_visual_indexes": [0],
         },
+    },
+    "qwen3_5": {
+        "full": {"out_hidden_size": 4096},
+        "tiny": {**TINY_VISION, "depth": 2, "num_heads": 4, "out_hidden_size": WIDTH, "num_position_embeddings": 16},
     },
     "gemma3": {
         "full": {
@@ -212,3 +257,5 @@ PIXELS: dict[str, dict[str, dict[str, int]]] = {
     "gemma3": {"full": {"height": 896, "width": 896}, "tiny": {"height": 56, "width": 56}},
     "llava": {"full": {"height": 336, "width": 336}, "tiny": {"height": 56, "width": 56}},
 }
+VISION["llava_next"], PIXELS["llava_next"] = VISION["llava"], PIXELS["llava"]
+PIXELS["qwen3_5"] = PIXELS["qwen3_vl"]

@@ -159,7 +159,7 @@ def main() -> None:
         parser.error("generation is measured beside the notebook, and once")
     import torch
 
-    from job.packages import uncompiled
+    from job.planning.optional_packages import uncompiled
 
     if slow := uncompiled():
         sys.exit(f"starts would be timed with Python's own compiling: {slow}")

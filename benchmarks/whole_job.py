@@ -185,7 +185,8 @@ def whole(case: Case, spec: dict[str, Any], attempts: list[Attempt], *, single: 
 
 def wrong_files(output: Path, base: Path) -> list[str]:
     """What is not as RESULT.json, or the base's headers, say."""
-    from job.model.fetch import read_header, weight_files
+    from job.model.base_model import weight_files
+    from job.model.header import read_header
 
     files = json.loads((output / "RESULT.json").read_text())["files"]
 
@@ -211,7 +212,7 @@ def wrong_files(output: Path, base: Path) -> list[str]:
 
 def prove(case: Case, spec: dict[str, Any], base: Path, *, single: bool, uncut: bool) -> tuple[list[str], list[Figure]]:
     """What went wrong, and what was measured."""
-    from job.peaks import used_bytes
+    from job.runtime.peaks import used_bytes
 
     output, attempts, wrong = Path(spec["output"]["url"]), list[Attempt](), list[str]()
     try:
@@ -279,7 +280,7 @@ def main() -> None:
     gpu = subprocess.run([sys.executable, "-c", DEVICE], check=True, capture_output=True, text=True).stdout.strip()
     if gpu and given.card is None:
         sys.exit("--card says how many gigabytes of the GPU the job may take")
-    from job.packages import uncompiled
+    from job.planning.optional_packages import uncompiled
 
     if gpu and (slow := uncompiled()):
         sys.exit(f"starts would be timed with Python's own compiling: {slow}")

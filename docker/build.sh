@@ -1,11 +1,11 @@
 #!/bin/sh
-# Builds the image with docker, podman or buildah, whichever is there first. Arguments go to the builder.
+# Builds the image with the first of docker, podman and buildah that is installed. Passes its arguments to the builder.
 #
 #     docker/build.sh                                                   # vision-lora-job:gpu
 #     docker/build.sh --build-arg VARIANT=cpu --tag vision-lora-job:cpu
-#     BASE_IMAGE=docker.io/library/debian@sha256:… docker/build.sh      # a base of your own choice
+#     BASE_IMAGE=docker.io/library/debian@sha256:… docker/build.sh      # a base that you choose
 #
-# Unless BASE_IMAGE is set, the Dockerfile's base is looked up now and pinned to the digest that it has today.
+# Unless BASE_IMAGE is set, looks up the Dockerfile's base and pins it to its current digest.
 set -eu
 cd "$(dirname "$0")/.."
 for builder in docker podman buildah ''; do command -v "$builder" >/dev/null && break; done

@@ -2,7 +2,7 @@
 # Renews docker/gpu.lock and docker/build.lock from pyproject.toml, with hashes. Needs uv.
 set -eu
 cd "$(dirname "$0")/.."
-# torch and torchvision are the versions that the suite runs on (.ci/venv).
+# torch and torchvision have the versions that the tests use (.ci/venv).
 versions=$(sed -n 's/^torch=\([0-9.]*\) torchvision=\([0-9.]*\).*/torch==\1\ntorchvision==\2/p' .ci/venv)
 compile() {
     UV_CUSTOM_COMPILE_COMMAND=docker/lock.sh uv pip compile -q --upgrade --no-config --index-url https://pypi.org/simple \

@@ -1,18 +1,18 @@
 #!/bin/bash
-# One job on a rented GPU box: run it, again after each interruption, then stop the box, so that it stops billing.
+# Runs one job on a rented GPU box, again after each interruption, and then stops the box so that it stops billing.
 #
 # On a machine with docker (Lambda, any cloud's virtual machine):
 #
 #     JOB_SPEC=spec.yaml JOB_IMAGE=registry/vision-lora-job@sha256:… nohup docker/rented-box.sh &
 #
-# Where the box is itself a container (RunPod, vast.ai), take the image as the box's image, set JOB_SPEC and the store's
-# variables in its settings, and give it this start command:
+# If the box is itself a container (RunPod, vast.ai), use the image as the box's image, set JOB_SPEC and the store's variables
+# in its settings, and give it this start command:
 #
 #     bash /opt/job/rented-box.sh
 #
-# What stops the box: RunPod and vast.ai set their own variables inside it; for Lambda export LAMBDA_API_KEY and
-# LAMBDA_INSTANCE_ID (it can only be terminated, so use an output in a store); anywhere else give JOB_STOP_COMMAND, such
-# as "sudo shutdown -h now". JOB_STOP_COMMAND=true leaves the box running.
+# To stop the box, RunPod and vast.ai set their own variables inside it. For Lambda, export LAMBDA_API_KEY and
+# LAMBDA_INSTANCE_ID; an instance can only be terminated, so use an output in a store. Anywhere else, set JOB_STOP_COMMAND,
+# such as "sudo shutdown -h now". JOB_STOP_COMMAND=true leaves the box running.
 set -u
 
 say() { echo "rented box: $*" >&2; }
@@ -64,7 +64,7 @@ hear() {
 }
 trap hear TERM INT
 
-# Ends when a notice comes.
+# Wait before the next attempt; a notice ends the wait.
 pause() {
     sleep "${JOB_RESTART_SECONDS:-20}" &
     wait $!
@@ -75,17 +75,18 @@ leave_if_noticed() {
     [ -z "$noticed" ] || { say "exit $code: the box is being taken away; start the same job elsewhere to go on"; exit "$code"; }
 }
 
-# One attempt; returns the job's exit code. The subshell outlives signals, to tell it.
+# Run one attempt and return the job's exit code. The subshell survives signals, to report it.
 attempt() {
     if [ "$python" = python3 ]; then
         local pass=() variable
         for variable in $(compgen -e); do
             case $variable in
-                JOB_SPEC | JOB__* | JOB_GRACE_SECONDS | JOB_LEASE_SECONDS | JOB_GPU_MEMORY_GB | JOB_SCRATCH_GB | JOB_METRICS_* | JOB_PRICE_PER_HOUR | JOB_IMAGE_DIGEST | JOB_BUNDLE | \
+                JOB_SPEC | JOB__* | JOB_GRACE_SECONDS | JOB_LEASE_SECONDS | JOB_GPU_MEMORY_GB | JOB_SCRATCH_GB | JOB_METRICS_PORT | JOB_PRICE_PER_HOUR | JOB_IMAGE_DIGEST | JOB_BUNDLE | \
                     AWS_* | HF_* | *_proxy | *_PROXY) pass+=(--env "$variable") ;;
             esac
         done
-        docker stop --time "${JOB_GRACE_SECONDS:-30}" "$name" >/dev/null 2>&1 # of a start that was killed here
+        [ -z "${JOB_METRICS_PORT:-}" ] || pass+=(--publish "$JOB_METRICS_PORT:$JOB_METRICS_PORT")
+        docker stop --time "${JOB_GRACE_SECONDS:-30}" "$name" >/dev/null 2>&1 # left by a start that was killed here
         docker rm -f "$name" >/dev/null 2>&1
         set -- docker run --rm --name "$name" --gpus all --read-only --tmpfs /tmp --shm-size 8g --cap-drop ALL \
             --security-opt no-new-privileges --volume "$name-scratch:/scratch" "${pass[@]}" "$JOB_IMAGE"
@@ -99,7 +100,7 @@ attempt() {
         "$@"
         code=$?
         echo "$code" >"$codes"
-        exit "$code" # which is all there is on a full disk
+        exit "$code" # the only report on a full disk
     ) &
     child=$!
     local code=137
@@ -125,15 +126,15 @@ for try in $(seq "$restarts"); do
     attempt
     code=$?
     leave_if_noticed
-    # By the table in job/errors.py; 137 is a kill, for want of memory say, and the job itself counts those.
+    # As in the table of job/errors.py. Codes above 128 are kills, for lack of memory for example, which the job itself counts.
     case $code in
-        69 | 75 | 137) pause ;;
+        69 | 75 | 129 | 13? | 14? | 15?) pause ;;
         *) break ;;
     esac
 done
 leave_if_noticed
 say "exit $code"
-for _ in 1 2 3 4 5; do # a box that goes on bills for ever, so it is asked again
+for _ in 1 2 3 4 5; do # retry, because a box that keeps running keeps billing
     stop_box
     stopped=$?
     [ "$stopped" = 1 ] || break

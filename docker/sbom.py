@@ -1,6 +1,6 @@
-"""Prints what is in this image as a CycloneDX document: every Python distribution and every Debian package.
+"""Prints the contents of this image as a CycloneDX document: every Python distribution and every Debian package.
 
-Run by the Dockerfile, with the image's own Python, which has only the standard library for it.
+The Dockerfile runs it with the image's own Python. It uses only the standard library.
 """
 
 import importlib.metadata
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def licence(metadata: importlib.metadata.PackageMetadata) -> str:
-    """As its author says it: the expression, else the classifiers, else the first line of the free text."""
+    """Return the licence as declared: the expression, else the classifiers, else the first line of the free text."""
     classifiers = [
         value.rpartition(" :: ")[2] for value in metadata.get_all("Classifier", []) if value.startswith("License")
     ]
@@ -20,7 +20,7 @@ def licence(metadata: importlib.metadata.PackageMetadata) -> str:
 
 
 def affero(distribution: importlib.metadata.Distribution) -> int:
-    """How many of its modules say in their head that they are under the AGPL, whatever the package as a whole says."""
+    """Count the modules whose header names the AGPL, whatever licence the package as a whole declares."""
     heads = [Path(distribution.locate_file(file)) for file in distribution.files or () if file.suffix == ".py"]
     return sum(b"Affero" in path.open("rb").read(2000) for path in heads if path.is_file())
 

@@ -1,4 +1,4 @@
-"""`python -m job`: the container's entry point. A notice is heard before anything else is imported."""
+"""`python -m job`: the container's entry point. Handles stop signals before it imports anything else."""
 
 import os
 import signal
@@ -7,20 +7,27 @@ from typing import Any
 
 
 def leave(number: int, _frame: Any) -> None:
-    """As process 1 of a container we would not even die of SIGTERM without a handler."""
+    """Exit with 75. Without a handler, process 1 of a container would not even die of SIGTERM."""
     try:
         os.write(2, f"exit 75: stopped on {signal.Signals(number).name}; run again to continue\n".encode())
     finally:
         os._exit(75)
 
 
+def start() -> None:
+    """Import the command line, whose own handlers take over, and run it."""
+    from job.cli import command_line
+
+    command_line("job" if sys.argv[0].endswith("job") else "python -m job")
+
+
 def main() -> None:
-    """Listen, then import the command line, whose own handlers take over."""
+    """Install the handlers, then start. Every failure ends with a code from the table."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, leave)
-    from job.cli import main as command_line
+    from job.runtime.exit import run_and_exit
 
-    command_line(prog_name="job" if sys.argv[0].endswith("job") else "python -m job")
+    run_and_exit(start, rows=False)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,23 @@
-"""The command line, and the only place that turns an error into an exit code."""
+"""The command line."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-import signal
 import sys
-import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import click
+from click.exceptions import NoArgsIsHelpError
 
-from job.errors import BUG, JobError, SpecError
-from job.preemption import NOTICES, Preemption, end_time, grace_seconds
-
-TERMINATION_LOG = Path("/dev/termination-log")
+from job.config.environment import Environment
+from job.errors import SpecError, Unavailable
+from job.runtime.exit import run_and_exit, tell
+from job.runtime.preemption import Preemption, end_time
 
 log = logging.getLogger("job")
 
@@ -31,55 +30,63 @@ def main() -> None:
 
 bundle_option = click.option(
     "--bundle",
-    help="Take base and data from what `prefetch` gathered, and nothing from a network (default: the variable JOB_BUNDLE).",
+    expose_value=False,
+    callback=lambda _context, _option, folder: os.environ.update({"JOB_BUNDLE": folder} if folder else {}),
+    help="A bundle of `job prefetch` to read base model and data from, without any network (default: the variable JOB_BUNDLE).",
 )
 
 
 @main.command()
 @click.argument("spec", required=False)
 @bundle_option
-def run(spec: str | None, bundle: str | None) -> None:
+def run(spec: str | None) -> None:
     """Run the job of SPEC.
 
-    SPEC is a path, a file:// or s3:// URL, or the text itself; without it, the variable JOB_SPEC is.
+    SPEC is a path, a file:// or s3:// URL, or the spec itself; the default is the variable JOB_SPEC.
     """
 
-    def work(preemption: Preemption) -> None:
+    def work(environment: Environment, preemption: Preemption) -> None:
+        from job.config.loader import load_spec
         from job.run import run as run_job
-        from job.specfile import load_spec
 
-        os.environ.update({"JOB_BUNDLE": bundle} if bundle else {})
-        run_job(load_spec(os.environ, spec), os.environ, preemption)
+        run_job(load_spec(os.environ, spec), environment, preemption)
 
     finish(work)
 
 
 @main.command()
 @click.argument("spec", required=False)
-@click.option("--data", is_flag=True, help="Fetch the data and look at every row, not at a sample of a large dataset.")
+@click.option("--data", is_flag=True, help="Fetch the data and validate every row, not a sample of a large dataset.")
+@click.option("--example", is_flag=True, help="Print a row as the model sees it, even if the output is not a terminal.")
 @bundle_option
-def check(spec: str | None, data: bool, bundle: str | None) -> None:
+def check(spec: str | None, data: bool, example: bool) -> None:
     """Print the plan that `run` would execute. Changes nothing."""
 
-    def work(preemption: Preemption) -> None:
+    def work(environment: Environment, preemption: Preemption) -> None:
         with preemption.leave_at_once():
-            from job.bundle import use_bundle
-            from job.output import check_owner, open_output
-            from job.place import place
-            from job.plan import describe, make_plan
-            from job.scratch import prepare_scratch
-            from job.specfile import load_spec
-            from job.survey import survey
+            from job.config.loader import load_spec
+            from job.distributed.launch_env import read_launch_env
+            from job.output.overlap import refuse_overlap
+            from job.output.ownership import check_data, check_owner, deletions, is_published, open_output
+            from job.planning.describe import describe
+            from job.planning.plan import make_plan
+            from job.planning.survey import survey
+            from job.prefetch import use_bundle
+            from job.runtime.scratch import prepare_scratch
 
-            os.environ.update({"JOB_BUNDLE": bundle} if bundle else {})
             loaded = load_spec(os.environ, spec)
+            refuse_overlap(loaded, environment)
             store = open_output(loaded)
-            check_owner(store, loaded)
-            scratch = prepare_scratch(os.environ)
-            use_bundle(loaded, os.environ, scratch)
-            world = place(os.environ).world
-            found = survey(loaded, store, scratch, fetch=False, all_data=data, world=world)
-            show(describe(loaded, make_plan(loaded, found.facts), found.facts))
+            if not is_published(store, loaded) and check_owner(store, loaded):
+                log.info("%s", "\n".join(deletions(store)))
+            scratch = prepare_scratch(environment, os.environ)
+            use_bundle(loaded, environment.bundle, scratch, hashed=data)
+            world = read_launch_env(os.environ).world
+            found = survey(loaded, store, scratch, environment, fetch=False, all_data=data, world=world)
+            seen, identity = example or sys.stdout.isatty(), found.data.identity if found.data else None
+            if identity is not None and check_data(store, loaded, identity):
+                log.info("%s", "\n".join(deletions(store)))
+            show(describe(loaded, make_plan(loaded, found.facts), found.facts, example=seen))
 
     finish(work)
 
@@ -88,18 +95,18 @@ def check(spec: str | None, data: bool, bundle: str | None) -> None:
 @click.argument("spec")
 @click.argument("folder")
 def prefetch(spec: str, folder: str) -> None:
-    """Gather base and data into FOLDER, for where there is no network.
+    """Gather base model and data into FOLDER, for machines without a network.
 
     FOLDER may be an s3:// prefix. `run --bundle FOLDER` then needs nothing else.
     """
 
-    def work(preemption: Preemption) -> None:
+    def work(environment: Environment, preemption: Preemption) -> None:
         with preemption.leave_at_once():
-            from job.bundle import prefetch as gather
-            from job.scratch import prepare_scratch
-            from job.specfile import load_spec
+            from job.config.loader import load_spec
+            from job.prefetch import prefetch as gather
+            from job.runtime.scratch import prepare_scratch
 
-            gather(load_spec(os.environ, spec), folder, prepare_scratch(os.environ))
+            gather(load_spec(os.environ, spec), folder, prepare_scratch(replace(environment, bundle=""), os.environ))
 
     finish(work)
 
@@ -107,10 +114,10 @@ def prefetch(spec: str, folder: str) -> None:
 @main.command()
 @click.argument("output")
 def status(output: str) -> None:
-    """Show how the job at OUTPUT stands."""
+    """Show the status of the job at OUTPUT."""
 
-    def work(_preemption: Preemption) -> None:
-        from job.status import describe_status
+    def work(_environment: Environment, _preemption: Preemption) -> None:
+        from job.output.describe import describe_status
         from job.store import open_store
 
         show(describe_status(open_store(output)))
@@ -121,26 +128,31 @@ def status(output: str) -> None:
 @main.command()
 @click.argument("output")
 @click.option(
-    "--to", type=click.Path(path_type=Path, dir_okay=False), help="A file here, instead of OUTPUT/report.html."
+    "--to", type=click.Path(path_type=Path, dir_okay=False), help="A local file instead of OUTPUT/report.html."
 )
 def report(output: str, to: Path | None) -> None:
-    """Make the report of the job at OUTPUT again.
+    """Rebuild the report of the job at OUTPUT.
 
-    It is made from the stored files: no GPU and no model are needed.
+    It is built from the stored files and needs no GPU and no model.
     """
 
-    def work(preemption: Preemption) -> None:
+    def work(_environment: Environment, preemption: Preemption) -> None:
         with preemption.leave_at_once():
-            from job.output import REPORT_KEY
-            from job.report import rebuild
-            from job.store import open_store
+            from job.layout import REPORT_KEY
+            from job.report.rebuild import rebuild
+            from job.store import OwnedStore, open_store
 
-            store = open_store(output)
-            page = rebuild(store).encode()
+            store = OwnedStore(open_store(output))
+            page = rebuild(store.inner).encode()
             if to is None:
+                if REPORT_KEY not in (store.read_record() or ()):
+                    raise SpecError(f"{output}: no job wrote {REPORT_KEY} there; name a file with --to FILE")
                 store.write(REPORT_KEY, page)
             else:
-                to.write_bytes(page)
+                try:
+                    to.write_bytes(page)
+                except OSError as error:
+                    raise SpecError(f"--to: {to} cannot be written: {error.strerror}") from error
             show(str(to or f"{store.url.rstrip('/')}/{REPORT_KEY}"))
 
     finish(work)
@@ -149,9 +161,9 @@ def report(output: str, to: Path | None) -> None:
 @main.command()
 def schema() -> None:
     """Print the spec's JSON schema, for editors."""
-    from job.spec import JobSpec
+    from job.config.schema import JobSpec
 
-    click.echo(json.dumps(JobSpec.model_json_schema(), indent=2))
+    show(json.dumps(JobSpec.model_json_schema(), indent=2))
 
 
 @main.group()
@@ -162,15 +174,15 @@ def render() -> None:
 @render.command()
 @click.argument("spec")
 @click.option("--image", required=True, help="The job's image, with a tag or, better, a digest.")
-@click.option("--output", help="Where everything goes; overrides output.url.")
+@click.option("--output", help="Where the job writes; overrides output.url.")
 @click.option(
-    "--with", "components", multiple=True, metavar="NAME", help="A folder of k8s/components; may be repeated."
+    "--with", "components", multiple=True, metavar="NAME", help="A component of k8s/components; may be repeated."
 )
-@click.option("--sweep", type=click.Path(path_type=Path), help="A table of overrides, a run per line.")
+@click.option("--sweep", type=click.Path(path_type=Path), help="A table of overrides, one run per line.")
 def kubernetes(spec: str, image: str, output: str | None, components: tuple[str, ...], sweep: Path | None) -> None:
-    """Print a Kubernetes Job for SPEC, for `kubectl create -f -`. Overrides (JOB__…) set here go with it."""
+    """Print a Kubernetes Job for SPEC, for `kubectl create -f -`. Includes the overrides (JOB__…) set here."""
 
-    def work(preemption: Preemption) -> None:
+    def work(_environment: Environment, preemption: Preemption) -> None:
         with preemption.leave_at_once():
             from job import render
 
@@ -181,12 +193,12 @@ def kubernetes(spec: str, image: str, output: str | None, components: tuple[str,
 
 @render.command()
 @click.argument("spec")
-@click.option("--image", help="What the site's runtime starts, as JOB_IMAGE of slurm/site.env.")
-@click.option("--output", help="Where everything goes; overrides output.url.")
+@click.option("--image", help="The image for the site's runtime, like JOB_IMAGE in slurm/site.env.")
+@click.option("--output", help="Where the job writes; overrides output.url.")
 def slurm(spec: str, image: str | None, output: str | None) -> None:
-    """Print a batch script for SPEC, for `sbatch`. Overrides (JOB__…) set here go with it."""
+    """Print a batch script for SPEC, for `sbatch`. Includes the overrides (JOB__…) set here."""
 
-    def work(preemption: Preemption) -> None:
+    def work(_environment: Environment, preemption: Preemption) -> None:
         with preemption.leave_at_once():
             from job import render
 
@@ -196,54 +208,34 @@ def slurm(spec: str, image: str | None, output: str | None) -> None:
     finish(work)
 
 
+def command_line(name: str) -> None:
+    """Run the command that the process was started with, under `name`. Raises SpecError for a wrong command line."""
+    try:
+        main.main(prog_name=name, standalone_mode=False)
+    except click.UsageError as error:
+        there = error.ctx.command_path if error.ctx is not None else name
+        said = "a command is missing" if isinstance(error, NoArgsIsHelpError) else error.format_message()
+        raise SpecError(f"command line: {said.rstrip('.')}; see {there} --help") from None
+
+
 def show(text: str, nl: bool = True) -> None:
     try:
         click.echo(text, nl=nl)
     except BrokenPipeError:
-        os._exit(0)  # whoever read our output has seen enough
+        os._exit(0)  # the reader of our output has closed it
+    except OSError as error:
+        raise Unavailable(
+            f"Cannot write to standard output ({error.strerror}); free some space there, and run again."
+        ) from error
 
 
-def finish(work: Callable[[Preemption], None]) -> NoReturn:
-    """Do the work under our signal handlers and end the process with the code for how it went."""
-    from job.record import one_line, start_logging
+def finish(work: Callable[[Environment, Preemption], None]) -> NoReturn:
+    """Do the work under our signal handlers and exit with the code for its outcome."""
 
-    start_logging()
-    try:
-        preemption = Preemption(grace_seconds(os.environ), end_time(os.environ))
-    except SpecError as error:
-        _end(error.exit_code, str(error))
-    with preemption.listening(too_late=lambda error: _tell(error.exit_code, str(error))):
-        try:
-            work(preemption)
-            _end(0, None)
-        except JobError as error:
-            if len(str(error).splitlines()) > 1:
-                log.error("%s", error)
-            _end(error.exit_code, one_line(error))
-        except Exception as error:
-            with contextlib.suppress(OSError):
-                traceback.print_exc()
-            _end(BUG, f"a bug: {type(error).__name__}: {one_line(error)}")
+    def listen() -> None:
+        environment = Environment.read(os.environ)
+        preemption = Preemption(environment.grace_seconds, end_time(os.environ))
+        with preemption.listening(too_late=lambda error: tell(error.exit_code, str(error))):
+            run_and_exit(lambda: work(environment, preemption))
 
-
-def _end(code: int, reason: str | None) -> NoReturn:
-    """Go now. The interpreter's own way out takes a second with torch loaded, and dies of any signal on the way."""
-    for number in NOTICES:
-        signal.signal(number, signal.SIG_IGN)
-    if reason is not None:
-        _tell(code, reason)
-    logging.shutdown()
-    with contextlib.suppress(OSError):  # nobody reads it any more, or its disk is full
-        sys.stdout.flush()
-    os._exit(code)
-
-
-def _tell(code: int, reason: str) -> None:
-    """The reason as the last line on stderr and for the kubelet."""
-    line = f"exit {code}: {reason}"
-    with contextlib.suppress(OSError):
-        if TERMINATION_LOG.exists():
-            TERMINATION_LOG.write_text(line[:4000])
-    with contextlib.suppress(OSError):  # a full disk behind the log must not change the code
-        sys.stderr.write(f"{line}\n")
-        sys.stderr.flush()
+    run_and_exit(listen)

@@ -1,98 +1,83 @@
-"""The last stage: everything that people take away goes to the output, `RESULT.json` at the very end."""
+"""The last stage: publishes adapter, measurements, report and merged weights, and `RESULT.json` last of all."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+from dataclasses import asdict, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-from job.attempt import Attempt
-from job.data import Data
-from job.errors import GateRefused, Unavailable
-from job.evaluate import Rows, pictures, stored_rows
-from job.evaluate.before import base_digest, rows_digest
-from job.export import Exported
-from job.output import MADE_OF_MERGED, REPORT_KEY, RESULT_KEY
-from job.plan import Plan
-from job.record import now, versions
-from job.report import FACTS_KEY, IMAGES, KEPT, SAMPLES_KEY
-from job.store import Digest, Store, upload_folder
-from job.survey import Survey
+from job import layout
+from job.checkpoint.commit import sha256_of
+from job.context import RunContext
+from job.data.facts import as_json
+from job.errors import GateRefused, JobError, Unavailable
+from job.evaluate.answer_cache import base_digest, rows_digest
+from job.evaluate.records import Sample
+from job.evaluate.stage import Results, pictures, stored_rows
+from job.export.stage import Exported
+from job.planning.plan import Plan
+from job.planning.stage_in import StagedIn
+from job.report.contents import BaseModel, Contents, Lineage, Privacy
+from job.runtime.status import now, versions
+from job.store import Digest, Missing, Store, files_of, take_back, upload_files
 
-LOCK_KEY = "logs/packages.txt"
+TIMES = 3
+"""How often a published file is sent before the job concludes that something else writes there."""
 
 
-def lineage(attempt: Attempt, survey: Survey) -> dict[str, Any]:
-    """Where a result comes from; with the adapter that it began from, if it did."""
-    spec = attempt.spec
-    device = survey.facts.device
-    parent = {}
-    if survey.adapter is not None:
-        with (survey.adapter / "adapter_model.safetensors").open("rb") as weights:
-            digest = hashlib.file_digest(weights, "sha256").hexdigest()
-        parent = {"parent_adapter": spec.lora.init_adapter, "parent_sha256": digest}
-    return parent | {
-        "spec_digest": spec.digest,
-        "base_model": spec.model.name_or_path,
-        "base_revision": commit(survey.base) or spec.model.revision,
-        "base_sha256": base_digest(survey.base) if survey.base else None,
-        "dataset": spec.dataset.path,
-        "dataset_revision": spec.dataset.revision,
-        "device": device.name if device else None,
-        "image": os.environ.get("JOB_IMAGE_DIGEST"),
-        "price_per_hour": os.environ.get("JOB_PRICE_PER_HOUR"),
-        "train_sha256": survey.data.facts["train_sha256"] if survey.data else None,
-        "held_out_sha256": rows_digest(survey.data.evaluation) if survey.data else None,
-        "trained_steps": attempt.record.read("step"),
-        "taken_step": attempt.record.read("taken_step"),
-        "taken": spec.evaluation.take,
-        "attempts": attempt.number,
-        "foreseen": attempt.record.read("foreseen"),
-        "seconds": dict(attempt.record.seconds),
-        "packages": versions(),
-        "package_lock": LOCK_KEY,
-        "package_lock_sha256": hashlib.sha256(package_lock()).hexdigest(),
-    }
+def lineage(ctx: RunContext, staged: StagedIn) -> Lineage:
+    """Collect the origin of a result."""
+    spec, device, parent = ctx.spec, staged.facts.device, staged.adapter
+    return Lineage(
+        parent_adapter=spec.lora.init_adapter if parent else None,
+        parent_sha256=sha256_of(parent / "adapter_model.safetensors") if parent else None,
+        spec_digest=spec.digest,
+        base_model=spec.model.name_or_path,
+        base_revision=commit(staged.base) or spec.model.revision,
+        base_sha256=base_digest(staged.base),
+        dataset=spec.dataset.path,
+        dataset_revision=spec.dataset.revision,
+        device=device.name if device else None,
+        image=ctx.environment.image_digest,
+        price_per_hour=ctx.environment.price_per_hour,
+        train_sha256=staged.data.facts.train_sha256,
+        held_out_sha256=rows_digest(staged.data.evaluation),
+        trained_steps=ctx.record.read("step"),
+        taken_step=ctx.record.read("taken_step"),
+        taken=spec.evaluation.take,
+        attempts=ctx.number,
+        foreseen=ctx.record.read("foreseen"),
+        seconds=dict(ctx.record.seconds),
+        packages=versions(),
+        package_lock=layout.LOCK_KEY,
+        package_lock_sha256=hashlib.sha256(package_lock()).hexdigest(),
+    )
 
 
 @cache
 def package_lock() -> bytes:
-    """Every installed package as pip would pin it."""
+    """List every installed package as pip would pin it."""
     found = {f"{package.name}=={package.version}\n" for package in metadata.distributions()}
     return "".join(sorted(found, key=str.lower)).encode()
 
 
 def commit(base: Path | None) -> str | None:
-    """The commit of a base from the hub: its cache has a folder for each."""
+    """The commit of a base model from the hub, whose cache has one folder per commit."""
     return base.name if base is not None and base.parent.name == "snapshots" else None
 
 
-def report_facts(
-    attempt: Attempt,
-    survey: Survey,
-    plan: Plan,
-    before: Rows,
-    after: Rows,
-    measured: dict[str, Any] | None,
-    exported: Exported,
-    seen: dict[str, Any],
-) -> dict[str, Any]:
-    """All that report and cards are made of."""
-    spec = attempt.spec
-    data = survey.data
-    assert data is not None
-    return {
-        "name": spec.name,
-        "metrics": measured,
-        "before": before,
-        "after": after,
-        "samples": stored_rows(attempt.store, SAMPLES_KEY),
-        "log": attempt.record.read_numbers(),
-        "plan": {
+def report_contents(ctx: RunContext, staged: StagedIn, plan: Plan, results: Results, exported: Exported) -> Contents:
+    """Collect everything that the report and the model cards are made from."""
+    from job.model.generation import left_out
+
+    spec = ctx.spec
+    data = staged.data
+    return Contents(
+        name=spec.name,
+        plan={
             "steps": plan.total_steps,
             "effective_batch_size": spec.training.effective_batch_size,
             "precision": plan.precision,
@@ -102,92 +87,144 @@ def report_facts(
             "lora_r": spec.lora.r,
             "lora_alpha": spec.lora.lora_alpha,
         },
-        "lineage": lineage(attempt, survey),
-        "gate": exported.gate,
-        "occlusion": seen,
-        "data": data.facts,
-        "privacy": {"report_images": spec.privacy.report_images},
-        "base": {
-            "name_or_path": spec.model.name_or_path,
-            "model_type": survey.facts.base.model_type if survey.facts.base else None,
-        },
-        "instruction": data.facts.get("instruction"),
-    }
+        lineage=lineage(ctx, staged),
+        gate={**asdict(exported.gate), **exported.losses} if exported.gate else {},
+        occlusion=results.maps,
+        data=as_json(data.facts),
+        privacy=Privacy(spec.privacy.report_images),
+        base=BaseModel(spec.model.name_or_path, staged.facts.base.model_type if staged.facts.base else None),
+        instruction=data.facts.instruction,
+        metrics=results.metrics,
+        before=results.before,
+        after=results.after,
+        samples=stored_rows(ctx.store, layout.SAMPLES_KEY, Sample),
+        log=ctx.record.read_numbers(),
+        max_new_tokens=spec.evaluation.max_new_tokens,
+        left_out=tuple(left_out(staged.base)),
+    )
 
 
-def publish(attempt: Attempt, data: Data, exported: Exported, facts: dict[str, Any], unmet: list[str]) -> None:
-    """Adapter, measurements and report; then, if measurement and gate let them, merged weights and hub; `RESULT.json` last.
+def publish(ctx: RunContext, plan: Plan, staged: StagedIn, results: Results, exported: Exported) -> None:
+    """Publish adapter, measurements and report; then, if measurements and gate allow it, merged weights and hub; `RESULT.json`
+    last.
 
-    `unmet` says which demands of `evaluation.require` are not met. Raises GateRefused, with everything but `merged/` and
-    `RESULT.json` in its place.
+    Raises GateRefused once everything except `merged/` and `RESULT.json` is in place.
     """
-    from job.evaluate.report import gallery_ids, render
-    from job.export import card, hub
+    from job.export import hub
+    from job.report import model_card
+    from job.report.page import gallery_ids, render
 
-    spec, store, record = attempt.spec, attempt.store, attempt.record
+    spec, store, record = ctx.spec, ctx.store, ctx.record
+    with record.stage("lineage"):
+        contents = report_contents(ctx, staged, plan, results, exported)
     with record.stage("publish") as said:
-        if facts["metrics"]:
-            store.write("evaluation/metrics.json", json.dumps(facts["metrics"], indent=1).encode())
-        refused = unmet_demands(unmet) or exported.refused
+        metrics = asdict(results.metrics) if contents.after else None
+        if metrics:
+            store.write(layout.METRICS_KEY, json.dumps(metrics, indent=1).encode())
+        refused = unmet_demands(results.unmet) or exported.refused
         if refused is not None:
-            facts["gate"] = facts["gate"] | {"refused": refused}
-        images = pictures(data.evaluation, gallery_ids(facts)) if facts["after"] else {}
-        store.write(REPORT_KEY, render(facts, images).encode())
-        keep_for_reports(store, facts, images)
+            contents = replace(contents, gate={**contents.gate, "refused": refused})
+        images = pictures(staged.data.evaluation, gallery_ids(contents)) if contents.after else {}
+        store.write(layout.REPORT_KEY, render(contents, images).encode())
+        keep_for_reports(store, contents, images)
         record.publish_numbers()
-        store.write(LOCK_KEY, package_lock())
-        files = {f"merged/{name}": digest for name, digest in exported.sent.items()}
-        # What an earlier attempt sent would lie beside each new file until that is whole, and the disk may hold it but once.
-        stale = [entry.key for prefix in MADE_OF_MERGED for entry in store.list(prefix) if entry.key not in files]
-        store.delete(stale)
+        store.write(layout.LOCK_KEY, package_lock())
+        files = {f"{layout.MERGED}/{name}": digest for name, digest in exported.sent.items()}
+        # A file from an earlier attempt would stay beside its replacement until that is complete, and the disk may have room for
+        # only one.
+        store.delete([key for key in made_of_merged(store) if key not in files])
+        here = dict[str, Path]()
         for name, folder in exported.folders.items():
             if name == "adapter" or refused is None:
-                (folder / "README.md").write_text(card.render(facts, name))
-                files |= {f"{name}/{file}": digest for file, digest in upload_folder(store, folder, name).items()}
+                (folder / "README.md").write_text(model_card.render(contents, name))
+                here |= {f"{name}/{file}": folder / file for file in files_of(folder)}
+                files |= send(store, folder, name)
         if refused is not None:
-            store.delete([entry.key for prefix in MADE_OF_MERGED for entry in store.list(prefix)])
+            store.delete(made_of_merged(store))
             raise GateRefused(refused)
-        verify(store, files)
+        make_sure(store, files, here)
+        ctx.lease.assure()  # the hub has no conditional writes
         pushed = hub.push(spec.export.hub, exported.folders)
-        attempt.lease.confirm()
         result = {
             "name": spec.name,
             "spec_digest": spec.digest,
+            "result_digest": spec.result_digest,
             "published": now(),
-            "steps": facts["lineage"]["trained_steps"],
-            "taken_step": facts["lineage"]["taken_step"],
-            "taken": facts["lineage"]["taken"],
-            "metrics": facts["metrics"] and {k: facts["metrics"][k] for k in ("before", "after", "change")},
-            "gate": exported.gate,
-            "lineage": facts["lineage"] | {"stages": dict(record.stages)},
+            "steps": contents.lineage.trained_steps,
+            "taken_step": contents.lineage.taken_step,
+            "taken": contents.lineage.taken,
+            "metrics": metrics and {name: metrics[name] for name in ("before", "after", "change")},
+            "gate": contents.gate,
+            "lineage": contents.to_json()["lineage"] | {"stages": dict(record.stages)},
             "hub": pushed,
-            "files": {key: digest._asdict() for key, digest in files.items()},
+            "files": {key: {"size": digest.size, "sha256": digest.sha256} for key, digest in files.items()},
         }
-        store.write(RESULT_KEY, json.dumps(result, indent=1).encode())
+        write_result(ctx, json.dumps(result, indent=1).encode(), files, here)
         said.append(f"{len(files)} files")
 
 
-def verify(store: Store, files: dict[str, Digest]) -> None:
-    """Whether every published file lies in the store, whole. What it holds was checked as it was sent."""
-    there = {entry.key: entry.size for prefix in ("adapter/", *MADE_OF_MERGED) for entry in store.list(prefix)}
-    for key, digest in files.items():
-        if there.get(key) != digest.size:
-            raise Unavailable(
-                f"{store.url}: {key} was sent with {digest.size} bytes and lies there with {there.get(key)}"
-            )
+def made_of_merged(store: Store) -> list[str]:
+    """List the keys of merged weights, and of what is made of them."""
+    return [entry.key for entry in store.list() if entry.key.startswith(layout.MADE_OF_MERGED)]
 
 
-def keep_for_reports(store: Store, facts: dict[str, Any], images: dict[str, bytes]) -> None:
-    """What `job report` needs beside the files that are there anyway; no image where privacy keeps them out."""
-    store.write(FACTS_KEY, json.dumps({name: facts[name] for name in KEPT}, indent=1).encode())
-    there = {f"{IMAGES}{identity}.jpg": content for identity, content in images.items()}
-    store.delete([entry.key for entry in store.list(IMAGES) if entry.key not in there])
+def send(store: Store, folder: Path, prefix: str) -> dict[str, Digest]:
+    """Upload the files of a folder to their published keys. Returns digests by key."""
+    sent = upload_files(store, folder, {file: f"{prefix}/{file}" for file in files_of(folder)})
+    return {f"{prefix}/{file}": digest for file, digest in sent.items()}
+
+
+def write_result(ctx: RunContext, text: bytes, files: dict[str, Digest], here: dict[str, Path]) -> None:
+    """Write `RESULT.json`, then check that the lease was held and the files match it; otherwise remove it."""
+    store = ctx.store
+    version = store.write(layout.RESULT_KEY, text)
+    try:
+        ctx.lease.confirm()
+        make_sure(store, files, here)
+    except JobError as error:
+        if ctx.lease.lost or isinstance(error, Unavailable):
+            take_back(store, layout.RESULT_KEY, version)
+        raise
+
+
+def make_sure(store: Store, files: dict[str, Digest], here: dict[str, Path]) -> None:
+    """Check that every published file is in the store as it was sent. Sends a file that is not once more if it is still
+    `here`; raises Unavailable if that does not help."""
+    for _ in range(TIMES):
+        changed = [key for key, digest in files.items() if not _lies(store, key, digest)]
+        if not changed:
+            return
+        for key in changed:
+            if key in here:
+                again = store.upload(here[key], key)
+                if again.sha256 != files[key].sha256:
+                    raise Unavailable(f"{here[key]} is not the file any more that was sent to {key}; run again")
+                files[key] = again
+    raise Unavailable(
+        f"{store.url}: {changed[0]} is not what was sent there ({len(changed)} such files): somebody else writes to this output, "
+        "or the store loses bytes; run again"
+    )
+
+
+def _lies(store: Store, key: str, digest: Digest) -> bool:
+    """Check the file itself, since a listing may lag."""
+    try:
+        return store.entry(key).version == digest.version or store.version(key) == digest.sha256
+    except Missing:
+        return False
+
+
+def keep_for_reports(store: Store, contents: Contents, images: dict[str, bytes]) -> None:
+    """Store what `job report` needs besides the published files, without images if privacy excludes them."""
+    store.write(layout.FACTS_KEY, json.dumps(contents.to_json(), indent=1).encode())
+    there = {f"{layout.IMAGES}{identity}.jpg": content for identity, content in images.items()}
+    store.delete([entry.key for entry in store.list(layout.IMAGES) if entry.key not in there])
     for key, content in there.items():
         store.write(key, content)
 
 
 def unmet_demands(unmet: list[str]) -> str | None:
-    """The sentence for a model that is not as good as demanded; None for one that is."""
+    """Explain how a model misses the spec's demands; None if it meets them."""
     if not unmet:
         return None
     return f"the tuned model is not as good as the spec demands: {'; '.join(unmet)}; only the adapter is kept"

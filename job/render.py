@@ -1,6 +1,6 @@
-"""A ready manifest or batch script from a spec: the templates of k8s/ and slurm/, filled in. No cluster is needed for it.
+"""Renders a Kubernetes manifest or a batch script from a spec, using the templates of k8s/ and slurm/. Needs no cluster.
 
-Those of k8s/ are Kustomize's own: `base/job.yaml`, and components that patch it (JSON patches, RFC 6902).
+The templates of k8s/ are Kustomize's own: `base/job.yaml`, and components that patch it (JSON patches, RFC 6902).
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any
 
 import yaml
 
+from job.config.loader import OVERRIDE, load_spec, read_source
+from job.config.schema import JobSpec
 from job.errors import SpecError
-from job.spec import JobSpec
-from job.specfile import OVERRIDE, load_spec, read_source
 
 TEMPLATES = Path(__file__).parent / "templates"
-"""The folders `k8s` and `slurm` of the repository: links in a checkout, copies where the package is installed."""
+"""The repository's folders `k8s` and `slurm`: links in a checkout, copies in an installed package."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is to be started: `source` is what `JOB_SPEC` will be, `overrides` the `JOB__` variables beside it.
+    """What to start: `source` becomes `JOB_SPEC`, and `overrides` are the `JOB__` variables beside it.
 
-    `rows` is a sweep: for each task, overrides of its own; empty for a single run.
+    `rows` is a sweep: the overrides of each task; empty for a single run.
     """
 
     source: str
@@ -36,9 +36,9 @@ class Run:
 
 
 def read_run(environment: Mapping[str, str], source: str, output: str | None, sweep: Path | None) -> Run:
-    """The spec with the overrides of this environment, checked as the job will check it.
+    """Read the spec with the overrides of this environment and validate it as the job will.
 
-    Raises SpecError for a wrong spec or a wrong line of the sweep's table.
+    Raises SpecError for a wrong spec or a wrong line in the sweep's table.
     """
     overrides = {name: value for name, value in environment.items() if name.startswith(OVERRIDE)}
     if output is not None:
@@ -70,9 +70,9 @@ def _table(file: Path) -> list[str]:
     for number, row in enumerate(rows, 1):
         for word in row.split():
             if not re.match(rf"{OVERRIDE}[A-Z0-9_]+=", word):
-                raise SpecError(f"{file}, run {number}: {word} is not JOB__SECTION__FIELD=value, without blanks in it")
+                raise SpecError(f"{file}, run {number}: {word} is not JOB__SECTION__FIELD=value without blanks")
     if not rows:
-        raise SpecError(f"{file}: holds no run; a line is one, as in JOB__LORA__R=8 JOB__OUTPUT__URL=s3://bucket/r8")
+        raise SpecError(f"{file}: has no runs; write one a line, as in JOB__LORA__R=8 JOB__OUTPUT__URL=s3://bucket/r8")
     return rows
 
 
@@ -81,13 +81,13 @@ def _settings(row: str) -> dict[str, str]:
 
 
 def kubernetes(run: Run, image: str, components: tuple[str, ...]) -> str:
-    """One `batch/v1` Job as YAML, for `kubectl create -f -`, which gives it a name of its own.
+    """Render one `batch/v1` Job as YAML, for `kubectl create -f -`, which generates its name.
 
     Raises SpecError for an image without tag or digest, an unknown component, and paths that no pod will see.
     """
     if not re.search(r"(@sha256:[0-9a-f]{64}|:[\w][\w.-]*)$", image) or image.endswith(":latest"):
         raise SpecError(
-            f"--image {image}: give a tag other than latest, or a digest; a run that resumes needs the same one"
+            f"--image {image}: give a tag other than latest, or a digest; a resumed run needs the same image"
         )
     wanted = (*components, *(["sweep"] if run.rows and "sweep" not in components else []))
     if _asks_hub(run.spec) and not {"hub", "airgapped"} & set(wanted):
@@ -115,14 +115,14 @@ def kubernetes(run: Run, image: str, components: tuple[str, ...]) -> str:
 
 
 def read_job(components: tuple[str, ...]) -> dict[str, Any]:
-    """The base's Job with the patches of these components, in this order, as Kustomize would make it."""
+    """Apply the patches of these components, in order, to the base Job, as Kustomize would."""
     folder = TEMPLATES / "k8s"
     components = tuple(dict.fromkeys(components))
     job: dict[str, Any] = yaml.safe_load((folder / "base" / "job.yaml").read_text())
     known = sorted(path.name for path in (folder / "components").iterdir())
     for component in components:
         if component not in known:
-            raise SpecError(f"--with {component}: there is no such component; there are {', '.join(known)}")
+            raise SpecError(f"--with {component}: no such component; there are {', '.join(known)}")
         place = folder / "components" / component
         for patch in yaml.safe_load((place / "kustomization.yaml").read_text())["patches"]:
             for operation in yaml.safe_load((place / patch["path"]).read_text()):
@@ -130,12 +130,12 @@ def read_job(components: tuple[str, ...]) -> dict[str, Any]:
                     _apply(job, **operation)
                 except (KeyError, IndexError, TypeError, ValueError):
                     before = ", ".join(components[: components.index(component)]) or "nothing"
-                    raise SpecError(f"--with {component}: does not go together with {before}") from None
+                    raise SpecError(f"--with {component}: cannot be combined with {before}") from None
     return job
 
 
 def _apply(tree: Any, op: str, path: str, value: Any = None) -> None:
-    """One operation of RFC 6902, of the four that the templates use. Raises where the place is not there."""
+    """Apply one RFC 6902 operation, of the four that the templates use. Raises if the path does not exist."""
     *parents, last = [part.replace("~1", "/").replace("~0", "~") for part in path.split("/")[1:]]
     for part in parents:
         tree = tree[int(part)] if isinstance(tree, list) else tree[part]
@@ -157,7 +157,7 @@ def _apply(tree: Any, op: str, path: str, value: Any = None) -> None:
 
 
 def _set(env: list[dict[str, Any]], variables: Mapping[str, str]) -> None:
-    """Set variables to fixed values. `$` is doubled, since the kubelet would read `$(NAME)` as a variable of its own."""
+    """Set variables to fixed values. `$` is doubled because the kubelet would expand `$(NAME)`."""
     for name, text in variables.items():
         entry = {"name": name, "value": text.replace("$", "$$")}
         place = next((index for index, old in enumerate(env) if old["name"] == name), len(env))
@@ -165,7 +165,7 @@ def _set(env: list[dict[str, Any]], variables: Mapping[str, str]) -> None:
 
 
 def _asks_hub(spec: JobSpec) -> bool:
-    """Whether a model or a data set is named by hub id, or something shall be pushed there."""
+    """Return whether a model or dataset is named by hub id, or anything is to be pushed to the hub."""
     names = (spec.model.name_or_path, spec.dataset.path)
     pushed = spec.export.hub.adapter_repo or spec.export.hub.merged_repo
     return pushed is not None or any(
@@ -174,7 +174,7 @@ def _asks_hub(spec: JobSpec) -> bool:
 
 
 def _check_paths(spec: JobSpec, pod: dict[str, Any]) -> None:
-    """Raises SpecError for each path that is not on a volume of the pod: it would be empty there, or lost with it."""
+    """Raises SpecError for each path that is not on a volume of the pod: it would be empty there, or lost with the pod."""
     volumes = {volume["name"] for volume in pod["volumes"] if "persistentVolumeClaim" in volume}
     mounts = [mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"] if mount["name"] in volumes]
     found = {
@@ -194,17 +194,17 @@ def _check_paths(spec: JobSpec, pod: dict[str, Any]) -> None:
             where = (
                 f"below {' or '.join(mounts)}" if mounts else "on s3://, or use --with airgapped, which mounts volumes"
             )
-            problems.append(f"  - {field}: no pod sees {name}; put it {where}")
+            problems.append(f"  - {field}: pods cannot see {name}; put it {where}")
     if problems:
         raise SpecError("the spec names folders of this machine:\n" + "\n".join(problems))
 
 
 NO_TEXT = re.compile(r"[-+.\d].*|[yYnN]")
-"""What kubectl's YAML reads as a number or a truth where ours would not, such as 1e-4 and y."""
+"""What kubectl's YAML parser reads as a number or boolean and ours does not, such as 1e-4 and y."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Long texts as blocks, what may not be taken for text in quotes, and no anchors."""
+    """Writes multi-line text as blocks, quotes what might not be read as text, and uses no anchors."""
 
     def ignore_aliases(self, _data: Any) -> bool:
         return True
@@ -223,10 +223,9 @@ def _yaml(tree: dict[str, Any]) -> str:
 
 
 def slurm(run: Run, settings: Mapping[str, str]) -> str:
-    """`slurm/train.sh` for `sbatch`, with the spec, the overrides and these settings of the site inside.
+    """Render `slurm/train.sh` for `sbatch`, with the spec, the overrides and the site's settings inside.
 
-    What it sources stands in its place, so that the script needs no checkout. Raises SpecError where this package
-    carries no such script.
+    Sourced files are inlined, so the script needs no checkout. Raises SpecError if this package has no such script.
     """
     exports = {"JOB_SPEC": run.source, **run.overrides, **settings}
     lines = _script("train.sh").splitlines()
@@ -236,7 +235,7 @@ def slurm(run: Run, settings: Mapping[str, str]) -> str:
 
 
 def _script(name: str) -> str:
-    """A script of slurm/, with those that it sources in their place, and without its look for them."""
+    """Read a script of slurm/, inlining the files that it sources and dropping the lines that look for them."""
     try:
         text = (TEMPLATES / "slurm" / name).read_text()
     except OSError as error:

@@ -1,17 +1,17 @@
 #!/bin/bash
-# A sweep: one spec, a table of overrides, one output for each of its lines. From the repository's folder:
+# A sweep: one spec, a table of overrides, and one output per row of the table. From the repository's folder:
 #
 #     export JOB_SPEC=spec.yaml JOB_SWEEP=sweep.tsv JOB_SWEEP_OUTPUT=s3://bucket/sweep
 #     sbatch --array=1-$(($(grep -c . $JOB_SWEEP) - 1)) slurm/array.sh          # add %4 for at most four at once
 #
-# The table's first line names fields of the spec, the others give values, with tabs between them:
+# The first line of the table names fields of the spec; the other lines give values. Separate both with tabs:
 #
 #     training.learning_rate  lora.r
 #     1e-4                    16
 #     2e-4                    32
 #
 # The task of the second row publishes to $JOB_SWEEP_OUTPUT/2. Each task is preempted, requeued and resumed on its own.
-# Edit below what your site wants; the settings are those of slurm/train.sh.
+# Edit below what your site needs; the settings are the same as in slurm/train.sh.
 #SBATCH --job-name=vision-lora-sweep
 #SBATCH --output=%x-%A-%a.log
 #SBATCH --open-mode=append
@@ -33,7 +33,7 @@ task=${SLURM_ARRAY_TASK_ID:-}
 [ -n "$task" ] || fail "slurm/array.sh runs as an array; give sbatch --array=1-N"
 [ -f "${JOB_SWEEP:-}" ] || fail "JOB_SWEEP: there is no table ${JOB_SWEEP:-(it is empty)}"
 [ -n "${JOB_SWEEP_OUTPUT:-}" ] || fail "JOB_SWEEP_OUTPUT is empty; it is the folder or URL under which each task has its own"
-line() { sed -n "$1p" "$JOB_SWEEP" | tr -d '\r'; } # a spreadsheet may end lines with one
+line() { sed -n "$1p" "$JOB_SWEEP" | tr -d '\r'; } # a spreadsheet may end lines with \r
 IFS=$'\t' read -ra fields < <(line 1)
 IFS=$'\t' read -ra values < <(line $((task + 1)))
 [ "${#values[@]}" = "${#fields[@]}" ] || fail "JOB_SWEEP: row $task of $JOB_SWEEP has ${#values[@]} values for ${#fields[@]} fields"

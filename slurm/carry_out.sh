@@ -1,14 +1,37 @@
 # shellcheck shell=bash disable=SC2154 # runtimes.sh, which sources this, sets the names
-# The folder that the job writes to, and how what `compose` made is run and its code learned. Nothing to edit here.
+# Makes the scratch folder, runs the command that `compose` built, and finds its exit code. Nothing to edit here.
 
 make_scratch() {
-    (umask 077 && mkdir -p "$scratch" && [ -O "$scratch" ]) ||
-        fail "JOB_NODE_SCRATCH: $scratch cannot be made on $(hostname), or is another user's"
+    (umask 077 && mkdir -p "$scratch" && [ -O "$scratch" ] && [ ! -L "$scratch" ]) ||
+        fail "JOB_NODE_SCRATCH: $scratch cannot be made on $(hostname), or is a link or another user's"
 }
 
-# Run what `compose` made, and return its code. Slurm signals podman together with what podman starts to pass the signal
-# on, so that a container may never hear of it: it is told here too, and asked for its code where podman's own is a signal's.
+# Run the command that `compose` built and return its exit code: 71 if the kernel killed it for lack of memory, which no retry fixes.
 carry_out() {
+    local code before
+    before=$(oom_kills)
+    run_command
+    code=$?
+    if [ "$code" = 137 ] && { [ "$oom_killed" = true ] || [ "$(oom_kills)" -gt "$before" ]; }; then
+        say "the kernel killed the job because host memory ran out; raise --mem"
+        return 71
+    fi
+    return "$code"
+}
+
+# Print how many processes of this cgroup the kernel has killed for lack of memory; 0 if unknown.
+oom_kills() {
+    local path
+    path=$(sed -n 's/^[0-9]*:[^:]*memory[^:]*://p' /proc/self/cgroup)
+    if [ -n "$path" ]; then path=/memory$path/memory.oom_control; else path=$(sed -n 's/^0:://p' /proc/self/cgroup)/memory.events; fi
+    sed -n 's/^oom_kill //p' "/sys/fs/cgroup$path" 2>/dev/null | grep . || echo 0
+}
+
+oom_killed=false # reported by podman and docker, whose containers have their own cgroups
+
+# Slurm signals podman together with the helper that should forward the signal, so it may never reach the container. So signal the
+# container here as well, and ask for its exit code if podman itself died of a signal.
+run_command() {
     case $JOB_RUNTIME in
         podman | docker) trap 'tell USR1' USR1 && trap 'tell TERM' TERM INT ;;
         *) "${command[@]}"; return ;;
@@ -19,6 +42,7 @@ carry_out() {
     code=$?
     while kill -0 $! 2>/dev/null; do wait $!; code=$?; done
     [ "$code" -lt 128 ] || code=$("$JOB_RUNTIME" wait "$container" 2>/dev/null || echo "$code")
+    oom_killed=$("$JOB_RUNTIME" inspect --format '{{.State.OOMKilled}}' "$container" 2>/dev/null)
     "$JOB_RUNTIME" rm -f "$container" >/dev/null 2>&1
     return "$code"
 }

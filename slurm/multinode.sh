@@ -1,11 +1,11 @@
 #!/bin/bash
-# One job over several nodes, one process for each GPU. From the repository's folder:
+# One job on several nodes, with one process per GPU. From the repository's folder:
 #
 #     JOB_SPEC=spec.yaml sbatch --nodes=2 slurm/multinode.sh
 #
-# srun starts the processes itself, with the variables that torchrun would set: torchrun ends with 1 whatever its
-# workers say, and the exit code is what tells Slurm whether to requeue. Each node needs a scratch folder and the image.
-# Edit below what your site wants: ntasks-per-node is the number of GPUs that gres asks for.
+# srun starts the processes itself, with the variables that torchrun would set. torchrun always exits with 1, and the exit
+# code decides whether the script requeues the job. Each node needs a scratch folder and the image.
+# Edit below what your site needs; ntasks-per-node must equal the number of GPUs in gres.
 #SBATCH --job-name=vision-lora
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
@@ -25,16 +25,16 @@ JOB_HOME=${JOB_HOME:-$SLURM_SUBMIT_DIR}
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
-while (: >"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done # another's
+while (: >"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done # skips ports of other jobs
 export MASTER_ADDR MASTER_PORT JOB_HOME
 
-# A rank that has left may leave others waiting for it; after this many seconds they are ended too.
+# Ranks may wait for one that has exited; this many seconds later they are ended too.
 patience=900
 
-# shellcheck disable=SC2016  # these are for the shell of each rank
+# shellcheck disable=SC2016  # expanded by the shell of each rank
 before='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
-    trap : USR1 TERM' # outlive them, to tell the code; srun signals the job itself too
-# srun tells the highest of all codes, and one that stops must win over 75; ranks can end before they listen.
+    trap : USR1 TERM' # survive them, to report the exit code; srun signals the job as well
+# srun reports the highest exit code of all ranks. A code that stops the job must win over 75; a signal may precede the traps.
 # shellcheck disable=SC2016
 after='case $? in 138 | 143) exit 75 ;; 65) exit 165 ;; 70) exit 170 ;; 71) exit 171 ;; *) exit $? ;; esac'
 

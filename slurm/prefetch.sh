@@ -1,13 +1,13 @@
 #!/bin/bash
-# On a login node with internet, before the first job: fetches the image, and what the spec names, to where compute nodes
-# see them. From the repository's folder:
+# Run this on a login node with internet, before the first job. It downloads the image, and everything that the spec names, to
+# folders that compute nodes can read. From the repository's folder:
 #
 #     export JOB_SPEC=spec.yaml JOB_BUNDLE=/lustre/bundles/chest JOB_IMAGE_SOURCE=docker://registry/vision-lora-job@sha256:…
 #     slurm/prefetch.sh
 #
-# Then submit with the same JOB_SPEC and JOB_BUNDLE. The image goes to JOB_IMAGE unless it is there; without
-# JOB_IMAGE_SOURCE it must be. podman and docker fetch their image by themselves, on the compute node; without a network
-# there, use another runtime. Nothing to edit here; settings are in slurm/site.env, HF_TOKEN opens gated models.
+# Then submit with the same JOB_SPEC and JOB_BUNDLE. The image is downloaded to JOB_IMAGE unless it exists; without
+# JOB_IMAGE_SOURCE it must exist. podman and docker pull their image themselves on the compute node; if that has no network,
+# use another runtime. Nothing to edit here: settings are in slurm/site.env, and HF_TOKEN gives access to gated models.
 set -u
 JOB_HOME=${JOB_HOME:-$(cd "$(dirname "$0")/.." && pwd)}
 SLURM_JOB_ID=prefetch-$$
@@ -32,11 +32,12 @@ virtual environment with the train extra"
 say "gathering what the spec names in $JOB_BUNDLE"
 target=$JOB_BUNDLE
 case $target in
-    s3://*) mkdir -p "$scratch" ;;
-    /*) mkdir -p "$target" "$scratch" && JOB_MOUNTS="${JOB_MOUNTS:-} $target" ;;
+    s3://*) ;;
+    /*) mkdir -p "$target" && JOB_MOUNTS="${JOB_MOUNTS:-} $target" ;;
     *) fail "JOB_BUNDLE is $target; give its whole path, or an s3:// prefix" ;;
-esac || fail "$target or $scratch cannot be made"
-unset JOB_BUNDLE # there is none yet
+esac || fail "$target cannot be made"
+make_scratch
+unset JOB_BUNDLE # it does not exist yet
 compose "$python" -m job prefetch "$JOB_SPEC" "$target"
 carry_out
 code=$?

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# One process of multinode.sh, on its node; srun has set its RANK. Nothing to edit here.
+# Runs one process of multinode.sh on its node; srun has set RANK. Nothing to edit here.
 
 # shellcheck source=slurm/runtimes.sh
 . "$JOB_HOME/slurm/runtimes.sh"

@@ -1,22 +1,22 @@
 # shellcheck shell=bash
-# Shared by train.sh, array.sh and multinode.sh, which source it on the compute node: signals, and what becomes of the
-# Slurm job after each exit code. Nothing to edit here; settings are in slurm/site.env.
+# Handles signals, and decides by the exit code whether the Slurm job is requeued. train.sh, array.sh and multinode.sh source it
+# on the compute node. Nothing to edit here: settings are in slurm/site.env.
 
 # shellcheck source=slurm/runtimes.sh
 . "$JOB_HOME/slurm/runtimes.sh"
 
-# How long there is: Slurm kills KillWait seconds after its SIGTERM, and ends the job at its time limit.
+# How much time is left: Slurm kills KillWait seconds after SIGTERM, and ends the job at its time limit.
 kill_wait=$(scontrol show config | sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p')
 : "${kill_wait:=30}" "${JOB_GRACE_SECONDS:=$((kill_wait > 8 ? kill_wait - 3 : 5))}"
 : "${SLURM_JOB_END_TIME:=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null)}"
 export JOB_GRACE_SECONDS SLURM_JOB_END_TIME
 [[ ${JOB_MAX_RESTARTS:=50} =~ ^[0-9]+$ ]] || fail "JOB_MAX_RESTARTS is $JOB_MAX_RESTARTS; it is a number"
-# By its number alone Slurm would take one task of an array, which bears the array's own, for all of them.
+# One task of an array has the id of the whole array, so its id alone would requeue all tasks.
 this=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 
-# SIGUSR1 comes ahead of the time limit (--signal): the job saves, leaves with 75, and we requeue it. SIGTERM comes when
-# Slurm ends the job, and Slurm then decides what becomes of it: one that it preempted, or whose node broke, it requeues
-# by itself; one that was cancelled must stay so.
+# SIGUSR1 comes before the time limit (--signal): the job saves and exits with 75, and this script requeues it. SIGTERM comes when
+# Slurm ends the job. Slurm then requeues it by itself if it was preempted or its node failed; a cancelled job must stay
+# cancelled.
 child='' noticed='' ended=''
 hear() {
     noticed=$1
@@ -26,16 +26,16 @@ hear() {
 trap 'hear USR1' USR1
 trap 'hear TERM' TERM INT
 
-# Run the function given to its end, whatever signals come. Returns its exit code; 75 when a signal came before it.
+# Run the given function to its end, whatever signals arrive. Returns its exit code, or 75 if a signal came first.
 to_its_end() {
     [ -z "$noticed" ] || return 75
-    rm -f "$scratch.code" # of a start that was killed here
+    rm -f "$scratch.code" # left by a start that was killed here
     (
-        trap : USR1 TERM INT # outlive them, to tell the code: bash's wait can lose it when a signal comes with the end
+        trap : USR1 TERM INT # survive them, to report the code: bash's wait can lose it when a signal arrives at the end
         "$@"
         code=$?
         echo "$code" >"$scratch.code"
-        exit "$code" # which is all there is on a full disk
+        exit "$code" # the only report on a full disk
     ) &
     child=$!
     local code=137
@@ -53,7 +53,7 @@ clean_up() {
     rm -rf "$scratch" "$scratch.code"
 }
 
-# Run the function given and do with the Slurm job what its exit code says: the table in job/errors.py.
+# Run the given function, then end or requeue the Slurm job by its exit code, as in the table of job/errors.py.
 start() {
     make_scratch
     trap clean_up EXIT
@@ -64,8 +64,9 @@ start() {
         0) say "done" ;;
         65 | 70 | 71 | 76 | 77 | 78 | 79) say "exit $code: the same would happen again, so it is not requeued" ;;
         69 | 75) requeue "$code" ;;
-        138 | 143) requeue "$code" ;; # a signal came before the job listened
-        137) say "exit 137: killed; if Slurm says OUT_OF_MEMORY, raise --mem" ;;
+        # Killed, or a signal came before the job handled it. It continues from its last checkpoint, and exits with 79 if that
+        # makes no progress; out of memory is 71.
+        129 | 13? | 14? | 15?) requeue "$code" ;;
         *) say "exit $code is none of the job's: $JOB_RUNTIME or Python did not start it" ;;
     esac
     exit "$code"

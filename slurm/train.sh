@@ -4,8 +4,8 @@
 #     cp slurm/site.env.example slurm/site.env    # once; edit it
 #     JOB_SPEC=spec.yaml sbatch slurm/train.sh
 #
-# Edit below what your site wants (partition, account, GPU type), or give it to sbatch. The figures suit an 11B model on
-# one RTX A6000, with room for loading in 16 bits. A job that needs more time than --time goes on by itself.
+# Edit below what your site needs (partition, account, GPU type), or pass it to sbatch. The figures suit an 11B model on one
+# RTX A6000, with room for loading in 16 bits. A job that needs more time than --time is requeued and continues.
 #SBATCH --job-name=vision-lora
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append

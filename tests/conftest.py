@@ -6,17 +6,19 @@ import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.families import FAMILIES
+from tests.forked import Forks
 from tests.s3 import bucket, new_bucket, s3, s3_server, store
 
 if TYPE_CHECKING:
-    from job.model import Loaded
+    from job.model.loaded import Loaded
 
 __all__ = ["bucket", "new_bucket", "s3", "s3_server", "store"]
 
@@ -41,10 +43,10 @@ LONGEST = (
     "docker",
     "test_stop.py",
     "test_job.py",
-    "test_ranks.py",
+    "distributed",
     "checkpoint",
     "train",
-    "test_bundle.py",
+    "test_prefetch.py",
     "test_whole_job.py",
     "planning",
 )
@@ -52,15 +54,32 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes (pytest -n), tests of one file stay together, and so do those of a whole such folder."""
     for item in items:
-        place = item.path.relative_to(ROOT / "tests")
-        group = place.parts[0] if place.parts[0] in ONE_AT_A_TIME else str(place)
-        item.add_marker(pytest.mark.xdist_group(group))
-        if group in ONE_AT_A_TIME:
+        if _place(item.nodeid)[0] in ONE_AT_A_TIME:
             item.add_marker(pytest.mark.timeout(900))  # an image and a cluster are made within the first of them
     rank = {name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path.relative_to(ROOT / "tests").parts[0], len(LONGEST)))
+    items.sort(key=lambda item: rank.get(_place(item.nodeid)[0], len(LONGEST)))
+
+
+def _place(nodeid: str) -> tuple[str, ...]:
+    """Below tests/: `tests/store/test_s3.py::test_x[a/b]` is in ("store", "test_s3.py")."""
+    return Path(nodeid.split("::")[0]).parts[1:]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several processes (pytest -n), tests of one file stay together, and so do those of a whole such folder.
+
+    So what a file makes once is made once. xdist's own groups are lost: pytest 9.2 gives no test the name they are kept in.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            place = _place(nodeid)
+            return place[0] if place[0] in ONE_AT_A_TIME else "/".join(place)
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)
@@ -99,20 +118,23 @@ def demo() -> Path:
 Job = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    forks = Forks()
+    yield forks
+    forks.close()
+
+
 @pytest.fixture
-def job(tmp_path: Path) -> Job:
+def job(tmp_path: Path, forks: Forks) -> Job:
     """Run `python -m job …` as a scheduler would: a process of its own, settings in the environment."""
 
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "job", *arguments],
-            env=job_environment(tmp_path, **environment),
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
+        there = job_environment(tmp_path, **environment)
+        if forks.suits(there):
+            return forks.run(list(arguments), there, timeout=600)
+        command = [sys.executable, "-m", "job", *arguments]
+        return subprocess.run(command, env=there, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
 
     return run
 
@@ -122,9 +144,6 @@ def job_environment(tmp_path: Path, **environment: str) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
     ours = {"JOB_SCRATCH": str(tmp_path / "scratch"), "JOB_LEASE_SECONDS": "6"}
     return clean | ours | environment
-
-
-FAMILIES = ("mllama", "qwen2_5_vl", "qwen3_vl", "gemma3", "llava")
 
 
 @pytest.fixture(scope="session")

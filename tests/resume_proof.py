@@ -3,9 +3,9 @@
     python -m tests.resume_proof N [SEED]
 
 Each run is a complete small job on an S3 server: stopped by SIGTERM or SIGKILL, or cut off from the store for a moment, at
-a random time, up to three times, then run to its end; every other one measures held-out loss while it trains. Losses,
-learning rates and the rows of every step must equal those of the undisturbed job, and so must the adapter and every
-answer, to the last bit. Closes with `runs=N identical=N`.
+a random time, up to three times, then run to its end. Every other one measures held-out loss while it trains; for every
+third one, listings of the store are seconds late. Losses, learning rates and the rows of every step must equal those of the
+undisturbed job, and so must the adapter and every answer, to the last bit. Closes with `runs=N identical=N`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ ROOT = Path(__file__).parent.parent
 WAYS = ("SIGTERM", "SIGKILL", "cut off")
 MOST_STOPS = 3
 PATIENCE = 12  # attempts
+STUCK = 300
+"""Seconds after which a job tells where each of its threads is, and counts as one that never ended."""
+LAG = 3.0
+"""Seconds by which a listing is late: longer than the job takes from one checkpoint to the next."""
 
 
 def trajectory(metrics: bytes) -> list[tuple[Any, ...]]:
@@ -83,17 +87,22 @@ class Stage:
 
     def attempt(self, name: str, way: str | None, chance: random.Random) -> tuple[int, str]:
         """Run once; stopped in this way at a random moment, or to its end. Returns exit code and last lines."""
+        from job.store import open_store
         from tests.s3 import address
+        from tests.store.lagging import Lagging
         from tests.store.proxy import Message, Proxy
 
         url = f"s3://{self.bucket}/{name}"
         moment = chance.uniform(0.1, 1.1) * getattr(self, "seconds", 0)
         began, cut = time.monotonic(), chance.uniform(0.2, 2.0) if way == "cut off" else 0.0
 
-        def between(_request: Message) -> None:
+        listings = Lagging(open_store(f"s3://{self.bucket}"), LAG) if name[-1] in "258" else None
+
+        def between(request: Message) -> bytes | None:
             """Every connection to the store breaks for `cut` seconds, whatever it is in the middle of."""
             if moment < time.monotonic() - began < moment + cut:
                 raise ConnectionResetError
+            return listings.before(request) if listings else None
 
         with Proxy(address(self.endpoint), before=between) as proxy:
             environment = {
@@ -101,6 +110,7 @@ class Stage:
                 "JOB_SPEC": small_spec(self.demo, url, eval_steps=self.eval_steps(name)),
                 "JOB_SCRATCH": str(self.scratch / name),
                 "JOB_LEASE_SECONDS": "4",
+                "PYTHONFAULTHANDLER": "1",
                 "AWS_ENDPOINT_URL_S3": proxy.url,
             }
             command = [sys.executable, "-m", "job", "run"]
@@ -110,7 +120,12 @@ class Stage:
                     process.wait(moment)
                 except subprocess.TimeoutExpired:
                     process.send_signal(getattr(signal, way))
-            _, stderr = process.communicate(timeout=300)
+            try:
+                _, stderr = process.communicate(timeout=STUCK)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGABRT)
+                _, stderr = process.communicate()
+                return process.returncode, f"stuck for {STUCK} s at\n{stderr[-20_000:]}"
         return process.returncode, "\n".join(stderr.splitlines()[-5:])
 
     def eval_steps(self, name: str) -> int | None:

@@ -41,7 +41,7 @@ def moto(*prefix: str) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     server = subprocess.Popen(
-        [*prefix, sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        [*prefix, sys.executable, "-P", str(Path(__file__).parent / "moto_server.py"), str(port)],
         env={**os.environ, "S3_UPLOAD_PART_MIN_SIZE": "1024", "PYTHONWARNINGS": "ignore"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

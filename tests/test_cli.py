@@ -41,10 +41,10 @@ def whole(tree: dict[str, Any], demo: Path) -> dict[str, Any]:
     return tree
 
 
-def test_a_missing_dataset_ends_with_65(job: Job, whole: dict[str, Any]):
+def test_a_missing_dataset_ends_with_78(job: Job, whole: dict[str, Any]):
     whole["dataset"]["path"] = "/no/such/data"
     code, line = ending(job("run", JOB_SPEC=yaml.safe_dump(whole)))
-    assert (code, line) == (65, "exit 65: dataset.path: /no/such/data does not exist")
+    assert (code, line) == (78, "exit 78: dataset.path: /no/such/data does not exist")
 
 
 def test_corrupt_images_end_with_65_and_are_counted(job: Job, whole: dict[str, Any], tmp_path: Path):
@@ -58,7 +58,7 @@ def test_corrupt_images_end_with_65_and_are_counted(job: Job, whole: dict[str, A
     whole["dataset"]["path"] = str(data)
     code, line = ending(job("run", JOB_SPEC=yaml.safe_dump(whole)))
     assert code == 65
-    assert "2 of 3 rows are bad, over max_bad_fraction 0.01: 2 × image of no known format (first: row 1)" in line
+    assert "2 of 3 rows are bad, over max_bad_fraction 0.01: 2 × image of an unknown format (first: row 1)" in line
     kept = (tmp_path / "output" / "data" / "quarantine.jsonl").read_text().splitlines()
     assert [json.loads(row)["row"] for row in kept] == [1, 2]
 
@@ -114,8 +114,56 @@ def test_a_log_that_takes_no_more_does_not_change_the_code(tmp_path: Path, stder
 
 def test_a_broken_pipe_inside_a_job_is_no_success():
     """A worker of the loader that died raises it too."""
-    code = "from job.cli import finish\ndef work(_):\n raise BrokenPipeError(32, 'Broken pipe')\nfinish(work)"
+    code = "from job.cli import finish\ndef work(*_):\n raise BrokenPipeError(32, 'Broken pipe')\nfinish(work)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 70
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((), "a command is missing; see python -m job --help"),
+        (("runn",), "No such command 'runn'"),
+        (("run", "--resume"), "No such option"),
+        (("run", "a", "b"), "Got unexpected extra argument (b); see python -m job run --help"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_78(job: Job, arguments: tuple[str, ...], reason: str):
+    """Not with a code of its own, which some scheduler would try again."""
+    code, line = ending(job(*arguments))
+    assert (code, line.startswith("exit 78: command line: ")) == (78, True)
+    assert reason in line
+
+
+def test_help_is_no_error(job: Job):
+    assert [job(*words, "--help").returncode for words in ((), ("run",))] == [0, 0]
+
+
+BUG = """
+from job.cli import finish
+def read(row):
+    raise ValueError(f"cannot read {row}")
+def work(*_):
+    try:
+        read("Jane Doe, nodule")
+    except ValueError as error:
+        raise KeyError("Jane Doe, effusion") from error
+finish(work)
+"""
+
+
+def test_a_bug_is_logged_with_its_places_and_without_what_it_says():
+    """The message of an unforeseen error may hold the text of a row."""
+    ended = subprocess.run([sys.executable, "-c", BUG], capture_output=True, text=True, check=False, timeout=60)
+    assert ending(ended) == (70, "exit 70: a bug: KeyError")
+    assert "in read" in ended.stderr
+    assert "ValueError" in ended.stderr
+    assert "Jane" not in ended.stderr
+
+
+def test_a_package_that_is_missing_ends_with_78():
+    code = "from job.cli import finish\ndef work(*_):\n import no_such_package\nfinish(work)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (ending(ended)[0], "the package no_such_package is not installed" in ended.stderr) == (78, True)
 
 
 def test_who_has_seen_enough_of_what_is_shown_is_no_error(tmp_path: Path):
@@ -136,7 +184,8 @@ def test_unsloth_without_a_gpu_ends_with_78(job: Job, whole: dict[str, Any]):
 
 
 def test_check_shows_what_is_learned_and_changes_nothing(job: Job, whole: dict[str, Any], tmp_path: Path):
-    result = job("check", JOB_SPEC=yaml.safe_dump(whole))
+    assert "⟦" not in job("check", JOB_SPEC=yaml.safe_dump(whole)).stdout.replace("⟦…⟧", "")
+    result = job("check", "--example", JOB_SPEC=yaml.safe_dump(whole))
     assert result.returncode == 0, result.stderr
     assert "⟦" in result.stdout
     shown = result.stdout.replace("⟦…⟧", "").partition("⟦")[2].partition("⟧")[0]
@@ -169,4 +218,4 @@ def test_check_data_fetches_and_looks_at_every_row(job: Job, whole: dict[str, An
         "data: 320 rows (image folder: it holds metadata.jsonl; answers in caption, images in file_name)"
         in result.stdout
     )
-    assert "tokens a row: median" in result.stdout
+    assert "tokens per row: median" in result.stdout

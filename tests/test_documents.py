@@ -1,15 +1,16 @@
 """What the documents promise is what the code does."""
 
 import re
+import tomllib
 from collections import Counter
 from typing import get_args
 
 import yaml
 from pydantic import BaseModel
 
+from job.config.loader import parse, validate
+from job.config.schema import JobSpec, flatten
 from job.errors import EXIT_CODES
-from job.spec import JobSpec, flatten
-from job.specfile import parse, validate
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -52,5 +53,30 @@ def test_every_field_of_the_spec_is_read():
     """One that nothing reads would be accepted and do nothing."""
     code = "".join(file.read_text() for file in (ROOT / "job").rglob("*.py"))
     read = Counter(re.findall(r"\w+", code))
-    read.subtract(re.findall(r"^    (\w+): ", (ROOT / "job" / "spec.py").read_text(), re.MULTILINE))
+    read.subtract(re.findall(r"^    (\w+): ", (ROOT / "job" / "config" / "schema.py").read_text(), re.MULTILINE))
     assert {name for name in fields(JobSpec) if not read[name]} == set()
+
+
+def test_the_changelog_begins_with_the_version_of_the_package():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    versions = re.findall(r"^## \[(.+?)\] - (?:\d{4}-\d\d-\d\d|unreleased)$", text, re.MULTILINE)
+    assert versions[0] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert len(versions) == len(re.findall(r"^## ", text, re.MULTILINE))
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert set(re.findall(r"^### (.+)$", text, re.MULTILINE)) <= kinds
+
+
+def test_the_form_for_bugs_knows_every_exit_code():
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text())
+    (options,) = [part["attributes"]["options"] for part in form["body"] if part.get("id") == "code"]
+    assert [option for option in options if option[0].isdigit()] == [f"{row.code} {row.name}" for row in EXIT_CODES]
+
+
+def test_a_commit_is_held_to_what_make_check_runs():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = [hook["entry"].replace(" --force-exclude", "") for hook in config["repos"][0]["hooks"]]
+    recipe = (ROOT / "Makefile").read_text().partition("\ncheck:\n")[2].partition("\n\n")[0]
+    run = [line.replace("\t@$(PYTHON_VENV)", ".venv/bin/python") for line in recipe.splitlines()[1:]]
+    assert [line.removesuffix(" .").removesuffix(" --check") for line in run] == hooks
+    assert "ruff format --check ." in recipe
+    assert "--fix" not in recipe

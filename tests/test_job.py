@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,10 +23,19 @@ from tests.resume_proof import trajectory
 
 
 @pytest.fixture(scope="module")
-def spec(demo: Path) -> dict[str, Any]:
+def base(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's, with a generation config that does not stop where its template ends a turn, and punishes repeats."""
+    folder = Path(shutil.copytree(demo / "base", tmp_path_factory.mktemp("spoilt") / "base"))
+    settings = {"eos_token_id": 494, "no_repeat_ngram_size": 2, "repetition_penalty": 1.3}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def spec(demo: Path, base: Path) -> dict[str, Any]:
     return {
         "name": "small demo",
-        "model": {"name_or_path": str(demo / "base")},
+        "model": {"name_or_path": str(base)},
         "lora": {"r": 16, "lora_alpha": 32},
         "dataset": {"path": str(demo / "data"), "group_column": "patient_id", "eval_fraction": 0.25},
         "training": {"num_train_epochs": 5, "learning_rate": 3e-3},
@@ -127,11 +137,30 @@ def test_merged_weights_load_without_us_and_answer_as_measured(finished: Path, d
     assert same >= 7
 
 
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_the_code_of_a_card_answers_as_measured(
+    finished: Path, demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+):
+    from PIL import Image
+
+    record = json.loads((finished / "evaluation" / "after.jsonl").read_text().splitlines()[0])
+    rows = [json.loads(line) for line in (demo / "data" / "metadata.jsonl").read_text().splitlines()]
+    image = Image.open(demo / "data" / rows[int(record["id"].removeprefix("row-"))]["file_name"]).convert("RGB")
+    card = (finished / kind / "README.md").read_text()
+    assert "left out: `no_repeat_ngram_size`, `repetition_penalty`." in card
+    code = card.split("```python\n")[1].split("\n```")[0]
+    assert "max_new_tokens=40" in code
+    monkeypatch.chdir(finished)
+    exec(code.replace('"path": "image.png"', '"image": image'), {"image": image})
+    assert capsys.readouterr().out.strip().endswith(record["generated"])
+    assert 3 < record["tokens"] < 40
+
+
 def test_a_published_job_ends_at_once_without_torch(finished: Path, spec: dict[str, Any], tmp_path: Path, job: Job):
     before = digest(finished / "RESULT.json")
     result = job("run", JOB_SPEC=to(spec, finished), PYTHONPROFILEIMPORTTIME="1")
     assert result.returncode == 0
-    assert "published already" in result.stderr
+    assert "already published" in result.stderr
     assert "job.run" in result.stderr
     for heavy in ("torch", "transformers", "datasets", "numpy"):
         assert f"| {heavy}\n" not in result.stderr.replace("  ", "")
@@ -160,6 +189,36 @@ def test_another_spec_on_the_same_output_is_refused_by_field(finished: Path, spe
         result = job(command, JOB_SPEC=changed)
         assert result.returncode == 78
         assert "lora.r: 16 → 8" in result.stderr
+
+
+def test_what_is_measured_may_change_when_training_is_over(
+    finished: Path, spec: dict[str, Any], demo: Path, tmp_path: Path, job: Job
+):
+    """Another label, other groups, shorter answers, and the same rows elsewhere: measured again, published again, not trained."""
+    output, moved = tmp_path / "output", tmp_path / "moved"
+    shutil.copytree(finished, output)
+    shutil.copytree(demo / "data", moved)
+    labels = {"side": {"column": "modality"}}
+    asked = {"labels": labels, "groups": ["finding"], "max_new_tokens": 6, "max_rows": 20, "explained_rows": 0}
+    changed = to(spec, output, evaluation=spec["evaluation"] | asked, dataset=spec["dataset"] | {"path": str(moved)})
+    told = job("check", JOB_SPEC=changed)
+    assert re.search(r"evaluate before +do ", told.stderr + told.stdout)
+    assert re.search(r"train +skip", told.stderr + told.stdout)
+    result = job("run", JOB_SPEC=changed)
+    assert result.returncode == 0, result.stderr
+    assert "step 140 was already saved" in result.stderr
+    assert digest(output / "adapter/adapter_model.safetensors") == digest(
+        finished / "adapter/adapter_model.safetensors"
+    )
+    metrics = read(output, "RESULT.json")["metrics"]
+    assert "side_accuracy" in metrics["after"]
+    assert "finding_accuracy" not in metrics["after"]
+    assert metrics["after"]["rougeL"]["n"] == 20
+    answers = [json.loads(line) for line in (output / "evaluation/after.jsonl").read_text().splitlines()]
+    assert all(
+        row["tokens"] <= 6 and [*row["labels"]] == ["side"] and [*row["groups"]] == ["finding"] for row in answers
+    )
+    assert "already published" in job("run", JOB_SPEC=changed).stderr
 
 
 def start(spec: str, tmp_path: Path, **environment: str) -> subprocess.Popen[str]:
@@ -234,6 +293,47 @@ def test_a_job_stopped_and_resumed_cannot_be_told_from_one_that_was_not(
     assert seen[0] == seen[1]
 
 
+def test_rows_that_changed_between_attempts_end_the_next_at_stage_in(
+    accumulating: dict[str, Any], demo: Path, tmp_path: Path, job: Job
+):
+    output, data = tmp_path / "output", tmp_path / "data"
+    shutil.copytree(demo / "data", data)
+    lines = (data / "metadata.jsonl").read_text().splitlines()[:40]
+    (data / "metadata.jsonl").write_text("\n".join(lines))
+    accumulating |= {
+        "dataset": accumulating["dataset"] | {"path": str(data)},
+        "checkpoint": {"save_steps": 1},
+        "training": accumulating["training"] | {"max_steps": 8},
+        "evaluation": {"max_rows": 2, "max_new_tokens": 2, "explained_rows": 0},
+    }
+    process = start(to(accumulating, output), tmp_path)
+    wait_for(lambda: committed(output), process)
+    process.kill()
+    ended(process)
+    there = {path: digest(path) for path in output.glob("checkpoints/*/adapter_model.safetensors")}
+    rows = [json.loads(line) for line in lines]
+    rows = [row | {"caption": "Nothing can be said."} for row in rows] + [rows[0] | {"patient_id": "another"}]
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for command in ("check", "run"):
+        result = job(command, JOB_SPEC=to(accumulating, output))
+        assert result.returncode == 65, result.stderr
+        assert re.search(
+            r"dataset.path: .* \d+ with different texts or values, 1 added", result.stderr.splitlines()[-1]
+        )
+        assert "train:" not in result.stderr
+    assert {path: digest(path) for path in there} == there
+    anew = yaml.safe_load(to(accumulating, output))
+    anew["output"]["on_conflict"] = "restart"
+    result = job("run", JOB_SPEC=yaml.safe_dump(anew))
+    assert result.returncode == 0, result.stderr
+    assert "restart deletes checkpoints/step-" in result.stderr
+    assert "resuming" not in result.stderr
+    assert (
+        json.loads((output / "evaluation" / "before.jsonl").read_text().splitlines()[0])["reference"]
+        == "Nothing can be said."
+    )
+
+
 def test_a_checkpoint_with_a_flipped_byte_is_passed_over_for_the_older(
     accumulating: dict[str, Any], tmp_path: Path, job: Job
 ):
@@ -250,7 +350,7 @@ def test_a_checkpoint_with_a_flipped_byte_is_passed_over_for_the_older(
     result = job("run", JOB_SPEC=to(accumulating, output))
     assert result.returncode == 0, result.stderr
     step = int(newest.parent.name.removeprefix("step-"))
-    assert f"checkpoint of step {step} is passed over" in result.stderr
+    assert f"checkpoint of step {step} is skipped" in result.stderr
     assert "resuming from step" in result.stderr
 
 
@@ -287,16 +387,18 @@ def test_a_model_that_is_not_as_good_as_demanded_is_not_published_until_the_dema
     assert not (output / "RESULT.json").exists()
     lowered = job("run", JOB_SPEC=demanding(-1))
     assert lowered.returncode == 0, lowered.stderr
-    assert "step 2 was saved already" in lowered.stderr
+    assert "step 2 was already saved" in lowered.stderr
     assert (output / "merged" / "config.json").exists()
 
 
 def test_restart_deletes_the_run_of_the_other_spec(accumulating: dict[str, Any], tmp_path: Path, job: Job):
     output = tmp_path / "output"
-    (output / "notes").mkdir(parents=True)
-    (output / "notes" / "mine.txt").write_text("not the job's")
     short = accumulating | {"training": accumulating["training"] | {"max_steps": 3}}
     assert job("run", JOB_SPEC=to(short, output)).returncode == 0
+    mine = [output / name for name in ("notes/mine.txt", "data/train/mine.txt", "merged/mine.txt", "logs/mine.txt")]
+    for file in mine:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("not the job's")
     other = yaml.safe_load(to(short | {"lora": {"r": 4}}, output))
     other["output"]["on_conflict"] = "restart"
     other["export"]["hub"] = {"adapter_repo": "clinic/adapter"}
@@ -308,7 +410,7 @@ def test_restart_deletes_the_run_of_the_other_spec(accumulating: dict[str, Any],
     there = {file.name: file.read_bytes() for file in (output / "adapter").iterdir()}
     assert hub.repos["clinic/adapter"] == {"private": True, "files": there}
     assert read(output, "adapter/adapter_config.json")["r"] == 4
-    assert (output / "notes" / "mine.txt").exists()
+    assert all(file.read_text() == "not the job's" for file in mine)
 
 
 def test_everything_can_live_in_a_bucket(
@@ -353,9 +455,13 @@ def test_a_published_adapter_is_a_start_for_the_next_job(
     url = f"s3://{bucket}/first/adapter"
     upload_folder(open_store(f"s3://{bucket}"), finished / "adapter", "first/adapter")
     spec = accumulating | {"training": accumulating["training"] | {"max_steps": 1, "learning_rate": 1e-9}}
-    spec["lora"] = spec["lora"] | {"init_adapter": url}
+    spec["lora"] = spec["lora"] | {"init_adapter": url, "lora_alpha": 12, "use_rslora": True}
+    planned = job("check", JOB_SPEC=to(spec, tmp_path / "output"))
+    assert f"the scale of {url} is 2, this job's is 3 (" in planned.stdout
     result = job("run", JOB_SPEC=to(spec, tmp_path / "output"))
     assert result.returncode == 0, result.stderr
+    had, has = (losses(folder) for folder in (finished, tmp_path / "output"))
+    assert has == pytest.approx({row: had[row] for row in has}, abs=1e-4)
     earlier, later = (read(folder, "evaluation/metrics.json") for folder in (finished, tmp_path / "output"))
     assert later["after"]["rougeL"]["value"] > 0.9 < earlier["after"]["rougeL"]["value"]
     assert later["before"]["rougeL"]["value"] < 0.5
@@ -364,8 +470,14 @@ def test_a_published_adapter_is_a_start_for_the_next_job(
     assert lineage["parent_sha256"] == digest(finished / "adapter" / "adapter_model.safetensors")
 
 
+def losses(output: Path) -> dict[str, float]:
+    rows = [json.loads(line) for line in (output / "evaluation" / "after.jsonl").read_text().splitlines()]
+    return {row["id"]: row["loss"] for row in rows}
+
+
 def test_an_adapter_for_other_layers_is_refused(accumulating: dict[str, Any], finished: Path, tmp_path: Path, job: Job):
     lora = accumulating["lora"] | {"init_adapter": str(finished / "adapter"), "finetune_vision_layers": False}
-    result = job("run", JOB_SPEC=to(accumulating, tmp_path / "output", lora=lora))
-    assert result.returncode == 78
-    assert "was made for other layers" in result.stderr
+    for command in ("check", "run"):
+        result = job(command, JOB_SPEC=to(accumulating, tmp_path / "output", lora=lora))
+        assert result.returncode == 78
+        assert "was made for other layers: it also adapts" in result.stderr

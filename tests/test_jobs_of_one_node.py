@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from job.scratch import job_folder
-from job.specfile import validate
+from job.config.environment import Environment
+from job.config.loader import validate
+from job.planning.survey import survey
+from job.runtime.scratch import job_folder
 from job.store import open_store
-from job.survey import survey
 from tests.conftest import ROOT, job_environment
 from tests.resume_proof import small_spec
 from tests.tiny import job_spec
@@ -44,7 +45,7 @@ def test_check_finds_what_an_attempt_left_on_scratch_and_makes_no_folder(demo: P
     scratch = tmp_path / "scratch"
 
     def left() -> dict[str, int]:
-        return dict(survey(spec, open_store(spec.output.url), scratch, fetch=False).facts.left)
+        return dict(survey(spec, open_store(spec.output.url), scratch, Environment(), fetch=False).facts.left)
 
     assert left() == {}
     assert not (tmp_path / "output").exists()

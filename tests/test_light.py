@@ -13,7 +13,16 @@ import yaml
 from tests.conftest import ROOT
 
 LIGHT = (
-    *("click", "pydantic", "pydantic_core", "annotated_types", "typing_extensions.py", "typing_inspection", "yaml"),
+    *(
+        "click",
+        "pydantic",
+        "pydantic_core",
+        "annotated_types",
+        "typing_extensions.py",
+        "typing_inspection",
+        "yaml",
+        "regex",
+    ),
     *("_yaml", "boto3", "botocore", "s3transfer", "jmespath", "dateutil", "six.py", "urllib3"),
     "google_crc32c",
 )
@@ -41,8 +50,9 @@ def light(tmp_path: Path):
 
 
 def test_spec_plan_store_checkpoint_and_command_line_import(light):
-    modules = "job.spec, job.specfile, job.plan, job.store, job.checkpoint, job.cli, job.status, job.survey, job.output"
-    assert light("-c", f"import {modules}, job.render, job.metrics, job.run").stderr == ""
+    rooms = "job.config.schema, job.config.loader, job.store, job.checkpoint, job.output.describe, job.output.ownership"
+    stages = "job.planning.plan, job.planning.survey, job.cli, job.render, job.runtime.prometheus, job.run"
+    assert light("-c", f"import {rooms}, {stages}").stderr == ""
 
 
 def test_check_prints_the_plan_and_says_what_it_could_not_see(light, tree: dict[str, Any]):
@@ -50,7 +60,7 @@ def test_check_prints_the_plan_and_says_what_it_could_not_see(light, tree: dict[
     result = light("-m", "job", "check", yaml.safe_dump(tree))
     assert result.returncode == 0, result.stderr
     assert "train            do" in result.stdout
-    assert "the data was not looked at: install the train extra" in result.stdout
+    assert "the data was not validated: install the train extra" in result.stdout
     assert "sizes are known after stage in" in result.stdout
 
 

@@ -77,10 +77,12 @@ def can_be_process_one() -> bool:
 
 
 def test_stopped_in_every_stage_it_leaves_with_75_and_ends_the_same(demo: Path, tmp_path: Path):
-    """One output; every attempt is stopped in a later stage than the one before, each time in another way."""
-    finish(small_spec(demo, str(tmp_path / "whole"), merged=True), tmp_path)
+    """One output; every attempt is stopped in a later stage than the one before, each time in another way. The base's own files
+    name another end of an answer than its template: what training makes of them in the undisturbed job, the attempt that only
+    measures never makes."""
+    finish(ending_otherwise(demo, tmp_path, tmp_path / "whole"), tmp_path)
     output = tmp_path / "output"
-    spec = small_spec(demo, str(output), merged=True)
+    spec = ending_otherwise(demo, tmp_path, output)
     ways = [way for way in WAYS if way != "as process 1" or can_be_process_one()]
     for number, stage in enumerate(STAGES):
         way = ways[number % len(ways)]
@@ -98,6 +100,19 @@ def test_stopped_in_every_stage_it_leaves_with_75_and_ends_the_same(demo: Path, 
             assert (code, last) == (75, "exit 75: stopped on SIGTERM; run again to continue"), (stage, way, stderr)
     finish(spec, tmp_path)
     assert outcome(str(output)) == outcome(str(tmp_path / "whole"))
+    ends = [
+        json.loads(line)["tokens"] < 40 for line in (output / "evaluation" / "after.jsonl").read_text().splitlines()
+    ]
+    assert sum(ends) > 4
+
+
+def ending_otherwise(demo: Path, folder: Path, output: Path) -> str:
+    """The small job, with room for whole answers, on a base whose generation config stops at the end of text alone."""
+    base = Path(shutil.copytree(demo / "base", folder / "base", dirs_exist_ok=True))
+    (base / "generation_config.json").write_text('{"eos_token_id": 494}')
+    spec = yaml.safe_load(small_spec(demo, str(output), merged=True))
+    spec["evaluation"]["max_new_tokens"] = 40
+    return yaml.safe_dump(spec | {"model": {"name_or_path": str(base)}})
 
 
 def test_a_job_whose_output_another_took_over_leaves_at_once(demo: Path, tmp_path: Path):
@@ -108,8 +123,12 @@ def test_a_job_whose_output_another_took_over_leaves_at_once(demo: Path, tmp_pat
         time.sleep(0.002)
     open_store(str(output)).write("lease.json", b'{"holder": "another", "token": 9, "ttl": 60}')
     code, stderr = end(process)
-    reason = f"stopped on the loss of the lease on {output} to another; run again to continue"
-    assert (code, stderr.strip().splitlines()[-1]) == (75, f"exit 75: {reason}"), stderr
+    reasons = (
+        f"exit 75: stopped on the loss of the lease on {output} to another; run again to continue",
+        f"exit 75: The lease on {output} was taken over by another.",
+    )
+    assert code == 75, stderr
+    assert stderr.strip().splitlines()[-1] in reasons
 
 
 @pytest.mark.timeout(600)

@@ -1,4 +1,4 @@
-"""Tiny models of the five families, and rows to try them on."""
+"""Tiny models of all families, and rows to try them on."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from job.data.rows import conversation
-from job.model import Loaded
+from job.config.schema import JobSpec
+from job.data.conversations import conversation
+from job.model.loaded import Loaded
 from job.model.transformers_backend import load
-from job.spec import JobSpec
+from tests.families import QUESTION
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -22,17 +23,9 @@ import processors
 import shapes
 from models import make_model
 
-__all__ = ["make_model", "models", "processors", "shapes"]
+__all__ = ["QUESTION", "make_model", "models", "processors", "shapes"]
 
 CPU = torch.device("cpu")
-QUESTION = "Describe accurately what you see in this image."
-END = {
-    "mllama": "<|eot_id|>",
-    "qwen2_5_vl": "<|im_end|>",
-    "qwen3_vl": "<|im_end|>",
-    "gemma3": "<end_of_turn>",
-    "llava": "</s>",
-}
 
 
 def job_spec(**sections: Any) -> JobSpec:
@@ -91,7 +84,7 @@ def make_encoder(folder: Path) -> Path:
     (folder / "vocab.txt").write_text(words.replace(" ", "\n"))
     BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
     size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    model = BertModel(BertConfig(vocab_size=18, max_position_embeddings=64, **size))
+    model = BertModel(BertConfig(vocab_size=19, max_position_embeddings=64, **size))
     with torch.no_grad():
         for number, weight in enumerate(weight for weight in model.parameters() if weight.ndim == 2):
             weight.copy_(torch.from_numpy(np.random.default_rng(number).normal(0, 0.3, weight.shape)))

@@ -1,4 +1,4 @@
-"""Checkpoints in a store: positively committed, checksummed, self-contained, and off the training thread."""
+"""Checkpoints in a store: explicitly committed, checksummed, self-contained, and off the training thread."""
 
 from job.checkpoint.commit import Restored, commit, prune, restore
 from job.checkpoint.manifest import File, Manifest, read_manifest, steps

@@ -1,4 +1,4 @@
-"""What makes a folder of files a checkpoint: `MANIFEST.json`, written last."""
+"""Defines what makes a folder of files a checkpoint: `MANIFEST.json`, written last."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from job.errors import DataError
+from job.layout import CHECKPOINTS, MANIFEST
 from job.store import Store, checked_key
 
-ROOT = "checkpoints"
-NAME = "MANIFEST.json"
 SEAL = "manifest_sha256"
-_FOLDER = re.compile(rf"^{ROOT}/step-(\d{{8,}})/")
+_FOLDER = re.compile(rf"^{CHECKPOINTS}/step-(\d{{8,}})/")
 
 
 def _checked(key: str) -> str:
@@ -29,7 +28,7 @@ Key = Annotated[str, AfterValidator(_checked)]
 
 
 class File(BaseModel):
-    """One file of a checkpoint. The bytes live under `key`, which for an unchanged file is that of an older step."""
+    """One file of a checkpoint. Its bytes are stored under `key`, which for an unchanged file is that of an older step."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -55,27 +54,27 @@ class Manifest(BaseModel):
 
 
 def folder_of(step: int) -> str:
-    return f"{ROOT}/step-{step:08d}"
+    return f"{CHECKPOINTS}/step-{step:08d}"
 
 
 def step_of(key: str) -> int | None:
-    """The step that a key belongs to, if it is inside a folder that `folder_of` could have named."""
+    """Return the step of a key that is inside a folder which `folder_of` could have named, else None."""
     match = _FOLDER.match(key)
     return int(match[1]) if match and key.startswith(folder_of(int(match[1])) + "/") else None
 
 
 def to_json(manifest: Manifest) -> bytes:
-    """Readable, and sealed by a digest of itself, so that a flipped byte anywhere is seen."""
+    """Write readable JSON, sealed by a digest of itself, so that a flipped byte anywhere is detected."""
     fields = manifest.model_dump()
     return json.dumps({**fields, SEAL: _seal(fields)}, indent=1, ensure_ascii=False).encode()
 
 
 def from_json(data: bytes, where: str) -> Manifest:
-    """Raises DataError for anything but what `to_json` wrote."""
+    """Parse what `to_json` wrote. Raises DataError for anything else."""
     try:
         fields = json.loads(data)
         if fields.pop(SEAL) != _seal(fields):
-            raise DataError(f"{where} is damaged: it does not have the SHA-256 written in it.")
+            raise DataError(f"{where} is damaged: its SHA-256 is not the recorded one.")
         return Manifest.model_validate(fields)
     except (ValidationError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{where} is not a manifest: {(str(error).splitlines() or [''])[0]}.") from None
@@ -86,8 +85,9 @@ def _seal(fields: dict[str, Any]) -> str:
 
 
 def read_manifest(store: Store, step: int) -> Manifest:
-    """Raises Missing when the step was never committed, DataError when what is there is no manifest of this step."""
-    key = f"{folder_of(step)}/{NAME}"
+    """Read the manifest of a step. Raises Missing if the step was never committed, DataError if this is not a manifest of this
+    step."""
+    key = f"{folder_of(step)}/{MANIFEST}"
     manifest = from_json(store.read(key), key)
     if manifest.step != step:
         raise DataError(f"{key} is the manifest of step {manifest.step}.")
@@ -95,10 +95,10 @@ def read_manifest(store: Store, step: int) -> Manifest:
 
 
 def steps(store: Store) -> list[int]:
-    """The committed steps, newest first: those whose folder holds a manifest."""
-    return steps_in([entry.key for entry in store.list(f"{ROOT}/")])
+    """List the committed steps, newest first: those whose folder holds a manifest."""
+    return steps_in([entry.key for entry in store.list(f"{CHECKPOINTS}/")])
 
 
 def steps_in(keys: list[str]) -> list[int]:
-    found = [step for key in keys if (step := step_of(key)) is not None and key == f"{folder_of(step)}/{NAME}"]
+    found = [step for key in keys if (step := step_of(key)) is not None and key == f"{folder_of(step)}/{MANIFEST}"]
     return sorted(found, reverse=True)

@@ -1,4 +1,4 @@
-"""Nothing from the store is unpickled blindly: a pickle can run any program when it is read."""
+"""Refuses unsafe pickles: reading a pickle can run any program, so nothing from the store is unpickled blindly."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ SUFFIXES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib"}
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Raise DataError if a file below `folder` could run code when it is read.
+    """Raise DataError if reading a file below `folder` could run code.
 
-    Every file that is a pickle, by its name or by its first bytes, must pass torch's `weights_only` reader, which
-    builds tensors and plain values and nothing else. Tensor data is not read, so this takes milliseconds.
+    Every file that is a pickle, by its name or by its first bytes, must pass torch's `weights_only` reader, which builds only
+    tensors and plain values. Tensor data is not read, so this takes milliseconds.
     """
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         if path.suffix in SUFFIXES or _looks_pickled(path):
@@ -30,11 +30,11 @@ def refuse_pickles(folder: Path) -> None:
 
 
 def load_weights(path: Path, *, map_location: str = "cpu") -> Any:
-    """What `torch.save` wrote, if it holds tensors, plain values and the random states of numpy and nothing else."""
+    """Load what `torch.save` wrote, if it holds only tensors, plain values and numpy's random states."""
     import numpy
     import torch
 
-    # What a saved numpy random state needs; the dtype classes have their own names since numpy 1.25.
+    # Needed for a saved numpy random state; the dtype classes have had their own names since numpy 1.25.
     dtypes = [type(numpy.dtype(kind)) for kind in ("uint32", "uint64", "int64", "float64")]
     rebuild: Any = numpy.empty(0).__reduce__()[0]  # numpy's _reconstruct, wherever this numpy keeps it
     old_name = (rebuild, "numpy.core.multiarray._reconstruct")
@@ -43,7 +43,7 @@ def load_weights(path: Path, *, map_location: str = "cpu") -> Any:
 
 
 def _looks_pickled(path: Path) -> bool:
-    """A pickle of protocol 2 and later, or a zip, which is what torch wraps its pickles in."""
+    """Return whether a file starts like a pickle of protocol 2 or later, or like a zip, in which torch wraps its pickles."""
     with path.open("rb") as stream:
         start = stream.read(4)
     return (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05") or start == b"PK\x03\x04"

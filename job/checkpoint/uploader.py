@@ -1,4 +1,4 @@
-"""Uploads off the training thread: at most one in flight, the newest wins, failures are reported and never raised."""
+"""Uploads checkpoints off the training thread: at most one in flight, the newest wins, failures are reported, never raised."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A private folder with the state after `step`; the uploader removes it once a checkpoint as new is committed."""
+    """A private folder with the state after `step`. The uploader removes it once a checkpoint as new is committed."""
 
     folder: Path
     step: int
@@ -36,8 +36,8 @@ class Snapshot:
 class Uploader:
     """A thread that commits snapshots and prunes old checkpoints.
 
-    `on_failure(step, error, failures in a row)` and `on_commit(manifest)` are called from that thread. A snapshot that
-    failed is tried again, after a pause that grows up to a minute, until a newer one takes its place.
+    It calls `on_failure(step, error, failures in a row)` and `on_commit(manifest)`. A failed snapshot is tried again, after a
+    pause that grows up to a minute, until a newer one replaces it.
     """
 
     def __init__(
@@ -48,7 +48,6 @@ class Uploader:
         attempt: int,
         lease: Lease | None,
         keep: int,
-        keep_every: int | None = None,
         versions: dict[str, str] | None = None,
         on_failure: Callable[[int, JobError, int], None] | None = None,
         on_commit: Callable[[Manifest], None] | None = None,
@@ -60,7 +59,6 @@ class Uploader:
         self.attempt = attempt
         self.lease = lease
         self.keep = keep
-        self.keep_every = keep_every
         self.versions = versions
         self.on_failure = on_failure
         self.on_commit = on_commit
@@ -85,16 +83,16 @@ class Uploader:
         extra: dict[str, Any] | None = None,
         written: Future[None] | None = None,
     ) -> None:
-        """Hand over a snapshot and return at once. One that still waits for its turn is given up for this one.
+        """Hand over a snapshot and return at once. It replaces a snapshot that is still waiting.
 
-        `written` is waited for first, on the uploader's thread: a folder that is still being filled may be handed over.
+        The uploader's thread first waits for `written`, so a folder that is still being filled may be handed over.
         """
         with self._changed:
             replaced, self._waiting = self._waiting, Snapshot(folder, step, epoch, extra or {}, written)
             self._changed.notify_all()
         if replaced is not None:
-            log.info("The checkpoint of step %d is passed over for that of step %d.", replaced.step, step)
-            # Off this thread too: removing a gigabyte takes its time.
+            log.info("The checkpoint of step %d is skipped for the newer one of step %d.", replaced.step, step)
+            # Also off this thread: removing a gigabyte takes time.
             threading.Thread(target=shutil.rmtree, args=(replaced.folder, True), daemon=True).start()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -104,18 +102,18 @@ class Uploader:
             return self._idle()
 
     def try_again(self) -> None:
-        """Forget failures so far: what failed is tried now, and pauses grow from the first one again."""
+        """Forget earlier failures: what failed is tried now, and pauses grow from the first one again."""
         with self._changed:
             self.failures = 0
             self._changed.notify_all()
 
     @property
     def lost(self) -> bool:
-        """Whether the lease is lost, so that nothing more will ever be committed."""
+        """Whether the lease is lost, so that nothing will be committed any more."""
         return self.error is not None and self.lease is not None and self.lease.lost
 
     def close(self) -> None:
-        """Let the upload in flight end, try nothing again, and stop."""
+        """Finish the upload in flight, retry nothing, and stop."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -129,7 +127,7 @@ class Uploader:
     ) -> None:
         if error is None:
             self.close()
-        else:  # whoever is leaving in a hurry has waited as long as it could
+        else:  # a job that leaves in a hurry has waited as long as it could
             self._closed = True
 
     def _idle(self) -> bool:
@@ -146,7 +144,7 @@ class Uploader:
                 if self.lost:
                     return
                 if not committed:
-                    # Try again after a pause, at once when something newer comes, not at all when closing.
+                    # Retry after a pause, at once if a newer snapshot arrives, not at all when closing.
                     pause = min(self.first_pause * 2 ** (self.failures - 1), 60.0)
                     self._changed.wait_for(partial(self._newer_than, snapshot), pause)
 
@@ -159,7 +157,7 @@ class Uploader:
             return self._in_flight
 
     def _keep(self, snapshot: Snapshot) -> None:
-        """One local copy is enough: this one, unless a newer one waits already."""
+        """Keep one local copy: this one, unless a newer one is already waiting."""
         if self._waiting is None:
             self._waiting = snapshot
         else:
@@ -196,9 +194,9 @@ class Uploader:
                 self.on_commit(manifest)
             if self.lease:
                 self.lease.check()  # the next writer decides what it needs
-            prune(self.store, keep=self.keep, keep_every=self.keep_every, verified=snapshot.step)
-        except Exception as error:  # whatever it is, the thread goes on: training waits for it at the end
-            log.warning("Step %d is committed, but not all that follows could be done: %s", snapshot.step, error)
+            prune(self.store, keep=self.keep, verified=snapshot.step)
+        except Exception as error:  # whatever it is, the thread continues: training waits for it at the end
+            log.warning("Step %d is committed, but what follows a commit failed: %s", snapshot.step, error)
         return True
 
     def _failed(self, snapshot: Snapshot, error: JobError) -> None:
@@ -207,7 +205,7 @@ class Uploader:
         loud = self.failures >= self.loud_after or self.lost
         log.log(
             logging.ERROR if loud else logging.WARNING,
-            "The checkpoint of step %d could not be uploaded (%d in a row); until another attempt begins it is kept in %s. %s",
+            "The checkpoint of step %d could not be uploaded (%d in a row); it stays in %s until another attempt begins. %s",
             snapshot.step,
             self.failures,
             snapshot.folder,

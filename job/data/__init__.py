@@ -1,50 +1,60 @@
-"""Rows of images and text, looked at once, split, and handed on as conversations.
+"""Defines validated, split rows of images and text, served as conversations.
 
-Light: whoever only needs the type, or finds that a job is published already, loads none of the libraries of `prepare`.
+Imports nothing that `prepare` needs: code that wants only the types, or finds the job already published, loads no libraries.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
+from job.data.facts import DataFacts, NearPair, QuarantinedRow
 from job.errors import DataError
+from job.output.identity import Identity
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from PIL.Image import Image
 
-
-QUARANTINE_KEY = "data/quarantine.jsonl"
-NEAR_KEY = "data/near_duplicates.jsonl"
+    from job.data.sources import Source
 
 
 class BadRows(DataError):
-    """More rows are bad than the spec allows; `rows` are they, `{"row", "reason"}`."""
+    """Raised when more rows are bad than the spec allows; `rows` lists them."""
 
-    def __init__(self, message: str, rows: list[dict[str, Any]]) -> None:
+    def __init__(self, message: str, rows: list[QuarantinedRow]) -> None:
         super().__init__(message)
         self.rows = rows
 
 
+class Row(TypedDict):
+    """A row as training and evaluation take it. `messages` is a conversation, `reference` its last answer; `unit` numbers the
+    group (patient, or image) that the row belongs to; `weight` multiplies its loss, if the spec has a column for it."""
+
+    id: str
+    messages: list[dict[str, Any]]
+    images: list[Image]
+    reference: str
+    labels: dict[str, str]
+    groups: dict[str, str | None]
+    unit: int
+    weight: NotRequired[float]
+
+
 @dataclass(frozen=True)
 class Data:
-    """`train` and `evaluation` yield `{"id", "messages", "images", "reference", "labels", "groups", "unit"}` lazily, and
-    `weight` where the spec has a column for it.
+    """`train` and `evaluation` lazily yield rows as in `Row`.
 
-    `unit` numbers the group (patient, or picture) that a row belongs to.
-
-    `quarantined` holds `{"row", "reason"}`, never content; `near` the pairs of nearly the same pictures across the split.
-    `label_values` are the values that each label's column has.
+    `near` holds pairs of near-duplicate images across the split. `label_values` holds the values of each label's column.
     """
 
     train: Dataset
     evaluation: Dataset
-    quarantined: list[dict[str, Any]]
-    facts: dict[str, Any]
+    quarantined: list[QuarantinedRow]
+    facts: DataFacts
     label_values: dict[str, list[str]] = field(default_factory=dict)
-    near: list[dict[str, Any]] = field(default_factory=list)
-
-
-def as_jsonl(rows: list[dict[str, Any]]) -> bytes:
-    return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+    near: list[NearPair] = field(default_factory=list)
+    identity: Identity | None = None
+    """None if not every row was validated."""
+    sources: dict[str, Source] = field(default_factory=dict)
+    """What the rows were read from, keyed by the spec field that names it."""

@@ -1,17 +1,19 @@
-"""DICOM files → pictures as a reader sees them. Only pixels leave the file, and the few tags of `TECHNICAL`."""
+"""Decodes DICOM files into images as a reader sees them. Only pixels and the tags in `TECHNICAL` leave the file."""
 
 from __future__ import annotations
 
 import io
+import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from job.data.images import BadRow, Picture, check_size, stretch
+from job.config.schema import DatasetSpec
+from job.data.pixels import LARGEST, BadRow, Picture, check_size, stretch
 from job.errors import DataError
-from job.spec import DatasetSpec
 
 try:
     import pydicom
@@ -26,41 +28,101 @@ TECHNICAL = {
     "laterality": "Laterality",
     "manufacturer": "Manufacturer",
 }
-"""Column → tag: what may be reported on. No tag of a person, a place or a time is among them."""
+"""Column → tag of what may be reported. None of the tags identifies a person, a place or a time."""
 OFTEN_BURNED_IN = ("US", "XC", "ES", "SC", "OT")
-"""Modalities whose makers write names into the pixels, and often do not say so."""
+"""Modalities whose makers often write names into the pixels without saying so."""
+SECONDARY = "1.2.840.10008.5.1.4.1.1.7"
+"""Secondary capture (PS3.4 B.5); the UIDs of its multi-frame classes start with it too."""
+SCREENS = ("SCREEN SAVE", "SCREEN SNAPSHOT", "DOSE_INFO", "PROTOCOL")
+"""Values of ImageType with which scanners mark pages of text."""
 MOST_TILES = 16
 TILE = 512
+DEFLATED, EXPLICIT = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1\0\0\0"
+"""The transfer syntaxes that differ only in deflation (PS3.5 A.5), padded to the same number of bytes."""
+LONG = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
+"""VRs whose length field has four bytes (PS3.5 7.1.2)."""
+META, HEADER = 2**16, 2**24
+"""Bytes of a file that hold its meta group, and inflated bytes that hold everything before the pixels."""
 
 Numbers = NDArray[Any]
 
 
-def frames(data: bytes, spec: DatasetSpec) -> list[Picture]:
-    """The frames of a DICOM file that `spec.dicom.frames` chooses, windowed to 8 bits. Raises BadRow.
+def opened(data: bytes, spec: DatasetSpec) -> tuple[Any, list[int], int]:
+    """Opens a DICOM file without decoding it. Returns the pydicom dataset, the frames selected by `spec.dicom.frames`, and the
+    bytes of its pixels. Raises BadRow if it is not an image or exceeds the limits of `spec`."""
+    try:
+        if DEFLATED in data:
+            header = pydicom.dcmread(io.BytesIO(inflated(data, HEADER)), stop_before_pixels=True)
+            data = inflated(data, HEADER + _check_pixels(header, spec))
+        header = pydicom.dcmread(io.BytesIO(data))
+        _check_pixels(header, spec)
+        return header, choose(_count(header), spec.dicom.frames), len(header.get("PixelData") or b"")
+    except BadRow:
+        raise
+    except Exception as error:  # pydicom may raise anything on a broken file
+        raise BadRow("DICOM: header is broken") from error
 
-    The value of a pixel goes through the modality LUT or rescale slope, then the VOI LUT or window (PS3.3 C.11.1, C.11.2), then
-    the inversion of MONOCHROME1. Without a window, from the darkest to the brightest that is no padding.
+
+def frames(header: Any, chosen: list[int], spec: DatasetSpec) -> list[Picture]:
+    """Decodes frames of an opened file, windowed to 8 bits, grey or RGB. Raises BadRow.
+
+    Pixel values pass through the modality LUT or rescale slope, then the VOI LUT or window (PS3.3 C.11.1, C.11.2), then the
+    inversion of MONOCHROME1. Without a window, they span the darkest to the brightest value that is not padding.
     """
     try:
-        header = pydicom.dcmread(io.BytesIO(data))
-        if "Rows" not in header or "Columns" not in header:
-            raise BadRow("DICOM: no image in it")
-        check_size(int(header.Columns), int(header.Rows), spec)
-        count = int(header.get("NumberOfFrames") or 1)
-        shown = [_frame(header, n, spec) for n in choose(count, spec.dicom.frames)]
+        shown = [_frame(header, n, spec) for n in chosen]
         burned_in = _burned_in(header)
     except BadRow:
         raise
-    except Exception as error:  # what a decoder raises for a broken file is its own affair
-        raise BadRow(f"DICOM: {_cannot(header) if 'header' in locals() else 'header is broken'}") from error
+    except Exception as error:  # decoders may raise anything on a broken file
+        raise BadRow(f"DICOM: {_cannot(header)}") from error
     for picture in shown:
         picture.info["burned_in"] = burned_in
-    return [montage(shown)] if spec.dicom.frames == "montage" and len(shown) > 1 else shown
+    return shown
+
+
+def _check_pixels(header: Any, spec: DatasetSpec) -> int:
+    """Returns the bytes of all pixels if uncompressed. Raises BadRow."""
+    if "Rows" not in header or "Columns" not in header:
+        raise BadRow("DICOM: no image in it")
+    width, height, samples = int(header.Columns), int(header.Rows), int(header.get("SamplesPerPixel") or 1)
+    check_size(width, height, spec)
+    if not (1 <= samples <= 4 and _count(header) >= 1):
+        raise BadRow(f"DICOM: {_count(header)} frames of {samples} values per pixel")
+    return width * height * samples * _count(header) * (int(header.get("BitsAllocated") or 8) + 7) // 8
+
+
+def _count(header: Any) -> int:
+    return int(header.get("NumberOfFrames") or 1)
+
+
+def read_header(file: Path, tags: list[str]) -> Any:
+    """Reads `tags` of a file with pydicom."""
+    with file.open("rb") as stream:
+        start = stream.read(META)
+        source = io.BytesIO(inflated(start + stream.read(LARGEST), HEADER)) if DEFLATED in start else file
+    return pydicom.dcmread(source, stop_before_pixels=True, specific_tags=tags)
+
+
+def inflated(data: bytes, most: int) -> bytes:
+    """Rewrites a deflated file in the plain syntax, inflating only its first `most` bytes: pydicom inflates all, however large.
+    The result no longer names the deflated syntax. Raises BadRow."""
+    place = 132
+    while data[place : place + 2] == b"\x02\0":  # elements of the meta group, in explicit VR little endian (PS3.10 7.1)
+        head, size = (12, 4) if data[place + 4 : place + 6] in LONG else (8, 2)
+        place += head + int.from_bytes(data[place + head - size : place + head], "little")
+    meta, rest = data[:place], data[place:]
+    if DEFLATED in meta:
+        try:
+            rest = zlib.decompressobj(-zlib.MAX_WBITS).decompress(rest, min(most, LARGEST))
+        except zlib.error as error:
+            raise BadRow("DICOM: its deflated part is broken") from error
+    return b"".join(part.replace(DEFLATED, EXPLICIT) for part in (meta, rest))
 
 
 def choose(count: int, frames: str | list[int]) -> list[int]:
-    """Places in a stack of `count`: the middle one, evenly spread ones for a montage, or those named (from 0; -1 is the last).
-    Of one frame there is no choice. Raises BadRow for a place that is not there."""
+    """Returns indices into a stack of `count`: the middle one, evenly spread ones for a montage, or those named (from 0; -1 is
+    the last). A single frame is always chosen. Raises BadRow for an index out of range."""
     if count == 1:
         return [0]
     if frames == "middle":
@@ -69,12 +131,12 @@ def choose(count: int, frames: str | list[int]) -> list[int]:
         tiles = min(count, MOST_TILES)
         return [(2 * tile + 1) * count // (2 * tiles) for tile in range(tiles)]
     if not all(-count <= int(place) < count for place in frames):
-        raise BadRow("DICOM: dataset.dicom.frames names a frame that is not there")
+        raise BadRow("DICOM: dataset.dicom.frames names a frame that it does not have")
     return [int(place) % count for place in frames]
 
 
 def montage(shown: list[Picture]) -> Picture:
-    """Pictures row by row in a square grid, each at most `TILE` pixels a side."""
+    """Arranges images row by row in a square grid, each at most `TILE` pixels a side."""
     side = int(np.ceil(np.sqrt(len(shown))))
     for picture in shown:
         picture.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
@@ -98,11 +160,11 @@ def _frame(header: Any, number: int, spec: DatasetSpec) -> Picture:
     if header.PhotometricInterpretation == "MONOCHROME1" or header.get("PresentationLUTShape") == "INVERSE":
         shades = 255 - shades
     shades[padding] = 0
-    return Image.fromarray(shades).convert("RGB")
+    return Image.fromarray(shades)
 
 
 def _grey(values: Numbers, shown: Numbers, own: dict[str, Any], header: Any, spec: DatasetSpec) -> NDArray[np.uint8]:
-    """8-bit shades; `shown` is where pixels are no padding."""
+    """Returns 8-bit shades; `shown` marks the pixels that are not padding."""
     if header.get("ModalityLUTSequence"):
         scaled = apply_modality_lut(values, header).astype(np.float32)
     else:
@@ -113,13 +175,13 @@ def _grey(values: Numbers, shown: Numbers, own: dict[str, Any], header: Any, spe
         bits = int(header.VOILUTSequence[0].LUTDescriptor[2])
         return _shades(apply_voi(scaled.astype(np.int32), header).astype(np.float32) / (2**bits - 1))
     center, width = _first(own["WindowCenter"]), _first(own["WindowWidth"])
-    if center is not None and width is not None and width > 0:  # some writers say 0 for none
+    if center is not None and width is not None and width > 0:  # some writers put 0 for no window
         return _shades(_windowed(scaled, center, width, str(own["VOILUTFunction"] or "LINEAR")))
     return stretch(np.clip(scaled, scaled[shown].min(), scaled[shown].max()) if shown.any() else scaled)
 
 
 def _windowed(values: Numbers, center: float, width: float, function: str) -> Numbers:
-    """Values as shares of full brightness (PS3.3 C.11.2.1.2, C.11.2.1.3)."""
+    """Returns values as fractions of full brightness (PS3.3 C.11.2.1.2, C.11.2.1.3)."""
     if function == "SIGMOID":
         return np.asarray(1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -60, 60))))
     if function == "LINEAR_EXACT":
@@ -132,7 +194,7 @@ def _shades(shares: Numbers) -> NDArray[np.uint8]:
 
 
 def _own(header: Any, number: int) -> dict[str, Any]:
-    """Rescale and window: the file's, or in an enhanced file those of this frame, or those that its frames share."""
+    """Returns rescale and window values: the file's or, in an enhanced file, those of this frame or shared by all frames."""
     wanted = ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth", "VOILUTFunction")
     places = [header]
     for groups, place in (("PerFrameFunctionalGroupsSequence", number), ("SharedFunctionalGroupsSequence", 0)):
@@ -144,28 +206,32 @@ def _own(header: Any, number: int) -> dict[str, Any]:
 
 
 def _padding(values: Numbers, header: Any) -> Numbers:
-    """Where the scanner put nothing (PixelPaddingValue, up to PixelPaddingRangeLimit)."""
+    """Marks pixels where the scanner put nothing (PixelPaddingValue, up to PixelPaddingRangeLimit)."""
     low = header.get("PixelPaddingValue")
     ends = [] if low is None else sorted((int(low), int(header.get("PixelPaddingRangeLimit", low))))
     return np.asarray((values >= ends[0]) & (values <= ends[1])) if ends else np.zeros(values.shape, bool)
 
 
 def _first(value: Any) -> float | None:
-    """Of several windows the first, which is the one that viewers show; None where there is none."""
+    """Returns the first of several windows, which is the one that viewers show; None if there is none."""
     first = next(iter(value), None) if hasattr(value, "__len__") and not isinstance(value, str) else value
     return None if first is None or first == "" else float(first)
 
 
 def _burned_in(header: Any) -> str:
-    """`yes` when the file says so; `maybe` when it does not say and its modality often has it; else nothing."""
-    said = str(header.get("BurnedInAnnotation") or "").upper()
+    """Returns `yes` if the file says so; `maybe` if it does not say and its modality, class or type often has burned-in text;
+    else nothing."""
+    said = str(header.get("BurnedInAnnotation") or "").strip().upper()
     if said == "YES":
         return "yes"
-    return "maybe" if not said and header.get("Modality") in OFTEN_BURNED_IN else ""
+    captured = f"{header.get('SOPClassUID')}.".startswith(f"{SECONDARY}.")
+    screen = any(value in SCREENS for value in header.get("ImageType") or [])
+    often = header.get("Modality") in OFTEN_BURNED_IN or captured or screen
+    return "maybe" if said != "NO" and often else ""
 
 
 def _cannot(header: Any) -> str:
     syntax = header.file_meta.get("TransferSyntaxUID") if hasattr(header, "file_meta") else None
-    name = syntax.name if syntax is not None else "no transfer syntax"
+    name = getattr(syntax, "name", "no transfer syntax")  # a damaged file may have a list
     cure = "; install pylibjpeg-libjpeg, whose licence is the GPL" if "Extended" in name else ""
     return f"pixels cannot be decoded ({name}{cure})"

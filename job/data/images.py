@@ -1,4 +1,4 @@
-"""One image value of a row → RGB pictures, or the reason why not."""
+"""Loads one image value of a row as RGB images, or raises the reason why not."""
 
 from __future__ import annotations
 
@@ -7,37 +7,43 @@ import hashlib
 import io
 import math
 import os
+import re
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from job.data.remote import fetched, piece
-from job.data.shelf import Shelf
+from job.config.schema import DatasetSpec, PrivacySpec
+from job.data.image_cache import ImageCache
+from job.data.pixels import MIN_SIDE, BadRow, Picture, as_rgb, check_bytes, check_size, shrink
+from job.data.remote import NO_HOST, Unfetchable, fetched, piece
+from job.data.webdataset import IMAGES
 from job.errors import DataError
-from job.spec import DatasetSpec
+from job.runtime.staging import BUNDLE
+from job.store.local import FAILING, disk_fault
 
-Image.MAX_IMAGE_PIXELS = None  # `max_image_pixels` is our bound; Pillow's would warn in every thread
-MIN_SIDE = 4
-"""Below it, processors mistake the height for the number of colours."""
 WORTH_KEEPING = 2
-"""A picture that was so many times larger before it was shrunk is kept: reading it again would take longer than reading that."""
+"""Images that shrinking made this many times smaller are cached: decoding them again would be slower than reading the copy."""
 Image.init()
 FORMATS = sorted({"PNG", "JPEG", "TIFF", "JPEG2000", "WEBP", "GIF", "BMP", "PPM", "AVIF"} & Image.OPEN.keys())
-"""Pillow would also hand PostScript to an interpreter, and read much that no user means."""
+"""Pillow would also pass PostScript to an interpreter, and read many formats that no user means."""
+UNKNOWN_HOST = f"image cannot be fetched: {NO_HOST}"
+"""Why a row is bad, permanently or for as long as the name servers are unreachable."""
 WEB = ("http://", "https://", "s3://")
-Picture = Image.Image
-
-
-class BadRow(Exception):
-    """Why a row is set aside. The text holds no content of the row."""
+ENCODED = re.compile(
+    rb"\x89PNG\r\n|\xff\xd8\xff|GIF8|RIFF.{4}WEBP|II\*\0|MM\0\*|BM.{4}\0{4}|\0\0\0\x0cjP  |.{4}ftypavi|.{128}DICM",
+    re.DOTALL,
+)
+"""How image files begin."""
+SHORTEST, HEAD = 64, 240
+"""Base64 characters that show how an image file begins, and a DICOM file, whose magic number follows 128 bytes."""
+COMMON = str.maketrans("-_", "+/")
 
 
 class Bounds(NamedTuple):
-    """How large pictures may be, in pixels: the longer side; the area of one; its shorter side; the area of all of a row
-    together. What is larger is shrunk, its shape kept."""
+    """Upper limits on image size in pixels: the longer side, the area, the shorter side, and the total area of a row's images.
+    Larger images are shrunk with their aspect ratio kept."""
 
     side: float | None = None
     area: float | None = None
@@ -45,7 +51,7 @@ class Bounds(NamedTuple):
     row: float | None = None
 
     def size(self, width: int, height: int, pictures: int) -> tuple[int, int]:
-        """The size to shrink one of a row's `pictures` to; its own where it is small enough."""
+        """Returns the size to shrink one of a row's `pictures` images to; unchanged if it is small enough."""
         scales = [1.0]
         scales += [self.side / max(width, height)] if self.side else []
         scales += [math.sqrt(self.area / (width * height))] if self.area else []
@@ -59,17 +65,19 @@ AS_IT_IS = Bounds()
 
 
 class Files(NamedTuple):
-    """Where paths in rows start from (a folder, or an `s3://` prefix), where what is behind URLs in rows is kept, where shrunk
-    pictures are, and how far they are shrunk."""
+    """Where relative paths in rows start (a folder, or an `s3://` prefix), where images behind URLs are stored, the cache of
+    shrunk images, the limits they are shrunk to, what to do about burned-in text, and which hosts need not be public."""
 
     base: Path | str | None = None
     fetched: Path | None = None
-    shelf: Shelf | None = None
+    cache: ImageCache | None = None
     bounds: Bounds = AS_IT_IS
+    privacy: PrivacySpec = PrivacySpec()
+    hosts: tuple[str, ...] = ()
 
 
 class Place(NamedTuple):
-    """Where an encoded file lies: a path, or a URL of a shard; and which piece of it, else the whole."""
+    """Where an encoded file is: a path, or the URL of a shard; and the byte range in it, else the whole."""
 
     name: str
     offset: int = 0
@@ -77,99 +85,179 @@ class Place(NamedTuple):
 
 
 def locate(value: Any, files: Files) -> bytes | Place:
-    """The encoded file behind a row's image value, or where it lies: embedded bytes, `{"bytes", "path"}`, a `data:`, http or s3
-    URL, a path relative to `files.base`, or a piece `{"path", "offset", "size"}` of an archive. Raises BadRow for none."""
+    """Returns the encoded file of a row's image value, or its place: embedded bytes, base64, `{"bytes", "path"}`, a `data:`, http
+    or s3 URL, a path relative to `files.base`, or a piece `{"path", "offset", "size"}` of an archive. Raises BadRow if none."""
     given = value if isinstance(value, dict) else {"path": value}
     name = given.get("path") if given.get("bytes") is None else given["bytes"]
     if isinstance(name, bytes):
+        check_bytes(len(name))
         return name
     extent = [given["offset"], given.get("size")] if "offset" in given else []
     if not (isinstance(name, str) and name and all(isinstance(number, int) and number >= 0 for number in extent)):
         raise BadRow("no image")
     if name.startswith("data:"):
         return _inline(name)
+    if begins_as_picture(name):
+        return _from_base64(name, "image is broken base64")
     name = name.removeprefix("file://")
     if not name.startswith(WEB):
         if files.base is not None:
             name = _below(str(files.base), name)
-        elif value is not given:  # a hub's own files come as {"path"}; a word in a stranger's row names no file here
-            raise BadRow("image is a path, and there is no folder that it starts from")
+        elif value is not given:  # the Hub's own files come as {"path"}; text in a stranger's row names no file here
+            raise BadRow("image is a path, and there is no folder to resolve it in")
     if extent or not name.startswith(WEB):
         return Place(name, *extent)
-    path = fetched(name, files.fetched) if files.fetched else None
-    if path is None:
-        raise BadRow("image cannot be fetched: there is none at its URL")
-    return Place(str(path))
+    if files.fetched is None:
+        raise BadRow("image is a URL, and there is no folder to fetch it to")
+    try:
+        return Place(str(fetched(name, files.fetched, files.hosts)))
+    except Unfetchable as error:
+        raise BadRow(f"image cannot be fetched: {error}") from None
 
 
 def _below(base: str, name: str) -> str:
-    """The path or URL of a name that starts from `base`. The owner's links are followed; names that lead out of it are not."""
+    """Resolves a name against `base` to a path or URL. Follows the owner's links, but refuses names that lead out of it."""
     scheme, folder = ("s3:/", base.removeprefix("s3:/")) if base.startswith(WEB) else ("", str(Path(base).absolute()))
     whole = os.path.normpath(f"{folder}/{name}") if name[:1] != "/" else os.path.normpath(name)
     if not whole.startswith(f"{os.path.normpath(folder)}/"):
-        raise BadRow("image path leads out of the dataset's folder")
+        raise BadRow("image path leaves the dataset's folder")
     return scheme + whole
 
 
+def looks_like_picture(value: Any) -> bool:
+    """Whether a column with this value is likely to hold images: encoded ones, names of image files, or lists of either."""
+    if isinstance(value, dict):
+        return looks_like_picture(value.get("bytes") or value.get("path") or value.get("url"))
+    if isinstance(value, list):
+        return any(map(looks_like_picture, value[:3]))
+    if isinstance(value, bytes):
+        return ENCODED.match(value) is not None
+    if not isinstance(value, str):
+        return False
+    name = value[-4096:].rstrip(" ]\"'")  # lists may be written as JSON
+    encoded = value.startswith("data:image/") or begins_as_picture(value.lstrip("[ \"'"))
+    return encoded or PurePosixPath(name).suffix.lower()[1:] in IMAGES
+
+
 def read(place: Place) -> bytes:
-    """Raises BadRow for what cannot be read."""
+    """Raises BadRow if it cannot be read."""
     size = place.size
     try:
         if place.name.startswith("s3://"):
+            check_bytes(size or 0)
             return piece(place.name, place.offset, size) if size else b""
-        file = os.open(place.name, os.O_RDONLY | os.O_NONBLOCK)  # a pipe is not waited for
+        file = os.open(place.name, os.O_RDONLY | os.O_NONBLOCK)  # does not wait for a pipe
         try:
             there = os.fstat(file).st_size - place.offset
             size = there if size is None else size
             if not 0 <= size <= there:
-                raise BadRow("image's file is cut short")
+                raise BadRow("image file is truncated")
+            check_bytes(size)
             data = os.pread(file, size, place.offset)
         finally:
             os.close(file)
     except DataError as error:
         raise BadRow("archive is gone from its store") from error
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in FAILING:  # not the row's fault
+            raise disk_fault(error, Path(place.name)) from error
         raise BadRow(f"image cannot be read: {getattr(error, 'strerror', None) or 'not a path'}") from error
     if len(data) < size:
-        raise BadRow("image's file is cut short")
+        raise BadRow("image file is truncated")
     return data
 
 
 def _inline(url: str) -> bytes:
     head, _, body = url.partition(",")
+    return _from_base64(body, "data: URL is not base64") if head.endswith(";base64") else b""
+
+
+def is_absolute(value: Any) -> bool:
+    """Whether a row's image value is an absolute path on this machine."""
+    name = value.get("path") if isinstance(value, dict) and value.get("bytes") is None else value
+    return isinstance(name, str) and name.removeprefix("file://")[:1] == "/" and not begins_as_picture(name)
+
+
+def begins_as_picture(text: str) -> bool:
+    """Whether a text is the base64 of an image, and so not a path, judging by the first bytes of the file."""
+    for size in (SHORTEST, HEAD):
+        head = _bare(text[:size])
+        with suppress(ValueError):
+            if len(text) >= size and ENCODED.match(base64.b64decode(head[: len(head) // 4 * 4], validate=True)):
+                return True
+    return False
+
+
+def _from_base64(text: str, reason: str) -> bytes:
+    check_bytes(len(text) * 3 // 4)
+    bare = _bare(text).rstrip("=")
     try:
-        return base64.b64decode(body, validate=True) if head.endswith(";base64") else b""
+        return base64.b64decode(bare + "=" * (-len(bare) % 4), validate=True)
     except ValueError as error:
-        raise BadRow("data: URL is not base64") from error
+        raise BadRow(reason) from error
+
+
+def _bare(text: str) -> str:
+    """Removes line breaks and Python's quotes around bytes from base64, and converts its other alphabet to the common one."""
+    text = "".join(text.split()).translate(COMMON)
+    return text[2:].rstrip("'\"") if text.startswith(("b'", 'b"')) else text
 
 
 def load(value: Any, files: Files, spec: DatasetSpec, pictures: int = 1) -> list[Picture]:
-    """The RGB pictures of an image value, upright by EXIF, shrunk to `files.bounds` as one of the row's `pictures`.
+    """Loads the RGB images of an image value, upright by EXIF, shrunk to `files.bounds` as one of the row's `pictures`.
 
-    One, unless it is a DICOM file of which several frames are chosen. `{"montage": [values]}` is one picture of several.
-    Raises BadRow.
+    Returns one image, or several if several frames of a DICOM file are selected. `{"montage": [values]}` is one image made of
+    several. Raises BadRow.
     """
-    kept = files.shelf.take(_key(_parts(value, files), pictures)) if files.shelf else None
+    kept = files.cache.take(_key(_parts(value, files), pictures)) if files.cache else None
     return [kept] if kept is not None else load_anew(value, files, spec, pictures)[1]
 
 
 def load_anew(value: Any, files: Files, spec: DatasetSpec, pictures: int = 1) -> tuple[list[bytes], list[Picture]]:
-    """The encoded files behind an image value, and its pictures. One that took long to make is kept on the shelf."""
+    """Returns the encoded files behind an image value, and its images. Caches an image that took long to make."""
     parts = _parts(value, files)
-    data = [part if isinstance(part, bytes) else read(part) for part in parts]
-    costly = data[0][128:132] == b"DICM"
-    if costly:
-        from job.data.dicom import frames, montage
+    try:
+        return _decoded(parts, files, spec, pictures)
+    except BadRow:
+        for path in [Path(part.name) for part in parts if isinstance(part, Place)]:
+            # Keep fetched files only if they decode; a bundle is not ours to change.
+            if path.parent == files.fetched and BUNDLE not in path.parts:
+                path.unlink(missing_ok=True)
+        raise
 
-        found = [picture for each in data for picture in frames(each, spec)]
-        found = [montage(found)] if len(parts) > 1 else found
-    else:
-        found = [decode(each, spec, files.bounds, pictures) for each in data]
+
+def _decoded(
+    parts: list[bytes | Place], files: Files, spec: DatasetSpec, pictures: int
+) -> tuple[list[bytes], list[Picture]]:
+    data = [part if isinstance(part, bytes) else read(part) for part in parts]
+    made = [_frames(each, spec, files, pictures) for each in data]
+    costly = data[0][128:132] == b"DICM"
+    found = [picture for each in made for picture in each]
+    if costly and len(parts) > 1:
+        from job.data.dicom import montage
+
+        found = [montage(found)]
     before = found[0].width * found[0].height
     found = [shrink(picture, files.bounds.size(*picture.size, pictures)) for picture in found]
-    if files.shelf and len(found) == 1 and (costly or before >= WORTH_KEEPING * found[0].width * found[0].height):
-        files.shelf.put(_key(parts, pictures), found[0])
+    if files.cache and len(found) == 1 and (costly or before >= WORTH_KEEPING * found[0].width * found[0].height):
+        files.cache.put(_key(parts, pictures), found[0], hashlib.sha256(b"".join(data)).hexdigest())
     return data, found
+
+
+def _frames(data: bytes, spec: DatasetSpec, files: Files, pictures: int) -> list[Picture]:
+    """Decodes the image of a file, or the selected frames of DICOM, and handles burned-in text."""
+    if dicom := data[128:132] == b"DICM":
+        from job.data.decoder import decoded_apart
+        from job.data.dicom import montage
+
+        found = decoded_apart(data, spec)
+    else:
+        found = [decode(data, spec, files.bounds, pictures)]
+    if dicom or files.privacy.look_for_text is True:
+        from job.data.burned_in import cleared
+
+        found = [cleared(picture, files.privacy) for picture in found]
+    return [montage(found)] if dicom and spec.dicom.frames == "montage" and len(found) > 1 else found
 
 
 def _parts(value: Any, files: Files) -> list[bytes | Place]:
@@ -178,19 +266,19 @@ def _parts(value: Any, files: Files) -> list[bytes | Place]:
 
 
 def _key(parts: list[bytes | Place], pictures: int) -> str:
-    """What a picture is made from: a file that was written anew has another key."""
+    """Identifies what an image is made from: a rewritten file gets another key."""
     facts = [str(pictures)]
     for part in parts:
         facts.append(hashlib.sha256(part).hexdigest() if isinstance(part, bytes) else str(part))
         if isinstance(part, Place):
-            with suppress(OSError, ValueError):  # in a store, or not there
+            with suppress(OSError, ValueError):  # in a store, or missing
                 stat = Path(part.name).stat()
                 facts.append(f"{stat.st_size} {stat.st_mtime_ns}")
     return "\0".join(facts)
 
 
 def decode(data: bytes, spec: DatasetSpec, bounds: Bounds = AS_IT_IS, pictures: int = 1) -> Picture:
-    """RGB picture of shape (height, width), upright. Its size is looked at before any pixel is decoded. Raises BadRow."""
+    """Decodes an RGB image of shape (height, width), upright. Checks its size before decoding any pixel. Raises BadRow."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             check_size(*image.size, spec)
@@ -200,45 +288,8 @@ def decode(data: bytes, spec: DatasetSpec, bounds: Bounds = AS_IT_IS, pictures: 
     except BadRow:
         raise
     except UnidentifiedImageError as error:
-        raise BadRow("image of no known format") from error
-    except Exception as error:  # what a decoder raises for a broken file is its own affair
+        if data.startswith(b"version https://git-lfs"):
+            raise BadRow("image is a Git LFS pointer: fetch it with git lfs pull") from error
+        raise BadRow("image of an unknown format") from error
+    except Exception as error:  # decoders may raise anything on a broken file
         raise BadRow(f"image is broken: {type(error).__name__}") from error
-
-
-def check_size(width: int, height: int, spec: DatasetSpec) -> None:
-    """Raises BadRow for what no processor should be given."""
-    if width * height > spec.max_image_pixels:
-        raise BadRow(f"image too large: {width}×{height} is over {spec.max_image_pixels} pixels")
-    if min(width, height) < MIN_SIDE:
-        raise BadRow(f"image too small: {width}×{height}")
-    if max(width, height) > spec.max_aspect_ratio * min(width, height):
-        raise BadRow(f"image too narrow: {width}×{height} is over max_aspect_ratio {spec.max_aspect_ratio:g}")
-
-
-def as_rgb(image: Picture) -> Picture:
-    """Every mode of Pillow's as RGB. Deep greys (16 bits, floats) are stretched from their own darkest to their own brightest
-    value: scanners use 10 or 12 of 16 bits, and Pillow's own conversion would cut at 255. What is transparent becomes white."""
-    if image.mode.startswith(("I", "F")):
-        return Image.fromarray(stretch(np.asarray(image, dtype=np.float32))).convert("RGB")
-    if image.mode in ("RGBA", "LA", "La", "PA", "RGBa") or "transparency" in image.info:
-        solid = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", solid.size, "white"), solid).convert("RGB")
-    if image.mode == "LAB":
-        raise BadRow("image in LAB colours, which cannot be shown")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def stretch(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Numbers of any range as 8 bits, lowest to highest."""
-    low, high = float(values.min()), float(values.max())
-    if not np.isfinite([low, high]).all():
-        raise BadRow("image holds values that are no numbers")
-    return ((values - low) * (255 / max(high - low, 1e-9)) + 0.5).astype(np.uint8)
-
-
-def shrink(picture: Picture, size: tuple[int, int]) -> Picture:
-    if size == picture.size:
-        return picture
-    small = picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
-    small.info = picture.info
-    return small

@@ -1,98 +1,117 @@
-"""From a source to rows that train and rows that are held out, every one of them looked at."""
+"""Turns a source into training rows and held-out rows, and validates every one of them."""
 
 from __future__ import annotations
 
 import hashlib
 import warnings
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from job.data import Data
-from job.data.images import AS_IT_IS, BadRow, Bounds, load
-from job.data.look import Seen, look
-from job.data.rows import as_text, fixed, last_answer, read_sample, repeat_images, require
-from job.data.similar import near_pairs
+from job.config.schema import JobSpec
+from job.data import Data, Row
+from job.data.conversations import as_text, fixed, last_answer, read_sample, repeat_images
+from job.data.facts import DataFacts, NearPair
+from job.data.floats import in_both
+from job.data.images import AS_IT_IS, Bounds, load
+from job.data.near_duplicates import near_pairs
+from job.data.pixels import BadRow
 from job.data.sources import Source, open_source
 from job.data.split import hold_out, units
+from job.data.validate import ValidatedRow, validate_rows
 from job.errors import DataError
-from job.spec import JobSpec
+from job.output.identity import Identity
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from job.model.lengths import Ruler
-
-
-BOTH = ("burned_in_yes", "burned_in_maybe", "over_length", "without_images")
-"""Facts that are counts over rows to train on and rows held out by the user together."""
+    from job.model.token_length import TokenCounter
 
 
 def prepare(
     spec: JobSpec,
     scratch: Path,
-    measure: Ruler | None = None,
+    measure: TokenCounter | None = None,
     most: int | None = None,
     bounds: Bounds = AS_IT_IS,
 ) -> Data:
-    """Open, look at every row, set bad ones aside, split. `measure` counts a row's tokens. Raises DataError.
+    """Opens the source, validates every row, quarantines bad ones and splits the rest. `measure` counts a row's tokens. Raises
+    DataError.
 
-    Pictures are shrunk to `bounds`, or to `dataset.image_max_side` where that is a number.
-    With `most`, only so many rows are looked at and handed on, and the facts say so.
+    Images are shrunk to `bounds`, or to `dataset.image_max_side` if it is a number. With `most`, only that many rows are
+    validated and returned, and the facts say so.
     """
     dataset = spec.dataset
     if dataset.image_max_side != "auto":
         bounds = Bounds(side=dataset.image_max_side)
-    source = open_source(dataset, dataset.path, dataset.split, scratch, bounds=bounds)
-    _require_columns(source, spec)
-    seen, bad, facts = look(source, spec, measure, most)
-    facts["source"] = source.decided
-    if dataset.eval_path or dataset.eval_split:
-        named = "dataset.eval_path" if dataset.eval_path else "dataset.eval_split"
-        split = dataset.eval_split or dataset.split
-        other = open_source(dataset, dataset.eval_path or dataset.path, split, scratch, named, bounds)
-        _require_columns(other, spec)
-        held, bad_held, theirs = look(other, spec, measure, most)
-        facts |= {name: facts[name] + theirs[name] for name in BOTH}
-        facts["reasons"] = dict(Counter(facts["reasons"]) + Counter(theirs["reasons"]))
-        bad = bad + [{**row, "of": "evaluation"} for row in bad_held]
+    source, other = _open_both(spec, scratch, bounds)
+    seen, bad, counts = validate_rows(source, spec, measure, most)
+    whole, same = counts.looked_at is None, None
+    if other is not source:
+        held, bad_held, theirs = validate_rows(other, spec, measure, most)
+        whole = whole and theirs.looked_at is None
+        counts = counts.with_held_out(theirs)
+        bad = bad + [replace(row, of="evaluation") for row in bad_held]
         numbers = [group_numbers(side, dataset.group_column) for side in (seen, held)]
-        facts["same_in_both"] = len(
-            set.intersection(*({key for row in side for key in row.keys} for side in (seen, held)))
-        )
+        same = len(set.intersection(*({key for row in side for key in row.keys} for side in (seen, held))))
     else:
-        other = source
         seen, held, numbers = _split(seen, spec)
     if not seen:
         raise DataError("dataset: no rows are left to train on")
     near = _near(seen, held)
     train = _rows(source, seen, numbers[0], spec)
     evaluation = _spread(_rows(other, held, numbers[1], spec), spec.evaluation.max_rows)
-    part = facts.get("looked_at", facts["rows"]) / facts["rows"]
-    facts |= {"train": round(len(seen) / part), "evaluation": round(len(held) / part)}
-    facts |= {"quarantined": len(bad), "near_duplicates": len(near)}
-    facts["instruction"] = None if source.reading.messages or not fixed(dataset) else dataset.instruction
-    if most is None:
-        facts["train_sha256"] = hashlib.sha256("".join(row.digest for row in seen).encode()).hexdigest()
-    facts["grouped"] = bool(dataset.group_column or source.table.patients)
+    part = 1 if counts.looked_at is None else counts.looked_at / counts.rows
+    facts = DataFacts(
+        **vars(counts),
+        source=source.decided,
+        left_out=source.table.left_out,
+        held_out_source=None if other is source else other.decided,
+        same_in_both=same,
+        train=round(len(seen) / part),
+        evaluation=round(len(held) / part),
+        quarantined=len(bad),
+        near_duplicates=len(near),
+        instruction=None if source.reading.messages or not fixed(dataset) else dataset.instruction,
+        train_sha256=hashlib.sha256("".join(row.digest for row in seen).encode()).hexdigest() if most is None else None,
+        grouped=bool(dataset.group_column or source.table.patients),
+    )
     values = {
         name: label.values or sorted({row.labels[name] for row in seen + held} - {""})
         for name, label in spec.evaluation.labels.items()
     }
-    return Data(train, evaluation, bad, facts, values, near)
+    identity = Identity(*(b"".join(row.identity for row in side) for side in (seen, held))) if whole else None
+    sources = {each.field: each for each in (source, other)}
+    return Data(train, evaluation, bad, facts, values, near, identity, sources)
 
 
-def group_numbers(rows: Sequence[Seen], by_column: str | None) -> list[int]:
-    """The group that each row belongs to: the column's value, or, without one, all rows that share a picture."""
+def _open_both(spec: JobSpec, scratch: Path, bounds: Bounds) -> tuple[Source, Source]:
+    """Opens training rows and the user's held-out rows; returns the same source twice if the user holds none out."""
+    dataset = spec.dataset
+    labels = spec.evaluation.labels.items()
+    also = {f"evaluation.labels.{name}.column is {label.column}": label.column for name, label in labels}
+    also |= {f"evaluation.groups has {column}": column for column in spec.evaluation.groups}
+    source = open_source(dataset, dataset.path, dataset.split, scratch, bounds=bounds, also=also, privacy=spec.privacy)
+    if not (dataset.eval_path or dataset.eval_split):
+        return source, source
+    named = "dataset.eval_path" if dataset.eval_path else "dataset.eval_split"
+    split = dataset.eval_split or dataset.split
+    other = open_source(dataset, dataset.eval_path or dataset.path, split, scratch, named, bounds, also, spec.privacy)
+    ours, theirs = source.floats, other.floats
+    return replace(source, floats=in_both(ours, theirs)), replace(other, floats=in_both(theirs, ours))
+
+
+def group_numbers(rows: Sequence[ValidatedRow], by_column: str | None) -> list[int]:
+    """Returns the group of each row: by the column's value or, without a column, by shared images."""
     return units([row.keys[:1] if by_column else row.keys for row in rows])
 
 
-def _split(rows: list[Seen], spec: JobSpec) -> tuple[list[Seen], list[Seen], list[list[int]]]:
+def _split(rows: list[ValidatedRow], spec: JobSpec) -> tuple[list[ValidatedRow], list[ValidatedRow], list[list[int]]]:
     dataset = spec.dataset
     numbers = group_numbers(rows, dataset.group_column)
     names = [rows[number].keys[0] for number in numbers]
@@ -103,19 +122,19 @@ def _split(rows: list[Seen], spec: JobSpec) -> tuple[list[Seen], list[Seen], lis
     return train, evaluation, [[numbers[place] for place in side] for side in sides]
 
 
-def _near(train: list[Seen], held: list[Seen]) -> list[dict[str, Any]]:
-    """Held-out rows with a picture that is nearly one to train on; exact copies are among them where a group column or the
-    user put them on both sides."""
+def _near(train: list[ValidatedRow], held: list[ValidatedRow]) -> list[NearPair]:
+    """Finds held-out rows with a near-duplicate of a training image. Exact copies are included if a group column or the user put
+    them on both sides."""
     places = [[(row.place, bits) for row in side for bits in row.hashes] for side in (held, train)]
     if not all(places):
         return []
     ours, theirs = (np.stack([bits for _, bits in side]) for side in places)
     found = [(places[0][a][0], places[1][b][0], apart) for a, b, apart in near_pairs(ours, theirs)]
-    return [{"evaluation": f"row-{a}", "train": f"row-{b}", "bits_apart": apart} for a, b, apart in found]
+    return [NearPair(f"row-{a}", f"row-{b}", apart) for a, b, apart in found]
 
 
-def _rows(source: Source, seen: list[Seen], numbers: list[int], spec: JobSpec) -> Dataset:
-    """The rows chosen, by their places: not one is copied."""
+def _rows(source: Source, seen: list[ValidatedRow], numbers: list[int], spec: JobSpec) -> Dataset:
+    """Selects rows by index, without copying any."""
     from datasets import Dataset
 
     chosen = Dataset.from_dict({"_row": [row.place for row in seen], "_unit": numbers})
@@ -124,15 +143,16 @@ def _rows(source: Source, seen: list[Seen], numbers: list[int], spec: JobSpec) -
 
 def _transform(batch: dict[str, list[int]], spec: JobSpec, source: Source) -> dict[str, list[Any]]:
     places, units = batch["_row"], batch["_unit"]
-    at_once = len(places) if source.table.streamed else 1  # the rows of a batch wait for the store together
+    at_once = len(places) if source.table.streamed else 1  # the rows of a batch wait for the store concurrently
     with warnings.catch_warnings(), ThreadPoolExecutor(at_once) as pool:
         warnings.simplefilter("ignore")
         one = pool.map if source.table.streamed else map
-        made = list(one(partial(_one, spec=spec, source=source), places, units, source.rows_at(places)))
+        read = partial(_one, spec=spec, source=source)
+        made: list[Mapping[str, Any]] = list(one(read, places, units, source.rows_at(places)))
     return {name: [row[name] for row in made] for name in made[0]}
 
 
-def _one(place: int, unit: int, row: dict[str, Any], spec: JobSpec, source: Source) -> dict[str, Any]:
+def _one(place: int, unit: int, row: dict[str, Any], spec: JobSpec, source: Source) -> Row:
     dataset, evaluation = spec.dataset, spec.evaluation
     try:
         values = source.read(row)
@@ -140,10 +160,10 @@ def _one(place: int, unit: int, row: dict[str, Any], spec: JobSpec, source: Sour
         images = [load(value, source.files, dataset, len(sample.images)) for value in sample.images]
     except BadRow as reason:
         raise DataError(
-            f"{source.field}: row {place} was good before and is not now: {reason}; was the data changed?"
+            f"{source.field}: row {place} was valid before and is not now: {reason}; did the data change?"
         ) from None
     messages = repeat_images(sample.messages, [len(each) for each in images])
-    return {
+    made: Row = {
         "id": f"row-{place}",
         "messages": messages,
         "images": [picture for each in images for picture in each],
@@ -151,19 +171,10 @@ def _one(place: int, unit: int, row: dict[str, Any], spec: JobSpec, source: Sour
         "labels": {name: as_text(values.get(label.column)) for name, label in evaluation.labels.items()},
         "groups": {column: as_text(values.get(column)) or None for column in evaluation.groups},
         "unit": unit,
-        **({"weight": sample.weight} if dataset.weight_column else {}),
     }
-
-
-def _require_columns(source: Source, spec: JobSpec) -> None:
-    labels = {
-        f"evaluation.labels.{name}.column is {label.column}": label.column
-        for name, label in spec.evaluation.labels.items()
-    }
-    groups = {f"evaluation.groups has {column}": column for column in spec.evaluation.groups}
-    require({**labels, **groups}, source.columns, source.field)
+    return {**made, "weight": sample.weight} if dataset.weight_column else made
 
 
 def _spread(rows: Dataset, most: int) -> Dataset:
-    """At most `most` rows, evenly over all, always the same."""
+    """Returns at most `most` rows, evenly spread and always the same."""
     return rows if len(rows) <= most else rows.select([index * len(rows) // most for index in range(most)])

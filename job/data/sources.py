@@ -1,215 +1,223 @@
-"""What a user names (folder, file, archive, bucket, hub id), as a lazy table of rows, and why it was read so."""
+"""Opens what a user names (folder, file, archive, bucket, Hub id) as a lazy table of rows, and says why it was read so."""
 
 from __future__ import annotations
 
 import hashlib
-import re
 import shutil
 import zipfile
-import zlib
-from collections import Counter
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from job.data.images import AS_IT_IS, BadRow, Bounds, Files, Place, locate
-from job.data.rows import Reading, choose_columns, read_sample
-from job.data.shards import fetched_shards, index_shards, shards_to_stream
-from job.data.shelf import Shelf
-from job.data.tables import LINE, as_table, columns_of, from_hub, read_line, read_table, undecoded
-from job.errors import DataError
-from job.record import bytes_text
-from job.scratch import free_bytes
-from job.spec import DatasetSpec
-from job.stage_in import BUNDLE, local_path
+from job.config.schema import DatasetSpec, PrivacySpec
+from job.data.cards import classes_noted
+from job.data.classes import kinds_of, named
+from job.data.columns import FIRST, Choose, Rows, first_rows, undecoded
+from job.data.conversations import Reading, choose_alike, choose_columns, read_sample
+from job.data.floats import Floats, floats_of
+from job.data.hub import from_hub, not_there
+from job.data.image_cache import ImageCache
+from job.data.images import AS_IT_IS, Bounds, Files, Place, locate, looks_like_picture
+from job.data.layouts import find_rows, listed, of_split, tables_below
+from job.data.pixels import LARGEST, BadRow
+from job.data.tables import LINE, as_table, read_line, read_table
+from job.data.webdataset import IMAGES, fetched_shards, index_shards, shards_to_stream
+from job.errors import DataError, JobError
+from job.runtime.hub import is_hub_id
+from job.runtime.staging import BUNDLE, check_room, exists, local_path, only_one, room_at
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-KINDS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".tar": "webdataset",
-}
-TRAIN = "train"
-"""The split that is everything where no file is named after a split. For another, everything would be a leak."""
-HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+|[\w-]+")
-
 
 @dataclass(frozen=True)
 class Table:
-    """Lazy rows as some format has them. `why` says in words how they were read; paths in them start from `base`."""
+    """Lazy rows in the columns of their format. `why` describes how they were read; paths in them are relative to `base`."""
 
-    rows: Dataset
+    found: Rows
     why: str
     base: Path | str | None = None
     patients: bool = False
-    """Whether the format itself says which rows are of one patient."""
+    """Whether the format itself says which rows belong to one patient."""
     streamed: bool = False
     """Whether each image is fetched when its row is used."""
+    left_out: tuple[str, ...] = ()
+    """Tables beside it that are named after other splits."""
+    files: tuple[Path, ...] = ()
+    """The files that hold the rows, if each is a separate table."""
+
+    @property
+    def rows(self) -> Dataset:
+        return self.found.rows
 
 
 @dataclass(frozen=True)
 class Source:
-    """A table, and how it is read: `columns` are what `read` gives of a row. `field` of the spec names it."""
+    """A table and how it is read. `field` is the spec field that names it."""
 
     table: Table
-    columns: tuple[str, ...]
     files: Files
     reading: Reading
     decided: str
     field: str
+    floats: dict[str, Floats]
 
     def rows_at(self, places: list[int]) -> list[dict[str, Any]]:
         try:
             columns = self.table.rows[places]
-        except UnicodeDecodeError as error:  # a writer may put anything into parquet
+        except UnicodeDecodeError as error:  # a writer may put anything into Parquet
             raise DataError(
-                f"{self.field}: a text in rows {places[0]} to {places[-1]} is not UTF-8; write the file anew"
+                f"{self.field}: a text in rows {places[0]} to {places[-1]} is not UTF-8; rewrite the file"
             ) from error
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def read(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Values by column of a row of the table. Raises BadRow."""
-        return read_line(row[LINE]) if LINE in row else row
+        """Returns the values of a row of the table by column. Raises BadRow."""
+        values = read_line(row[LINE]) if LINE in row else row
+        plain = {name: each.plain(values[name]) for name, each in self.floats.items() if name in values}
+        classes = {name: kind for name, kind in self.table.found.classes.items() if name in self.reading.used}
+        return values | plain | {name: named(values.get(name), kind, name) for name, kind in classes.items()}
 
-    def named_files(self, spec: DatasetSpec, folder: Path) -> set[str]:
-        """Files below `folder` that good rows name, relative to it."""
-        found, root = set[str](), folder.absolute()
+    def other_pictures(self) -> list[str]:
+        """Returns the columns that look like images but that the spec does not read as images."""
+        found: dict[str, None] = {}
+        some = first_rows(self.table.files) or self.rows_at(list(range(min(FIRST, len(self.table.rows)))))
+        for row in some:
+            with suppress(BadRow):
+                values = self.read(row)
+                found |= dict.fromkeys(name for name, value in values.items() if looks_like_picture(value))
+        return [name for name in found if name not in self.reading.images]
+
+    def named_files(self, spec: DatasetSpec, *folders: Path) -> list[set[str]]:
+        """Returns, for each folder, the files below it that good rows name, relative to it."""
+        found: dict[Path, set[str]] = {folder.absolute(): set() for folder in folders}
         for row in self.table.rows:
             with suppress(BadRow):
                 for value in read_sample(self.read(row), spec, self.reading).images:
                     place = locate(value, self.files)
-                    if isinstance(place, Place) and Path(place.name).is_file() and root in Path(place.name).parents:
-                        found.add(str(Path(place.name).relative_to(root)))
-        return found
+                    file = Path(place.name).absolute() if isinstance(place, Place) else Path("/")
+                    for root, names in found.items():
+                        if root in file.parents and file.is_file():
+                            names.add(str(file.relative_to(root)))
+        return [*found.values()]
 
 
 def open_source(
-    spec: DatasetSpec, path: str, split: str, scratch: Path, field: str = "dataset.path", bounds: Bounds = AS_IT_IS
+    spec: DatasetSpec,
+    path: str,
+    split: str,
+    scratch: Path,
+    field: str = "dataset.path",
+    bounds: Bounds = AS_IT_IS,
+    also: Mapping[str, str] = MappingProxyType({}),
+    privacy: PrivacySpec = PrivacySpec(),  # noqa: B008 - it is frozen
 ) -> Source:
-    """The rows at `path`, images not decoded. Raises DataError naming `field` when there is nothing to read."""
-    table = _open(spec, path, split, scratch, field)
-    columns = columns_of(table.rows, f"{field}: {path}")
-    reading = choose_columns(columns, spec, field)
+    """Opens the rows at `path` without decoding images, with the columns in `also`, keyed by the fields that need them.
+
+    Raises DataError naming `field` if there is nothing to read.
+    """
+
+    def choose(tables: dict[str, tuple[str, ...]]) -> Iterable[str]:
+        reading = choose_alike(tables, spec, field, also)
+        everywhere = all(reading.split in columns for columns in tables.values())
+        return reading.used | ({reading.split} if reading.split and everywhere else set())
+
+    table = _open(spec, path, split, scratch, field, choose)
+    reading = choose_columns(table.found.columns, spec, field, also)
     bundled = scratch / BUNDLE / "images"
     fetched = bundled if bundled.exists() else scratch / "fetched" / "images"
-    way = hashlib.sha256(f"{bounds} {spec.dicom}".encode()).hexdigest()[:16]
-    room = min(int(spec.cache_gb * 1e9), free_bytes(scratch) // 2)  # the rest is for what the job cannot do without
-    shelf = Shelf(scratch / "cache" / "pictures" / way, room) if any(bounds) else None
-    files = Files(table.base, fetched, shelf, bounds)
+    way = hashlib.sha256(f"{bounds} {spec.dicom} {privacy}".encode()).hexdigest()[:16]
+    free = room_at(scratch)
+    room = int(spec.cache_gb * 1e9)
+    room = room if free is None else min(room, free // 2)  # the rest is for what the job cannot do without
+    cache = ImageCache(scratch / "cache" / "pictures" / way, room) if any(bounds) else None
+    files = Files(table.base, fetched, cache, bounds, privacy, tuple(host.lower() for host in spec.image_hosts))
     what = f"conversations in {reading.messages}" if reading.messages else f"answers in {reading.answer}"
     if spec.answer and not reading.messages:
         what = "answers by template"
     images = f"images in {', '.join(reading.images)}" if reading.images else "no images"
-    return Source(table, columns, files, reading, f"{table.why}; {what}, {images}", field)
+    return Source(table, files, reading, f"{table.why}; {what}, {images}", field, table.found.floats)
 
 
-def _open(spec: DatasetSpec, path: str, split: str, scratch: Path, field: str) -> Table:
-    cache = scratch / "cache" / "datasets"
+def _open(spec: DatasetSpec, path: str, split: str, scratch: Path, field: str, choose: Choose) -> Table:
+    cache, held_out = scratch / "cache" / "datasets", field == "dataset.eval_path"
     streamed = [] if (scratch / BUNDLE).exists() else shards_to_stream(spec, path)
     if streamed:
-        shards = [shard for shard in streamed if _named(split, shard.key)] or streamed * (split == TRAIN)
-        why = f"webdataset: {len(shards)} .tar file(s), read from their store since they are over cache_gb {spec.cache_gb:g}"
+        named = set(of_split((shard.key for shard in streamed), split, held_out))
+        shards = [shard for shard in streamed if shard.key in named]
+        if not shards:
+            raise DataError(
+                f"{field}: none of the {len(streamed)} .tar files under {path} is named after the split {split}"
+            )
+        names = listed([shard.key for shard in shards])
+        why = f"webdataset: {names}, read from their store because they exceed cache_gb {spec.cache_gb:g}"
         lines = index_shards(fetched_shards(path, shards, scratch), field)
-        return Table(as_table(lines, cache, f"{path} {split}", field), why, path, streamed=True)
+        return Table(as_table({path: lines}, cache, f"{path} {split}", field), why, path, streamed=True)
     here = local_path(path, scratch, field)
-    if not here.exists():
-        if spec.format in ("auto", "hub") and HUB_ID.fullmatch(path):
-            return Table(undecoded(from_hub(spec, path, split, cache, field)), "hub dataset")
-        raise DataError(f"{field}: {path} does not exist")
+    if not exists(here):
+        if spec.format in ("auto", "hub") and is_hub_id(path):
+            rows = from_hub(spec, path, split, cache, field)
+            schema = rows.features.arrow_schema
+            known = Rows(rows := undecoded(rows), tuple(rows.column_names), kinds_of(schema), floats_of(rows))
+            return Table(known, f"hub dataset {' '.join(filter(None, [path, spec.name]))}, split {split}")
+        raise not_there(path, field)
     if here.suffix.lower() == ".zip":
-        here = _unpacked(here, scratch, field)
-    files = [here] if here.is_file() else _files(here)
-    kind, chosen, why = _decide(spec, here, files, split, field)
+        here = unpacked(here, scratch, field)
+    found = find_rows(spec, here, split, field, held_out)
+    kind, chosen, why = found.kind, found.files, found.why
     base: Path | str = chosen[0].parent if kind == "imagefolder" or here.is_file() else here
     if kind == "webdataset":
         lines = index_shards(((str(file.relative_to(base)), file) for file in chosen), field)
-        return Table(as_table(lines, cache, f"{here} {split}", field), why, base)
+        return Table(as_table({str(here): lines}, cache, f"{here} {split}", field), why, base)
     if path.startswith("s3://") and here.is_file():
         base = path.rpartition("/")[0]  # what lies beside it was not fetched with it
     if kind == "dicom":
-        from job.data.studies import index_studies
+        from job.data.dicom_studies import index_studies
 
-        tables = [here / spec.dicom.reports] if spec.dicom.reports else [f for f in files if f.suffix.lower() in KINDS]
+        tables = [here / spec.dicom.reports] if spec.dicom.reports else tables_below(here)
         if len(tables) != 1 or not tables[0].is_file():
             raise DataError(
-                f"{field}: {here} holds DICOM files and {len(tables)} tables; name the reports' in dataset.dicom.reports"
+                f"{field}: {here} holds DICOM files and {len(tables)} tables; name the table of reports in dataset.dicom.reports"
             )
-        lines, why = index_studies(spec, here, chosen, read_table(tables, cache, field), field)
-        return Table(as_table(lines, cache, f"{here} dicom", field), why, here, patients=True)
-    return Table(read_table(chosen, cache, field), why, base)
+        reports = read_table(tables, cache, field)
+        lines, why = index_studies(spec, here, chosen, reports.rows, field)
+        rows = as_table({str(here): lines}, cache, f"{here} dicom", field)
+        return Table(rows._replace(classes=reports.classes), f"{why}; reports in {tables[0].name}", here, patients=True)
+    rows = read_table(chosen, cache, field, choose)
+    if here.is_dir():
+        rows = rows._replace(classes={**classes_noted(here, spec.name), **rows.classes})
+    return Table(rows, why, base, left_out=found.left_out, files=tuple(chosen))
 
 
-def _decide(spec: DatasetSpec, here: Path, files: list[Path], split: str, field: str) -> tuple[str, list[Path], str]:
-    """The format, the files that make it up, and the reason in words."""
-    found = Counter(KINDS[file.suffix.lower()] for file in files if file.suffix.lower() in KINDS)
-    asked = spec.format
-    if asked in ("auto", "imagefolder") and here.is_dir():
-        for metadata in (
-            here / sub / name for sub in ((split, ".") if split == TRAIN else (split,)) for name in METADATA
-        ):
-            if metadata.is_file():
-                return "imagefolder", [metadata], f"image folder: it holds {metadata.relative_to(here)}"
-    others = [file for file in files if file.suffix.lower() not in KINDS]
-    if asked == "dicom" or (asked == "auto" and not found["webdataset"] and any(map(_is_dicom, others[:200]))):
-        return "dicom", others, ""
-    kind = asked if asked not in ("auto", "hub") else "webdataset" if found["webdataset"] else next(iter(found), "")
-    those = [file for file in files if kind and KINDS.get(file.suffix.lower()) == kind]
-    root = here if here.is_dir() else here.parent
-    chosen = [file for file in those if _named(split, str(file.relative_to(root)))] or those * (split == TRAIN)
-    if not chosen:
-        there = Counter(file.suffix.lower() or "no ending" for file in files).most_common(5)
-        listed = ", ".join(f"{count} × {suffix}" for suffix, count in there) or "nothing"
-        wanted = "metadata.jsonl or .csv, .jsonl, .json, .csv, .parquet, .tar, DICOM, or a .zip by its own name"
-        wanted = {"auto": wanted, "imagefolder": ", ".join(METADATA)}.get(asked, asked)
-        after = "" if split == TRAIN else f", named after the split {split}"
-        raise DataError(f"{field}: {here} holds {listed}; wanted is {wanted}{after}")
-    if len(chosen) == 1 and chosen[0].name in METADATA:
-        return "imagefolder", chosen, f"image folder: it holds {chosen[0].relative_to(root)}"
-    why = f"{kind}: {len(chosen)} {chosen[0].suffix} file(s)"
-    beside = ", ".join(f"{count} {name}" for name, count in found.items() if name != kind)
-    return kind, chosen, f"{why} ({beside} beside them not read)" if beside else why
-
-
-def _unpacked(archive: Path, scratch: Path, field: str) -> Path:
-    """The folder that a zip archive holds, on scratch. Names that lead out of it are made harmless by `zipfile`."""
+def unpacked(archive: Path, scratch: Path, field: str) -> Path:
+    """Unpacks a zip archive to scratch and returns the folder. `zipfile` makes names that lead out of it harmless."""
     mark = archive.stat()
     name = hashlib.sha256(f"{archive.resolve()} {mark.st_size} {mark.st_mtime_ns}".encode()).hexdigest()[:24]
     folder, partial = scratch / "fetched" / name, scratch / "fetched" / f"{name}.partial"
-    if not folder.exists():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            with zipfile.ZipFile(archive) as packed:
-                need = sum(member.file_size for member in packed.infolist())
-                if need > free_bytes(scratch):
-                    raise DataError(f"{field}: {archive} unpacks to {bytes_text(need)}, more than scratch has room for")
-                packed.extractall(partial)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:  # the last: encrypted
-            raise DataError(f"{field}: {archive} cannot be unpacked: {error}") from error
-        partial.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with only_one(folder.with_name(f".{name}.lock"), f"{field}: {archive}"):
+        if not folder.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            try:
+                with zipfile.ZipFile(archive) as packed:
+                    members = packed.infolist()
+                    pictures = [each.file_size for each in members if Path(each.filename).suffix.lower()[1:] in IMAGES]
+                    if (largest := max(pictures, default=0)) > LARGEST:
+                        raise DataError(
+                            f"{field}: {archive} holds an image of {largest / 1e9:.1f} GB, over {LARGEST / 1e9:g}; repack "
+                            "it without that image"
+                        )
+                    need = sum(member.file_size for member in members)
+                    check_room(need, folder, f"{field}: {archive}, unpacked,")
+                    packed.extractall(partial)
+            except JobError:
+                raise
+            except Exception as error:  # zipfile may raise anything on a broken archive
+                raise DataError(f"{field}: {archive} cannot be unpacked: {error}") from error
+            partial.rename(folder)
     inside = [path for path in folder.iterdir() if path.name not in ("__MACOSX", ".DS_Store")]
     return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-
-
-def _named(split: str, name: str) -> bool:
-    """Whether a file is named after the split. When any is, the others are not read."""
-    return re.search(rf"(^|[/_.-]){re.escape(split)}[/_.-]", name) is not None
-
-
-def _is_dicom(file: Path) -> bool:
-    try:
-        with file.open("rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
-    except OSError:
-        return False

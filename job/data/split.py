@@ -1,4 +1,4 @@
-"""Which rows are held out: by a hash of their group, so that the choice is fixed by the seed and stable when rows are added."""
+"""Chooses held-out rows by a hash of their group, so that the choice is fixed by the seed and stable when rows are added."""
 
 from __future__ import annotations
 
@@ -8,24 +8,18 @@ from collections.abc import Hashable, Sequence
 
 
 def hold_out(
-    groups: Sequence[str],
-    fraction: float,
-    seed: int,
-    *,
-    strata: Sequence[str] | None = None,
-    rows: int | None = None,
+    groups: Sequence[str], fraction: float, seed: int, *, strata: Sequence[str] | None = None, rows: int | None = None
 ) -> list[bool]:
-    """For each row, whether it is held out. All rows of a group are on one side.
+    """Returns for each row whether it is held out. All rows of a group are on one side.
 
     Groups are ordered by their hash, read as a number in [0, 1). Held out are
 
     - those below `fraction`;
-    - with `rows`, the first that together have at least so many rows, as long as one group is left;
-    - with `strata` (a value a row; a group belongs to that of its first row), the first of each stratum, so many that its
-      share is `fraction` (or that of `rows`) to within one group.
+    - with `rows`, the first that together have at least that many rows, as long as one group is left;
+    - with `strata` (a value per row; a group takes that of its first row), the first of each stratum, so that its share is
+      `fraction` (or that of `rows`) to within one group.
 
-    With few groups the nearest one to each side is moved over, so that neither side is empty. One group alone, or fraction 0,
-    holds nothing out.
+    With few groups, the nearest group is moved over so that neither side is empty. One group, or fraction 0, holds nothing out.
     """
     places = {group: _place(group, seed) for group in set(groups)}
     if (fraction <= 0 and rows is None) or len(places) < 2:
@@ -59,13 +53,13 @@ def _of_each_stratum(
         members.setdefault(stratum[group], []).append(group)
     held = set[str]()
     for value, those in members.items():
-        # Rounded up or down by the stratum's own hash, so that many small strata together have their share too.
+        # Round up or down by the stratum's own hash, so that many small strata together get their share too.
         held |= set(those[: int(share * len(those) + _place(f"stratum {value}", seed))])
     return held
 
 
 def units(keys: Sequence[Sequence[Hashable]]) -> list[int]:
-    """For each row a number, the same for rows that have a key in common, directly or through others: the first such row."""
+    """Numbers each row by the first row that has a key in common with it, directly or through others."""
     parent = list(range(len(keys)))
 
     def root(place: int) -> int:

@@ -1,83 +1,84 @@
-"""Files of rows → one lazy table through `datasets`: JSON, CSV and archives as lines, parquet and the hub as they are."""
+"""Reads files of rows into one lazy table through `datasets`: JSON, CSV and archives as lines, the others by column."""
 
 from __future__ import annotations
 
 import csv
-import errno
-import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TextIO
 
-from job.data.images import BadRow
-from job.errors import DataError, NotAllowed, SpecError, Unavailable
-from job.record import bytes_text
-from job.spec import DatasetSpec
+from job.data.columns import Choose, Rows, every, read_columns, titled
+from job.data.floats import Floats, is_whole
+from job.data.images import looks_like_picture
+from job.data.pixels import BadRow
+from job.data.text import ESCAPE, NOT_UTF8, as_line, checked, encoding_of
+from job.errors import DataError
 from job.store.local import disk
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
+LONGEST = 10**9
+"""Maximum characters of a line, and bytes of a file that is one list: each is read as a whole."""
 LINE = "_line"
-"""The one column of a table whose rows are lines of JSON. They are parsed when they are used: no kind of value has to be guessed
-for a column, and one broken line spoils one row."""
+"""The only column of a table whose rows are lines of JSON. They are parsed on use: no column's type has to be guessed, and one
+broken line spoils one row."""
 PATIENT = "_patient"
-"""A digest of DICOM's PatientID: it groups rows for the split, is no column that a spec can name, and is written nowhere."""
-FULL = (errno.ENOSPC, errno.EDQUOT)
+"""A digest of DICOM's PatientID. It groups rows for the split, cannot be named in a spec, and is written nowhere."""
+WHY = "_why"
+"""Why a report has no image, if known; cannot be named in a spec."""
+POINTER = b"version https://git-lfs.github.com/spec/"
+LONGEST_NAME = 100
+"""Maximum number of characters in a column name."""
 AT_ONCE = 100
-"""Lines written at a time: some hold whole images."""
+"""Lines written at a time; some hold whole images."""
 
 
-def read_table(files: list[Path], cache: Path, field: str) -> Dataset:
-    """The rows of files of one kind. Raises DataError naming the first that cannot be read."""
-    if files[0].suffix.lower() != ".parquet":
-        return as_table((line for file in files for line in lines_of(file, field)), cache, str(files[0]), field)
-    from datasets import Dataset
-    from datasets.exceptions import DatasetGenerationError
-    from pyarrow import ArrowException, parquet
+def read_table(files: list[Path], cache: Path, field: str, choose: Choose = every) -> Rows:
+    """Reads the rows of files of one kind. Raises DataError naming the first file that cannot be read."""
+    for file in files:
+        refuse_pointer(file, field)
+    if files[0].suffix.lower() in (".parquet", ".arrow"):
+        return read_columns(files, cache, field, choose)
+    parts = {title: lines_of(file, field) for title, file in titled(files).items()}
+    return as_table(parts, cache, " ".join(map(str, files)), field, choose)
 
-    try:
-        for file in files:
-            found = parquet.read_metadata(file)
-            if not found.num_rows:
-                raise ValueError("it has no rows")
-            if set(found.schema.names) != set(parquet.read_metadata(files[0]).schema.names):
-                raise ValueError(f"its columns are not those of {files[0].name}")
-        rows = Dataset.from_parquet([glob.escape(str(file)) for file in files], cache_dir=str(cache))
-    except (ArrowException, DatasetGenerationError, ValueError, OSError) as error:
-        if any(isinstance(each, OSError) and each.errno in FULL for each in (error, error.__cause__)):
-            size = bytes_text(sum(each.stat().st_size for each in files))
-            raise SpecError(
-                f"{field}: {files[0].parent} is unpacked to {cache}, about as large as its {size}, and that disk is full; point "
-                "JOB_SCRATCH at a larger one"
-            ) from error
-        cause = str(error.__cause__ or error).splitlines()[0][:200]
-        raise DataError(f"{field}: {file} cannot be read as parquet: {cause}") from error
-    assert isinstance(rows, Dataset)
-    return undecoded(rows)
+
+def refuse_pointer(file: Path, field: str) -> None:
+    """Raises DataError for a pointer, which a clone has in place of a file that was not fetched."""
+    with disk(file), file.open("rb") as stream:
+        if stream.read(len(POINTER)) == POINTER:
+            raise DataError(f"{field}: {file} is a Git LFS pointer and not the file; fetch it with git lfs pull")
 
 
 def lines_of(file: Path, field: str) -> Iterator[str]:
-    """A file as lines of JSON: its own, or what a CSV, or one long list, says line by line. The words of a CSV stay words:
-    patient 007 is not 7."""
-    with disk(file), file.open("rb") as raw:
-        encoding = "utf-16" if raw.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    with file.open(encoding=encoding, errors="replace", newline="" if _is_csv(file) else "\n") as stream:
+    """Yields a file as lines of JSON: its own, or one for each row of a CSV or item of a list. CSV values stay text: patient 007
+    is not 7."""
+    with disk(file):
+        encoding = encoding_of(file)
+    with file.open(encoding=encoding, errors=ESCAPE, newline="" if _is_csv(file) else "\n") as stream:
         try:
             if _is_csv(file):
                 yield from _csv_lines(stream)
             elif stream.read(4096).lstrip().startswith("["):
+                if file.stat().st_size > LONGEST:
+                    raise ValueError(f"one list of over {LONGEST / 1e9:g} GB; write one row per line")
                 stream.seek(0)
-                yield from map(json.dumps, json.load(stream))
+                yield from map(as_line, json.load(stream))
             else:
                 stream.seek(0)
-                yield from (line for line in stream if line.strip())
+                yield from (checked(line) for line in _lines(stream) if line.strip())
         except (ValueError, RecursionError, csv.Error) as error:
-            raise DataError(f"{field}: {file} cannot be read: {error}; mend it, or write it anew in UTF-8") from error
+            raise DataError(f"{field}: {file} cannot be read: {error}; fix it, or rewrite it in UTF-8") from error
+
+
+def _lines(stream: TextIO) -> Iterator[str]:
+    while line := stream.readline(LONGEST):
+        if len(line) == LONGEST:
+            raise ValueError(f"a line of over {LONGEST / 1e9:g} billion characters")
+        yield line
 
 
 def _is_csv(file: Path) -> bool:
@@ -85,7 +86,7 @@ def _is_csv(file: Path) -> bool:
 
 
 def _csv_lines(stream: Iterator[str]) -> Iterator[str]:
-    """Rows by the names in the first line that is not empty; null for one with more fields than names."""
+    """Yields rows by the names in the first non-empty line; null for a row with more fields than names."""
     csv.field_size_limit(2**31 - 1)
     head = next((line for line in stream if line.strip()), "")
     try:
@@ -95,89 +96,66 @@ def _csv_lines(stream: Iterator[str]) -> Iterator[str]:
     names = next(csv.reader([head], delimiter=delimiter, skipinitialspace=True), [])
     if len(set(names)) < len(names):
         raise csv.Error("two columns have the same name")
-    # Strict: a quote that is never closed would swallow the rows behind it.
+    if any(map(_is_value, names)):  # users are shown column names, never values of rows
+        raise csv.Error("its first line is a row, not column names")
+    # Strict: a quote that is never closed would swallow the rows after it.
     for row in csv.DictReader(stream, names, delimiter=delimiter, strict=True, skipinitialspace=True):
-        yield json.dumps(None if None in row else row)
+        yield as_line(None if None in row else row)
 
 
-def as_table(lines: Iterable[str], cache: Path, name: str, field: str) -> Dataset:
-    """Lines as a table in a file on scratch, which is mapped and not held in memory. Raises DataError when there are none."""
+def _is_value(name: str) -> bool:
+    """Whether this cannot be a column name: an image, a UID, or a whole text."""
+    return looks_like_picture(name) or re.fullmatch(r"\d+(\.\d+){3,}", name) is not None or len(name) > LONGEST_NAME
+
+
+def as_table(parts: Mapping[str, Iterable[str]], cache: Path, name: str, field: str, choose: Choose = every) -> Rows:
+    """Writes lines, keyed by their source file, as one memory-mapped table to a file on scratch. No other table has its `name`.
+
+    Raises DataError if a file has no lines or no line can be read, and whatever `choose` raises.
+    """
     import pyarrow
     from datasets import Dataset
 
     cache.mkdir(parents=True, exist_ok=True)
     file = cache / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.arrow"
-    partial, left, count = file.with_suffix(f".{os.getpid()}"), iter(lines), 0
+    partial, columns = file.with_suffix(f".{os.getpid()}"), dict[str, tuple[str, ...]]()
+    whole, reason = dict[str, bool](), None
     with disk(cache), pyarrow.ipc.new_stream(str(partial), pyarrow.schema({LINE: pyarrow.string()})) as out:
-        while some := list(islice(left, AT_ONCE)):
-            out.write_batch(pyarrow.record_batch({LINE: some}))
-            count += len(some)
-    if not count:
-        raise DataError(f"{field}: {name} has no rows")
+        for title, lines in parts.items():
+            left, there, count = iter(lines), dict[str, None](), 0
+            while some := list(islice(left, AT_ONCE)):
+                out.write_batch(pyarrow.record_batch({LINE: some}))
+                count += len(some)
+                for line in some:
+                    try:
+                        row = read_line(line)
+                    except BadRow as error:
+                        reason = error
+                        continue
+                    there |= dict.fromkeys(row)
+                    for column, value in row.items():
+                        if isinstance(value, float):
+                            whole[column] = whole.get(column, True) and is_whole(value)
+            if not count:
+                raise DataError(f"{field}: {title} has no rows")
+            if there:
+                columns[title] = tuple(each for each in there if each not in (PATIENT, WHY))
+    if not columns:
+        raise DataError(f"{field}: {next(iter(parts))}: no row can be read: {reason}")
+    choose(columns)
     partial.rename(file)
-    return Dataset.from_file(str(file))
+    floats = {column: Floats(each) for column, each in whole.items()}
+    return Rows(Dataset.from_file(str(file)), tuple(every(columns)), {}, floats)
 
 
 def read_line(line: str) -> dict[str, Any]:
     """Raises BadRow."""
+    if line == NOT_UTF8:
+        raise BadRow("line is not UTF-8; save the table as UTF-8")
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise BadRow("line is not JSON") from error
     if not isinstance(row, dict):
         raise BadRow("line is not a JSON object, or has more fields than there are columns")
-    if "\ufffd" in line or "\\ufffd" in line:
-        raise BadRow("line is not UTF-8; save the table as UTF-8")
     return row
-
-
-def columns_of(rows: Dataset, field: str) -> tuple[str, ...]:
-    """Names of the columns; of lines, all that any of them has. Raises DataError when not one line can be read."""
-    if rows.column_names != [LINE]:
-        return tuple(rows.column_names)
-    names: dict[str, None] = {}
-    for batch in rows.iter(1000):
-        for line in batch[LINE]:
-            try:
-                names |= dict.fromkeys(read_line(line))
-            except BadRow as error:
-                reason = error
-    if not names:
-        raise DataError(f"{field}: not one row can be read: {reason}")
-    return tuple(name for name in names if name != PATIENT)
-
-
-def from_hub(spec: DatasetSpec, path: str, split: str, cache: Path, field: str) -> Dataset:
-    from datasets import Dataset, load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.constants import is_offline_mode
-
-    try:
-        rows = load_dataset(path, spec.name, split=split, revision=spec.revision, cache_dir=str(cache))
-    except DatasetNotFoundError as error:
-        if "gated" in str(error):
-            page = f"https://huggingface.co/datasets/{path}"
-            raise NotAllowed(f"{field}: {path} is gated; ask for access at {page} and set HF_TOKEN") from error
-        if spec.revision and "evision" in f"{error} {error.__cause__}":
-            raise DataError(f"dataset.revision: {path} has no revision {spec.revision}") from error
-        raise DataError(f"{field}: there is no folder and no hub dataset {path} that this token may see") from error
-    except ValueError as error:
-        raise DataError(f"{field}: {path}: {str(error).splitlines()[0]}") from error
-    except OSError as error:
-        if is_offline_mode():
-            raise DataError(
-                f"{field}: {path} is no folder here, and HF_HUB_OFFLINE is set; gather it with job prefetch"
-            ) from error
-        raise Unavailable(
-            f"{field}: neither a folder nor reachable on the hub: {path} ({type(error).__name__})"
-        ) from error
-    assert isinstance(rows, Dataset)
-    return rows
-
-
-def undecoded(rows: Dataset) -> Dataset:
-    """The rows as they are stored: without its features, `datasets` hands on the bytes of images, and one broken image spoils one
-    row."""
-    from datasets import Dataset
-
-    return Dataset(rows.data.replace_schema_metadata(None))

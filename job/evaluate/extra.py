@@ -1,8 +1,8 @@
-"""Scores that need a model of their own: BERTScore, and RadGraph F1, CheXbert and GREEN through the RadEval package.
+"""Computes scores that need a model: BERTScore, and RadGraph F1, CheXbert and GREEN through the RadEval package.
 
-Each is asked for in `evaluation.extra_metrics` with the folder of its model, which a bundle brings along. RadEval finds its
-models in caches alone. So its folder is a cache that RadEval filled where there was a network (`XDG_CACHE_HOME=FOLDER
-HF_HOME=FOLDER/huggingface`), and it runs in a process of its own, which sees that cache and no network.
+Each is requested in `evaluation.extra_metrics` with its model's folder, which a bundle includes. RadEval finds its models only
+in caches. So its folder is a cache that RadEval filled where there was a network (`XDG_CACHE_HOME=FOLDER
+HF_HOME=FOLDER/huggingface`), and RadEval runs in a separate process that sees that cache and no network.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from job.attempt import Attempt
+from job.config.schema import JobSpec
+from job.context import RunContext
+from job.data import Data
 from job.errors import OutOfMemory, SpecError
-from job.output import read_json
-from job.spec import JobSpec
-from job.stage_in import local_path
+from job.evaluate.encoder import refuse_unless_encoder
+from job.evaluate.records import Answer, PerRow
+from job.layout import EXTRA_KEY
+from job.output.ownership import own_json, run_of
+from job.runtime.staging import local_path
 
-EXTRA_KEY = "evaluation/extra.json"
 RADEVAL = {
     "radgraph": ("radgraph", "radgraph_partial"),
     "chexbert": ("f1chexbert", "f1chexbert_sample_acc_5"),
     "green": ("green", "green"),
 }
-"""RadEval's own name of each metric, and of the list with a value for each row (RadEval 2.2)."""
+"""RadEval's name of each metric, and of its list of values per row (RadEval 2.2)."""
 ASK_RADEVAL = """
 import json, sys
 from radeval import RadEval
@@ -37,11 +40,12 @@ refs, hyps = json.load(sys.stdin)
 print(json.dumps(RadEval(metrics=sys.argv[1:], per_sample=True, show_progress=False)(refs=refs, hyps=hyps)))
 """
 LAYERS = {("bert", 12): 9, ("bert", 24): 18, ("roberta", 12): 10, ("roberta", 24): 17}
-"""The layer that agrees best with people, by kind and depth of the encoder (Zhang et al. 2020, as in bert-score 0.3.13)."""
+"""The layer that agrees best with human judgement, by kind and depth of the encoder (Zhang et al. 2020, as in bert-score
+0.3.13)."""
 
 
 def model_folders(spec: JobSpec, scratch: Path) -> dict[str, Path]:
-    """Where the model of each metric asked for is. Raises SpecError where a model or its package is missing."""
+    """Return the folder of each requested metric's model. Raises SpecError when a model or its package is missing."""
     found: dict[str, Path] = {}
     for metric, named in spec.evaluation.extra_metrics.items():
         field = f"evaluation.extra_metrics.{metric}"
@@ -51,32 +55,41 @@ def model_folders(spec: JobSpec, scratch: Path) -> dict[str, Path]:
         if not (folder / "config.json" if metric == "bertscore" else folder).exists():
             kind = "an encoder (a folder with config.json)" if metric == "bertscore" else "RadEval's cache of models"
             raise SpecError(f"{field}: {named} is not here; name {kind}, or remove it")
+        if metric == "bertscore":
+            refuse_unless_encoder(folder, field)
     return found
 
 
-def scored(attempt: Attempt, before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> None:
-    """Give each row `extra`, its values by metric: those that the output holds, else computed now and kept there."""
-    if not attempt.spec.evaluation.extra_metrics or not after:
-        return
+def extra_scores(
+    ctx: RunContext, data: Data, before: Sequence[Answer], after: Sequence[Answer]
+) -> tuple[PerRow, PerRow]:
+    """Return the values of each row before and after by metric: those in the output, or else computed now and stored there."""
+    asked = ctx.spec.evaluation.extra_metrics
+    if not asked or not after:
+        return {}, {}
     import torch
 
-    stored: dict[str, Any] = read_json(attempt.store, EXTRA_KEY) or {}
-    with attempt.record.stage("score") as facts, attempt.preemption.leave_at_once():
-        for metric, folder in model_folders(attempt.spec, attempt.scratch).items():
-            if metric not in stored:
-                references = [str(row["reference"]) for row in (*before, *after)]
-                generated = [str(row["generated"]) for row in (*before, *after)]
+    run = run_of(ctx.spec, data.identity)
+    stored = own_json(ctx.store, EXTRA_KEY, run)
+    with ctx.record.stage("score") as facts, ctx.preemption.leave_at_once():
+        folders = model_folders(ctx.spec, ctx.scratch)
+        for metric, named in asked.items():
+            known, folder = f"{metric} of {named}", folders[metric]
+            if known not in stored:
+                references = [row.reference for row in (*before, *after)]
+                generated = [row.generated for row in (*before, *after)]
                 ask = bertscore if metric == "bertscore" else radeval
                 try:
-                    stored[metric] = ask(metric, folder, references, generated)
+                    stored[known] = ask(metric, folder, references, generated)
                 except torch.OutOfMemoryError as error:
                     raise OutOfMemory(
-                        f"evaluation.extra_metrics.{metric}: no room on the GPU beside the tuned model; name a smaller one"
+                        f"evaluation.extra_metrics.{metric}: does not fit the GPU beside the tuned model; name a smaller one"
                     ) from error
-                attempt.store.write(EXTRA_KEY, json.dumps(stored).encode())
+                ctx.store.write(EXTRA_KEY, json.dumps(stored | {"run": run}).encode())
             facts.append(metric)
-    for place, row in enumerate((*before, *after)):
-        row["extra"] = {metric: stored[metric][place] for metric in attempt.spec.evaluation.extra_metrics}
+    values = {metric: stored[f"{metric} of {named}"] for metric, named in asked.items()}
+    count = len(before)
+    return {name: each[:count] for name, each in values.items()}, {name: each[count:] for name, each in values.items()}
 
 
 def bertscore(_metric: str, folder: Path, references: Sequence[str], generated: Sequence[str]) -> list[float]:
@@ -86,15 +99,24 @@ def bertscore(_metric: str, folder: Path, references: Sequence[str], generated: 
     from transformers import AutoModel, AutoTokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModel.from_pretrained(folder).eval().to(device)
-    config = model.config
-    space = {"add_prefix_space": True} if config.model_type == "roberta" else {}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **space)
+    try:
+        model = AutoModel.from_pretrained(folder).eval()
+        config = model.config
+        space = {"add_prefix_space": True} if config.model_type == "roberta" else {}
+        tokenizer = AutoTokenizer.from_pretrained(folder, **space)
+    except MemoryError:
+        raise
+    except Exception as error:  # the libraries raise many types when these files make no model
+        said = " ".join(str(error).split())[:300]
+        raise SpecError(
+            f"evaluation.extra_metrics.bertscore: {folder} is not a usable encoder ({said}); name another one"
+        ) from error
+    model = model.to(device)
     layer = LAYERS.get((config.model_type, config.num_hidden_layers), config.num_hidden_layers)
     most = min(tokenizer.model_max_length, config.max_position_embeddings - 2)
 
     def embedded(text: str) -> tuple[Any, Any]:
-        """(pieces, width) of length 1, and (pieces,) which are words."""
+        """Return unit vectors (pieces, width), and which pieces are words (pieces,)."""
         pieces = tokenizer(
             text.strip(), truncation=True, max_length=most, return_special_tokens_mask=True, return_tensors="pt"
         ).to(device)
@@ -116,7 +138,8 @@ def bertscore(_metric: str, folder: Path, references: Sequence[str], generated: 
 
 
 def radeval(metric: str, folder: Path, references: Sequence[str], generated: Sequence[str]) -> list[float]:
-    """RadEval's value for each pair, 0 to 1. Raises SpecError with the kind of its error, whose words may be a report's."""
+    """RadEval's value for each pair, 0 to 1. Raises SpecError with only the type of RadEval's error, whose message may quote a
+    report."""
     name, key = RADEVAL[metric]
     cache = {"XDG_CACHE_HOME": str(folder), "HF_HOME": str(folder / "huggingface"), "HF_HUB_OFFLINE": "1"}
     asked = subprocess.run(
@@ -134,6 +157,6 @@ def radeval(metric: str, folder: Path, references: Sequence[str], generated: Seq
         kind = (asked.stderr.strip().splitlines() or ["silence"])[-1].partition(":")[0]
         kind = kind if re.fullmatch(r"[\w.]+", kind) else "words that may be a report's"
         raise SpecError(
-            f"evaluation.extra_metrics.{metric}: RadEval ended with {kind}; are its models in {folder}? Fill it where there is "
-            "a network, as docs/evaluation.md says"
+            f"evaluation.extra_metrics.{metric}: RadEval ended with {kind}; check that {folder} holds its models "
+            "(docs/evaluation.md says how to fill it)"
         ) from error

@@ -1,8 +1,8 @@
-"""Which of the words found in an English text are denied by it: after NegEx (Chapman et al. 2001, J Biomed Inform 34:301).
+"""Detects which words found in an English text are negated, after NegEx (Chapman et al. 2001, J Biomed Inform 34:301).
 
-A cue denies what follows in its sentence, lists included, up to a word that turns the sentence round; some cues stand
-behind what they deny. What only looks like a denial ("no change in the effusion") denies nothing. The reader is made for
-findings in radiology texts; it errs on sentences that deny and affirm without such a word between the two.
+A cue negates what follows it in the sentence, lists included, up to a word that reverses the meaning; some cues follow what
+they negate. Apparent negations ("no change in the effusion") negate nothing. The rules are made for findings in radiology
+texts; they fail on sentences that negate and affirm without such a word in between.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BEHIND = re.compile(
 
 
 def affirmed(expression: re.Pattern[str], text: str) -> set[str]:
-    """What the first group of `expression` finds in `text`, less what is denied wherever it stands."""
+    """Return the matches of the first group of `expression` in `text`, except those negated wherever they occur."""
     found = set[str]()
     for sentence in SENTENCE_END.split(text):
         matches = list(expression.finditer(sentence))

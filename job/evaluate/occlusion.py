@@ -1,8 +1,8 @@
-"""Where the model looked: how much less likely its own answer becomes when a part of the image is covered.
+"""Maps where the model looks: how much less likely its own answer becomes when a part of the image is covered.
 
-The simplest method that is the same for every family and claims no more than it shows (Zeiler & Fergus 2014, occlusion):
-each cell of a grid is painted in the image's mean colour, and the rise of the answer's loss is the cell's value. What lies
-in two places at once is not seen, since covering one of them leaves the other.
+This is the simplest method that works for every family and claims no more than it shows (Zeiler & Fergus 2014, occlusion):
+each cell of a grid is painted in the image's mean colour, and the increase of the answer's loss is the cell's value. A finding
+visible in two places is missed, since covering one leaves the other.
 """
 
 from __future__ import annotations
@@ -14,20 +14,23 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageStat
 
+from job.config.schema import JobSpec
+from job.data import Row
 from job.evaluate.generate import answer_losses, micro_batches
-from job.model import Loaded, to_generation
-from job.model.memory import gate_batch
-from job.spec import JobSpec
+from job.evaluate.records import Maps
+from job.model.load import to_generation
+from job.model.loaded import Loaded
+from job.model.memory_model import gate_batch
 
-LossesOf = Callable[[list[dict[str, Any]]], list[float]]
+LossesOf = Callable[[list[Row]], list[float]]
 CELLS = 6
-"""Cells a side."""
+"""Cells per side."""
 
 
-def occlusion(row: dict[str, Any], answer: str, losses_of: LossesOf) -> list[list[float]]:
-    """`CELLS` rows of `CELLS` values, nats per answer token; above 0 where covering makes `answer` less likely.
+def occlusion(row: Row, answer: str, losses_of: LossesOf) -> list[list[float]]:
+    """Return `CELLS` rows of `CELLS` values, in nats per answer token; above 0 where covering makes `answer` less likely.
 
-    `losses_of` tells the loss of each row's answer. Of a row with several images, the first is covered.
+    `losses_of` returns the loss of each row's answer. In a row with several images, the first is covered.
     """
     image, rest = row["images"][0].convert("RGB"), row["images"][1:]
     said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
@@ -39,7 +42,7 @@ def occlusion(row: dict[str, Any], answer: str, losses_of: LossesOf) -> list[lis
 
 
 def covered(image: Image.Image, down: int, across: int) -> Image.Image:
-    """A copy with one cell painted in the image's mean colour."""
+    """Copy the image with one cell painted in its mean colour."""
     copy = image.copy()
     left, right = (image.width * place // CELLS for place in (across, across + 1))
     top, bottom = (image.height * place // CELLS for place in (down, down + 1))
@@ -48,14 +51,13 @@ def covered(image: Image.Image, down: int, across: int) -> Image.Image:
     return copy
 
 
-def explain(
-    loaded: Loaded, rows: Any, wanted: dict[str, str], spec: JobSpec, each: Callable[[], None]
-) -> dict[str, list[list[float]]]:
-    """Maps by row id of the answers `wanted`; `each` is called before every row. Rows without image or answer have none."""
+def explain(loaded: Loaded, rows: Any, wanted: dict[str, str], spec: JobSpec, each: Callable[[], None]) -> Maps:
+    """Return maps of the answers `wanted` by row id; `each` is called before every row. Rows without image or answer have
+    none."""
     truncate = spec.dataset.over_length == "truncate"
     micro = micro_batches(loaded, gate_batch(spec), "a map of where the model looks")
 
-    def losses_of(batch: list[dict[str, Any]]) -> list[float]:
+    def losses_of(batch: list[Row]) -> list[float]:
         said = micro.map(batch, lambda part: answer_losses(loaded, list(part), spec.training.max_length, truncate))
         return [loss for loss, _ in said]
 

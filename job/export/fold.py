@@ -1,10 +1,10 @@
-"""What an adapter does to one weight, in float32 and rounded once.
+"""Folds an adapter into one weight, in float32 with a single rounding.
 
-A weight of the base lies on the grid of its dtype, and what a short training adds is often less than half a step of that grid.
-Rounding to the nearest then gives the base back: of a LoRA that changes a bfloat16 weight by 0.3 % of its size a tenth is
-lost, of 0.1 % a half, and it is lost in the very directions that were learned. Rounding up or down by chance, with the chance
-that makes the mean right (stochastic rounding: Croci et al., 2022), keeps the sum over many columns, for more noise in each.
-Each weight is rounded in the way that loses less along the adapter's own directions.
+A base weight lies on the grid of its dtype, and a short training often adds less than half a step of that grid. Rounding to
+nearest then returns the base: of a LoRA that changes a bfloat16 weight by 0.3 % of its size a tenth is lost, of 0.1 % a half,
+in the very directions that were learned. Stochastic rounding (Croci et al., 2022), up or down with the probability that makes
+the mean right, preserves the sum over many columns but adds noise to each. Each weight is rounded in the way that loses less
+along the adapter's own directions.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Lora:
-    """W + scale·B·A. `a` is (r, in…), `b` (out, r, …): the shapes of PEFT, for linear layers and convolutions alike.
+    """W + scale·B·A. `a` is (r, in…), `b` (out, r, …): PEFT's shapes, for linear layers and convolutions alike.
 
-    With `magnitude`, of shape (out,), each row of that is then brought to its length: DoRA (Liu et al., 2024, equation 5).
+    With `magnitude`, of shape (out,), each row of the sum is then scaled to that length: DoRA (Liu et al., 2024, equation 5).
     """
 
     a: Tensor
@@ -41,7 +41,7 @@ Change = Lora | Whole
 
 
 def changed(weight: Tensor, change: Change, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight after the change, on the device of `weight`; in `dtype`, which is that of `weight` if not given."""
+    """Return the changed weight on the device of `weight`, in `dtype`, by default that of `weight`."""
     dtype = dtype or weight.dtype
     if isinstance(change, Whole):
         return change.weight.to(weight.device, dtype)
@@ -57,7 +57,7 @@ def changed(weight: Tensor, change: Change, dtype: torch.dtype | None = None) ->
 
 
 def rounded(exact: Tensor, dtype: torch.dtype, directions: Tensor) -> Tensor:
-    """`exact` (out, in) in float32, rounded to `dtype` in the way that loses less along `directions` (r, in)."""
+    """Round `exact` (out, in) from float32 to `dtype` in the way that loses less along `directions` (r, in)."""
     nearest = exact.to(dtype)
     if dtype not in DROPPED:
         return nearest
@@ -67,15 +67,15 @@ def rounded(exact: Tensor, dtype: torch.dtype, directions: Tensor) -> Tensor:
 
 
 DROPPED = {torch.bfloat16: 16, torch.float16: 13}
-"""Bits of a float32's mantissa that these have not."""
+"""Bits of a float32's mantissa that these dtypes lack."""
 AT_ONCE = {"cpu": 2**16, "cuda": 2**22}
-"""Numbers that are dithered at once: what that takes beside them is small. Blocks of megabytes, freed in between, leave gaps in
-malloc's heap: at 2**22 a CPU held 0.5 GB more after 30 weights of 17 MB, in the same time."""
+"""Numbers dithered at once; the extra memory is small. Blocks of megabytes, freed in between, leave gaps in malloc's heap: at
+2**22 a CPU held 0.5 GB more after 30 weights of 17 MB, in the same time."""
 
 
 def dither(exact: Tensor, first: int, dtype: torch.dtype) -> Tensor:
-    """`exact` (rows, columns) in float32 rounded up or down by chance. The chance is a hash of the place, rows counted from
-    `first`, so that every attempt and every device rounds alike."""
+    """Round `exact` (rows, columns) in float32 up or down at random. The randomness is a hash of the position, with rows
+    counted from `first`, so that every attempt and every device rounds alike."""
     mask = (1 << DROPPED[dtype]) - 1
     count = exact.numel()
     place = torch.arange(first * exact.shape[1], first * exact.shape[1] + count, device=exact.device)
@@ -93,7 +93,7 @@ def _slices(exact: Tensor) -> list[slice]:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Products of float32 in float32: who trained before us may have allowed the GPU to cut their mantissas to 10 bits."""
+    """Compute float32 products in float32: earlier training may have let the GPU cut their mantissas to 10 bits."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

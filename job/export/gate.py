@@ -1,62 +1,63 @@
-"""The proof that merged weights are base + adapter, read back from where they will be served. One model at a time is in memory.
+"""Verifies that merged weights, read back from where they will be served, equal base + adapter. One model at a time is in
+memory.
 
 Two questions are asked, because each alone can be fooled.
 
-**Are the weights right?** Of every weight of the merged model, as transformers loads it, a sample is compared with base +
-adapter, folded here from the adapter as it lies in memory. Both sides round the same float32 sum once, so they are the same to
-the bit and there is no noise that a fault could hide in: a LoRA that was left out, put in the wrong layer, scaled wrongly
-or read from a damaged file is named, however little it moves the logits.
+**Are the weights right?** A sample of every weight of the merged model, as transformers loads it, is compared with base +
+adapter, folded here from the adapter in memory. Both sides round the same float32 sum once, so they agree to the bit and no
+noise can hide a fault: a LoRA that was left out, put in the wrong layer, scaled wrongly or read from a damaged file is named,
+however little it moves the logits.
 
-**Do they say the same?** Base + adapter, not folded, answers held-out rows beside the merged model. This sees what the
-weights alone do not: a configuration, a processor or a forward pass that differs. But it cannot be exact. Folding rounds
-each adapted weight to the files' dtype, and how much that moves the logits depends on the model alone: well-trained ones
-move by less than a hundredth of their spread; forty layers of random weights amplify each other's rounding and were seen
-to move by 0.08, with every fourth first token changed. So the model itself is asked: one adapted weight in twelve, chosen
-at random, is moved to its neighbour in the files' dtype, adapters left unfolded. Rounding to
-the nearest has an error that is spread evenly over ±½ unit in the last place, with the variance 1/12; a whole unit with the
-chance 1/12 has the same. Rounding by chance (`job.export.fold`) has the variance f(1 − f) for a number that lies the share f
-of a unit above the one below: 1/4 at most, 1.7 times the size. What the jitter does to logits and first tokens is the floor,
-and the merged model may differ by `rounding_allowance` times as much, twice if not said otherwise, or by the spec's bounds
-where they are wider.
-Where an adapter outweighs its base, folded weights are larger than the base's and round more coarsely than that floor.
+**Do the outputs agree?** Base + adapter, not folded, is compared with the merged model on held-out rows. This shows what the
+weights do not: a different configuration, processor or forward pass. But it cannot be exact. Folding rounds each adapted
+weight to the files' dtype, and how much that moves the logits depends only on the model: well-trained ones move by less than a
+hundredth of their spread; forty layers of random weights amplify each other's rounding and were seen to move by 0.08, with
+every fourth first token changed. So the model itself is measured: some of its adapted weights, chosen at random, are moved to
+their neighbours in the files' dtype, with adapters left unfolded. The fold determines how many: the mean square of what
+rounding moved in a sample of the weight, over the square of a unit in the last place. That is 1/12 for rounding to nearest,
+whose error is uniform over ±½ unit, and f(1 − f) for stochastic rounding (`job.export.fold`) of a number that lies the
+fraction f of a unit above the one below. The effect of this jitter on logits and first tokens is the floor, and the merged
+model may differ by `rounding_allowance` times as much, twice by default, or by the spec's bounds where they are wider.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from job.config.schema import GateSpec, JobSpec
+from job.data import Row
 from job.errors import GateRefused
-from job.export.answers import Answers, agreement, answers, apart, loss, spread, spread_rows
-from job.export.places import Base
+from job.export.logits import Answers, agreement, answers, logit_difference, loss, spread, spread_rows
 from job.export.reference import Expected, adapters_of, beside, expected, jittered, samples, trained, trained_weights
-from job.model import Loaded, release
-from job.model.lora import group_of
-from job.model.memory import gate_batch, last_cure, served_precision
+from job.export.tensor_map import Base
+from job.model.loaded import Loaded, release
+from job.model.lora_targets import group_of
+from job.model.memory_model import gate_batch, last_cure, served_precision
 from job.model.oom_retry import MicroBatches
 from job.model.transformers_backend import Offload, load_weights
-from job.spec import GateSpec, JobSpec
 
 MOST_WRONG = 0.01
-"""Share of them that may differ: float32 sums of another kind of device round otherwise now and then."""
+"""Share of the sampled numbers that may differ: float32 sums on another kind of device occasionally round differently."""
+DRAWS = 2
+"""Number of rounding draws, of which the worst counts: in a model that amplifies rounding, one can be half of another."""
 VISIBLE = 0.01
-"""Adapters that move logits by less (a trial of few steps) cannot be told from rounding."""
+"""Adapters that move logits by less (a trial of a few steps) are indistinguishable from rounding."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Differences of logits are means of |a − b|, as a share of the standard deviation of base + adapter's logits.
+    """Logit differences are means of |a − b|, as a share of the standard deviation of base + adapter's logits.
 
-    `token_agreement` is the share of tokens at which merged puts first what base + adapter does, or holds within
-    `max_mean_logit_difference` of it; `rounding_…` is what rounding alone makes of both. Losses are nats a token of the
-    true answers. `difference_from_trained` is from the model as it was trained and
-    measured: the same as `mean_logit_difference`, but where the base was held in 4 bits or Unsloth's kernels computed it.
-    `weights` counts tensors by group: how many were `adapted`, and by what share of their size; `wrong` names those that are
-    not base + adapter.
+    `token_agreement` is the share of tokens at which the merged model's first choice is base + adapter's, or within
+    `max_mean_logit_difference` of it; `rounding_…` is the effect of rounding alone on both. Losses are nats per token of the
+    true answers. `difference_from_trained` compares with the model as it was trained and measured: equal to
+    `mean_logit_difference`, unless the base was held in 4 bits or Unsloth's kernels computed it. `weights` gives by group the
+    number of `adapted` tensors and their relative change; `wrong` names those that are not base + adapter.
     """
 
     rows: int
@@ -76,20 +77,20 @@ class Verdict:
     compared: int
     wrong: list[str]
 
-    def facts(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Reference:
-    """All that is asked of base + adapter, on the CPU: what `tuned` and `untuned` say, what `jitter` (rounding alone) makes
-    of it, what the merged model's weights must be, and what the model said as it was `trained`, where that
-    was in 4 bits or by Unsloth's kernels, else None."""
+    """Everything measured on base + adapter, on the CPU: the outputs with the adapter (`tuned`) and without (`untuned`);
+    `scale`, the standard deviation of the tuned logits; how far rounding alone moves logits, on average, and the token
+    agreement that it leaves; the expected weights of the merged model; and the outputs of the model as it was `trained`, if
+    that was in 4 bits or by Unsloth's kernels, else None."""
 
-    batches: list[list[dict[str, Any]]]
+    batches: list[list[Row]]
     tuned: list[Answers]
     untuned: list[Answers]
-    jitter: list[Answers]
+    scale: float
+    moved: float
+    agreed: float
     trained: list[Answers] | None
     weights: dict[str, Expected]
     groups: dict[str, dict[str, float]]
@@ -107,11 +108,10 @@ def compare(
 ) -> Verdict:
     """Measure the merged model, which `read_merged(precision)` loads, against base + adapter on `rows`.
 
-    Both in the precision that was trained in; where that is 4bit, both in 16 bits, which is what merged weights are made
-    from and served in. Both are asked by transformers: the kernels of Unsloth round otherwise, which some models amplify
-    beyond what folding does to them. One model at a time is in memory: `let_go` is called once nothing is wanted of
-    `loaded.model` any more, before another is read. `offload` says which part of a model in 16 bits stays outside the GPU,
-    and is for a base that was held in 4 bits.
+    Both are in the training precision; if that is 4bit, both are in 16 bits, in which merged weights are made and served. Both
+    run on transformers: Unsloth's kernels round differently, which some models amplify beyond the effect of folding. One model
+    at a time is in memory: `let_go` is called once `loaded.model` is no longer needed, before another is loaded. `offload`
+    keeps part of a 16-bit model outside the GPU, for a base that was held in 4 bits.
     """
     reference = refer(spec, loaded, base, rows, let_go, offload)
     precision = served_precision(loaded.precision)
@@ -126,7 +126,7 @@ def compare(
 def refer(
     spec: JobSpec, loaded: Loaded, base: Base, rows: Any, let_go: Callable[[], None], offload: Offload | None
 ) -> Reference:
-    """Ask base + adapter all that the merged model is compared with, and let go of it."""
+    """Measure everything on base + adapter that the merged model is compared with, and release it."""
     micro = micro_batches(spec, loaded)
     batches = spread_rows(rows, spec.export.gate.rows, gate_batch(spec))
     as_trained, adapted = None, trained(loaded)
@@ -144,34 +144,39 @@ def refer(
     tuned = answers(adapted.loaded, batches, spec, micro)
     with adapted.silent():
         untuned = answers(adapted.loaded, batches, spec, micro)
-    weights, groups = expected(adapted, base)
-    with jittered(adapted, base):
-        jitter = answers(adapted.loaded, batches, spec, micro)
+    weights, groups, roundings = expected(adapted, base)
+    scale, moved, agreed = spread(tuned), 0.0, 1.0
+    for draw in range(DRAWS):
+        with jittered(adapted, roundings, draw):
+            jitter = answers(adapted.loaded, batches, spec, micro)
+        moved, agreed = (
+            max(moved, logit_difference(tuned, jitter)[0]),
+            min(agreed, agreement(tuned, jitter, near(spec, scale))),
+        )
+        del jitter
     if apart_from_served:
         release(adapted.loaded.model)
     else:
         let_go()
-    return Reference(batches, tuned, untuned, jitter, as_trained, weights, groups)
+    return Reference(batches, tuned, untuned, scale, moved, agreed, as_trained, weights, groups)
 
 
 def judge(spec: JobSpec, reference: Reference, merged: list[Answers], wrong: list[str]) -> Verdict:
-    """The figures of the verdict from what both sides said."""
-    tuned, untuned, jitter = reference.tuned, reference.untuned, reference.jitter
-    scale = spread(tuned)
-    near = spec.export.gate.max_mean_logit_difference * scale
-    difference, largest = apart(tuned, merged)
+    """Compute the verdict from the outputs of both sides."""
+    tuned, untuned, scale = reference.tuned, reference.untuned, reference.scale
+    difference, largest = logit_difference(tuned, merged)
     before_merge = reference.trained
     return Verdict(
         rows=sum(map(len, reference.batches)),
         tokens=sum(len(batch.targets) for batch in tuned),
         mean_logit_difference=difference / scale,
         max_logit_difference=largest / scale,
-        token_agreement=agreement(tuned, merged, near),
-        rounding_logit_difference=apart(tuned, jitter)[0] / scale,
-        rounding_token_agreement=agreement(tuned, jitter, near),
-        mean_difference_from_base=apart(untuned, merged)[0] / scale,
-        mean_effect_of_adapter=apart(untuned, tuned)[0] / scale,
-        difference_from_trained=(apart(before_merge, merged)[0] if before_merge else difference) / scale,
+        token_agreement=agreement(tuned, merged, near(spec, scale)),
+        rounding_logit_difference=reference.moved / scale,
+        rounding_token_agreement=reference.agreed,
+        mean_difference_from_base=logit_difference(untuned, merged)[0] / scale,
+        mean_effect_of_adapter=logit_difference(untuned, tuned)[0] / scale,
+        difference_from_trained=(logit_difference(before_merge, merged)[0] if before_merge else difference) / scale,
         loss_base=loss(untuned),
         loss_adapter=loss(before_merge or tuned),
         loss_merged=loss(merged),
@@ -181,8 +186,13 @@ def judge(spec: JobSpec, reference: Reference, merged: list[Answers], wrong: lis
     )
 
 
+def near(spec: JobSpec, scale: float) -> float:
+    """Return how far below the highest logit another may be and still count as first."""
+    return spec.export.gate.max_mean_logit_difference * scale
+
+
 def wrong_weights(right: dict[str, Expected], found: dict[str, Tensor]) -> list[str]:
-    """Names of weights that the merged model lacks, or that are not what they must be."""
+    """Return the names of weights that the merged model lacks or that differ from the expected ones."""
     wrong = []
     for name, each in right.items():
         there = found.get(name)
@@ -197,7 +207,7 @@ def micro_batches(spec: JobSpec, loaded: Loaded) -> MicroBatches:
 
 
 def refuse(result: Verdict, spec: GateSpec) -> None:
-    """Raises GateRefused, saying which weights are wrong, or which bound was crossed."""
+    """Raises GateRefused with the wrong weights or the violated bound."""
     most = max(spec.max_mean_logit_difference, spec.rounding_allowance * result.rounding_logit_difference)
     least = min(spec.min_token_agreement, 1 - spec.rounding_allowance * (1 - result.rounding_token_agreement))
     reasons = []
@@ -211,7 +221,7 @@ def refuse(result: Verdict, spec: GateSpec) -> None:
         reasons.append(
             f"mean logit difference {result.mean_logit_difference:.4f} is over "
             f"export.gate.max_mean_logit_difference {spec.max_mean_logit_difference:g} and over "
-            f"{spec.rounding_allowance:g} times what rounding alone makes ({result.rounding_logit_difference:.4f})"
+            f"{spec.rounding_allowance:g} times what rounding alone causes ({result.rounding_logit_difference:.4f})"
         )
     if not result.token_agreement >= least:
         reasons.append(
@@ -220,8 +230,8 @@ def refuse(result: Verdict, spec: GateSpec) -> None:
         )
     visible = max(VISIBLE, result.mean_logit_difference / 3)
     if result.mean_effect_of_adapter > visible and result.mean_difference_from_base < result.mean_logit_difference:
-        reasons.append("they are nearer to the base than to base + adapter")
+        reasons.append("they are closer to the base model than to base + adapter")
     if reasons:
         raise GateRefused(
-            f"merged weights differ from base + adapter: {'; '.join(reasons)}; the adapter is published, merged is not"
+            f"merged weights differ from base + adapter: {'; '.join(reasons)}; the adapter is published, the merged model is not"
         )

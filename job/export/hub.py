@@ -1,39 +1,30 @@
-"""The way to a model hub. Nothing of merged weights gets here before the gate has let them through.
+"""Pushes to a model hub. Merged weights reach it only after passing the gate.
 
-An upload that broke off goes on with what is missing: the hub knows by their digests which files it has. One commit
-brings all files of a repository or none; `upload_folder`, where hf-xet is installed, makes one every five minutes.
+An interrupted upload continues with the missing files, since the hub identifies existing ones by digest. One commit adds all
+files of a repository or none; `upload_folder`, where hf-xet is installed, commits every five minutes.
 """
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from json import JSONDecodeError
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from job.errors import NotAllowed, SpecError, Unavailable
-from job.record import one_line
-from job.spec import HubSpec
+from job.config.schema import HubSpec
+from job.errors import NotAllowed, SpecError
+from job.runtime.hub import patiently
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 log = logging.getLogger("job")
 
-TRIES = 5
-PAUSE = 2.0
-"""Seconds before the second try; twice as many before each later one."""
-PASSING = (408, 409, 412, 423, 425, 429)
-"""What is answered to those who come too often, or while another commit to the same repository is being made."""
-T = TypeVar("T")
-
 
 def check_token(spec: HubSpec) -> None:
-    """Whether there is a token that the hub knows, and the repositories are such as may be pushed to, as far as can be told
-    before hours are spent. Asks nothing when nothing is pushed."""
+    """Check that the hub accepts the token and that the repositories may be pushed to, as far as can be told before hours are
+    spent. Sends no request when nothing is pushed."""
     repos = [repo for repo in (spec.adapter_repo, spec.merged_repo) if repo is not None]
     if not repos:
         return
@@ -49,7 +40,7 @@ def check_token(spec: HubSpec) -> None:
 
 
 def push(spec: HubSpec, folders: Mapping[str, Path]) -> dict[str, str]:
-    """Push adapter and merged weights to the repositories that the spec names. Returns the addresses of the commits."""
+    """Push adapter and merged weights to the repositories in the spec. Returns the commits' URLs."""
     wanted = {"adapter": spec.adapter_repo, "merged": spec.merged_repo}
     return {name: _push(repo, folders[name], spec.private) for name, repo in wanted.items() if repo is not None}
 
@@ -69,35 +60,8 @@ def _push(repo: str, folder: Path, private: bool) -> str:
 
 
 def check_private(api: HfApi, repo: str, private: bool) -> None:
-    """Raises SpecError for a repository that is public although what is pushed shall be private."""
+    """Raises SpecError for a public repository when the push must be private."""
     if private and not patiently(lambda: api.model_info(repo), repo).private:
         raise SpecError(
             f"export.hub: {repo} is public, and export.hub.private is true; make it private, or set private to false"
         )
-
-
-def patiently(ask: Callable[[], T], what: str) -> T:
-    """Ask the hub, again after a pause when it or the way to it fails. Raises NotAllowed, SpecError or Unavailable."""
-    from httpx import TransportError
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    for attempt in range(TRIES):
-        try:
-            return ask()
-        except OfflineModeIsEnabled as error:
-            raise SpecError("export.hub: HF_HUB_OFFLINE is set, so nothing can be pushed; unset it") from error
-        except (HfHubHTTPError, TransportError, OSError, RuntimeError, JSONDecodeError) as error:
-            cause = (type(error) is RuntimeError and error.__cause__) or error  # it may wrap what became of one file
-            status = getattr(getattr(cause, "response", None), "status_code", None)
-            said = one_line(cause)[:200]
-            if status in (401, 403, 404):
-                raise NotAllowed(
-                    f"export.hub: the hub refuses {what} ({status}): {said}; set HF_TOKEN to a token that may write there"
-                ) from error
-            if status is not None and status < 500 and status not in PASSING:
-                raise SpecError(f"export.hub: the hub does not take {what} ({status}): {said}") from error
-            log.warning("the hub did not answer for %s: %s; try %d of %d", what, said, attempt + 1, TRIES)
-        except ValueError as error:  # of a name, or of a file that the hub would not have
-            raise SpecError(f"export.hub: the hub does not take {what}: {one_line(error)[:200]}") from error
-        time.sleep(PAUSE * 2**attempt)
-    raise Unavailable(f"export.hub: the hub did not answer for {what} in {TRIES} tries: {said}")

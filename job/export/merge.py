@@ -1,8 +1,8 @@
-"""Merged weights: the base's files again, byte for byte but for the tensors that the adapter changes.
+"""Writes merged weights: the base's files, byte for byte except for the tensors that the adapter changes.
 
-So names, dtypes, order, sharding and index are the base's own, and what a server could read it can read again. A file is
-made piece by piece, a few pieces ahead of where it is written: into scratch, or straight into the output. Neither the
-model nor a file is ever whole in memory.
+So names, dtypes, order, sharding and index are the base's own, and a server that reads the base reads the result. A file is
+made in pieces, a few of them ahead of writing, into scratch or straight into the output. Neither the model nor a file is ever
+entirely in memory.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from job.errors import JobError, Preempted
 from job.export.fold import Change, changed
-from job.export.places import DTYPES, Base
-from job.stage_in import HERE
+from job.export.tensor_map import DTYPES, Base
+from job.layout import MERGING_KEY
 from job.store import Digest, Store
 from job.store.folders import together
 from job.store.local import disk
@@ -35,20 +35,19 @@ from job.store.local import disk
 PIECE = 16 * 2**20
 WORKERS = 3
 AHEAD = 6
-"""Pieces that are being read and folded, or are done and wait to be written."""
+"""Pieces being read and folded, or waiting to be written."""
 FILES = 2
-"""That are sent at once: the store makes sure of the end of one while another is folded."""
+"""Files sent at once: the store confirms the end of one while another is folded."""
 FOLDING = threading.Lock()
-"""One tensor is folded at a time: it has the whole device, and the precision of products is a setting of the process."""
-PROGRESS = "logs/merging.json"
+"""Folds one tensor at a time: it uses the whole device, and the precision of products is a process-wide setting."""
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-LEFT_OUT = {"README.md", "pytorch_model.bin.index.json", HERE}
+LEFT_OUT = {"README.md", "pytorch_model.bin.index.json"}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What merged weights are made of. `changes` go by the files' names of tensors; `identity` tells whether what an earlier
-    attempt made is a part of the same."""
+    """The inputs of a merge. `changes` is keyed by the files' tensor names; `identity` tells whether an earlier attempt's
+    files belong to the same merge."""
 
     base: Base
     changes: Mapping[str, Change]
@@ -72,7 +71,7 @@ def recipe(base: Base, adapter: Path, changes: Mapping[str, Change], device: tor
 
 
 def merge_to_folder(recipe: Recipe, into: Path) -> list[str]:
-    """Write all weight files into a folder; those that an earlier attempt finished stay. Returns what was written now."""
+    """Write all weight files to a folder, keeping those that an earlier attempt finished. Returns the files written now."""
     mark = into.with_name(f"{into.name}.identity")
     if not (mark.exists() and mark.read_text() == recipe.identity):
         shutil.rmtree(into, ignore_errors=True)
@@ -91,32 +90,32 @@ def merge_to_folder(recipe: Recipe, into: Path) -> list[str]:
     return written
 
 
-def merge_to_store(recipe: Recipe, store: Store, prefix: str, check: Callable[[], None]) -> dict[str, Digest]:
-    """Send all weight files to `prefix/`, none of them over scratch; those that an earlier attempt finished stay.
+def merge_to_store(recipe: Recipe, store: Store, prefix: str) -> dict[str, Digest]:
+    """Send all weight files to `prefix/`, without using scratch and keeping those that an earlier attempt finished.
 
-    `check` is called before each file and may raise. Returns the digests by the files' names.
+    Returns digests by file name.
     """
     done, noting = _progress(store, recipe.identity), threading.Lock()
-    there = {entry.key: entry.size for entry in store.list(f"{prefix}/")}
+    there = {entry.key: entry.version for entry in store.list(f"{prefix}/")}
 
     def send(file: str) -> None:
-        check()
         size = (recipe.base.folder / file).stat().st_size
-        with closing(pieces(recipe, file)) as made:
-            digest = store.upload_pieces(made, size, f"{prefix}/{file}")
+        digest = store.upload_pieces(lambda: pieces(recipe, file), size, f"{prefix}/{file}")
         with noting:
             done[file] = digest
-            store.write(PROGRESS, json.dumps({"identity": recipe.identity, "files": done}).encode())
+            store.write(MERGING_KEY, json.dumps({"identity": recipe.identity, "files": done}).encode())
 
-    left = [name for name in recipe.base.files if name not in done or there.get(f"{prefix}/{name}") != done[name].size]
+    left = [
+        name for name in recipe.base.files if name not in done or there.get(f"{prefix}/{name}") != done[name].version
+    ]
     together({file: partial(send, file) for file in left}, FILES)
     return {file: done[file] for file in recipe.base.files}
 
 
 def _progress(store: Store, identity: str) -> dict[str, Digest]:
-    """What an earlier attempt at the same merge finished."""
+    """Return the files that an earlier attempt at the same merge finished."""
     try:
-        found: dict[str, Any] = json.loads(store.read(PROGRESS))
+        found: dict[str, Any] = json.loads(store.read(MERGING_KEY))
     except Preempted:
         raise
     except JobError:
@@ -127,7 +126,7 @@ def _progress(store: Store, identity: str) -> dict[str, Digest]:
 
 
 def copy_rest(base: Path, into: Path) -> None:
-    """All that a server reads besides weights: configuration, index, processor, chat template, licence. As they are."""
+    """Copy unchanged everything that a server reads besides weights: configuration, index, processor, chat template, licence."""
     into.mkdir(parents=True, exist_ok=True)
     for file in sorted(base.iterdir()):
         if file.is_dir() and file.name == "additional_chat_templates":
@@ -137,10 +136,10 @@ def copy_rest(base: Path, into: Path) -> None:
 
 
 def pieces(recipe: Recipe, file: str) -> Generator[memoryview]:
-    """The bytes of a merged weight file in order, in pieces of at most 16 MiB or one changed tensor.
+    """Yield the bytes of a merged weight file in order, in pieces of at most 16 MiB or one changed tensor.
 
-    Threads make them ahead of whoever takes them. In memory are at most AHEAD pieces and those that were taken, and on the
-    device one tensor with its change. Closing ends the threads.
+    Threads make them ahead of the consumer. At most AHEAD pieces and those already taken are in memory, and one tensor with
+    its change is on the device. Closing ends the threads.
     """
     path = recipe.base.folder / file
     made: deque[Future[memoryview]] = deque()
@@ -157,7 +156,7 @@ def pieces(recipe: Recipe, file: str) -> Generator[memoryview]:
 
 
 def _parts(recipe: Recipe, file: str, source: int) -> Iterator[Callable[[], memoryview]]:
-    """What makes each piece of a file, which is open as the descriptor `source`."""
+    """Yield the functions that make a file's pieces; the file is open as the descriptor `source`."""
     slots = {key: slot for key, slot in recipe.base.slots.items() if slot.file == file}
     touched = [key for key in slots if key in recipe.changes]
     done = 0
@@ -174,7 +173,7 @@ def _plain(recipe: Recipe, source: int, start: int, end: int) -> Iterator[Callab
 
 
 def _folded(recipe: Recipe, source: int, key: str) -> memoryview:
-    """A changed tensor, in the memory that it was read into."""
+    """Return a changed tensor, in the memory that it was read into."""
     slot = recipe.base.slots[key]
     raw = _read(recipe, source, slot.start, slot.end)
     there = raw.view(DTYPES[slot.dtype]).view(slot.shape)
@@ -184,8 +183,8 @@ def _folded(recipe: Recipe, source: int, key: str) -> memoryview:
 
 
 def _read(recipe: Recipe, source: int, start: int, end: int) -> Tensor:
-    """Bytes `start` to `end`. Raises OSError when the file ends before. A GPU copies from pinned memory far faster, and
-    torch uses that again for later pieces."""
+    """Read bytes `start` to `end`. Raises OSError when the file ends before. A GPU copies from pinned memory far faster, and
+    torch reuses it for later pieces."""
     raw = torch.empty(end - start, dtype=torch.uint8, pin_memory=recipe.device.type == "cuda")
     view, got = raw.numpy().data, 0
     while got < len(view):

@@ -1,8 +1,8 @@
-"""Conversations → tensors, with a label mask that is right for every family. One collator serves both backends.
+"""Turns conversations into tensors with a label mask that is correct for every family and both backends.
 
-TRL's own collator leaves mllama's image token (outside the vocabulary) in the labels; Unsloth's trains on the prompt
-unless told the template's markers. Here the answer's place is found from the template itself: the tokens that the
-rendered conversation, its images expanded as the processor expands them, has beyond the rendered prompt.
+TRL's own collator leaves mllama's image token (outside the vocabulary) in the labels; Unsloth's trains on the prompt unless
+given the template's markers. Here the template itself locates the answer: it is the tokens that the rendered conversation,
+with images expanded as by the processor, has beyond the rendered prompt.
 """
 
 from __future__ import annotations
@@ -12,17 +12,25 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jinja2 import TemplateError
+from PIL import Image
 from torch.utils.data import get_worker_info
 
 from job.errors import DataError
+from job.model.families import FAMILIES
+
+if TYPE_CHECKING:
+    from job.data import Row
 
 IGNORE = -100
 DATE = "26 Jul 2024"
-"""Llama 3.2's own default. Its template writes today's into a system turn, and a run resumed tomorrow would differ."""
+"""Llama 3.2's default. Its template otherwise writes today's date into a system turn, so a run resumed tomorrow would differ."""
+ENDING = 2
+"""Tokens at the end of an answer that may change when more turns follow: only the last turn ends with the end of text."""
+MOST_CHARACTERS = 10_000_000
+"""Maximum characters of a conversation, about a hundred times what any model reads."""
 Messages = list[dict[str, Any]]
 
 
@@ -30,9 +38,9 @@ Messages = list[dict[str, Any]]
 class Collator:
     """Call with rows `{"id", "messages", "images"}`.
 
-    Returns the processor's tensors, padded on the right, of shape (rows, tokens), and `labels` of the same shape:
-    token ids where the loss is taken, -100 elsewhere. Raises DataError for a row of more than `max_length` tokens; with
-    `truncate`, its last answer is cut there instead, if images and prompt fit.
+    Returns the processor's tensors, right-padded to shape (rows, tokens), and `labels` of the same shape: token ids where the
+    loss applies, -100 elsewhere. Raises DataError for a row of more than `max_length` tokens; with `truncate`, cuts its last
+    answer instead if images and prompt fit.
     """
 
     processor: Any
@@ -40,7 +48,7 @@ class Collator:
     responses_only: bool = True
     truncate: bool = False
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
         if get_worker_info() is not None:
             reuse_memory(os.getpid())
         texts = [finished(self.processor, row["messages"]) for row in rows]
@@ -48,7 +56,12 @@ class Collator:
         labels = torch.full_like(batch["input_ids"], IGNORE)
         lengths = batch["attention_mask"].sum(dim=1).tolist()
         for index, (row, text) in enumerate(zip(rows, texts, strict=True)):
-            spans = self._spans(row["messages"], text, expansions[index], lengths[index])
+            spans = [(0, lengths[index])]
+            if self.responses_only:
+                try:
+                    spans = answer_spans(self.processor, row["messages"], text, expansions[index], lengths[index])
+                except DataError as error:
+                    raise DataError(f"{row['id']}: {error}") from error
             if lengths[index] > self.max_length and not (self.truncate and spans[-1][0] < self.max_length):
                 raise DataError(
                     f"{row['id']}: {lengths[index]} tokens, over training.max_length {self.max_length}; raise it, or "
@@ -59,96 +72,130 @@ class Collator:
         labels[torch.isin(labels, torch.tensor(never_learned(self.processor)))] = IGNORE
         return cut(batch | {"labels": labels}, self.max_length)
 
-    def _spans(self, messages: Messages, text: str, expansions: list[str], length: int) -> list[tuple[int, int]]:
-        """Half-open token ranges that the loss is taken over."""
-        if not self.responses_only:
-            return [(0, length)]
-        answers = _answers(messages)
-        if not any(part["type"] == "image" for message in messages[answers[0] :] for part in message["content"]):
-            # Answers are counted from the end, so what comes before them need not be spelled out.
-            expansions = [self.processor.image_token] * len(expansions)
-        whole = tokens(self.processor, expand(self.processor, text, expansions))
-        return [answer_span(self.processor, messages, turn, whole, expansions, length) for turn in answers]
-
 
 @lru_cache(1)
 def reuse_memory(_process: int) -> None:
-    """In a loader's process: what is freed is kept for the next batch. glibc maps blocks of over 32 MB anew each time, and the
-    kernel clears every page of them: half of the time that images take (benchmarks/loader.py)."""
+    """Keep freed memory for the next batch in a loader process. glibc maps blocks over 32 MB anew each time, and the kernel
+    clears every page: half of the time spent on images (benchmarks/loader.py)."""
     with suppress(AttributeError, OSError):  # another C library
         settings = ctypes.CDLL(None).mallopt
-        settings(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
-        settings(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the top of the heap is not given back
+        settings(-4, 0)  # M_MMAP_MAX: no block gets its own mapping
+        settings(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give back the top of the heap
 
 
 def cut(batch: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
-    """Everything that has one entry a token, at most `length` of them."""
+    """Cut every tensor with one entry per token to at most `length` of them."""
     shape = batch["input_ids"].shape
     if shape[1] <= length:
         return batch
     return {name: each[:, :length] if each.shape[:2] == shape else each for name, each in batch.items()}
 
 
-def _answers(messages: Messages) -> list[int]:
-    return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+def answer_spans(
+    processor: Any, messages: Messages, text: str, expansions: list[str], length: int, bare: list[int] | None = None
+) -> list[tuple[int, int]]:
+    """Locate a conversation's answers with their end-of-turn tokens, as half-open ranges over its `length` tokens.
 
-
-def answer_span(
-    processor: Any, messages: Messages, turn: int, whole: list[int], expansions: list[str], length: int
-) -> tuple[int, int]:
-    """Where the answer of `turn` and its end-of-turn token lie among the `length` tokens of the conversation.
-
-    Counted from the end of `whole`, the ids of its text with `expansions` put for its images, which are what the processor puts
-    for each if images stand behind an answer. Raises DataError for a template that rewrites earlier turns.
+    `text` is the conversation as the chat template renders it (see `finished`), `expansions` the processor's replacement for
+    each image, and `bare` the tokens of `text`, if known. Raises DataError when the template renders an answer differently
+    once more turns follow, or not as a continuation of its prompt.
     """
-    before = tokens(processor, expand(processor, render(processor, messages[:turn], prompt=True), expansions))
-    said = finished(processor, messages[: turn + 1]).rstrip()
-    after = tokens(processor, expand(processor, said, expansions))
-    start, end = _common(whole, before), _common(whole, after)
-    if start < len(before) - 1 or end <= start:
-        raise DataError(
-            "the model's chat template rewrites earlier turns, so the answer cannot be told from the prompt"
-        )
-    return length - len(whole) + start, length - len(whole) + end
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    plain = not any(part["type"] == "image" for message in messages[answers[0] :] for part in message["content"])
+    if plain:  # spans are counted from the end, so images before the answers need no expansion
+        expansions = [processor.image_token] * len(expansions)
+    whole = bare if plain and bare is not None else tokens(processor, expand(processor, text, expansions))
+    spans = list[tuple[int, int]]()
+    for turn in answers:
+        said = text if turn == len(messages) - 1 else finished(processor, messages[: turn + 1])
+        before = tokens(processor, expand(processor, render(processor, messages[:turn], prompt=True), expansions))
+        after = without_end(processor, text, whole) if said is text else None
+        if after is None:
+            after = tokens(processor, expand(processor, said.rstrip(), expansions))
+        start, end = _common(whole, before), _common(whole, after)
+        if start < len(before) - 1 or end <= start or end < len(after) - ENDING:
+            raise DataError(_rewritten(len(answers)))
+        spans.append((length - len(whole) + start, length - len(whole) + end))
+    return spans
+
+
+def without_end(processor: Any, text: str, whole: list[int]) -> list[int] | None:
+    """Return the tokens of `text.rstrip()` out of those of `text`, if a special token precedes the stripped part, else None.
+    Special tokens never merge with what follows."""
+    bare = text.rstrip()
+    end = processor.tokenizer(text[len(bare) :], add_special_tokens=False)["input_ids"] if bare != text else []
+    parted = len(whole) - len(end)
+    return whole[:parted] if bare.endswith(special_tokens(processor)) and whole[parted:] == end else None
+
+
+def _rewritten(answers: int) -> str:
+    cure = "give each answer its own row, or name" if answers > 1 else "name"
+    return (
+        "the model's chat template rewrites earlier turns, so the answer cannot be told from the prompt; "
+        f"{cure} a base model whose template keeps them"
+    )
 
 
 def expand(processor: Any, text: str, expansions: list[str]) -> str:
-    """The text with what the processor puts for its first image in place of its first placeholder, and so on."""
+    """Replace the text's image placeholders, in order, with the processor's expansions."""
     first, *rest = text.split(processor.image_token)
     return first + "".join(put + piece for put, piece in zip(expansions, rest, strict=False))
 
 
 def _common(a: list[int], b: list[int]) -> int:
-    """Length of the common beginning."""
+    """Return the length of the common prefix."""
     return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def render(processor: Any, messages: Messages, *, prompt: bool = False) -> str:
-    """The chat template's text; with `prompt`, up to where the model answers. Raises DataError when it refuses."""
+    """Render the chat template; with `prompt`, up to where the model answers. Raises DataError when the template fails."""
     system = messages[0] if messages[0]["role"] == "system" else None
     text = _apply(processor, messages, prompt)
     if system is not None and str(system["content"]) in text:
-        # Llama 3.2's template takes the system turn as one string, and prints a list of parts as Python would.
+        # Llama 3.2's template takes the system turn as one string, and prints a list of parts as a Python literal.
         plain = "".join(part["text"] for part in system["content"])
         text = _apply(processor, [{"role": "system", "content": plain}, *messages[1:]], prompt)
     return text
 
 
 def _apply(processor: Any, messages: Messages, prompt: bool) -> str:
-    dated = {"date_string": DATE} if "date_string" in str(processor.chat_template) else {}
     try:
-        text: str = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **dated)
-    except TemplateError as error:
-        raise DataError(f"the model's chat template refuses the conversation: {error}") from error
+        text = _filled(processor, messages, prompt)
+    except Exception as error:  # a template is a program and can fail in any way
+        said = _said_of_any(processor, messages, prompt)
+        raise DataError(f"the model's chat template refuses the conversation{said}") from error
+    if len(text) > MOST_CHARACTERS:
+        raise DataError(f"the model's chat template renders the conversation to {len(text):,} characters")
     return text
 
 
+def _filled(processor: Any, messages: Messages, prompt: bool) -> str:
+    dated = {"date_string": DATE} if "date_string" in str(processor.chat_template) else {}
+    text: str = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **dated)
+    return text
+
+
+def _said_of_any(processor: Any, messages: Messages, prompt: bool) -> str:
+    """Return the template's error for the same turns without their text, because the original error may quote a row."""
+    try:
+        _filled(processor, [message | {"content": _unsaid(message["content"])} for message in messages], prompt)
+    except Exception as error:
+        return f": {error}"
+    return ""
+
+
+def _unsaid(content: Any) -> Any:
+    if isinstance(content, str):
+        return "…"
+    return [part | {"text": "…"} if "text" in part else part for part in content]
+
+
 def finished(processor: Any, messages: Messages) -> str:
-    """The text of whole turns. Where the template ends no turn (LLaVA 1.5's), the end of text is put behind the last:
-    a model that is never shown where an answer ends does not stop."""
+    """Render whole turns. If the template ends no turn (LLaVA 1.5's), append the end of text: a model that never sees where an
+    answer ends does not stop."""
     text = render(processor, messages)
     ended = text.rstrip().endswith(special_tokens(processor))
-    return text if ended else text.rstrip() + str(processor.tokenizer.eos_token)
+    return text if ended else text.rstrip() + (processor.tokenizer.eos_token or "")
 
 
 @lru_cache(8)
@@ -157,60 +204,70 @@ def special_tokens(processor: Any) -> tuple[str, ...]:
 
 
 def tokens(processor: Any, text: str) -> list[int]:
-    """Ids of a text, images not expanded."""
+    """Return the token ids of a text, without expanding images."""
     ids: list[int] = processor.tokenizer(text, add_special_tokens=adds_bos(processor, text))["input_ids"]
     return ids
 
 
 def adds_bos(processor: Any, text: str) -> bool:
-    """Whether the tokenizer shall add its own special tokens: not when the template wrote the first already."""
+    """Whether the tokenizer should add its special tokens: not when the template already wrote the first."""
     bos = processor.tokenizer.bos_token
     return bos is None or not text.startswith(bos)
 
 
 def encode(processor: Any, texts: list[str], images: list[list[Any]], *, side: str) -> dict[str, torch.Tensor]:
-    """Batched tensors of texts with their images, padded on `side`."""
+    """Encode texts with their images as batched tensors, padded on `side`."""
     return _encode(processor, texts, images, side=side)[0]
 
 
-def replacement(processor: Any, image: Any) -> str:
-    """What the processor puts into the text for an image of this size."""
-    (text,) = _encode(processor, [processor.image_token], [[image]], side="right")[1][0]
-    return text
+def replacement(processor: Any, image: Any, images: int = 1) -> str:
+    """Return the text that the processor substitutes for an image of this size, one of a row's `images`."""
+    return _encode(processor, [processor.image_token * images], [[image] * images], side="right")[1][0][0]
 
 
 def _encode(
     processor: Any, texts: list[str], images: list[list[Any]], *, side: str
 ) -> tuple[dict[str, torch.Tensor], list[list[str]]]:
-    """The tensors, and for each text what was put for each of its images."""
+    """Return the tensors and, for each text, the replacement of each of its images."""
     expands = "cross_attention_mask" not in processor.model_input_names  # mllama's images take one token each
-    if not expands and any(images) and not all(images):
+    mixed = any(images) and not all(images)
+    if mixed and not expands:
         raise DataError(
             "rows with and without images cannot share a batch of this model: set training.per_device_train_batch_size and "
             "evaluation.batch_size to 1"
         )
-    batch = dict(
-        processor(
-            text=texts,
-            images=images if any(images) else None,
-            padding=True,
-            padding_side=side,
-            add_special_tokens=adds_bos(processor, texts[0]),
-            return_tensors="pt",
-            **({"return_text_replacement_offsets": True} if expands else {}),
-        )
-    )
+    given = {
+        "text": texts,
+        "images": images if any(images) else None,
+        "padding": True,
+        "padding_side": side,
+        "add_special_tokens": adds_bos(processor, texts[0]),
+        "return_tensors": "pt",
+    }
+    try:
+        batch = dict(processor(**given, **({"return_text_replacement_offsets": True} if expands else {})))
+    except ValueError:  # InternVL's and Idefics' make a tensor of the replacements, unless each row has one
+        if not mixed:
+            raise
+        batch = dict(processor(**given))
     replaced = batch.pop("text_replacement_offsets", None)
-    if replaced is None:
-        return batch, [[processor.image_token] * len(each) for each in images]
-    return batch, [[each["replacement"] for each in row] for row in replaced]
+    batch |= {name: each.float() for name, each in batch.items() if torch.is_tensor(each) and each.is_floating_point()}
+    if replaced is not None:
+        return batch, [[each["replacement"] for each in row] for row in replaced]
+    if mixed:
+        alone = zip(texts, images, strict=True)
+        return batch, [_encode(processor, [text], [row], side=side)[1][0] if row else [] for text, row in alone]
+    return batch, [[processor.image_token] * len(each) for each in images]
 
 
-@lru_cache(8)  # a vocabulary of 200,000 takes a tenth of a second to list
+@lru_cache(8)  # listing a vocabulary of 200,000 takes a tenth of a second
 def never_learned(processor: Any) -> list[int]:
-    """Ids of image placeholders and their fences, which no model shall learn to write. mllama's lies outside the vocabulary,
-    and Gemma 3's processor calls by its name the fence only, so the tokenizer is asked too."""
+    """Ids of image placeholders, delimiters and tile separators (Llama 4), which no model should learn to write. mllama's image
+    token is outside the vocabulary, and Gemma 3's processor gives the delimiter that name, so the tokenizer is queried too."""
     names = ("image_token", "video_token", "boi_token", "eoi_token")
     found = {getattr(owner, name, None) for owner in (processor, processor.tokenizer) for name in names}
+    found.update(*(family.fences for family in FAMILIES.values()))
+    put = replacement(processor, Image.new("RGB", (1024, 1024)))
+    found.update(token for token in special_tokens(processor) if token in put)
     known = processor.tokenizer.get_vocab()
-    return sorted(known[token] for token in found | {"<|vision_start|>", "<|vision_end|>"} if token in known)
+    return sorted(known[token] for token in found if token in known)

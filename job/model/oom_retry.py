@@ -20,16 +20,16 @@ Made = TypeVar("Made")
 
 
 class MicroBatches:
-    """Runs work without gradients over rows, `size` of them at once until GPU memory runs out, then half as many.
+    """Runs work without gradients in micro-batches of `size` rows, halving `size` when GPU memory runs out.
 
-    `what` names the work in messages; `cure` says what to change when one row alone does not fit.
+    `what` names the work in messages; `cure` says what to change when a single row does not fit.
     """
 
     def __init__(self, size: int, what: str, cure: str) -> None:
         self.size, self.what, self.cure = size, what, cure
 
     def map(self, rows: Sequence[Row], work: Callable[[Sequence[Row]], list[Made]]) -> list[Made]:
-        """What `work` returns for each micro-batch, joined. Raises OutOfMemory when one row alone does not fit."""
+        """Join what `work` returns for each micro-batch. Raises OutOfMemory when a single row does not fit."""
         found: list[Made] = []
         done = 0
         while done < len(rows):
@@ -42,14 +42,14 @@ class MicroBatches:
                 found, done = found + made, done + len(part)
                 continue
             self.size = half(len(part), f"{self.what} does not fit the GPU; {self.cure} ({said})")
-            log.warning("%s: out of GPU memory with %d rows; going on with %d", self.what, len(part), self.size)
+            log.warning("%s: out of GPU memory with %d rows; continuing with %d", self.what, len(part), self.size)
         return found
 
 
 def half(rows: int, refusal: str) -> int:
-    """Half of `rows`, with the memory of the failed try freed. Raises OutOfMemory with `refusal` where one row failed.
+    """Free the memory of the failed attempt and return half of `rows`. Raises OutOfMemory with `refusal` if it had one row.
 
-    Call it behind the `except` block: the failed try's tensors hang on the frames of the exception.
+    Call it after the `except` block: the exception's frames keep the failed attempt's tensors alive.
     """
     free_cached()
     if rows == 1:
@@ -58,7 +58,7 @@ def half(rows: int, refusal: str) -> int:
 
 
 def free_cached() -> None:
-    """Return memory that nobody refers to any more to the system, on the host and on the GPU.
+    """Return unreferenced memory to the system, on the host and on the GPU.
 
     glibc keeps freed blocks of up to 32 MB for later (mallopt(3), M_MMAP_THRESHOLD), and a container's limit counts them.
     """

@@ -1,19 +1,29 @@
-"""The boundary on plain transformers + PEFT: the CPU's way, and the peer that Unsloth is measured against."""
+"""Loads models with plain transformers and PEFT: used on the CPU, and the reference that Unsloth is measured against."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import align_module_device
 
-from job.errors import OutOfMemory, SpecError
-from job.model import Loaded, tiles
-from job.model.lora import Linear, census, parameters, pattern, targets
-from job.model.memory import last_cure
-from job.spec import JobSpec, LoraSpec, ModelSpec
+from job.config.schema import JobSpec, LoraSpec, ModelSpec
+from job.errors import JobError, OutOfMemory, SpecError, is_host_memory
+from job.model.base_model import module_name
+from job.model.families import family_of
+from job.model.generation import greedy, stop_tokens
+from job.model.init_adapter import fitted, read_init_adapter
+from job.model.loaded import Loaded
+from job.model.lora_targets import Linear, census, is_fused, parameters, pattern, targets
+from job.model.memory_model import last_cure
+from job.model.patches import mllama_attention
+from job.model.patches.mllama_checkpointing import make_recomputable
+from job.model.template import refuse_endless
 
 DTYPES = {"16bit": torch.bfloat16, "32bit": torch.float32, "4bit": torch.bfloat16}
 
@@ -21,59 +31,43 @@ DTYPES = {"16bit": torch.bfloat16, "32bit": torch.float32, "4bit": torch.bfloat1
 def load(
     spec: JobSpec, folder: Path, device: torch.device, start: Path | None = None, precision: str = "32bit"
 ) -> Loaded:
-    """Base model from `folder` on `device`, frozen, with adapters in exactly the groups asked for: fresh ones, or
-    those of the folder `start`.
+    """Load the base model in `folder` to `device`, frozen, with adapters in exactly the requested groups: fresh ones, or those
+    in the folder `start`.
 
-    Raises SpecError when `folder` is no vision-language model, or when a group does not exist in it.
+    Raises SpecError when `folder` is not a vision-language model or lacks a requested group.
     """
     model = load_weights(spec.model, folder, device, precision)
     make_recomputable(model)
     processor = load_processor(spec.model, folder)
-    chosen = targets(spec.lora, linears(model))
-    model, groups = add_adapters(model, spec, chosen)
+    model.generation_config = greedy(processor, folder)
+    layers = linears(model)
+    model, groups = add_adapters(model, spec, targets(spec.lora, layers))
     if start is not None:
-        load_adapter(model, start)
+        begin_from(model, spec.lora, start, layers)
     return Loaded(model, processor, folder, "transformers", precision, device, groups)
-
-
-def make_recomputable(model: Any) -> None:
-    """Gradient checkpointing for Llama 3.2's vision layers, the only ones of all families that upstream leaves out: eleven
-    gigabytes a picture in the 11B shape."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    tower, made = tiles.llamas(model), dict[type, type]()
-    for layer in [*tower.transformer.layers, *tower.global_transformer.layers] if tower is not None else []:
-        kind = type(layer)
-        if not issubclass(kind, GradientCheckpointingLayer):
-            bases = (GradientCheckpointingLayer, kind)
-            layer.__class__ = made.setdefault(kind, type(kind.__name__, bases, {"__module__": kind.__module__}))
 
 
 @dataclass(frozen=True)
 class Offload:
-    """A model of which a part stays outside the GPU: at most `room` bytes of its weights are on it, the others come for each
-    forward out of the weight files, which the host maps; `folder` is for what cannot be taken from there as it is."""
+    """Keeps part of a model outside the GPU: at most `room` bytes of weights stay on it, the rest is loaded for each forward
+    from the memory-mapped weight files; `folder` holds what cannot be taken from those as it is."""
 
     room: int
     folder: Path
 
 
 def placement(device: torch.device, offload: Offload | None) -> dict[str, Any]:
-    """Where `from_pretrained` puts the weights."""
+    """Return the arguments of `from_pretrained` that place the weights."""
     if offload is None:
         return {"device_map": {"": device}}
     memory: dict[Any, int] = {device.index or 0: offload.room, "cpu": 2**60} if device.type == "cuda" else {}
-    return {
-        "device_map": "auto",
-        "max_memory": memory or {"cpu": offload.room},
-        "offload_folder": str(offload.folder),
-    }
+    return {"device_map": "auto", "max_memory": memory or {"cpu": offload.room}, "offload_folder": str(offload.folder)}
 
 
 def load_weights(
     spec: ModelSpec, folder: Path, device: torch.device, precision: str, offload: Offload | None = None
 ) -> Any:
-    """An `AutoModelForImageTextToText` in eval mode, on `device` or, with `offload`, partly outside it."""
+    """Load an `AutoModelForImageTextToText` in eval mode, on `device` or, with `offload`, partly outside it."""
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
     extra: dict[str, Any] = {}
@@ -84,64 +78,122 @@ def load_weights(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            dtype=DTYPES[precision],
-            attn_implementation=spec.attn_implementation,
-            trust_remote_code=spec.trust_remote_code,
-            use_safetensors=True,
-            **placement(device, offload),
-            **extra,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise SpecError(f"model.name_or_path: {folder} is not a vision-language model: {first_line(error)}") from error
+        with warnings.catch_warnings():  # LLaVA-NeXT places a parameter that is in no module of its own
+            warnings.filterwarnings("ignore", "The following device_map keys do not match any submodules", UserWarning)
+            model = AutoModelForImageTextToText.from_pretrained(
+                folder,
+                dtype=DTYPES[precision],
+                attn_implementation=spec.attn_implementation,
+                trust_remote_code=spec.trust_remote_code,
+                use_safetensors=True,
+                **placement(device, offload),
+                **extra,
+            )
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(f"the base model does not fit the GPU; {last_cure(precision)}") from error
+    except (JobError, torch.AcceleratorError):
+        raise
+    except Exception as error:  # the libraries raise many types when these files make no model
+        if is_host_memory(error):
+            raise
+        raise _unusable(folder, "is not a vision-language model", error) from error
+    if offload is not None:
+        _bring_vectors(model)
     if spec.attn_implementation == "sdpa":
-        tiles.install(model)
+        mllama_attention.install(model)
     return model.eval()
 
 
+def _bring_vectors(model: Any) -> None:
+    """Keep norms and other vectors on the compute device: they are small, and Unsloth's patches, which are present if it
+    trained, read them without going through the modules that would load them."""
+    for module in model.modules():
+        if not waits(module) or any(weight.dim() > 1 for weight in module.parameters(recurse=False)):
+            continue
+        with align_module_device(module):
+            held = {name: weight.detach().clone() for name, weight in module.named_parameters(recurse=False)}
+        remove_hook_from_module(module)
+        for name, weight in held.items():
+            setattr(module, name, torch.nn.Parameter(weight, requires_grad=False))
+
+
+def waits(module: Any) -> bool:
+    """Whether accelerate loads the module's own weights for each forward and removes them afterwards."""
+    return any(weight.is_meta for weight in module.parameters(recurse=False))
+
+
 def load_processor(spec: ModelSpec, folder: Path) -> Any:
-    """The model's processor, with a padding token. Raises SpecError when there is none, or no chat template."""
+    """Load the model's processor and set a padding token. Raises SpecError when there is no processor or no chat template."""
     from transformers import AutoProcessor
 
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise SpecError(f"model.name_or_path: {folder} has no usable processor: {first_line(error)}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # several libraries read tokenizer, image processor and template
+        raise _unusable(folder, "has no usable processor", error) from error
     if not hasattr(processor, "image_processor"):
-        raise SpecError(f"model.name_or_path: {folder} has a processor without images; choose a vision-language model")
+        raise SpecError(f"model.name_or_path: the processor of {folder} takes no images; name a vision-language model")
+    if "labels" in processor.model_input_names:  # PaliGemma
+        raise SpecError(
+            f"model.name_or_path: {folder} reads a prompt in both directions, as its processor marks it, and such models cannot "
+            "be trained on conversations; choose an instruction-tuned model"
+        )
     if processor.chat_template is None:
         raise SpecError(f"model.name_or_path: {folder} has no chat template; choose an instruction-tuned model")
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    refuse_endless(processor, folder)
+    tokenizer = processor.tokenizer
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(stop_tokens(processor, folder)[0])
     return processor
 
 
+def refuse_unless_built(spec: ModelSpec, folder: Path) -> None:
+    """Build the model without its weights, unless its family is known. Raises SpecError when transformers cannot, for example
+    without an optional package."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+        if not family_of(config.model_type).whole:
+            with torch.device("meta"):
+                AutoModelForImageTextToText.from_config(config, trust_remote_code=spec.trust_remote_code)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _unusable(folder, "is not a vision-language model", error) from error
+
+
+def _unusable(folder: Path, what: str, error: Exception) -> SpecError:
+    why = first_line(error)
+    if isinstance(error, ImportError):
+        what, why = "cannot be loaded here", f"{why.split('. ')[0]}; install it, or choose another model"
+    return SpecError(f"model.name_or_path: {folder} {what}: {why}")
+
+
 def linears(model: Any) -> dict[str, Linear]:
-    """Every linear layer by name (4-bit layers report the shape they stand for)."""
+    """Return every linear layer but routers by name (4-bit layers report their unquantised shape)."""
     return {
         name: Linear(module.out_features, module.in_features)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
+        if isinstance(module, torch.nn.Linear) and not is_fused(name)
     }
 
 
 def add_adapters(model: Any, spec: JobSpec, chosen: list[str]) -> tuple[Any, dict[str, int]]:
-    """PEFT adapters on `chosen` and nothing else, checked by the census. Returns the model and parameters by group."""
+    """Add PEFT adapters to exactly `chosen`, checked by the census. Returns the model and parameters by group."""
     from peft import LoraConfig, get_peft_model
 
     counts = parameters(spec.lora.r, linears(model), chosen)
     config = LoraConfig(**lora_settings(spec.lora, chosen), task_type="CAUSAL_LM")
     torch.manual_seed(spec.training.seed)
-    model = get_peft_model(model, config).eval()  # the adapters' new dropout begins in training mode
+    model = get_peft_model(model, config).eval()  # the adapters' new dropout modules start in training mode
     census(chosen, adapted(model))
     return model, counts
 
 
 def lora_settings(lora: LoraSpec, chosen: list[str]) -> dict[str, Any]:
-    """The spec's adapters in PEFT's words, which are Unsloth's too."""
+    """Translate the spec's LoRA fields to PEFT's arguments, which are also Unsloth's."""
     return {
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
@@ -153,7 +205,7 @@ def lora_settings(lora: LoraSpec, chosen: list[str]) -> dict[str, Any]:
 
 
 def adapted(model: Any) -> list[str]:
-    """Names, as in the base model, of the layers that hold an adapter with trainable parameters."""
+    """Return the layers that hold an adapter with trainable parameters, by their names in the base model."""
     from peft.tuners.lora import LoraLayer
 
     return [
@@ -163,24 +215,54 @@ def adapted(model: Any) -> list[str]:
     ]
 
 
+@torch.no_grad()
+def begin_from(model: Any, lora: LoraSpec, folder: Path, layers: Mapping[str, Linear]) -> None:
+    """Make the fresh adapters of `model` the same function as the adapter in `folder`. `layers` are the base's linear layers.
+
+    Raises SpecError when they cannot be: see `init_adapter`.
+    """
+    from safetensors import safe_open
+
+    adapter = read_init_adapter(lora.init_adapter or str(folder), folder)
+    factors = fitted(adapter, lora, layers)
+    base = model.get_base_model()
+    with safe_open(adapter.weights, "pt") as file:
+        for name, each in factors.items():
+            layer = base.get_submodule(name)
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            a[: each.rank] = file.get_tensor(each.a).to(a)
+            b.zero_()
+            ratio = each.scale / layer.scaling["default"]
+            b[:, : each.rank] = (file.get_tensor(each.b).double() * ratio).to(b)
+            if not (a.isfinite().all() and b.isfinite().all()):
+                raise SpecError(
+                    f"lora.init_adapter: {adapter.name} holds numbers that are not finite (nan or inf) at {name}; its training "
+                    "diverged, so start from another"
+                )
+        for name, key in adapter.biases.items():
+            bias_of(base, name).copy_(file.get_tensor(key))
+
+
+def bias_of(base: Any, name: str) -> torch.Tensor:
+    """Return the bias of a module by its current name or its name before transformers 4.52. Raises SpecError when there is
+    none."""
+    modules = dict(base.named_modules())
+    module = modules.get(name, modules.get(module_name(name)))
+    bias: torch.Tensor | None = getattr(getattr(module, "base_layer", module), "bias", None)
+    if bias is None:
+        raise SpecError(f"lora.init_adapter: it holds a bias for {name}, which this base model does not have")
+    return bias
+
+
 def load_adapter(model: Any, folder: Path) -> None:
-    """Put the weights of an earlier adapter into this one. Raises SpecError when they do not fit."""
+    """Load weights that this same job saved into the adapters."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            result = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SpecError(
-            f"lora.init_adapter: {folder} does not fit this model and these ranks: {first_line(error)}"
-        ) from error
-    missing = [key for key in result.missing_keys if "lora_" in key]
-    if result.unexpected_keys or missing:
-        raise SpecError(
-            f"lora.init_adapter: {folder} was made for other layers ({len(missing)} missing, "
-            f"{len(result.unexpected_keys)} unknown); use the same finetune_ choices"
-        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        result = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    assert not result.unexpected_keys
+    assert not [key for key in result.missing_keys if "lora_" in key]
 
 
 def first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""The boundary on Unsloth. The only module that imports it, and before transformers, which it patches."""
+"""Loads models with Unsloth. The only module that imports it, and before transformers, which Unsloth patches."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ import unsloth  # noqa: F401 - first, see above
 
 import torch  # isort: skip
 
-from job.errors import OutOfMemory, SpecError
-from job.model import Loaded, tiles
-from job.model.compiling import keep_flex_attention_compiled
-from job.model.lora import census, parameters, targets
-from job.model.memory import Kept, last_cure
-from job.model.transformers_backend import adapted, first_line, linears, load_adapter, load_processor, lora_settings
-from job.spec import JobSpec
+from job.config.schema import JobSpec
+from job.errors import OutOfMemory, SpecError, is_host_memory
+from job.model.generation import greedy
+from job.model.loaded import Loaded
+from job.model.lora_targets import census, parameters, targets
+from job.model.memory_model import Kept, last_cure
+from job.model.patches import mllama_attention
+from job.model.patches.unsloth_flex_attention import without_flex_attention
+from job.model.transformers_backend import adapted, begin_from, first_line, linears, load_processor, lora_settings
 
 OFFLOADED = 512
-"""Asked for a `max_seq_length` under this, Unsloth leaves the layers' inputs on the card whatever it was told."""
+"""Below this `max_seq_length`, Unsloth keeps the layers' inputs on the GPU whatever it is asked for."""
 
 
 RECOMPUTING: dict[Kept, bool | str] = {"all": False, "inputs": True, "nothing": "unsloth"}
 
 
 def load(spec: JobSpec, folder: Path, device: torch.device, start: Path | None, precision: str, kept: Kept) -> Loaded:
-    """As `transformers_backend.load`, on Unsloth's kernels and its gradient checkpointing."""
+    """Like `transformers_backend.load`, with Unsloth's kernels and activation checkpointing."""
     from unsloth import FastVisionModel
 
     recomputing = RECOMPUTING[kept]
@@ -46,14 +48,19 @@ def load(spec: JobSpec, folder: Path, device: torch.device, start: Path | None, 
         KeyError,
         RuntimeError,
     ) as error:  # out of memory is a RuntimeError too, so it comes first
+        if is_host_memory(error):
+            raise
         raise SpecError(
             f"model.name_or_path: {folder} is not a model that Unsloth loads: {first_line(error)}"
         ) from error
-    keep_flex_attention_compiled()
     if spec.model.attn_implementation == "sdpa":
-        tiles.install(model)
-    chosen = targets(spec.lora, linears(model))
-    counts = parameters(spec.lora.r, linears(model), chosen)
+        without_flex_attention(model)
+        mllama_attention.install(model)
+    processor = load_processor(spec.model, folder)
+    model.generation_config = greedy(processor, folder)
+    layers = linears(model)
+    chosen = targets(spec.lora, layers)
+    counts = parameters(spec.lora.r, layers, chosen)
     model = FastVisionModel.get_peft_model(
         model,
         **lora_settings(spec.lora, chosen),
@@ -62,8 +69,8 @@ def load(spec: JobSpec, folder: Path, device: torch.device, start: Path | None, 
     )
     census(chosen, adapted(model))
     if start is not None:
-        load_adapter(model, start)
-    return Loaded(model.eval(), load_processor(spec.model, folder), folder, "unsloth", precision, device, counts)
+        begin_from(model, spec.lora, start, layers)
+    return Loaded(model.eval(), processor, folder, "unsloth", precision, device, counts)
 
 
 def for_training(model: Any) -> None:

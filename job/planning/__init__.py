@@ -1,1 +1,1 @@
-"""What a job will take, and what there is for it, before anything runs."""
+"""Plans a job's work and compares its needs with what is free, before anything runs."""

@@ -1,20 +1,20 @@
-"""The GPU memory of every stage, and how much of a model in 16 bits the gate leaves outside it. Pure, as the plan is."""
+"""Estimates the GPU memory of every stage, and how much of a 16-bit model the gate keeps outside it. Pure, like the plan."""
 
 from __future__ import annotations
 
+from job.config.schema import JobSpec
 from job.errors import SpecError
-from job.facts import Facts
-from job.model.memory import GATE_ROWS, WORKSPACE, Memory, asked_row, gate_batch, served_precision, weight_bytes
-from job.record import bytes_text
-from job.spec import JobSpec
+from job.model.memory_model import GATE_ROWS, WORKSPACE, Memory, asked_row, gate_batch, served_precision, weight_bytes
+from job.planning.facts import Facts
+from job.runtime.status import bytes_text
 
 FILLED = 0.85
-"""Share of the GPU's memory that weights and rows may fill while a model is asked: answers grow, and so does what fragments. At
-0.9 of 24 GB, 16 rows of Llama 3.2 11B in 4 bits ran out."""
+"""Share of GPU memory that weights and rows may fill during evaluation: answers grow, and so does fragmentation. At 0.9 of 24 GB,
+16 rows of Llama 3.2 11B in 4 bits ran out of memory."""
 MOST_ANSWERED = 32
-"""Rows that are answered at once; more would make the answers of a stopped job that are made again cost too much."""
+"""Rows generated at once at most; with more, repeating the lost answers of a stopped job would cost too much."""
 HOST_BYTES_A_SECOND = 5e9
-"""At which weights that wait outside come to the GPU, out of the host's file cache through memory that is not pinned."""
+"""Speed at which offloaded weights reach the GPU, from the host's page cache through memory that is not pinned."""
 
 
 def stage_memory(
@@ -26,35 +26,30 @@ def stage_memory(
     micro: int,
     room: int | None,
 ) -> dict[str, int]:
-    """Peak bytes on the GPU by stage; empty without a GPU or a base to measure. `room` as `gate_room` says."""
+    """Returns peak bytes on the GPU by stage; empty without a GPU or a base to measure. `room` comes from `gate_room`."""
     if facts.base is None or training is None or facts.device is None or facts.device.kind != "cuda":
         return {}
     weights, batch = weight_bytes(facts.base, precision), spec.evaluation.batch
-    held_out = batch if facts.data is None else facts.data["evaluation"]
+    held_out = batch if facts.data is None else facts.data.evaluation
     asked = _asked(spec, facts, groups, weights, min(batch, held_out))
     exported = asked
     if spec.export.merged:
         whole = weight_bytes(facts.base, served_precision(precision))
         exported = _gate(spec, facts, groups, whole if room is None else room)
-    measured = {"evaluate before": asked, "evaluate after": asked} if held_out else {}
-    mapped = {}
+    stages = {"load": weights + 4 * sum(groups.values())}
+    stages |= {"evaluate before": asked, "evaluate after": asked} if held_out else {}
+    stages["train"] = training.of(micro)
     if held_out and spec.evaluation.explained_rows:
-        mapped = {"map where it looks": _asked(spec, facts, groups, weights, gate_batch(spec))}
-    return {
-        "load": weights + 4 * sum(groups.values()),
-        **measured,
-        "train": training.of(micro),
-        **mapped,
-        "export": exported,
-    }
+        stages["map where it looks"] = _asked(spec, facts, groups, weights, gate_batch(spec))
+    return stages | {"export": exported}
 
 
 def gate_room(spec: JobSpec, facts: Facts, groups: dict[str, int], precision: str) -> int | None:
-    """Bytes of weights that the GPU holds in the gate, where a model in 16 bits does not fit it as a whole; None where it does.
+    """Returns the bytes of weights that the GPU holds in the gate if a 16-bit model does not fit whole; None if it does.
 
-    A base that is trained in 16 bits fits as it did in training, and the GPU that trained one in 4 bits has room for as many
-    bytes of it in 16, beside at least one row: the gate asks fewer rows at once where it must. Raises SpecError for biases
-    that are trained beside such a base.
+    A base trained in 16 bits fits as it did in training. A GPU that trained a base in 4 bits has room for as many bytes of it in
+    16 bits, beside at least one row: the gate uses a smaller batch where it must. Raises SpecError for biases that are trained
+    beside such a base.
     """
     device, base = facts.device, facts.base
     if base is None or device is None or device.kind != "cuda" or precision != "4bit" or not spec.export.merged:
@@ -64,22 +59,22 @@ def gate_room(spec: JobSpec, facts: Facts, groups: dict[str, int], precision: st
         return None
     if spec.lora.bias != "none":
         raise SpecError(
-            f"lora.bias: {spec.lora.bias} is trained beside a base whose 16 bits ({bytes_text(weights)}) do not fit "
-            f"{device.name} whole, and such a merge cannot be checked; set it to none, or export.merged to false"
+            f"lora.bias: {spec.lora.bias} cannot be checked in the merge, because the 16-bit base model ({bytes_text(weights)}) "
+            f"does not fit on {device.name}; set it to none, or export.merged to false"
         )
     rooms = [filled - _gate(spec, facts, groups, 0, most=rows) for rows in (GATE_ROWS, 4, 2, 1)]
     return next((room for room in rooms if room >= weight_bytes(base, "4bit")), rooms[-1])
 
 
 def offload_seconds(spec: JobSpec, weights: int, room: int) -> float:
-    """What the gate takes longer for the weights that wait outside: they come for base + adapter, for the base, with rounding
-    jittered, and for the merged model."""
+    """Returns the gate's extra seconds for offloaded weights: they are transferred for base + adapter, for the base, twice with
+    jittered rounding, and for the merged model."""
     batches = -(-spec.export.gate.rows // gate_batch(spec))
-    return 4 * batches * (weights - room) / HOST_BYTES_A_SECOND
+    return 5 * batches * (weights - room) / HOST_BYTES_A_SECOND
 
 
 def answer_batch(spec: JobSpec, facts: Facts, groups: dict[str, int], precision: str) -> int:
-    """`evaluation.batch_size` resolved: on a GPU the largest power of two, up to `MOST_ANSWERED`, that fits with the model."""
+    """Resolves `evaluation.batch_size`: on a GPU, the largest power of two up to `MOST_ANSWERED` that fits beside the model."""
     given, device, base = spec.evaluation.batch_size, facts.device, facts.base
     if given != "auto" or device is None or device.kind != "cuda" or base is None:
         return spec.evaluation.batch
@@ -89,17 +84,16 @@ def answer_batch(spec: JobSpec, facts: Facts, groups: dict[str, int], precision:
 
 
 def _asked(spec: JobSpec, facts: Facts, groups: dict[str, int], weights: int, rows: int) -> int:
-    """Generation and losses of so many rows with so many bytes of weights."""
+    """Bytes for generation and losses with `rows` rows and `weights` bytes of weights."""
     return int(weights + _beside(groups) + rows * _row(spec, facts))
 
 
 def _gate(spec: JobSpec, facts: Facts, groups: dict[str, int], weights: int, most: int = GATE_ROWS) -> int:
-    held_out = (facts.data or {}).get("evaluation", 0) or spec.export.gate.rows
-    return _asked(spec, facts, groups, weights, min(most, gate_batch(spec), spec.export.gate.rows, held_out))
+    return _asked(spec, facts, groups, weights, min(most, gate_batch(spec), facts.held_out(spec.export.gate.rows)))
 
 
 def _beside(groups: dict[str, int]) -> float:
-    """Adapters in 32 bits, and buffers."""
+    """Bytes of adapters in 32 bits and of buffers."""
     return WORKSPACE + 4 * sum(groups.values())
 
 

@@ -1,10 +1,10 @@
-"""What each stage takes of host memory, of scratch and of an output that is a folder: pure functions of a spec and facts.
+"""Estimates each stage's needs of host memory, of scratch and of an output that is a folder: pure functions of a spec and facts.
 
-Each need is a range. Its lower end is sure: files whose sizes the base's headers give, and weights in memory. Its upper end adds
-what is only likely, `MARGIN`, and on disks `SMALL`. A job is refused by the lower end and warned by the upper one.
+Each need is a range. Its lower end is certain: files whose sizes the base's headers give, and weights in memory. Its upper end
+adds what is only likely, `MARGIN` and, on disks, `SMALL`. The lower end refuses a job, the upper end warns.
 
-Left out: what libraries compile for a GPU, and pictures and features that are kept to save time. The latter stop growing where
-the disk ends, and `room_for_features` leaves the export its room.
+Not counted: what libraries compile for a GPU, and cached images and features. The caches stop growing when the disk is full, and
+`room_for_features` leaves room for the export.
 """
 
 from __future__ import annotations
@@ -14,40 +14,52 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from job.facts import Facts
-from job.model.fetch import BaseFacts
-from job.model.lora import group_of
-from job.model.memory import ANSWER, NF4_BYTES, OPTIMIZER_BYTES, Kept, Memory, kept_by_towers, vision_tokens, vocabulary
-from job.spec import JobSpec
+from job.config.schema import JobSpec
+from job.layout import CHECKPOINTS, MERGING_KEY
+from job.model.base_model import BaseFacts
+from job.model.families import family_of
+from job.model.lora_targets import group_of
+from job.model.memory_model import (
+    ANSWER,
+    NF4_BYTES,
+    OPTIMIZER_BYTES,
+    Kept,
+    Memory,
+    kept_by_towers,
+    vision_tokens,
+    vocabulary,
+)
+from job.planning.facts import Facts
 
 MARGIN = 1.1
 SMALL = 20_000_000
-"""Bytes of logs, tables, answers, report and its pictures, in scratch and in the output each."""
+"""Bytes of logs, tables, answers, report and its images, in scratch and in the output each."""
 LIBRARIES = {"cpu": 400_000_000, "cuda": 1_000_000_000}
-"""Bytes that a process holds without any weights. CPU: RssAnon of a whole job with a model of 1 MB, 402 MB at its peak. CUDA:
-stage in of a whole job on Unsloth, 1.0 to 1.1 GB."""
+"""Bytes that a process holds without any weights. CPU: peak RssAnon of a whole job with a 1 MB model, 402 MB. CUDA: stage in of a
+whole job on Unsloth, 1.0 to 1.1 GB."""
 ON_CUDA = 900_000_000
-"""What comes on top once there is a model on the GPU: 2.0 GB in all while held-out rows were answered (11B and 8B)."""
+"""Additional bytes once a model is on the GPU: 1.9 to 2.4 GB in total while held-out rows were answered (4B to 11B). At most half
+of it came with loading: 1.0 to 1.7 GB in total."""
 WEIGHT_BYTES = {"32bit": 4, "16bit": 2}
-LOADER_BYTES = 500_000_000
-"""Of /dev/shm, which is memory, for each loader on a GPU (`job.train.SHARED_BYTES`). A loader's own are 17 MB: it shares its
-parent's."""
+MOST_LOADERS, LOADER_BYTES = 4, 500_000_000
+"""Loaders that `auto` starts on a GPU at most, and bytes of /dev/shm, which is memory, for each: two batches of eight four-tile
+images in float32. A loader's own memory is 17 MB: it shares its parent's."""
 LOADED = 0.7
-"""Share of that which batches were seen to fill (Llama 3.2 11B, 8 rows at once)."""
+"""Share of that which batches were seen to fill (Llama 3.2 11B, micro-batches of 8)."""
 PIECES, PIECE = 7, 16 * 2**20
-"""Pieces that a merge has in memory at a time, and their size unless one is a larger tensor (`job.export.merge`)."""
+"""Pieces that a merge holds in memory at a time, and their size unless one is a larger tensor (`job.export.merge`)."""
 SENT_AT_ONCE = 2
-"""Files, straight to the output (`job.export.merge`)."""
-ANSWERS = 5
-"""Sets of logits that the gate holds: merged, base + adapter, base, with rounding, and as trained (`job.export.gate`)."""
-MERGING = "logs/merging.json"
-"""What an earlier attempt finished of merged weights that go straight to the output (`job.export.merge`)."""
+"""Files, sent straight to the output (`job.export.merge`)."""
+ANSWERS = 4
+"""Sets of logits that the gate holds: base + adapter, base, as trained, and merged or with rounding (`job.export.gate`)."""
+DECODER_BYTES = 180_000_000
+"""Bytes of an idle process that decodes DICOM (`benchmarks/decoding.py`). Each loader has one, or the job itself."""
 GROUP_SCALES = 2 / 128
-"""Bytes of INT4's scales for each weight: 16 bits for 128 of them."""
+"""Bytes of INT4 scales per weight: 16 bits for every 128 weights."""
 
 
 class Range(NamedTuple):
-    """Bytes: what is sure, and what is foreseen with its margin."""
+    """Bytes: the certain part, and the estimate with its margin."""
 
     least: int = 0
     most: int = 0
@@ -55,9 +67,8 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True)
 class Need:
-    """What must be there for a stage to end. `memory` is held at its peak, by all processes of the node together. `scratch` and
-    `output` are what has been written by then beyond what lay there when the job was planned, since nothing is removed before
-    the end."""
+    """What a stage needs to finish. `memory` is the peak of all processes of the node together. `scratch` and `output` are what
+    has been written by then beyond what was there when the job was planned, since nothing is removed before the end."""
 
     stage: str
     memory: Range
@@ -67,8 +78,8 @@ class Need:
 
 @dataclass(frozen=True)
 class Training:
-    """What the plan decided before: LoRA parameters, the model's `precision`, GPU memory by count (None: base not known), rows of
-    a micro-batch, what is kept for the backward, steps (None: rows not known), and whether they are done."""
+    """What the plan decided before: LoRA parameters, the model's `precision`, estimated GPU memory (None: base unknown), rows of
+    a micro-batch, what is kept for the backward pass, steps (None: rows unknown), and whether training is done."""
 
     lora: int
     precision: str
@@ -80,7 +91,7 @@ class Training:
 
 
 def needs(spec: JobSpec, facts: Facts, training: Training, *, scratch_copy: bool) -> tuple[Need, ...]:
-    """One for each stage, in their order; none where the base is not known."""
+    """Returns one need per stage, in order; empty if the base is unknown."""
     if facts.base is None:
         return ()
     memory = _memory(spec, facts, facts.base, training, scratch_copy)
@@ -94,7 +105,7 @@ def needs(spec: JobSpec, facts: Facts, training: Training, *, scratch_copy: bool
 
 
 def published(spec: JobSpec, base: BaseFacts, lora: int) -> dict[str, int]:
-    """Bytes of the folders that the job publishes, by their names."""
+    """Returns the bytes of the folders that the job publishes, by name."""
     item = base.bytes / base.parameters if base.parameters else 0
     layers = {name: layer.out_features * layer.in_features for name, layer in base.linears.items() if name != "lm_head"}
     language = sum(size for name, size in layers.items() if (group_of(name) or "").startswith("language"))
@@ -111,13 +122,13 @@ def published(spec: JobSpec, base: BaseFacts, lora: int) -> dict[str, int]:
 
 
 def checkpoint_bytes(spec: JobSpec, lora: int) -> int:
-    """Weights in 32 bits and the optimizer's two moments: 12 bytes a parameter, 6 with moments in 8 bits."""
+    """Counts weights in 32 bits and the optimizer's two moments: 12 bytes per parameter, 6 with 8-bit moments."""
     return lora * (4 + OPTIMIZER_BYTES[spec.training.optim])
 
 
 def _scratch(spec: JobSpec, facts: Facts, base: BaseFacts, training: Training, scratch_copy: bool) -> dict[str, Range]:
-    """Checkpoints wait in `trainer/` until they are in the output (a second one while the first is on its way), beside the one
-    that was restored; `export/` holds what is published. What an earlier attempt left of both is used again or removed."""
+    """Checkpoints wait in `trainer/` until they are in the output (a second one while the first uploads), beside the restored
+    one; `export/` holds what is published. What an earlier attempt left in either is reused or removed."""
     checkpoint = checkpoint_bytes(spec, training.lora)
     restored = (checkpoint + base.rest) * bool(facts.checkpoints)
     waiting = (checkpoint + 2 * base.rest) * (not training.done)
@@ -136,29 +147,25 @@ def _scratch(spec: JobSpec, facts: Facts, base: BaseFacts, training: Training, s
 
 
 def _output(spec: JobSpec, facts: Facts, base: BaseFacts, training: Training, scratch_copy: bool) -> dict[str, Range]:
-    """Checkpoints that are kept, one more while the newest is committed; then what is published. Merged weights that an earlier
-    attempt wrote are removed first, but where they go there straight: what it finished of them stays, and where it made them in
-    the other way each new file is written beside the old one."""
+    """Counts kept checkpoints, one more while the newest is committed; then what is published. An earlier attempt's merged
+    weights are removed first, unless they go straight to the output: finished files then stay, and if that attempt made them the
+    other way, each new file is written beside the old one."""
     at_peak, at_end = (
         (0, 0) if training.done else (kept_checkpoints(spec, training.total_steps, more) for more in (1, 0))
     )
-    one, there = checkpoint_bytes(spec, training.lora), facts.written.get("checkpoints", 0)
+    one, there = checkpoint_bytes(spec, training.lora), facts.written.get(CHECKPOINTS, 0)
     during, after = (max(0, count * one + base.rest * bool(count) - there) for count in (at_peak, at_end))
     left = {name: size - facts.written.get(name, 0) for name, size in published(spec, base, training.lora).items()}
-    beside = (
-        0 if scratch_copy or MERGING in facts.keys else min(SENT_AT_ONCE * base.largest, facts.written.get("merged", 0))
-    )
+    beside = 0 if MERGING_KEY in facts.keys else min(SENT_AT_ONCE * base.largest, facts.written.get("merged", 0))
     whole = after + sum(max(0, size) for size in left.values())
-    straight = 0 if scratch_copy else max(0, left.get("merged", 0)) + beside
-    straight += after
+    straight = after if scratch_copy else after + max(0, left.get("merged", 0)) + beside
     return {"train": disk_range(during), "export": disk_range(straight), "publish": disk_range(whole)}
 
 
 def kept_checkpoints(spec: JobSpec, total_steps: int | None, more: int) -> int:
-    """How many lie in the output with `more` beside those that are kept; never more than are made."""
+    """Returns how many are in the output with `more` beside those kept; never more than are made."""
     made = math.inf if total_steps is None else math.ceil(total_steps / spec.checkpoint.save_steps)
-    every = total_steps // spec.checkpoint.keep_every if total_steps and spec.checkpoint.keep_every else 0
-    return int(min(made, spec.checkpoint.keep + every + more))
+    return int(min(made, spec.checkpoint.keep + more))
 
 
 def disk_range(size: int) -> Range:
@@ -166,8 +173,8 @@ def disk_range(size: int) -> Range:
 
 
 def _memory(spec: JobSpec, facts: Facts, base: BaseFacts, training: Training, scratch_copy: bool) -> dict[str, Range]:
-    """On a GPU the weights go from mapped files to the device and are cache, not memory, and what training held stays with the
-    process, pinned. On a CPU the model is memory. Every rank of a node holds its own; rank 0 alone exports."""
+    """On a GPU, weights go from mapped files to the device and count as cache, not memory, and what training held stays pinned in
+    the process. On a CPU, the model is memory. Every rank of a node holds its own; only rank 0 exports."""
     kind = facts.device.kind if facts.device else "cpu"
     ranks, libraries = facts.on_this_node, LIBRARIES[kind]
     weights = ranks * base.parameters * WEIGHT_BYTES.get(training.precision, 0) * (kind == "cpu")
@@ -180,7 +187,7 @@ def _memory(spec: JobSpec, facts: Facts, base: BaseFacts, training: Training, sc
     export = _export_memory(spec, facts, base, training, scratch_copy) if spec.export.merged else 0
     return {
         "stage in": memory_range(ranks * libraries),
-        "load": memory_range(loaded, likely),
+        "load": memory_range(loaded, likely // 2),
         "evaluate before": memory_range(loaded, likely),
         "train": memory_range(loaded + ranks * state + checkpoint, step),
         "evaluate after": memory_range(loaded, after),
@@ -190,31 +197,33 @@ def _memory(spec: JobSpec, facts: Facts, base: BaseFacts, training: Training, sc
 
 
 def _step_memory(spec: JobSpec, facts: Facts, base: BaseFacts, training: Training, kind: str) -> int:
-    """What a step likely holds in host memory. On a CPU all that the forward pass keeps: `Memory.row` counts 16 bits a value. On
-    a GPU batches that loaders made ahead, and layers' inputs where they are moved there."""
+    """Returns what a step likely holds in host memory. On a CPU, all that the forward pass keeps: `Memory.row` counts 16 bits per
+    value. On a GPU, batches prefetched by loaders, and layer inputs if they are offloaded."""
     if training.done or training.memory is None:
         return 0
+    given = spec.training.dataloader_num_workers
+    loaders = (0 if kind == "cpu" else MOST_LOADERS) if given == "auto" else given
+    decoders = DECODER_BYTES * max(1, loaders) if facts.data and facts.data.decoders else 0
     if kind == "cpu":
-        return training.micro_batch * training.memory.row * (2 if training.precision == "32bit" else 1)
-    loaders = 4 if spec.training.dataloader_num_workers == "auto" else spec.training.dataloader_num_workers
-    ahead = int(LOADED * loaders * LOADER_BYTES)
+        return decoders + training.micro_batch * training.memory.row * (2 if training.precision == "32bit" else 1)
+    ahead = decoders + int(LOADED * loaders * LOADER_BYTES)
     if training.kept != "nothing":
         return ahead
     tokens, pictures = facts.longest_row(spec.training.max_length)
     seen = vision_tokens(base.config, tokens, pictures)
     return ahead + training.micro_batch * int(
-        sum(kept_by_towers(base.linears, True, "inputs", tokens, seen, base.model_type))
+        sum(kept_by_towers(base.linears, True, "inputs", tokens, seen, family_of(base.model_type)))
     )
 
 
 def _export_memory(spec: JobSpec, facts: Facts, base: BaseFacts, training: Training, scratch_copy: bool) -> int:
-    """What the export likely holds beside the one model: pieces of the merge, pinned; the gate's logits; a file that is made
-    smaller."""
+    """Returns what the export likely holds beside the one model: pinned pieces of the merge, the gate's logits, and a file being
+    quantised."""
     item = base.bytes / base.parameters if base.parameters else 0
     layers = [layer.out_features * layer.in_features for name, layer in base.linears.items() if name != "lm_head"]
     pieces = PIECES * max(PIECE, int(item * max(layers, default=0))) * (1 if scratch_copy else SENT_AT_ONCE)
-    rows = min(spec.export.gate.rows, (facts.data or {}).get("evaluation", 0) or spec.export.gate.rows)
-    tokens = rows * min(spec.evaluation.max_new_tokens, ANSWER)
+    rows = facts.held_out(spec.export.gate.rows)
+    tokens = rows * min(spec.evaluation.max_new_tokens, ANSWER) // 2  # on average
     logits = ANSWERS * tokens * vocabulary(base.config, base.linears) * WEIGHT_BYTES.get(training.precision, 2)
     sizes = published(spec, base, training.lora)
     small = sizes.get("merged_4bit", 0)  # safetensors writes a file from memory
@@ -228,8 +237,8 @@ def memory_range(sure: int, likely: int = 0) -> Range:
 
 
 def room_for_features(spec: JobSpec, facts: Facts, found: Sequence[Need]) -> int | None:
-    """Bytes that the features of a frozen vision tower may take: what `training.vision_cache_gb` says, `auto` half of what is
-    free; of that, what the export leaves. None where nobody knows what is free."""
+    """Returns the bytes that cached features of a frozen vision tower may take: `training.vision_cache_gb`, or half of what is
+    free for `auto`, limited to what the export leaves. None if free space is unknown."""
     if facts.limits is None or facts.limits.scratch is None:
         return None
     disk, shared = facts.limits.scratch, facts.limits.one_disk

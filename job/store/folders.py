@@ -1,4 +1,4 @@
-"""Whole folders up and down, several files at a time."""
+"""Uploads and downloads whole folders, several files at a time."""
 
 from __future__ import annotations
 
@@ -10,33 +10,36 @@ from typing import TypeVar
 
 from job.errors import DataError
 from job.store.local import disk
+from job.store.owned import OwnedStore
 from job.store.protocol import Digest, Store, checked_key
 
-FILES = 4  # at a time; the parts of all of them share the store's workers and buffers
+FILES = 4  # at a time; their parts share the store's workers and buffers
 T = TypeVar("T")
 
 
 def files_of(folder: Path) -> list[str]:
-    """The names of the files below a folder, relative, with slashes, sorted."""
+    """List the files below a folder by relative name, with slashes, sorted."""
     with disk(folder):
         return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def upload_folder(store: Store, folder: Path, prefix: str) -> dict[str, Digest]:
-    """Send every file below `folder` to `prefix/its/name`. Returns the digests by relative name."""
+    """Upload every file below `folder` to `prefix/its/name`. Returns digests by relative name."""
     return upload_files(store, folder, {name: f"{prefix}/{name}" for name in files_of(folder)})
 
 
 def upload_files(store: Store, folder: Path, keys: dict[str, str]) -> dict[str, Digest]:
-    """Send the files named (relative to `folder`) to their keys, the largest first."""
+    """Upload the named files (relative to `folder`) to their keys, largest first."""
     for key in keys.values():
         checked_key(key)
+    if isinstance(store, OwnedStore):
+        store.claim(keys.values())  # all at once: each claim rewrites the record
     names = sorted(keys, key=lambda name: -(folder / name).stat().st_size)
     return together({name: lambda name=name: store.upload(folder / name, keys[name]) for name in names})  # type: ignore[misc]
 
 
 def download_folder(store: Store, prefix: str, folder: Path) -> dict[str, Digest]:
-    """Fetch everything under `prefix/` into `folder`. A file that is there already is fetched again."""
+    """Download everything under `prefix/` into `folder`. A file that is already there is fetched again."""
     beginning = prefix.rstrip("/") + "/" if prefix else ""
     names = [entry.key.removeprefix(beginning) for entry in store.list(beginning)]
     for name in names:
@@ -46,7 +49,7 @@ def download_folder(store: Store, prefix: str, folder: Path) -> dict[str, Digest
 
 
 def inside(folder: Path, name: str) -> bool:
-    """Whether a name from elsewhere stays in the folder: no `..`, no absolute path, no symbolic link on the way out."""
+    """Return whether a foreign name stays in the folder: no `..`, no absolute path, no symbolic link that leads out."""
     try:
         checked_key(name)
     except DataError:
@@ -57,7 +60,7 @@ def inside(folder: Path, name: str) -> bool:
 
 
 def together(work: dict[str, Callable[[], T]], at_once: int = FILES) -> dict[str, T]:
-    """Run the pieces a few at a time; the first failure stops what has not begun and is raised."""
+    """Run the tasks a few at a time. The first failure cancels those not yet started and is raised."""
     with ThreadPoolExecutor(at_once, thread_name_prefix="files") as pool:
         futures: dict[str, Future[T]] = {name: pool.submit(piece) for name, piece in work.items()}
         wait(futures.values(), return_when=FIRST_EXCEPTION)

@@ -1,12 +1,16 @@
-"""One writer at a time on an output: `lease.json`, conditional puts, a heartbeat, a fencing token.
+"""Allows one writer at a time on an output: `lease.json`, conditional puts, a heartbeat, a fencing token.
 
-The holder rewrites the lease every third of `ttl`. Who finds a lease older than `ttl`, by the store's clock alone,
-takes it over with a put on the very version it saw, so of two takers one wins. The holder measures by its own steady
-clock from before its last heartbeat, so it stops believing before anyone else may begin. No two clocks are compared.
+The holder rewrites the lease every third of `ttl`. A process that finds a lease older than `ttl` by the store's clock, or sees it
+unchanged for that long by its own, takes it over with a put on exactly the version that it saw, so only one of two takers wins.
+The holder measures by its own steady clock from before its last heartbeat, so it stops relying on the lease before anyone else
+may begin. No two clocks are compared.
 
-What is left to luck: a process that sleeps for longer than `ttl` between `confirm` and the put that follows it can
-still put. `job.checkpoint.commit` looks again afterwards and takes its manifest back. On a store without conditional
-puts two takers in the same moment may both win; the loser learns it at its next heartbeat.
+`job.store.owned` checks the lease before each write and deletion, and makes both conditional on the version that the holder
+knows. A holder that froze after the check is too late for what its successor has written, and learns that it lost the lease.
+
+Two gaps remain. On a store without conditional puts, a process that sleeps for longer than `ttl` between the check and its put
+can still put, and two takers at the same moment may both win; the loser learns it at its next heartbeat. The same applies to
+deletions where they cannot be conditional.
 """
 
 from __future__ import annotations
@@ -23,21 +27,26 @@ from types import TracebackType
 from typing import Any
 
 from job.errors import JobError, Preempted
+from job.layout import LEASE_KEY
 from job.store.protocol import Conflict, Missing, Store
 
 log = logging.getLogger(__name__)
-KEY = "lease.json"
 SLACK = 2.0  # seconds: HTTP dates are whole seconds
 
 
-class Lease:
-    """A lease that is held. Made by `acquire`; release it, or use it as a context manager.
+def steady() -> float:
+    """Seconds by a clock that nobody sets and that keeps running while the machine is suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
-    `on_loss(reason)` is called once, from whichever thread learns that another has taken it over. One that ran out while
-    the store was away is not lost yet: `confirm` has it back if nobody came.
+
+class Lease:
+    """A held lease. Made by `acquire`; release it, or use it as a context manager.
+
+    `on_loss(reason)` is called once, from whichever thread learns that another process took the lease over. A lease that expired
+    while the store was unreachable is not lost yet: `confirm` regains it if nobody took it.
     """
 
-    def __init__(self, store: Store, holder: str, ttl: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, store: Store, holder: str, ttl: float, clock: Callable[[], float] = steady) -> None:
         self.store = store
         self.holder = holder
         self.ttl = ttl
@@ -54,34 +63,39 @@ class Lease:
 
     @property
     def lost(self) -> bool:
-        """Whether it is over for good."""
+        """Whether the lease is lost for good."""
         return bool(self._lost)
 
     def check(self) -> None:
-        """Raise Preempted if the lease is lost or has run out. Asks nothing of the store."""
+        """Raise Preempted if the lease is lost or expired. Does not contact the store."""
         if self._lost:
             raise Preempted(self._lost)
         if self._clock() >= self._until:
-            raise Preempted(
-                f"The lease on {self.store.url} ran out, since no heartbeat came through for {self.ttl:.0f} s."
-            )
+            raise Preempted(f"The lease on {self.store.url} expired: no heartbeat succeeded for {self.ttl:.0f} s.")
+
+    def assure(self) -> None:
+        """Raise Preempted if the lease is lost. Contacts the store if its last answer is older than half of `ttl`."""
+        if self._lost:
+            raise Preempted(self._lost)
+        if self._clock() >= self._until - self.ttl / 2:
+            self.confirm()
 
     def confirm(self) -> None:
-        """Renew now: after this nobody else can hold the lease for another `ttl`. Raises Preempted when it is lost."""
+        """Renew now: nobody else can then hold the lease for another `ttl`. Raises Preempted if it is lost."""
         with self._turn:
             if self._lost:
                 raise Preempted(self._lost)
             self._put(self._version)
 
     def release(self) -> None:
-        """Stop the heartbeat and let the next one in at once. The token stays, so that tokens only grow."""
+        """Stop the heartbeat and let the next holder in at once. The token stays, so tokens only grow."""
         self._end.set()
         if self._thread.is_alive():
             self._thread.join()
         with self._turn, contextlib.suppress(JobError):
             if not self._lost:
                 self._lost = f"The lease on {self.store.url} was released."
-                self.store.write(KEY, self._text(released=True), if_match=self._version)
+                self.store.write(LEASE_KEY, self._text(released=True), if_match=self._version)
 
     def __enter__(self) -> Lease:
         return self
@@ -97,7 +111,7 @@ class Lease:
             try:
                 self._version = self._write(version)
             except Conflict:
-                # An earlier heartbeat that seemed to fail may have arrived: then the lease there bears our name.
+                # An earlier heartbeat that seemed to fail may have arrived; the stored lease then has our name.
                 found, there = _read(self.store)
                 if there.get("name") != self.name:
                     raise
@@ -110,7 +124,7 @@ class Lease:
         self._until = before + self.ttl
 
     def _write(self, version: str | None) -> str:
-        return self.store.write(KEY, self._text(released=False), if_absent=version is None, if_match=version)
+        return self.store.write(LEASE_KEY, self._text(released=False), if_absent=version is None, if_match=version)
 
     def _text(self, *, released: bool) -> bytes:
         lease = {"holder": self.holder, "name": self.name, "token": self.token, "ttl": self.ttl, "released": released}
@@ -125,7 +139,7 @@ class Lease:
                 log.error("%s", error)
                 return
             except JobError as error:
-                log.warning("The heartbeat of the lease failed and is tried again: %s", error)
+                log.warning("The heartbeat of the lease failed and will be retried: %s", error)
 
 
 def acquire(
@@ -134,21 +148,23 @@ def acquire(
     ttl: float,
     *,
     wait: float = 0.0,
-    clock: Callable[[], float] = time.monotonic,
+    clock: Callable[[], float] = steady,
     on_loss: Callable[[str], None] = lambda reason: None,
 ) -> Lease:
-    """Take the lease and keep it alive from a thread. Raises Preempted (75), naming the holder, while another is live.
+    """Acquire the lease and renew it from a thread. Raises Preempted (75), naming the holder, while another one is alive.
 
-    `wait` is for how many seconds to see whether the holder is still alive, that is whether it renews: a job that
-    follows its own killed predecessor wants about `ttl`. A holder that renews ends the wait at once.
+    `wait` is for how many seconds to watch whether the holder is alive, that is, renews: a job that follows its own killed
+    predecessor needs about `ttl`. A holder that renews ends the wait at once.
     """
     lease = Lease(store, holder, ttl, clock)
     version, there = _read(store)
-    deadline = time.monotonic() + wait
+    first_seen = clock()
+    deadline = first_seen + wait
     if wait and version is not None and not _free(store, there):
         log.info("waiting up to %.0f s to see whether %s, which holds the lease, is alive", wait, _holder(store))
-    while version is not None and not _free(store, there):
-        if time.monotonic() >= deadline:
+    # The store's clock may have been set back, which makes the age useless; that nobody renews is enough.
+    while version is not None and not _free(store, there) and clock() - first_seen <= _term(there):
+        if clock() >= deadline:
             raise Preempted(_busy(store, there))
         time.sleep(min(1.0, ttl / 10))
         seen, now = _read(store)
@@ -166,25 +182,38 @@ def acquire(
 
 
 def _read(store: Store) -> tuple[str | None, dict[str, Any]]:
-    """The version first: if the text is newer than it, the put that follows fails, as it should."""
+    """Read the version first: if the text is newer, the put that follows fails, as it should."""
     try:
-        version = store.version(KEY)
-        text = store.read(KEY)
+        version = store.version(LEASE_KEY)
+        text = store.read(LEASE_KEY)
     except Missing:
         return None, {}
     with contextlib.suppress(ValueError, TypeError, KeyError):
         there = json.loads(text)
         return version, {**there, "token": int(there["token"]), "ttl": float(there["ttl"])}
-    return version, {}  # not a lease of ours: it counts as one of a minute
+    return version, {}  # not one of our leases: treated as one of a minute
+
+
+def is_lease(data: bytes) -> bool:
+    """Return whether an object under the lease's key is a lease, not somebody else's file."""
+    with contextlib.suppress(ValueError):
+        there = json.loads(data)
+        return isinstance(there, dict) and {"holder", "token", "ttl"} <= there.keys()
+    return False
 
 
 def _free(store: Store, there: dict[str, Any]) -> bool:
     if there.get("released"):
         return True
     try:
-        return store.age(KEY) > float(there.get("ttl", 60.0)) + SLACK
+        return store.age(LEASE_KEY) > _term(there)
     except Missing:
         return True
+
+
+def _term(there: dict[str, Any]) -> float:
+    """Seconds without a heartbeat after which a lease has expired."""
+    return float(there.get("ttl", 60.0)) + SLACK
 
 
 def _busy(store: Store, there: dict[str, Any]) -> str:
@@ -193,5 +222,5 @@ def _busy(store: Store, there: dict[str, Any]) -> str:
 
 def _holder(store: Store) -> str:
     with contextlib.suppress(JobError):
-        return str(_read(store)[1].get("holder", "nobody: it was removed"))
+        return str(_read(store)[1].get("holder", "nobody (it was deleted)"))
     return "another job"

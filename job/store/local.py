@@ -1,4 +1,4 @@
-"""The door to a folder: Lustre, NFS, NVMe. Temporary name, fsync, rename, fsync of the folder."""
+"""Stores objects in a folder (Lustre, NFS, NVMe): temporary name, fsync, rename, fsync of the folder."""
 
 from __future__ import annotations
 
@@ -10,32 +10,58 @@ import mmap
 import os
 import re
 import secrets
+import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
-from itertools import cycle
+from itertools import cycle, takewhile
 from pathlib import Path
 from typing import BinaryIO
 
 from job.errors import DataError, JobError, NotAllowed, SpecError, Unavailable
-from job.store.protocol import Capabilities, Conflict, Corrupt, Digest, Entry, Missing, checked_key
+from job.store.protocol import Capabilities, Conflict, Corrupt, Digest, Entry, Missing, Pieces, checked_key
 
 CHUNK = 8 * 2**20
 LOCK_SECONDS = 60.0
-"""A lock is held for as long as a small file takes to be written and renamed."""
+"""Longest wait for a lock, which is held only while a small file is written and renamed."""
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+FAILING = frozenset({errno.EIO, errno.ESTALE, errno.EUCLEAN, errno.EREMOTEIO, errno.ENOTCONN, errno.ESHUTDOWN})
+"""Errors of a failing disk, or of a failing connection to it."""
+LASTING = frozenset(
+    {errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EILSEQ, errno.EFBIG}
+    | {errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP}
+)
+"""Errors that a file system repeats however often it is asked."""
 _OURS = re.compile(r"^\..*\.([0-9a-f]{12}\.part|lock)$")
 
 
 def disk_fault(error: OSError, path: Path) -> JobError:
-    """The sentence for what a file system answered, with the exit class that fits."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    """Translate a file system error into a sentence, with the exit class that fits."""
+    if error.errno in FULL:
         return Unavailable(f"The disk that holds {path} is full or over its quota; free some space and run again.")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if error.errno == errno.EROFS:
+        return Unavailable(f"The file system of {path} is read-only; remount it, or choose another folder.")
+    if error.errno in (errno.EACCES, errno.EPERM):
         return NotAllowed(f"This user may not write or read {path}: {os.strerror(error.errno)}.")
-    if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP):
-        return SpecError(f"{path} cannot be a folder of this store: {os.strerror(error.errno)}; choose another place.")
-    return Unavailable(f"The file system failed at {path}: {error.strerror or error}.")
+    if error.errno in LASTING:
+        return SpecError(f"{path} cannot be used: {os.strerror(error.errno)}; choose another folder.")
+    if error.errno in (errno.ENOENT, errno.EEXIST) and (link := _leads_nowhere(path)):
+        return SpecError(
+            f"{link} is a link to {link.readlink()}, which does not exist; fix the link or choose another folder."
+        )
+    if error.errno == errno.EEXIST:
+        return SpecError(f"{path} cannot be a folder of this store: {os.strerror(error.errno)}; choose another folder.")
+    return Unavailable(
+        f"The file system failed at {path}: {error.strerror or error}; run again, and if it recurs, on another disk or node."
+    )
+
+
+def _leads_nowhere(path: Path) -> Path | None:
+    """Find the link on the way to `path` whose target does not exist."""
+    with contextlib.suppress(OSError):
+        return next((each for each in (path, *path.parents) if each.is_symlink() and not each.exists()), None)
+    return None
 
 
 @contextlib.contextmanager
@@ -48,7 +74,7 @@ def disk(path: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut."""
+    """Make a rename inside `folder` survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -56,15 +82,40 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents, and make each new one survive a power failure too."""
+    new = list(takewhile(lambda each: not each.exists(), (folder, *folder.parents)))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:
+        if _leads_nowhere(folder) or not new or not new[-1].parent.is_dir():
+            raise
+        raise SpecError(
+            f"{new[-1]} cannot be created: that file system takes no new folders; choose another folder."
+        ) from None
+    for each in reversed(new):
+        sync_folder(each.parent)
+
+
 def partial_name(name: str, mark: str) -> str:
-    """The name under which a file is written until it is whole; never longer than file systems take."""
+    """The name of a file until it is complete; never longer than file systems allow."""
     return f".{name.encode()[:200].decode(errors='ignore')}.{mark}.part"
 
 
 def _unless_gone(error: OSError) -> None:
-    """A folder that is not there holds nothing; one that cannot be read may hold anything."""
+    """Ignore a missing folder, which holds nothing; raise for one that cannot be read, which may hold anything."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error
+
+
+def _status(path: Path) -> os.stat_result:
+    """Stat the target of a link, or the link itself if its target is gone."""
+    try:
+        return path.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return path.lstat()
+        raise
 
 
 class LocalStore:
@@ -78,14 +129,26 @@ class LocalStore:
         start = self.root / prefix.rpartition("/")[0] if "/" in prefix else self.root
         found: list[Entry] = []
         with disk(start):
-            for folder, _, names in os.walk(start, onerror=_unless_gone):
-                for name in names:
+            for folder, inner, names in os.walk(start, onerror=_unless_gone):
+                # A link to a folder is listed itself; its target is not searched.
+                for name in (*names, *(name for name in inner if (Path(folder) / name).is_symlink())):
                     key = (Path(folder) / name).relative_to(self.root).as_posix()
                     if key.startswith(prefix) and not _OURS.match(name):
                         with contextlib.suppress(FileNotFoundError):
-                            status = (Path(folder) / name).stat()
-                            found.append(Entry(key, status.st_size, status.st_mtime))
+                            status = _status(Path(folder) / name)
+                            found.append(Entry(key, status.st_size, status.st_mtime, _mark(status)))
         yield from sorted(found)
+
+    def entry(self, key: str) -> Entry:
+        path = self._path(key)
+        with disk(path):
+            try:
+                status = _status(path)
+            except (FileNotFoundError, NotADirectoryError):
+                status = None
+        if status is None or stat.S_ISDIR(status.st_mode):
+            raise Missing(f"There is no {key} in {self.url}.")
+        return Entry(key, status.st_size, status.st_mtime, _mark(status))
 
     def read(self, key: str) -> bytes:
         path = self._path(key)
@@ -106,10 +169,15 @@ class LocalStore:
                 raise Missing(f"There is no {key} in {self.url}.") from None
 
     def version(self, key: str) -> str:
-        return hashlib.sha256(self.read(key)).hexdigest()
+        path = self._path(key)
+        with disk(path):
+            try:
+                return _sha256(path)
+            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+                raise Missing(f"There is no {key} in {self.url}.") from None
 
     def age(self, key: str) -> float:
-        """By touching a file beside it: on a network folder both times then come from the server."""
+        """Touch a file beside the object to tell the time: on a network folder both times then come from the server."""
         path = self._path(key)
         with disk(path):
             with self._temporary(path) as (stream, temporary):
@@ -128,32 +196,26 @@ class LocalStore:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-            if if_absent:
-                self._link(temporary, path, key)
-            elif if_match is not None:
-                with self._locked(path):
-                    if not path.exists() or self.version(key) != if_match:
-                        raise Conflict(f"Another writer changed {key} in {self.url}.")
-                    temporary.replace(path)
-            else:
-                temporary.replace(path)
-            sync_folder(path.parent)
+            self._appear(temporary, path, key, if_absent, if_match)
         return hashlib.sha256(data).hexdigest()
 
-    def upload(self, path: Path, key: str) -> Digest:
+    def upload(self, path: Path, key: str, *, if_absent: bool = False, if_match: str | None = None) -> Digest:
         with disk(path), path.open("rb", buffering=0) as source:
-            return self.upload_pieces(_pieces(source), os.fstat(source.fileno()).st_size, key)
+            size = os.fstat(source.fileno()).st_size
+            return self.upload_pieces(lambda: _pieces(source), size, key, if_absent=if_absent, if_match=if_match)
 
-    def upload_pieces(self, pieces: Iterator[memoryview], size: int, key: str) -> Digest:
+    def upload_pieces(
+        self, make: Pieces, size: int, key: str, *, if_absent: bool = False, if_match: str | None = None
+    ) -> Digest:
         target = self._path(key)
-        with disk(target), self._temporary(target) as (stream, temporary):
+        with disk(target), self._temporary(target) as (stream, temporary), contextlib.closing(make()) as pieces:
             digest = copy(_begun(pieces, stream), stream)
             if digest.size != size:
-                raise DataError(f"What goes to {key} was to hold {size} bytes, and held {digest.size}.")
+                raise DataError(f"The content of {key} should have {size} bytes, and has {digest.size}.")
             os.fsync(stream.fileno())
-            temporary.replace(target)
-            sync_folder(target.parent)
-        return digest
+            version = _mark(os.fstat(stream.fileno()))
+            self._appear(temporary, target, key, if_absent, if_match)
+        return digest._replace(version=version)
 
     def download(self, key: str, path: Path, *, sha256: str | None = None) -> Digest:
         source_path = self._path(key)
@@ -165,25 +227,30 @@ class LocalStore:
             stream, temporary = stack.enter_context(self._temporary(path))
             digest = copy(_pieces(source), stream)
             if sha256 is not None and digest.sha256 != sha256:
-                raise Corrupt(f"{key} in {self.url} has SHA-256 {digest.sha256}, not {sha256} as promised.")
+                raise Corrupt(f"{key} in {self.url} has SHA-256 {digest.sha256}, not {sha256} as expected.")
             stream.flush()
             temporary.replace(path)
-        return digest
+            return digest._replace(version=_mark(os.fstat(source.fileno())))
 
-    def delete(self, keys: Iterable[str]) -> None:
+    def delete(self, keys: Iterable[str], *, if_match: Mapping[str, str] | None = None) -> None:
         for key in keys:
             path = self._path(key)
             with disk(path):
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                    path.unlink()
-                with contextlib.suppress(OSError):  # a folder that still holds something stays
+                    if version := (if_match or {}).get(key):
+                        path.lstat()  # else a lock would be created where nothing exists
+                        with self._locked(path):
+                            self._refuse_changed(path, key, version)
+                            path.unlink()
+                    else:
+                        path.unlink()
+                with contextlib.suppress(OSError):
+                    if _lock_of(path).lstat().st_size == 0:  # ours are empty
+                        _lock_of(path).unlink()
+                with contextlib.suppress(OSError):  # a folder that is not empty stays
                     for folder in path.parents:
                         if folder == self.root or self.root not in folder.parents:
                             break
-                        left = [path.name for path in folder.iterdir()]
-                        if all(_OURS.match(name) and name.endswith(".lock") for name in left):
-                            for name in left:
-                                (folder / name).unlink()
                         folder.rmdir()
 
     def probe(self) -> Capabilities:
@@ -196,27 +263,29 @@ class LocalStore:
                 conditional = False
             except Conflict:
                 conditional = self.read(key) == b"b"
+        except Unavailable as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EROFS:  # from the start
+                raise SpecError(f"{self.url} is on a read-only file system; choose another folder.") from error
+            raise
         finally:
             self.delete([key])
-            with contextlib.suppress(OSError):
-                (self.root / f".{key}.lock").unlink()
-        weaker = () if conditional else (f"{self.url} has no exclusive create, so two writers may not see each other.",)
-        return Capabilities(conditional, checksums=True, weaker=weaker)
+        weaker = () if conditional else (f"{self.url} has no exclusive create, so two writers may collide.",)
+        return Capabilities(conditional, checksums=True, deletes=True, weaker=weaker)
 
-    def abort_stale(self, prefix: str, older_than: float) -> int:
-        """Temporary files of writers that were killed."""
+    def abort_stale(self, keys: Collection[str], older_than: float) -> int:
+        """Remove temporary files of killed writers."""
         count = 0
-        start = self.root / prefix.rpartition("/")[0]
         now = None
-        with disk(start):
-            for folder, _, names in os.walk(start):
-                for path in (Path(folder) / name for name in names if name.endswith(".part") and _OURS.match(name)):
+        for path in map(self._path, sorted(keys)):
+            begun = re.compile(re.escape(partial_name(path.name, "").removesuffix(".part")) + r"[0-9a-f]{12}\.part")
+            with disk(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                for left in [each for each in path.parent.iterdir() if begun.fullmatch(each.name)]:
                     if now is None:
                         with self._temporary(path) as (_, temporary):
                             now = temporary.stat().st_mtime
                     with contextlib.suppress(FileNotFoundError):
-                        if now - path.stat().st_mtime >= older_than:
-                            path.unlink()
+                        if now - left.lstat().st_mtime >= older_than:
+                            left.unlink()
                             count += 1
         return count
 
@@ -225,13 +294,35 @@ class LocalStore:
 
     @contextlib.contextmanager
     def _temporary(self, target: Path) -> Iterator[tuple[BinaryIO, Path]]:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         temporary = target.parent / partial_name(target.name, secrets.token_hex(6))
         try:
             with temporary.open("xb") as stream:
                 yield stream, temporary
         finally:
             temporary.unlink(missing_ok=True)
+
+    def _appear(self, temporary: Path, path: Path, key: str, if_absent: bool, if_match: str | None) -> None:
+        """Give a complete file its name, if what is there may be replaced."""
+        if if_absent:
+            self._link(temporary, path, key)
+        elif if_match is not None:
+            with self._locked(path):
+                try:
+                    self._refuse_changed(path, key, if_match)
+                except (FileNotFoundError, NotADirectoryError):
+                    raise Conflict(f"Another writer deleted {key} in {self.url}.") from None
+                temporary.replace(path)
+        else:
+            temporary.replace(path)
+        sync_folder(path.parent)
+
+    def _refuse_changed(self, path: Path, key: str, version: str) -> None:
+        """Raise Conflict if a file has another version. Listings and uploads identify a file by time and size, `write` and
+        `version` by content: a lease is rewritten at the same size more often than clocks tick, and gigabytes are not read
+        only to be replaced."""
+        if (_mark(_status(path)) if "-" in version else _sha256(path)) != version:
+            raise Conflict(f"Another writer changed {key} in {self.url}.")
 
     def _link(self, temporary: Path, path: Path, key: str) -> None:
         try:
@@ -250,20 +341,33 @@ class LocalStore:
 
     @contextlib.contextmanager
     def _locked(self, path: Path) -> Iterator[None]:
-        """Compare-and-rename as one step among writers. The kernel lets the lock go when its holder dies."""
-        lock = path.parent / (partial_name(path.name, "").removesuffix(".part") + "lock")
-        with lock.open("wb") as stream:
+        """Make compare-and-rename one step among writers. The kernel releases the lock when its holder dies."""
+        with _lock_of(path).open("ab") as stream:
             _lock(stream)
             try:
                 yield
             finally:
-                # Closing does not do it while a process forked meanwhile, as a loader's workers are, has the file open too.
+                # Closing does not release it while a process forked meanwhile, such as a loader's worker, has the file open too.
                 with contextlib.suppress(OSError):
                     fcntl.flock(stream, fcntl.LOCK_UN)
 
 
+def _mark(status: os.stat_result) -> str:
+    """Identify a file by time and size. Successive holders of a lease write at least its slack apart."""
+    return f"{status.st_mtime_ns:x}-{status.st_size:x}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _lock_of(path: Path) -> Path:
+    return path.parent / (partial_name(path.name, "").removesuffix(".part") + "lock")
+
+
 def _lock(stream: BinaryIO) -> None:
-    """Raises Unavailable when another has held the lock for longer than any write takes."""
+    """Lock a file. Raises Unavailable if another process holds the lock for longer than any write takes."""
     began = time.monotonic()
     while True:
         try:
@@ -275,12 +379,12 @@ def _lock(stream: BinaryIO) -> None:
                     f"{stream.name} has been locked by another process for {LOCK_SECONDS:.0f} s; look for one that hangs"
                 ) from None
             time.sleep(0.005)
-        except OSError:  # a Lustre mounted without `flock` refuses; the comparison alone is then the weaker guarantee
+        except OSError:  # Lustre mounted without `flock` refuses; only the comparison is left, a weaker guarantee
             return
 
 
 def copy(pieces: Iterator[memoryview], target: BinaryIO) -> Digest:
-    """Write pieces and hash them meanwhile. Each has to stay as it is until the one after the next is asked for."""
+    """Write pieces and hash them meanwhile. Each must stay unchanged until the one after the next is requested."""
     digest, size = hashlib.sha256(), 0
     hashing: Future[None] | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="hash") as pool:
@@ -297,8 +401,8 @@ def copy(pieces: Iterator[memoryview], target: BinaryIO) -> Digest:
     return Digest(size, digest.hexdigest())
 
 
-def _pieces(source: FileIO) -> Iterator[memoryview]:
-    """A file's bytes, in two buffers by turns. They are mapped, so that a small file touches little of them."""
+def _pieces(source: FileIO) -> Generator[memoryview]:
+    """Yield a file's bytes in two alternating buffers. They are mapped, so that a small file touches little of them."""
     for buffer in cycle([memoryview(mmap.mmap(-1, CHUNK)), memoryview(mmap.mmap(-1, CHUNK))]):
         if not (count := source.readinto(buffer)):
             return
@@ -306,7 +410,7 @@ def _pieces(source: FileIO) -> Iterator[memoryview]:
 
 
 def _begun(pieces: Iterator[memoryview], target: BinaryIO) -> Iterator[memoryview]:
-    """The same pieces. The disk begins to take them while they are being written, so that fsync has little to wait for."""
+    """Yield the same pieces, making the disk write them as they come, so that fsync has little to wait for."""
     begun = written = 0
     for piece in pieces:
         yield piece

@@ -1,8 +1,8 @@
-"""The door to S3 and everything that speaks it: AWS, Ceph, MinIO, R2 and the rest.
+"""Stores objects in S3 and everything that speaks it: AWS, Ceph, MinIO, R2 and the rest.
 
-Credentials, endpoint, region and authorities come from the platform's own variables, files and roles, as boto3 finds
-them: AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_CA_BUNDLE, AWS_ROLE_ARN with AWS_WEB_IDENTITY_TOKEN_FILE, AWS_CONFIG_FILE
-(where `s3 = addressing_style = virtual` chooses virtual-host addresses for a custom endpoint).
+Credentials, endpoint, region and certificate authorities come from the platform's own variables, files and roles, as boto3 finds
+them: AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_CA_BUNDLE, AWS_ROLE_ARN with AWS_WEB_IDENTITY_TOKEN_FILE, AWS_CONFIG_FILE (where `s3 =
+addressing_style = virtual` selects virtual-host addresses for a custom endpoint).
 """
 
 from __future__ import annotations
@@ -10,75 +10,53 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
-import io
 import itertools
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from email.utils import parsedate_to_datetime
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-import boto3
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
-from job.errors import JobError, SpecError, Unavailable
+from job.errors import JobError, SpecError, Unavailable, without_secrets
 from job.store import transfer
-from job.store.faults import DAMAGED, code_of, explain
-from job.store.protocol import Capabilities, Conflict, Digest, Entry, Missing, checked_key
+from job.store.connection import connect
+from job.store.protocol import Capabilities, Conflict, Digest, Entry, Missing, Pieces, checked_key
+from job.store.s3_errors import DAMAGED, code_of, explain, is_page, page_instead
 
-# Headers that were cut off on the way look to http.client like the end of them, and a body that was lost with them looks
-# like an empty answer; these show that neither was.
+# http.client takes headers that were cut off in transit for complete ones, and a body lost with them looks like an empty answer.
+# These fields show that neither happened.
 WITNESS = {
     "list_objects_v2": ("IsTruncated",),
     "list_multipart_uploads": ("IsTruncated",),
     "create_multipart_upload": ("UploadId",),
     "put_object": ("ETag",),
+    "complete_multipart_upload": ("ETag",),
     "upload_part": ("ETag",),
     "get_object": ("ETag", "ContentLength"),
     "head_object": ("ETag", "ContentLength", "LastModified"),
 }
-BROKEN = (BotoCoreError, ClientError, HTTPError, HTTPClientError, OSError)
-
-
-def connect() -> Any:
-    """A client that retries what time can cure. Checksums are ours to send, once, where the store checks them."""
-    client = boto3.client(
-        "s3",
-        config=Config(
-            retries={"mode": "adaptive", "total_max_attempts": transfer.ATTEMPTS},
-            connect_timeout=10,
-            read_timeout=60,
-            tcp_keepalive=True,
-            max_pool_connections=4 * transfer.WORKERS,
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            s3={"payload_signing_enabled": False},
-        ),
-    )
-    client.meta.events.register_last("before-call.s3", _plain_body)
-    return client
-
-
-def _plain_body(params: dict[str, Any], **_: Any) -> None:
-    """Send bytes as bytes: botocore makes a file of them, waits for leave to send it, and sends it 16 KiB at a time."""
-    params["headers"].pop("Expect", None)
-    if isinstance(params.get("body"), io.BytesIO):
-        params["body"] = params["body"].getvalue()
+LIST_SECONDS = 900.0
+"""For one page of a listing, with all tries. A page is at most a megabyte, which takes two minutes at 10 kB/s."""
+BROKEN = (BotoCoreError, ClientError, HTTPError, HTTPClientError, ResponseParserError, OSError)
 
 
 def _clock(answer: dict[str, Any]) -> float:
-    """When the store says that it answered, in seconds since 1970."""
+    """When the store answered, by its own clock, in seconds since 1970."""
     sent = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
     return float(parsedate_to_datetime(sent).timestamp()) if sent else time.time()
 
 
 class S3Store:
-    """Objects under `s3://bucket/prefix`. `sse` is "AES256", "aws:kms" or None for what the bucket does by itself."""
+    """Objects under `s3://bucket/prefix`. `sse` is "AES256", "aws:kms" or None for the bucket's default."""
 
     def __init__(
         self, url: str, bucket: str, prefix: str, *, sse: str | None = None, sse_kms_key_id: str | None = None
@@ -92,11 +70,13 @@ class S3Store:
             self.client = connect()
         except (BotoCoreError, ValueError) as error:
             raise SpecError(
-                f"{error}: {url} cannot be opened; see AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_DEFAULT_REGION and AWS_PROFILE."
+                f"{error}: {url} cannot be opened; check AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_DEFAULT_REGION and AWS_PROFILE."
             ) from error
-        self.endpoint = str(self.client.meta.endpoint_url)
+        self.endpoint = without_secrets(str(self.client.meta.endpoint_url))  # it may contain a user and a password
         self.part_size = transfer.PART
+        self.list_seconds = LIST_SECONDS
         self.pool = ThreadPoolExecutor(transfer.WORKERS, thread_name_prefix="store")
+        self.listing = ThreadPoolExecutor(transfer.WORKERS, thread_name_prefix="listing")
         self.buffers = transfer.Buffers(transfer.WORKERS + 2)
         self.room = threading.Semaphore(transfer.WORKERS + 2)  # bodies in memory
         self._probed: Capabilities | None = None
@@ -110,31 +90,34 @@ class S3Store:
             for item in page.get("Contents", ()):
                 key = item["Key"][len(self.prefix) :]
                 if key and not key.endswith("/"):  # the zero-byte "folders" that consoles make
-                    yield Entry(key, item["Size"], item["LastModified"].timestamp())
+                    version = '"' + item["ETag"].strip('"') + '"'  # as in the other answers
+                    yield Entry(key, item["Size"], item["LastModified"].timestamp(), version)
+
+    def entry(self, key: str) -> Entry:
+        there = self.call("head_object", "s3:GetObject", checked_key(key))
+        return Entry(key, there["ContentLength"], there["LastModified"].timestamp(), there["ETag"])
 
     def read(self, key: str) -> bytes:
-        """The bytes must match the ETag where that is an MD5; where it is something else, two reads must agree."""
+        """Check the bytes against the ETag if that is an MD5; otherwise two reads must agree."""
         checked_key(key)
         before = None
         for _ in range(transfer.ATTEMPTS):
-            with contextlib.suppress(HTTPError, BotoCoreError, OSError):
+            with contextlib.suppress(HTTPException, HTTPError, BotoCoreError, OSError):
                 answer = self.call("get_object", "s3:GetObject", key)
-                data: bytes = answer["Body"].read()
+                data = b"".join(transfer.arriving(answer, self.place(key)))
                 etag = answer["ETag"].strip('"')
                 if data == before or hashlib.md5(data, usedforsecurity=False).hexdigest() == etag:
                     return data
                 before = data
-        raise Unavailable(f"Reading {self.place(key)} broke off again and again.")
+        raise Unavailable(f"Reading {self.place(key)} failed repeatedly.")
 
     def read_piece(self, key: str, offset: int, size: int) -> bytes:
         wanted = f"bytes={offset}-{offset + size - 1}"
         for _ in range(transfer.ATTEMPTS):
-            with contextlib.suppress(HTTPError, BotoCoreError, OSError):
+            with contextlib.suppress(HTTPException, HTTPError, BotoCoreError, OSError):
                 answer = self.call("get_object", "s3:GetObject", checked_key(key), Range=wanted)
-                data: bytes = answer["Body"].read()
-                if len(data) == answer["ContentLength"]:
-                    return data
-        raise Unavailable(f"Reading {self.place(key)} broke off again and again.")
+                return b"".join(transfer.arriving(answer, self.place(key)))
+        raise Unavailable(f"Reading {self.place(key)} failed repeatedly.")
 
     def version(self, key: str) -> str:
         return str(self.call("head_object", "s3:GetObject", checked_key(key))["ETag"])
@@ -144,58 +127,82 @@ class S3Store:
         return _clock(answer) - float(answer["LastModified"].timestamp())
 
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
-        checked_key(key)
-        condition = {"IfNoneMatch": "*"} if if_absent else {}
-        if (if_absent or if_match is not None) and not self.capabilities.conditional:
-            self._look_first(key, if_match)
-            condition = {}
-        elif if_match is not None:
-            condition = self._is(if_match)
+        condition = self.condition(checked_key(key), if_absent, if_match)
         try:
             return self.put(key, data, condition)
         except (Conflict, Missing):
-            # Our own first try may have arrived while its answer was lost; then what is there is what we wrote.
+            # Our own first try may have arrived although its answer was lost; then what is there is what we wrote.
             with contextlib.suppress(Missing):
                 if self.read(key) == data:
                     return self.version(key)
             raise Conflict(f"Another writer changed {self.place(key)}.") from None
 
-    def delete(self, keys: Iterable[str]) -> None:
-        """One by one: the bulk call wants a checksum that older stores do not know, and ours are few."""
-        for done in [self.pool.submit(self.call, "delete_object", "s3:DeleteObject", key) for key in keys]:
+    def delete(self, keys: Iterable[str], *, if_match: Mapping[str, str] | None = None) -> None:
+        """Delete one by one: the bulk call needs a checksum that older stores do not know, and our keys are few."""
+        known = if_match if if_match and self.capabilities.deletes else {}
+
+        def one(key: str) -> None:
+            with contextlib.suppress(Missing):
+                self.call("delete_object", "s3:DeleteObject", key, **(self._is(known[key]) if key in known else {}))
+
+        for done in [self.pool.submit(one, key) for key in keys]:
             done.result()
 
     # Files of any size
 
-    def upload(self, path: Path, key: str) -> Digest:
-        return transfer.upload(self, path, checked_key(key))
+    def upload(self, path: Path, key: str, *, if_absent: bool = False, if_match: str | None = None) -> Digest:
+        return transfer.upload(self, path, checked_key(key), if_absent, if_match)
 
-    def upload_pieces(self, pieces: Iterator[memoryview], size: int, key: str) -> Digest:
-        return transfer.upload_from(self, transfer.Joined(pieces), size, checked_key(key))
+    def upload_pieces(
+        self, make: Pieces, size: int, key: str, *, if_absent: bool = False, if_match: str | None = None
+    ) -> Digest:
+        with contextlib.closing(make()) as pieces:
+            return transfer.upload_from(self, transfer.Joined(pieces), size, checked_key(key), if_absent, if_match)
 
     def download(self, key: str, path: Path, *, sha256: str | None = None) -> Digest:
         return transfer.download(self, checked_key(key), path, sha256)
 
-    def abort_stale(self, prefix: str, older_than: float) -> int:
+    def abort_stale(self, keys: Collection[str], older_than: float) -> int:
         count = 0
         marks = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
-        for page in self._pages("list_multipart_uploads", "s3:ListBucketMultipartUploads", prefix, **marks):
+        for page in self._pages("list_multipart_uploads", "s3:ListBucketMultipartUploads", "", **marks):
             for item in page.get("Uploads", ()):
-                if _clock(page) - item["Initiated"].timestamp() >= older_than:
-                    key = item["Key"][len(self.prefix) :]
+                key = item["Key"][len(self.prefix) :]
+                if key in keys and _clock(page) - item["Initiated"].timestamp() >= older_than:
                     with contextlib.suppress(Missing):
                         self.call("abort_multipart_upload", "s3:AbortMultipartUpload", key, UploadId=item["UploadId"])
                     count += 1
         return count
 
     def _pages(self, method: str, action: str, prefix: str, **next_from: str) -> Iterator[dict[str, Any]]:
-        """Every page of a listing; `next_from` says which field of a page goes into which argument for the next."""
-        page = self.ask(method, action, prefix, Prefix=self.prefix + prefix)
-        yield page
-        while page["IsTruncated"]:
-            further = {argument: page[field] for argument, field in next_from.items()}
-            page = self.ask(method, action, prefix, Prefix=self.prefix + prefix, **further)
+        """Yield every page of a listing. `next_from` maps each argument of the next request to the field of the page that
+        fills it."""
+        further: dict[str, Any] = {}
+        seen = list[Any]()
+        while True:
+            page = self._page(method, action, prefix, further)
             yield page
+            if not page["IsTruncated"]:
+                return
+            further = {argument: page[field] for argument, field in next_from.items() if page.get(field)}
+            if not further or further in seen:
+                said = "is an old one" if further else "is missing"
+                raise Unavailable(
+                    f"{self.endpoint} never ends its listing of {self.place(prefix)}: a page says that more follow, and the "
+                    f"marker for them {said}; the store, or a proxy before it, is broken."
+                )
+            seen.append(further)
+
+    def _page(self, method: str, action: str, prefix: str, further: dict[str, Any]) -> dict[str, Any]:
+        """Fetch a page in another thread and wait for it, because botocore reads a page whole, however slowly it comes."""
+        asked = self.listing.submit(self.ask, method, action, prefix, Prefix=self.prefix + prefix, **further)
+        try:
+            page: dict[str, Any] = asked.result(self.list_seconds)
+        except FutureTimeout:
+            raise Unavailable(
+                f"{self.endpoint} did not return a page of the listing of {self.place(prefix)} within {self.list_seconds:.0f} s."
+            ) from None
+        return page
 
     # What this store really does
 
@@ -207,7 +214,7 @@ class S3Store:
             return self._probed
 
     def probe(self) -> Capabilities:
-        """Learn on a small object of our own: conditions, checksums, encryption."""
+        """Test conditions, checksums and encryption on a small object of our own."""
         key = f"probe-{secrets.token_hex(6)}"
         try:
             self._probed = self._try_out(key)
@@ -215,29 +222,31 @@ class S3Store:
             with contextlib.suppress(JobError):
                 self.delete([key])
             raise
-        self.delete([key])
+        try:
+            self.call("delete_object", "s3:DeleteObject", key, **self._is('"0"'))
+        except (Conflict, Missing, SpecError, Unavailable) as refused:
+            self._probed = self._probed._replace(deletes=isinstance(refused, Conflict))
+            self.delete([key])
         return self._probed
 
     def _try_out(self, key: str) -> Capabilities:
         weaker = []
         checksums = self._checks_checksums(key)
         if not checksums:
-            weaker.append(
-                f"{self.endpoint} checks no CRC32C, so an MD5 goes with each part and is compared with the ETag."
-            )
+            weaker.append(f"{self.endpoint} checks no CRC32C, so each part is sent with an MD5 and its ETag compared.")
         etag = self.put(key, b"a", {}, checksums=checksums)
         self.read(key)
-        # What must be refused, and then what must not be: Ceph 16 takes an ETag only without its quotes.
+        # First what must be refused, then what must not be: Ceph 16 accepts an ETag only without its quotes.
         conditional = self._refuses(key, {"IfNoneMatch": "*"}) and self._refuses(key, {"IfMatch": '"0"'})
         self._quotes = not self._refuses(key, {"IfMatch": etag})
         if not self._quotes:
             conditional = conditional and not self._refuses(key, self._is(self.version(key)))
         if not conditional:
-            weaker.append(f"{self.endpoint} has no conditional writes, so two writers may not see each other.")
-        return Capabilities(conditional, checksums, tuple(weaker))
+            weaker.append(f"{self.endpoint} has no conditional writes, so two writers may collide.")
+        return Capabilities(conditional, checksums, deletes=False, weaker=tuple(weaker))
 
     def _checks_checksums(self, key: str) -> bool:
-        """True if a wrong checksum is refused and a right one is not."""
+        """Return whether a wrong checksum is refused and a right one is not."""
         for data, refused in ((b"right", False), (b"wrong", True)):
             try:
                 self.client.put_object(
@@ -271,11 +280,18 @@ class S3Store:
         return False
 
     def _is(self, etag: str) -> dict[str, str]:
-        """The condition that the object still is what it was."""
+        """The condition that the object is unchanged."""
         return {"IfMatch": etag if self._quotes else etag.strip('"')}
 
-    def _look_first(self, key: str, if_match: str | None) -> None:
-        """The weaker guarantee: look, then write. Two writers in the same moment may both pass."""
+    def condition(self, key: str, if_absent: bool, if_match: str | None) -> dict[str, str]:
+        """The request arguments for a condition. If the store has no conditions, the object is checked now instead."""
+        if (if_absent or if_match is not None) and not self.capabilities.conditional:
+            self.look_first(key, if_match)
+            return {}
+        return {"IfNoneMatch": "*"} if if_absent else {} if if_match is None else self._is(if_match)
+
+    def look_first(self, key: str, if_match: str | None) -> None:
+        """Check, then write: the weaker guarantee. Two writers at the same moment may both pass."""
         try:
             there: str | None = self.version(key)
         except Missing:
@@ -283,10 +299,10 @@ class S3Store:
         if there != if_match:
             raise Conflict(f"Another writer changed {self.place(key)}.")
 
-    # The one way to call
+    # Requests
 
     def put(self, key: str, data: bytes, condition: dict[str, Any], *, checksums: bool | None = None) -> str:
-        """One object in one request; the answer must show the encryption asked for. Returns the version."""
+        """Put one object in one request. The answer must show the requested encryption. Returns the version."""
         checked = self.capabilities.checksums if checksums is None else checksums
         check = transfer.crc32c(data) if checked else transfer.md5(data)
         for _ in range(transfer.DAMAGED_TRIES):
@@ -299,24 +315,33 @@ class S3Store:
             if checked or self.is_intact(answer, check["ContentMD5"]):
                 return str(answer["ETag"])
             if condition:
-                condition = self._is(answer["ETag"])  # over our own damaged bytes, and nobody else's
+                condition = self._is(answer["ETag"])  # overwrite only our own damaged bytes
         raise self.damaged(key)
 
     def call(self, method: str, action: str, key: str, **arguments: Any) -> Any:
-        """One request about one key, retried, with its errors as sentences."""
+        """Make one request about one key, with retries, and with errors as sentences."""
         return self.ask(method, action, key, Key=self.prefix + key, **arguments)
 
     def ask(self, method: str, action: str, key: str, **arguments: Any) -> Any:
-        """One request about what begins with `key`."""
+        """Make one request about what begins with `key`."""
         with self.explained(action, key):
             for attempt in itertools.count(1):
                 try:
                     answer = getattr(self.client, method)(Bucket=self.bucket, **arguments)
                     # An ETag cut in two has lost its second quote.
-                    if all(name in answer and str(answer[name]).count('"') != 1 for name in WITNESS.get(method, ())):
+                    whole = all(
+                        name in answer and str(answer[name]).count('"') != 1 for name in WITNESS.get(method, ())
+                    )
+                    if whole and not is_page(answer):
                         return answer
                     if attempt == transfer.ATTEMPTS:
-                        raise Unavailable(f"The answers of {self.endpoint} to {action} lack what S3 promises.")
+                        raise (
+                            page_instead(200, action, self.endpoint)
+                            if is_page(answer)
+                            else Unavailable(
+                                f"The answers of {self.endpoint} to {action} lack fields that S3 requires."
+                            )
+                        )
                 except ClientError as error:
                     code, status = code_of(error)
                     if attempt == transfer.ATTEMPTS or not (code in DAMAGED or status == 409):
@@ -341,7 +366,7 @@ class S3Store:
         return {name: value for name, value in asked.items() if value is not None}
 
     def check_encryption(self, answer: dict[str, Any], key: str) -> None:
-        """Refuse a store that took the bytes without the encryption that was asked for."""
+        """Refuse a store that took the bytes without the requested encryption."""
         used = answer.get("ServerSideEncryption")
         key_used = str(answer.get("SSEKMSKeyId", ""))
         right_key = self.sse_kms_key_id is None or key_used.endswith(self.sse_kms_key_id.rpartition("/")[2])
@@ -353,10 +378,10 @@ class S3Store:
         )
 
     def is_intact(self, answer: dict[str, Any], content_md5: str) -> bool:
-        """For a store that checks no checksum itself: its MD5 against ours, where its ETag is one."""
+        """For a store that checks no checksum itself, compare our MD5 with its ETag, where that is an MD5."""
         etag = str(answer["ETag"]).strip('"')
         is_md5 = len(etag) == 32 and not answer.get("ServerSideEncryption")
         return not is_md5 or etag == base64.b64decode(content_md5).hex()
 
     def damaged(self, key: str) -> Unavailable:
-        return Unavailable(f"{self.place(key)} arrived damaged at {self.endpoint} again and again.")
+        return Unavailable(f"{self.place(key)} repeatedly arrived damaged at {self.endpoint}.")

@@ -1,12 +1,15 @@
-"""Large files to and from S3: parts in parallel, one SHA-256 pass beside the wire, memory bounded by the buffers."""
+"""Transfers large files to and from S3: parts in parallel, one SHA-256 pass during the transfer, memory bounded by the
+buffers."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import hashlib
 import os
 import queue
+import secrets
 import shutil
 import time
 from collections import deque
@@ -15,7 +18,7 @@ from concurrent.futures import Future, wait
 from http.client import HTTPException, HTTPResponse
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import google_crc32c
 from botocore.exceptions import BotoCoreError
@@ -23,21 +26,25 @@ from urllib3.exceptions import HTTPError
 
 from job.errors import DataError, JobError, Unavailable
 from job.store.local import disk, partial_name
-from job.store.protocol import Corrupt, Digest, Missing
+from job.store.protocol import Conflict, Corrupt, Digest, Missing
 
 if TYPE_CHECKING:
     from job.store.s3 import S3Store
 
 PART = 16 * 2**20
-MAX_PARTS = 9_000  # S3 takes 10,000
+MAX_PARTS = 9_000  # S3 allows 10,000
 WORKERS = 4
 WINDOW = WORKERS + 1
 ATTEMPTS = 8
 DAMAGED_TRIES = 3
+CHUNK = 2**20
+FLOOR = 10_000
+"""Bytes per second that a body must deliver after its first `PATIENCE` seconds."""
+PATIENCE = 60.0
 
 
 class Buffers:
-    """A few reusable buffers. Whoever wants one waits until one is free: that is the bound on memory."""
+    """A few reusable buffers. A caller waits until one is free, which bounds memory."""
 
     def __init__(self, count: int) -> None:
         self._free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
@@ -45,7 +52,7 @@ class Buffers:
             self._free.put(bytearray())
 
     def take(self, size: int) -> bytearray:
-        """Only for a caller that holds none, or gives back what it holds without asking for more."""
+        """Only for a caller that holds no buffer, or returns those it holds without asking for more."""
         buffer = self._free.get()
         return buffer if len(buffer) == size else bytearray(size)
 
@@ -60,21 +67,21 @@ class Buffers:
         self._free.put(buffer)
 
 
-def upload(store: S3Store, path: Path, key: str) -> Digest:
-    """Send a file in one request, or in parts when it is larger than one. The digest is of the bytes that were sent."""
+def upload(store: S3Store, path: Path, key: str, if_absent: bool, if_match: str | None) -> Digest:
+    """Send a file in one request, or in parts if it is larger than one part. The digest is of the bytes sent."""
     with disk(path), path.open("rb", buffering=0) as source:
-        return upload_from(store, source, os.fstat(source.fileno()).st_size, key)
+        return upload_from(store, source, os.fstat(source.fileno()).st_size, key, if_absent, if_match)
 
 
 class Joined:
-    """Pieces as a file that is read once, from its beginning to its end."""
+    """Pieces as a file that is read once, from beginning to end."""
 
     def __init__(self, pieces: Iterator[memoryview]) -> None:
         self._pieces = pieces
         self._left = memoryview(b"")
 
     def read(self, size: int) -> bytes:
-        """Fewer than `size` bytes only at the end."""
+        """Returns fewer than `size` bytes only at the end."""
         taken: list[memoryview] = []
         while size:
             if not len(self._left):
@@ -87,14 +94,15 @@ class Joined:
         return b"".join(taken)
 
 
-def upload_from(store: S3Store, source: FileIO | Joined, size: int, key: str) -> Digest:
-    """The same for `size` bytes that are read once and in order."""
+def upload_from(
+    store: S3Store, source: FileIO | Joined, size: int, key: str, if_absent: bool, if_match: str | None
+) -> Digest:
+    """Like `upload`, for `size` bytes that are read once and in order. The condition applies to the request that completes it."""
     if size <= store.part_size:
         data = _read_exactly(source, size, key)
         whole = hashlib.sha256(data)
         _at_its_end(source, key)
-        store.put(key, data, {})
-        return Digest(size, whole.hexdigest())
+        return Digest(size, whole.hexdigest(), store.write(key, data, if_absent=if_absent, if_match=if_match))
     name = os.urandom(8).hex()
     algorithm = {"ChecksumAlgorithm": "CRC32C"} if store.capabilities.checksums else {}
     begun = store.call(
@@ -105,17 +113,20 @@ def upload_from(store: S3Store, source: FileIO | Joined, size: int, key: str) ->
         digest = hashlib.sha256()
         parts = _send(store, source, size, key, begun["UploadId"], digest)
         _at_its_end(source, key)
-        _complete(store, key, begun["UploadId"], parts, name)
+        if if_absent or if_match is not None:
+            store.look_first(key, if_match)  # some stores support conditions only for single requests
+        condition = store.condition(key, if_absent, if_match)
+        version = _complete(store, key, begun["UploadId"], parts, name, condition)
     except BaseException:
         with contextlib.suppress(JobError):
             store.call("abort_multipart_upload", "s3:AbortMultipartUpload", key, UploadId=begun["UploadId"])
         raise
-    return Digest(size, digest.hexdigest())
+    return Digest(size, digest.hexdigest(), version)
 
 
 def crc32c(data: bytes) -> dict[str, str]:
-    """What the store checks a body against as it arrives. Processors have it built in, so it costs next to nothing on
-    either side; SHA-256, which the manifest has of the whole, would cost the store as much again as us."""
+    """The checksum that the store verifies a body against on arrival. Processors have CRC32C built in, so it costs next to
+    nothing on either side; SHA-256, which the manifest has for the whole, would cost the store as much again as us."""
     return {
         "ChecksumAlgorithm": "CRC32C",
         "ChecksumCRC32C": base64.b64encode(google_crc32c.value(data).to_bytes(4)).decode(),
@@ -123,26 +134,26 @@ def crc32c(data: bytes) -> dict[str, str]:
 
 
 def md5(data: bytes) -> dict[str, str]:
-    """The same for a store that knows only the old way, which is slow."""
+    """The same for a store that supports only the old way, which is slow."""
     return {"ContentMD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
 
 
 def _at_its_end(source: FileIO | Joined, key: str) -> None:
     if source.read(1):
-        raise DataError(f"What goes to {key} changed its size while it was being uploaded.")
+        raise DataError(f"The content of {key} changed size during its upload.")
 
 
 def _send(
     store: S3Store, source: FileIO | Joined, size: int, key: str, upload_id: str, digest: hashlib._Hash
 ) -> list[dict[str, Any]]:
-    """Read part by part; each is sent by a worker while this thread hashes it."""
+    """Read part by part; a worker sends each part while this thread hashes it."""
     part_size = max(store.part_size, -(-size // MAX_PARTS))
     sent: list[Future[dict[str, Any]]] = []
     try:
         for number, start in enumerate(range(0, size, part_size), 1):
             for earlier in sent:
                 if earlier.done():
-                    earlier.result()  # raises early, when a part has failed for good
+                    earlier.result()  # raises early if a part has failed for good
             store.room.acquire()
             try:
                 body = _read_exactly(source, min(part_size, size - start), key)
@@ -152,7 +163,7 @@ def _send(
                 raise
             sent.append(future)
             digest.update(body)
-            del body  # or it would outlive its place in the room
+            del body  # or it would outlive its place in `store.room`
             future.add_done_callback(lambda _: store.room.release())
         return [future.result() for future in sent]
     finally:
@@ -165,7 +176,7 @@ def _read_exactly(source: FileIO | Joined, size: int, key: str) -> bytes:
     body = source.read(size)
     while body is not None and len(body) < size:
         if not (more := source.read(size - len(body))):
-            raise DataError(f"What goes to {key} became shorter while it was being uploaded.")
+            raise DataError(f"The content of {key} became shorter during its upload.")
         body += more
     return body or b""
 
@@ -184,33 +195,74 @@ def _send_part(store: S3Store, key: str, upload_id: str, number: int, body: byte
     raise store.damaged(key)
 
 
-def _complete(store: S3Store, key: str, upload_id: str, parts: list[dict[str, Any]], name: str) -> None:
+def _complete(
+    store: S3Store, key: str, upload_id: str, parts: list[dict[str, Any]], name: str, condition: dict[str, str]
+) -> str:
+    """Complete the upload and return its version. Raises Conflict if the condition does not hold, or another process aborted
+    this upload."""
+    whole = {"UploadId": upload_id, "MultipartUpload": {"Parts": parts}}
     try:
-        store.call(
-            "complete_multipart_upload", "s3:PutObject", key, UploadId=upload_id, MultipartUpload={"Parts": parts}
-        )
-    except Missing:
-        # The first try may have succeeded while its answer was lost: the object then carries the name of this upload.
-        there = store.call("head_object", "s3:GetObject", key)
-        if there.get("Metadata", {}).get("upload") != name:
-            raise
+        etag = str(store.call("complete_multipart_upload", "s3:PutObject", key, **whole, **condition)["ETag"])
+    except (Conflict, Missing):
+        etag = ""
+    if not etag:
+        # Ceph 16 returns none, or the first try succeeded and its answer was lost: then the object has this upload's name.
+        with contextlib.suppress(Missing):
+            there = store.call("head_object", "s3:GetObject", key)
+            if there.get("Metadata", {}).get("upload") == name:
+                return str(there["ETag"])
+        raise Conflict(f"Another writer changed {store.place(key)}.")
+    return etag
 
 
 def download(store: S3Store, key: str, path: Path, promised: str | None) -> Digest:
-    """Fetch ranges in parallel, hash and write them in order, so that the part file is always a true beginning."""
+    """Fetch ranges in parallel; hash and write them in order, so that the part file is always a true beginning."""
     with disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         for fresh in (False, True):
             there = store.call("head_object", "s3:GetObject", key)
             size, etag = int(there["ContentLength"]), str(there["ETag"])
             mark = hashlib.sha256(etag.encode()).hexdigest()[:12]
-            partial = path.parent / partial_name(path.name, mark)
-            digest = _fetch_all(store, key, etag, size, partial, fresh)
-            if promised is None or digest.sha256 == promised:
-                partial.replace(path)
-                return digest
-        partial.unlink()
-    raise Corrupt(f"{store.place(key)} has SHA-256 {digest.sha256}, not {promised} as promised.")
+            with _alone(path, mark) as partial:
+                digest = _fetch_all(store, key, etag, size, partial, fresh)
+                if promised is None or digest.sha256 == promised:
+                    partial.replace(path)
+                    return digest._replace(version=etag)
+                if fresh:
+                    partial.unlink()
+    raise Corrupt(f"{store.place(key)} has SHA-256 {digest.sha256}, not {promised} as expected.")
+
+
+@contextlib.contextmanager
+def _alone(path: Path, mark: str) -> Iterator[Path]:
+    """Yield a part file of `path` that no other thread or process writes to meanwhile. Rows may name one image twice, and jobs
+    share scratch: whoever comes second gets a separate part file, of which nothing is left for a later attempt."""
+    partial = path.parent / partial_name(path.name, mark)
+    with partial.open("ab") as held:
+        if _is_locked(held, partial):
+            try:
+                yield partial
+            finally:
+                # Closing does not release it while a process forked meanwhile has the file open too.
+                with contextlib.suppress(OSError):
+                    fcntl.flock(held, fcntl.LOCK_UN)
+            return
+    own = path.parent / partial_name(path.name, secrets.token_hex(6))
+    try:
+        yield own
+    finally:
+        own.unlink(missing_ok=True)
+
+
+def _is_locked(held: BinaryIO, partial: Path) -> bool:
+    """Lock a part file. Returns False if another process holds it, or has completed and renamed it since it was opened."""
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(partial.stat(), os.fstat(held.fileno()))
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    except OSError:  # Lustre mounted without `flock` refuses
+        return True
 
 
 def _fetch_all(store: S3Store, key: str, etag: str, size: int, partial: Path, fresh: bool) -> Digest:
@@ -236,13 +288,13 @@ def _fetch_all(store: S3Store, key: str, etag: str, size: int, partial: Path, fr
 
 
 def _ranges(store: S3Store, key: str, etag: str, start: int, size: int) -> Iterator[memoryview]:
-    """The object from `start` on, in order, several ranges in flight. A view lives until the next is asked for."""
+    """Yield the object from `start` on, in order, with several ranges in flight. A view is valid until the next is requested."""
     window: deque[tuple[Future[None], bytearray, memoryview]] = deque()
     ahead = start
     try:
         while True:
             while len(window) < WINDOW and ahead < size:
-                # Waiting for a buffer while holding some would starve the other files of the folder, and they us.
+                # Waiting for a buffer while holding some would starve the other files of the folder, and they would starve us.
                 take = store.buffers.take_if_free if window else store.buffers.take
                 if (buffer := take(store.part_size)) is None:
                     break
@@ -264,7 +316,7 @@ def _ranges(store: S3Store, key: str, etag: str, start: int, size: int) -> Itera
 
 
 def _fetch(store: S3Store, key: str, etag: str, start: int, view: memoryview) -> None:
-    """Fill `view` from the object, going on where a broken answer stopped."""
+    """Fill `view` from the object, resuming where a broken answer stopped."""
     got = failures = 0
     while got < len(view):
         before = got
@@ -272,30 +324,48 @@ def _fetch(store: S3Store, key: str, etag: str, start: int, view: memoryview) ->
             wanted = f"bytes={start + got}-{start + len(view) - 1}"
             answer = store.call("get_object", "s3:GetObject", key, Range=wanted, IfMatch=etag)
             if answer["ContentLength"] != len(view) - got:
-                raise OSError("the answer is not the range that was asked for")
-            with contextlib.closing(answer["Body"]) as body:
-                source = _source(body)
-                while got < len(view):
-                    count = source.readinto(view[got:])
-                    if not count:
-                        raise OSError(f"the answer ended {len(view) - got} bytes early")
-                    got += count
-                _release(body)
+                answer["Body"].close()
+                raise OSError("the answer is not the requested range")
+            for chunk in arriving(answer, store.place(key)):
+                view[got : got + len(chunk)] = chunk
+                got += len(chunk)
         except (HTTPError, HTTPException, BotoCoreError, OSError) as error:
             failures = 1 if got > before else failures + 1
             if failures == ATTEMPTS:
-                raise Unavailable(f"Reading {store.place(key)} broke off again and again: {error}.") from error
+                raise Unavailable(f"Reading {store.place(key)} failed repeatedly: {error}.") from error
             time.sleep(min(0.1 * 2**failures, 5))
 
 
+def arriving(answer: dict[str, Any], place: str) -> Iterator[bytes]:
+    """Yield a body as it arrives. Raises OSError if it ends too early, Unavailable if it is slower than `FLOOR`, which a retry
+    would not fix."""
+    left = int(answer["ContentLength"])
+    seconds = PATIENCE + left / FLOOR
+    until = time.monotonic() + seconds
+    with contextlib.closing(answer["Body"]) as body:
+        source = _source(body)
+        while left:
+            if not (chunk := source.read1(min(left, CHUNK))):
+                raise OSError(f"the answer ended {left} bytes early")
+            left -= len(chunk)
+            yield chunk
+            if left and time.monotonic() > until:
+                raise Unavailable(
+                    f"{place} arrives too slowly: {left} bytes are missing after {seconds:.0f} s; check network and store."
+                )
+        source.close()
+        _release(body)
+
+
 def _source(body: Any) -> Any:
-    """Where to read a body from: http.client fills our buffer itself, through urllib3 each byte is copied twice more."""
+    """Return where to read as much of a body as is there: http.client's own response, since urllib3 copies each byte twice
+    more."""
     inner = getattr(getattr(body, "_raw_stream", None), "_fp", None)
-    return inner if isinstance(inner, HTTPResponse) else body
+    return inner if isinstance(inner, HTTPResponse) else body._raw_stream
 
 
 def _release(body: Any) -> None:
-    """Give the connection back for the next range, before the body is closed: one that broke goes with its body."""
+    """Return the connection for the next range before the body is closed. A broken connection is dropped with its body."""
     release = getattr(getattr(body, "_raw_stream", None), "release_conn", None)
     if release is not None:
         release()

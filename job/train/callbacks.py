@@ -1,4 +1,4 @@
-"""What happens between steps: numbers, checkpoints, and leaving on notice."""
+"""Trainer callbacks: metrics, checkpoints, and stopping on a preemption notice."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from job.errors import DataError, JobError
-from job.preemption import FITS, Preemption
-from job.record import Record, watched
-from job.train.watch import gpu_numbers
+from job.runtime.preemption import FITS, Preemption
+from job.runtime.status import Record, on_terminal
+from job.train.gpu_stats import gpu_numbers
 
 log = logging.getLogger("job")
 
 EXPLODED = 3.0
-"""Times the loss of guessing (the logarithm of the vocabulary's size) or of the first line: no run comes back from there."""
+"""Multiple of the loss of guessing (the logarithm of the vocabulary's size) or of the first logged loss, beyond which no run
+recovers."""
 LINE_SECONDS = 10.0
-"""Between lines of progress in the log; every `logging_steps` goes to metrics.jsonl."""
+"""Seconds between progress lines in the log; every `logging_steps` goes to metrics.jsonl."""
 
 
 class Numbers(TrainerCallback):
-    """Loss, learning rate and speed: a line for people, JSONL for machines, a bar where a terminal watches."""
+    """Reports loss, learning rate and speed: a log line, JSONL, and a progress bar on a terminal."""
 
     def __init__(self, record: Record, effective_batch_size: int) -> None:
         self.record, self.samples = record, effective_batch_size
@@ -41,7 +42,7 @@ class Numbers(TrainerCallback):
         self.time, self.step, self.told = time.monotonic(), state.global_step, 0.0
         self.worst_start: float | None = None
         self.record.update(step=state.global_step, steps=state.max_steps)
-        if watched():
+        if on_terminal():
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -74,7 +75,7 @@ class Numbers(TrainerCallback):
             tokens_per_second=round(self.trainer.tokens_of_step / elapsed, 1) if elapsed else None,
             data_wait_seconds=round(self.trainer.waited / max(steps, 1), 4),
             **rank_waits(self.trainer.waits_of_step),
-            rows_at_once=self.trainer.ladder.rows_at_once,
+            micro_batch=self.trainer.retry.micro_batch,
             rows=list(self.trainer.rows_of_step),
             **gpu_numbers(self.record.peaks),
         )
@@ -88,7 +89,7 @@ class Numbers(TrainerCallback):
         elif time.monotonic() - self.told > LINE_SECONDS:
             self.told = time.monotonic()
             log.info(
-                "train: step %d/%d, loss %.4f, %.2f s a step, %.0f s left",
+                "train: step %d/%d, loss %.4f, %.2f s per step, %.0f s left",
                 state.global_step,
                 state.max_steps,
                 logs["loss"],
@@ -97,7 +98,7 @@ class Numbers(TrainerCallback):
             )
 
     def _stop_when_lost(self, logs: dict[str, float], step: int) -> None:
-        """Raise DataError when the loss is no number, or several times that of guessing (or of the first line)."""
+        """Raise DataError when the loss is not finite, or several times that of guessing (or of the first line)."""
         loss, norm = logs["loss"], logs.get("grad_norm", 0.0)
         vocabulary = self.trainer.model.get_input_embeddings().weight.shape[0]
         if self.worst_start is None and math.isfinite(loss):
@@ -112,27 +113,28 @@ class Numbers(TrainerCallback):
 
 
 def rank_waits(waits: list[list[float]]) -> dict[str, list[float]]:
-    """`rank_wait_seconds`: mean seconds a step that each rank spent on the sum of gradients. That with the least is slow."""
+    """Return `rank_wait_seconds`: mean seconds per step that each rank spent on the sum of gradients. The slow rank has the
+    least."""
     means = [round(sum(each) / len(each), 4) for each in zip(*waits, strict=True)]
     return {"rank_wait_seconds": means} if len(means) > 1 else {}
 
 
 def lost(step: int, why: str, record: Record) -> str:
-    """The sentence for a training that has gone wrong for good."""
+    """Return the error message for training that cannot recover."""
     kept = record.read("last_checkpoint")
-    good = f"the last good checkpoint is that of step {kept}" if kept else "no checkpoint was made before"
+    good = f"the last good checkpoint is that of step {kept}" if kept else "there is no earlier checkpoint"
     return (
-        f"training was lost at step {step}: {why}; {good}. Lower training.learning_rate, or raise training.warmup_ratio, "
-        "and look at the rows of that step in logs/metrics.jsonl"
+        f"training diverged at step {step}: {why}; {good}. Lower training.learning_rate, or raise training.warmup_ratio, "
+        "and check the rows of that step in logs/metrics.jsonl"
     )
 
 
 class Safety(TrainerCallback):
-    """Commits what the trainer saved, and leaves at the end of the current micro-batch when asked to stop.
+    """Commits what the trainer saved, and stops after the current micro-batch when asked to.
 
-    `keep(step, folder, epoch, written)` makes a folder durable once it is `written`, `settle()` waits until that is done. A
-    half-made step is dropped: weights and optimizer are those of the last finished step until the next one is
-    complete, and the random states of that moment are put back before saving, so that the step is made again exactly.
+    `keep(step, folder, epoch, written)` makes a folder durable once it is `written`; `settle()` waits until that is done. An
+    incomplete step is dropped: weights and optimizer stay those of the last finished step until the next one is complete, and
+    its random states are restored before saving, so that the step is repeated exactly.
     """
 
     def __init__(
@@ -157,28 +159,28 @@ class Safety(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self.learning_rate = self.trainer._get_learning_rate()  # of this step: the scheduler moves on behind it
+        self.learning_rate = self.trainer._get_learning_rate()  # of this step: the scheduler advances afterwards
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.half_made += 1
         self.preemption.check()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if not self.random_states and not self.trainer.ranks.rank:  # from here on the optimizer has a state
+        if not self.random_states and not self.trainer.ranks.rank:  # from here on the optimizer has state
             self.trainer.snapshot.prepare(self.trainer.states())
         self.random_states, self.half_made = random_states(), 0
         self.without_line = self.trainer._tr_loss.clone(), len(self.trainer.rows_of_step)
         if self.preemption.requested:
-            control.should_save = True  # behind the step's line of numbers; then we leave
+            control.should_save = True  # after the step's metrics line; then training stops
         if control.should_save or state.global_step == state.max_steps:
-            control.should_log = True  # whatever `logging_steps` is: no later line would have these steps in it
+            control.should_log = True  # whatever `logging_steps` is: no later line would include these steps
         seconds = self.record.read("checkpoint_seconds")
         if not self.shortened and seconds is not None and seconds > FITS * self.preemption.grace_seconds:
             self.shortened = True
             state.save_steps = max(1, int(state.save_steps) // 2)
             log.warning(
-                "a checkpoint takes %.0f s to become safe, and a notice leaves %.0f s (JOB_GRACE_SECONDS): the last steps "
-                "may be lost; saving every %d steps from here on",
+                "a checkpoint takes %.0f s to reach the store, and a preemption notice leaves %.0f s (JOB_GRACE_SECONDS): the "
+                "last steps may be lost; saving every %d steps from now on",
                 seconds,
                 self.preemption.grace_seconds,
                 state.save_steps,
@@ -195,14 +197,14 @@ class Safety(TrainerCallback):
         self.last_saved = state.global_step
 
     def _write_line(self, state: TrainerState) -> None:
-        """The line of numbers of the finished steps that have none yet, with nothing of the half-made one."""
+        """Write the metrics line of finished steps that have none yet, without the incomplete step."""
         trainer, (loss, rows) = self.trainer, self.without_line
         if steps := state.global_step - trainer._globalstep_last_logged:
             del trainer.rows_of_step[rows:]
             trainer.log({"loss": float(loss) / steps, "learning_rate": self.learning_rate})
 
     def leave(self) -> None:
-        """Save the last finished step unless it is saved already, once a notice has ended training."""
+        """Save the last finished step, unless already saved, after a notice has ended training."""
         state = self.trainer.state
         if state.global_step > 0 and state.global_step != self.last_saved:
             if self.random_states:
@@ -225,7 +227,7 @@ class Safety(TrainerCallback):
 
 
 def random_states() -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's generators (CPU and each GPU)."""
+    """Return the states of Python's, NumPy's and torch's generators (CPU and each GPU)."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),

@@ -1,4 +1,4 @@
-"""A checkpoint from a copy of the state: training waits for the copy, another thread writes the files."""
+"""Writes checkpoints from a copy of the state: training waits for the copy, another thread writes the files."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from job.store.local import disk
 
 
 class Snapshot:
-    """`unchanging` is a folder of files which every checkpoint holds as they are: configuration, card, processor.
+    """`unchanging` is a folder of files that every checkpoint contains unchanged: configuration, card, processor.
 
-    A state is nested dictionaries with tensors in them, by the name of its file. One copy is kept in host memory, which
-    every save uses again: to touch fresh pages takes longer than to copy into them. `written` is done when the last
-    checkpoint is in its folder, or says why it is not.
+    States are nested dictionaries of tensors, by file name. One copy is kept in host memory and reused by every save, because
+    touching fresh pages takes longer than copying into them. `written` completes when the last checkpoint is in its folder, or
+    holds the error.
     """
 
     def __init__(self, unchanging: Path) -> None:
@@ -32,12 +32,12 @@ class Snapshot:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
 
     def prepare(self, states: dict[str, Any]) -> None:
-        """Have the memory for `states` ready before the first save. What this copies is never read."""
+        """Allocate the memory for `states` before the first save. The data copied here are never read."""
         self.written = self._thread.submit(self._copy, states)
 
     def take(self, folder: Path, states: dict[str, Any]) -> None:
-        """Copy `states` and return; they are written to `folder` meanwhile. Waits for the disk only when it is still
-        busy with the checkpoint before."""
+        """Copy `states` and return while they are written to `folder`. Waits for the disk only if the previous checkpoint is
+        still being written."""
         wait([self.written])
         self._copy(states)
         self.written = self._thread.submit(self._write, folder)
@@ -54,13 +54,13 @@ class Snapshot:
                         save_file(state, folder / name, metadata={"format": "pt"})
                     else:
                         torch.save(state, folder / name)
-        except (RuntimeError, SafetensorError) as error:  # what the two say of a full disk
+        except (RuntimeError, SafetensorError) as error:  # both raise these on a full disk
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise Unavailable(f"The checkpoint could not be written to {folder}; is its disk full? {reason}") from error
 
 
 def copied(state: Any, before: Any) -> Any:
-    """`state` with its tensors in host memory: that of `before`, an earlier copy, wherever it fits."""
+    """Copy `state` with its tensors to host memory, into the tensors of `before`, an earlier copy, where they fit."""
     if isinstance(state, torch.Tensor):
         fits = isinstance(before, torch.Tensor) and (before.shape, before.dtype) == (state.shape, state.dtype)
         return (before if fits else torch.empty(state.shape, dtype=state.dtype)).copy_(state.detach())

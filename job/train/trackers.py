@@ -1,4 +1,4 @@
-"""TensorBoard, W&B and MLflow, by upstream's own callbacks. None of them can end a run: what fails is told, and left."""
+"""TensorBoard, W&B and MLflow through upstream's callbacks. A tracker that fails is logged and disabled; none ends a run."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
-from job.attempt import Attempt
+from job.context import RunContext
 from job.errors import JobError
-from job.record import one_line
+from job.runtime.status import one_line
 
 log = logging.getLogger("job")
 
 
 class Tracker(TrainerCallback):
-    """Upstream's callback for the tracker `name`, until it fails: a server that is down, a key that is missing.
+    """Upstream's callback for the tracker `name`, until it fails, as when a server is down or a key is missing.
 
-    `logs/metrics.jsonl` has all that it is told.
+    `logs/metrics.jsonl` has everything that it receives.
     """
 
     def __init__(self, name: str) -> None:
@@ -36,7 +36,7 @@ class Tracker(TrainerCallback):
         self.theirs = made()
 
     def close(self) -> None:
-        """W&B waits for the interpreter's own end, which never comes here."""
+        """Finish W&B, which waits for the interpreter's exit, but the job never reaches that."""
         if self.name == "wandb" and self.theirs is not None:
             import wandb
 
@@ -54,7 +54,7 @@ class Tracker(TrainerCallback):
         except Exception as error:
             self.theirs = None
             log.warning(
-                "training.report_to: %s fails, and gets nothing more from this attempt: %s", self.name, one_line(error)
+                "training.report_to: %s failed, and is disabled for this attempt: %s", self.name, one_line(error)
             )
 
 
@@ -63,10 +63,10 @@ for event in (name for name in dir(TrainerCallback) if name.startswith("on_")):
 
 
 @contextmanager
-def tracked(names: Iterable[str], attempt: Attempt) -> Iterator[list[TrainerCallback]]:
-    """Callbacks for the trackers named, closed behind the block. To W&B all attempts of a run are one."""
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(attempt.scratch / "tensorboard")
-    run = f"{attempt.spec.output.url} {attempt.spec.digest}"
+def tracked(names: Iterable[str], ctx: RunContext) -> Iterator[list[TrainerCallback]]:
+    """Yield callbacks for the named trackers and close them after the block. W&B sees all attempts as one run."""
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(ctx.scratch / "tensorboard")
+    run = f"{ctx.spec.output.url} {ctx.spec.digest}"
     os.environ.setdefault("WANDB_RUN_ID", hashlib.sha256(run.encode()).hexdigest()[:16])
     os.environ.setdefault("WANDB_RESUME", "allow")
     found = [Tracker(name) for name in names]

@@ -16,6 +16,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.planning.conftest import cgroup
+
+__all__ = ["cgroup"]
 
 TOOLS = ("sbatch", "slurmctld", "slurmd", "munged", "unshare")
 

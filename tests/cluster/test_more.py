@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from job.specfile import load_spec
+from job.config.loader import load_spec
 from tests.cluster.conftest import Cluster
 from tests.conftest import ROOT
 from tests.resume_proof import small_spec, trajectory

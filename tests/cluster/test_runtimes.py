@@ -134,6 +134,14 @@ def test_a_rank_is_given_the_gpus_of_its_own_node(tmp_path: Path):
     assert '"device=0"' in words
 
 
+@pytest.mark.parametrize("runtime", ["docker", "podman"])
+def test_prometheus_reaches_the_port_of_rank_0_through_a_container_s_own_network(runtime: str, tmp_path: Path):
+    words, _ = ask(runtime, tmp_path, JOB_METRICS_PORT="9400", RANK="0")
+    assert words[words.index("--publish") + 1] == "9400:9400"
+    assert "--publish" not in ask(runtime, tmp_path, JOB_METRICS_PORT="9400", RANK="1")[0]
+    assert "--publish" not in ask(runtime, tmp_path)[0]
+
+
 @pytest.mark.parametrize("runtime", ["venv", "docker"])
 def test_every_variable_that_the_job_reads_reaches_it(runtime: str, tmp_path: Path):
     sources = "".join(path.read_text() for path in (ROOT / "job").rglob("*.py"))
@@ -180,6 +188,17 @@ def test_prefetch_gathers_image_and_bundle_on_a_login_node(tmp_path: Path, demo:
     assert Path(f"{image}.digest").read_text() == "registry/image@sha256:abc\n"
     assert (tmp_path / "bundle/BUNDLE.json").exists()
     assert (tmp_path / "bundle/model/config.json").exists()
+
+
+def test_a_scratch_folder_on_a_node_that_is_a_link_is_refused(tmp_path: Path):
+    """Its name is easy to guess, and it lies where all may write."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    script = 'fail() { echo "$1"; exit 78; }; . slurm/carry_out.sh; scratch=$1; make_scratch'
+    for name, code in (("link", 78), ("own", 0), ("own", 0)):
+        command = ["bash", "-c", script, "bash", str(tmp_path / name)]
+        made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (made.returncode, "is a link or another user's" in made.stdout) == (code, bool(code)), made.stderr
+    assert (tmp_path / "own").stat().st_mode & 0o777 == 0o700
 
 
 def test_prefetch_makes_no_folder_of_a_bucket(tmp_path: Path):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from job.errors import EXIT_CODES
 from job.store import open_store
 from job.store.lease import acquire
 from tests.cluster.conftest import Cluster
+from tests.planning.conftest import Enter
 from tests.resume_proof import outcome, small_spec
 
 TRAIN = "slurm/train.sh"
@@ -131,6 +134,50 @@ def test_each_exit_code_is_done_stopped_or_requeued_as_the_table_says(
         assert facts["JobState"] == ("COMPLETED" if row.slurm == "done" else "FAILED"), row
         assert facts["Restarts"] == ("1" if row.slurm == "requeue" else "0"), row
         assert codes(facts) == [row.code] * (2 if row.slurm == "requeue" else 1), row
+
+
+DIES = """#!/bin/bash
+[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exit 0
+case $JOB_SPEC in
+    hungry) exec %s -S -c "bytearray(10**9)" ;;
+    *) kill "-$JOB_SPEC" $$ ;;
+esac
+"""
+
+
+def dies(tmp_path: Path) -> str:
+    """A virtual environment whose Python dies at its first start, of the signal or the hunger that JOB_SPEC names."""
+    python = tmp_path / "venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(DIES % sys.executable)
+    python.chmod(0o755)
+    return str(tmp_path / "venv")
+
+
+def test_a_killed_job_is_requeued_as_on_kubernetes_it_is_counted(
+    cluster: Cluster, site: dict[str, str], tmp_path: Path
+):
+    """The no-progress guard (79), not the script, ends a job that is killed again and again."""
+    site |= {"JOB_IMAGE": dies(tmp_path)}
+    small = ("--gres=none", "--mem=1G", "--cpus-per-task=1", TRAIN)
+    jobs = {name: cluster.submit(*small, **site | {"JOB_SPEC": name}) for name in ("KILL", "ABRT")}
+    for name, job in jobs.items():
+        facts = cluster.end(job)
+        assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), name
+        assert codes(facts) == [128 + signal.Signals[f"SIG{name}"], 0]
+
+
+def test_a_job_that_the_kernel_kills_for_want_of_memory_stops_with_71(
+    cluster: Cluster, site: dict[str, str], tmp_path: Path, cgroup: Callable[[int], Enter]
+):
+    """The site's own settings put the batch script into a cgroup of 100 MB, as Slurm's task/cgroup does for --mem."""
+    (place,) = cgroup(100 * 2**20).__defaults__ or ()
+    (tmp_path / "site.env").write_text(f"echo $$ >{place}/cgroup.procs\n")
+    more = {"JOB_IMAGE": dies(tmp_path), "JOB_SITE": str(tmp_path / "site.env"), "JOB_SPEC": "hungry"}
+    facts = cluster.end(cluster.submit("--gres=none", "--mem=1G", "--cpus-per-task=1", TRAIN, **site | more))
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "71:0", "0")
+    assert codes(facts) == [71]
+    assert "host memory ran out; raise --mem" in Path(facts["StdOut"]).read_text()
 
 
 def test_a_bad_spec_ends_with_its_reason_and_is_not_requeued(cluster: Cluster, site: dict[str, str]):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
+import pickle
 import struct
 import zlib
 from pathlib import Path
@@ -13,11 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from job.config.loader import validate
 from job.data import Data
+from job.data.conversations import conversation
+from job.data.facts import ImageFacts, QuarantinedRow
 from job.data.prepare import prepare
-from job.data.rows import conversation
-from job.errors import DataError
-from job.specfile import validate
+from job.errors import DataError, SpecError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -86,7 +89,7 @@ def test_jsonl_parquet_and_image_folder_give_the_same_rows(tmp_path: Path, tree:
 
 
 def test_a_missing_dataset_is_named(prepared):
-    with pytest.raises(DataError, match=r"dataset.path: /no/such/place does not exist"):
+    with pytest.raises(SpecError, match=r"dataset.path: /no/such/place does not exist"):
         prepared(path="/no/such/place")
 
 
@@ -99,7 +102,7 @@ def test_an_empty_dataset_is_refused(tmp_path: Path, prepared):
 def test_a_folder_without_tables_is_refused(tmp_path: Path, prepared):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "notes.docx").touch()
-    with pytest.raises(DataError, match=r"holds 1 × \.docx; wanted is metadata\.jsonl or \.csv"):
+    with pytest.raises(DataError, match=r"holds 1 × \.docx; expected metadata\.jsonl or \.csv"):
         prepared()
 
 
@@ -114,9 +117,9 @@ def test_a_broken_line_spoils_one_row(tmp_path: Path, prepared):
     with (tmp_path / "data" / "metadata.jsonl").open("ab") as file:
         file.write(b'{"file_name": \n["a", "b"]\n{"file_name": "0.png", "caption": "\xff"}\n')
     data = prepared(max_bad_fraction=0.5)
-    assert [row["row"] for row in data.quarantined] == [4, 5, 6]
+    assert [row.row for row in data.quarantined] == [4, 5, 6]
     for row, reason in zip(data.quarantined, ("not JSON", "not a JSON object", "not UTF-8; save"), strict=True):
-        assert reason in row["reason"]
+        assert reason in row.reason
 
 
 def bomb() -> bytes:
@@ -129,9 +132,9 @@ def bomb() -> bytes:
 @pytest.mark.parametrize(
     ("image", "reason"),
     [
-        (b"not an image", "of no known format"),
+        (b"not an image", "of an unknown format"),
         (png(size=(64, 64))[:60], "broken"),
-        (b"", "of no known format"),
+        (b"", "of an unknown format"),
         (None, "cannot be read: No such file"),
     ],
 )
@@ -162,7 +165,7 @@ def test_bad_rows_up_to_the_limit_are_set_aside_without_their_content(tmp_path: 
     folder_of(rows_of(100), tmp_path / "data")
     (tmp_path / "data" / "7.png").write_bytes(b"SECRET")
     data = prepared()
-    assert data.quarantined == [{"row": 7, "reason": "image of no known format"}]
+    assert data.quarantined == [QuarantinedRow(7, "image of an unknown format")]
     ids = {row["id"] for part in (data.train, data.evaluation) for row in part}
     assert len(ids) == 99
     assert "row-7" not in ids
@@ -174,7 +177,7 @@ def test_an_image_path_that_leads_out_of_the_folder_is_bad(tmp_path: Path, prepa
     folder_of(rows, tmp_path / "data")
     rows[0]["file_name"] = "../private.png"
     (tmp_path / "data" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match="leads out of the dataset's folder"):
+    with pytest.raises(DataError, match="leaves the dataset's folder"):
         prepared()
 
 
@@ -194,7 +197,7 @@ def test_blanks_make_no_other_patient_and_nan_is_none(tmp_path: Path, prepared):
     tree = {"group_column": "patient", "max_bad_fraction": 0.5, "instruction": "Look.\nAge: {age}"}
     data = prepared(**tree)
     assert (len(data.train), len(data.evaluation)) == (7, 0)
-    assert data.quarantined == [{"row": 0, "reason": "no patient"}]
+    assert data.quarantined == [QuarantinedRow(0, "no patient")]
     assert data.train[0]["messages"][0]["content"][1]["text"] == "Look."
 
 
@@ -211,7 +214,7 @@ def test_rows_held_out_by_the_user_are_compared_with_the_others(tmp_path: Path, 
     folder_of(rows_of(10), tmp_path / "data")
     folder_of(rows_of(4), tmp_path / "held", {f"{n}.png": png(n) for n in range(4)})
     data = prepared(eval_path=str(tmp_path / "held"))
-    assert (data.facts["train"], data.facts["evaluation"], data.facts["same_in_both"]) == (10, 4, 4)
+    assert (data.facts.train, data.facts.evaluation, data.facts.same_in_both) == (10, 4, 4)
 
 
 def test_what_is_wrong_with_held_out_rows_is_said_of_them(tmp_path: Path, prepared):
@@ -219,7 +222,7 @@ def test_what_is_wrong_with_held_out_rows_is_said_of_them(tmp_path: Path, prepar
     own = folder_of(rows_of(2), tmp_path / "own", {"1.png": b""})
     with pytest.raises(DataError, match="dataset.eval_path: 1 of 2 rows are bad"):
         prepared(eval_path=str(own))
-    assert prepared(max_bad_fraction=0.5).facts["reasons"] == {"image of no known format": 1}
+    assert prepared(max_bad_fraction=0.5).facts.reasons == {"image of an unknown format": 1}
     with pytest.raises(DataError, match="patient: no such column; dataset.eval_path has caption, file_name"):
         prepared(group_column="patient")
 
@@ -238,15 +241,15 @@ def test_a_quick_look_takes_some_rows_of_all_and_says_so(tree: dict[str, Any], t
     tree["dataset"]["eval_fraction"] = 0.2
     data = prepare(validate(tree), tmp_path / "scratch", most=20)
     facts = data.facts
-    assert (facts["rows"], facts["looked_at"], facts["train"] + facts["evaluation"]) == (100, 20, 100)
+    assert (facts.rows, facts.looked_at, facts.train + facts.evaluation) == (100, 20, 100)
     assert {int(row["id"][4:]) for part in (data.train, data.evaluation) for row in part} == set(range(0, 100, 5))
 
 
 def test_what_was_seen_is_counted(tmp_path: Path, prepared):
     folder_of(rows_of(40), tmp_path / "data", {"7.png": b"x", "9.png": png(9, (30, 20))})
     facts = prepared(max_bad_fraction=0.1).facts
-    assert facts["reasons"] == {"image of no known format": 1}
-    assert facts["images"] == {"count": 39, "smallest": (8, 8), "median": (8, 8), "largest": (30, 20), "most": 1}
+    assert facts.reasons == {"image of an unknown format": 1}
+    assert facts.images == ImageFacts(39, (8, 8), (8, 8), (30, 20), most=1)
 
 
 class Ten:
@@ -271,8 +274,8 @@ def test_over_long_rows_go_as_the_policy_says(tree: dict[str, Any], tmp_path: Pa
             prepare(validate(tree), tmp_path / "scratch", measure=Ten)
         return
     data = prepare(validate(tree), tmp_path / "scratch", measure=Ten)
-    assert data.facts["over_length"] == (policy == "truncate")
-    dropped = [{"row": 3, "reason": "longer than training.max_length 40"}]
+    assert data.facts.over_length == (policy == "truncate")
+    dropped = [QuarantinedRow(3, "longer than training.max_length 40")]
     assert data.quarantined == (dropped if policy == "drop" else [])
 
 
@@ -313,7 +316,7 @@ def test_a_row_that_went_bad_after_the_look_names_itself(tmp_path: Path, prepare
     data = prepared(eval_fraction=0)
     (tmp_path / "data" / "2.png").unlink()
     with pytest.raises(
-        DataError, match="row 2 was good before and is not now: image cannot be read.*was the data changed"
+        DataError, match="row 2 was valid before and is not now: image cannot be read.*did the data change"
     ):
         list(data.train)
 
@@ -321,10 +324,16 @@ def test_a_row_that_went_bad_after_the_look_names_itself(tmp_path: Path, prepare
 def test_the_digest_of_training_rows_changes_with_their_words_and_pixels_alone(tmp_path: Path, prepared):
     def digest(rows: list[dict[str, Any]], **images: bytes) -> str:
         folder_of(rows, tmp_path / "data", {f"{name}.png": image for name, image in images.items()})
-        return prepared(eval_fraction=0).facts["train_sha256"]
+        return prepared(eval_fraction=0).facts.train_sha256
 
     rows = rows_of(4)
     first = digest(rows)
     assert digest(rows) == first
     assert digest([*rows[:3], rows[3] | {"caption": "Another."}]) != first
     assert digest(rows, **{"3": png(200)}) != first
+
+
+def test_rows_can_be_handed_to_another_process(tmp_path: Path, prepared):
+    folder_of(rows_of(4, score=1.5), tmp_path / "data")
+    data = prepared(eval_fraction=0)
+    assert pickle.loads(pickle.dumps(copy.deepcopy(data.train)))[2]["reference"] == "caption 2"

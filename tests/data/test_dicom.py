@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+from PIL import Image
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from job.data.dicom import choose, frames, montage
-from job.data.images import BadRow, Files, load_anew
+from job.config.loader import validate
+from job.config.schema import DatasetSpec, PrivacySpec
+from job.data.dicom import choose, montage
+from job.data.facts import QuarantinedRow
+from job.data.images import Files, load_anew
+from job.data.pixels import BadRow
 from job.data.prepare import prepare
-from job.errors import DataError
-from job.spec import DatasetSpec
-from job.specfile import validate
+from job.errors import DataError, SpecError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
@@ -31,11 +34,15 @@ def theirs(name: str) -> bytes:
 
 
 def spec(**dicom: Any) -> DatasetSpec:
-    return DatasetSpec.model_validate({"path": "d", "dicom": dicom, "max_aspect_ratio": 100})
+    return DatasetSpec.model_validate({"path": "d", "dicom": dicom})
+
+
+def pictures(data: bytes, **dicom: Any) -> list[Image.Image]:
+    return load_anew({"bytes": data}, Files(privacy=PrivacySpec(burned_in="allow")), spec(**dicom))[1]
 
 
 def shown(data: bytes, **dicom: Any) -> np.ndarray:
-    (picture,) = frames(data, spec(**dicom))
+    (picture,) = pictures(data, **dicom)
     assert picture.mode == "RGB"
     return np.asarray(picture)
 
@@ -163,7 +170,7 @@ def test_an_enhanced_file_has_its_window_in_each_frame():
         return frame
 
     data = made(np.stack([RAMP, RAMP]), PerFrameFunctionalGroupsSequence=[group(200), group(800)])
-    first, second = (np.asarray(frames(data, spec(frames=[n]))[0])[..., 0] for n in (0, 1))
+    first, second = (np.asarray(pictures(data, frames=[n])[0])[..., 0] for n in (0, 1))
     assert first.mean() > second.mean() + 100
 
 
@@ -172,15 +179,15 @@ def test_frames_are_chosen():
     assert choose(30, [0, -1]) == [0, 29]
     spread = choose(300, "montage")
     assert (len(spread), spread[0] > 5, spread[-1] < 295) == (16, True, True)
-    with pytest.raises(BadRow, match="names a frame that is not there"):
+    with pytest.raises(BadRow, match="names a frame that it does not have"):
         choose(3, [3])
     stack = np.stack([np.full((16, 16), n * 10) for n in range(9)])
     data = made(stack, WindowCenter=40, WindowWidth=81)
-    assert [np.asarray(p)[0, 0, 0] for p in frames(data, spec(frames=[1, 7]))] == [33, 225]
+    assert [np.asarray(p)[0, 0, 0] for p in pictures(data, frames=[1, 7])] == [33, 225]
     assert shown(data, frames="montage").shape == (48, 48, 3)
     assert shown(theirs("examples_ybr_color.dcm"), frames="montage").shape == (960, 1280, 3)
     with pytest.raises(BadRow, match="names a frame"):
-        frames(data, spec(frames=[9]))
+        pictures(data, frames=[9])
 
 
 @pytest.mark.parametrize(
@@ -222,6 +229,7 @@ def tree_of(folder: Path, reports: list[dict[str, str]], files: dict[str, bytes]
 def prepared(tree: dict[str, Any], tmp_path: Path):
     def prepare_it(**dataset: Any):
         tree["dataset"] = {"path": str(tmp_path / "d"), "answer_column": "report", "eval_fraction": 0} | dataset
+        tree.setdefault("privacy", {"look_for_text": False})
         return prepare(validate(tree), tmp_path / "scratch")
 
     return prepare_it
@@ -248,16 +256,18 @@ def test_a_tree_and_its_reports_are_joined(tmp_path: Path, prepared):
     reports = [{"StudyUID": f"1.2.{n}", "report": f"Report {n}."} for n in (1, 2, 3)]
     tree_of(tmp_path / "d", reports, files)
     (tmp_path / "d" / "DICOMDIR").write_bytes(b"no image")
+    (tmp_path / "d" / "cut.dcm").write_bytes(next(iter(files.values()))[:400])
     data = prepared(instruction="{modality}")
     rows = {row["reference"]: row for row in data.train}
     assert [len(rows[f"Report {n}."]["images"]) for n in (1, 2, 3)] == [1, 2, 1]  # the middle slice; both views; one
     assert rows["Report 1."]["messages"][0]["content"][-1]["text"] == "CT"
     assert rows["Report 1."]["unit"] == rows["Report 3."]["unit"] != rows["Report 2."]["unit"]
-    assert (
-        "13 DICOM images joined with 3 reports by StudyInstanceUID (column StudyUID), 1 images without a report"
-        in (data.facts["source"])
+    assert "13 DICOM images joined with 3 reports by StudyInstanceUID (column StudyUID), 1 images without a report" in (
+        data.facts.source
     )
-    assert data.facts["grouped"]
+    assert "1 damaged files left out (cut.dcm among them)" in data.facts.source
+    assert data.facts.decoders > 0
+    assert data.facts.grouped
     assert len(prepared(dicom={"frames": [0, 4]}).train[0]["images"]) == 2
     assert prepared(dicom={"frames": "montage"}).train[0]["images"][0].size == (48, 48)
 
@@ -276,27 +286,28 @@ def test_no_tag_of_a_patient_leaves_a_file(tmp_path: Path, prepared):
             prepared(instruction=f"{{{field}}}")
 
 
-def test_words_in_the_pixels_are_warned_about(tmp_path: Path, prepared):
+def test_words_in_the_pixels_are_warned_about(tmp_path: Path, prepared, tree: dict[str, Any]):
     files = {"a.dcm": made(RAMP, Modality="US"), "b.dcm": made(RAMP.T, Modality="CR", BurnedInAnnotation="YES")}
     files["c.dcm"] = made(RAMP + 1, Modality="US", BurnedInAnnotation="NO")
     tree_of(tmp_path / "d", [{"file": name, "report": "R"} for name in files], files)
+    tree["privacy"] = {"burned_in": "allow"}
     data = prepared()
-    assert (data.facts["burned_in_yes"], data.facts["burned_in_maybe"]) == (1, 1)
+    assert (data.facts.burned_in_yes, data.facts.burned_in_maybe) == (1, 1)
 
 
 def test_a_report_without_its_file_and_a_table_that_names_none(tmp_path: Path, prepared):
     tree_of(
         tmp_path / "d", [{"study": "1.2.1", "report": "R"}, {"study": "1.2.9", "report": "S"}], study(1, "P", "CR", 1)
     )
-    assert prepared(max_bad_fraction=0.5).quarantined == [{"row": 1, "reason": "no image"}]
+    assert prepared(max_bad_fraction=0.5).quarantined == [QuarantinedRow(1, "no image")]
     with (tmp_path / "d" / "reports.csv").open("a") as table:
         table.write("1.2.1,too,many\n")
-    assert [row["row"] for row in prepared(max_bad_fraction=0.7).quarantined] == [1, 2]
+    assert [row.row for row in prepared(max_bad_fraction=0.7).quarantined] == [1, 2]
     tree_of(tmp_path / "d", [{"study": "9", "report": "R"}], {})
     with pytest.raises(DataError, match=r"no column of the reports names a DICOM file.*the columns are study, report"):
         prepared()
     (tmp_path / "d" / "more.csv").write_text("a\n1\n")
-    with pytest.raises(DataError, match=r"2 tables; name the reports' in dataset\.dicom\.reports"):
+    with pytest.raises(DataError, match=r"2 tables; name the table of reports in dataset\.dicom\.reports"):
         prepared()
 
 
@@ -314,3 +325,88 @@ def test_a_montage_fits_pictures_of_different_sizes():
         1024,
         512,
     )
+
+
+SCOUT = {"Modality": "CT", "ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}
+CAPTURE = {"Modality": "CT", "SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}
+NOISE = [
+    SCOUT,
+    CAPTURE,
+    CAPTURE | {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7.4"},
+    {"Modality": "SEG"},
+    {"Modality": "RTDOSE"},
+    {"Modality": "CT", "ImageType": ["DERIVED", "SECONDARY", "SCREEN SAVE"]},
+]
+
+
+def ct_study() -> dict[str, bytes]:
+    """Two series of slices, the second longer, and one file of each kind that no report is about."""
+    files = {}
+    described = {1: "AX LUNG", 2: "COR"}
+    for number, slices in ((1, 3), (2, 5)):
+        for k in range(slices):
+            tags = {"SeriesInstanceUID": f"1.3.{number}", "SeriesNumber": number, "Modality": "CT"}
+            tags |= {"SeriesDescription": described[number], "InstanceNumber": k}
+            files[f"{number}/{k}.dcm"] = made(RAMP + 50 * number + k, WindowCenter=600, WindowWidth=1200, **tags)
+    for number, tags in enumerate(NOISE):
+        where = {"SeriesInstanceUID": f"1.3.9.{number}", "SeriesNumber": 90 + number}
+        files[f"noise/{number}.dcm"] = made(RAMP.T + number, WindowCenter=600, WindowWidth=1200, **where, **tags)
+    return {name: stamped(data, StudyInstanceUID="1.3", PatientID="P") for name, data in files.items()}
+
+
+def stamped(data: bytes, **tags: Any) -> bytes:
+    header = pydicom.dcmread(io.BytesIO(data))
+    for name, value in tags.items():
+        setattr(header, name, value)
+    stream = io.BytesIO()
+    header.save_as(stream)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("rule", "darkest"),
+    [
+        ({}, [51, 102]),
+        ({"take": "first"}, [51]),
+        ({"take": "largest"}, [102]),
+        ({"description": "^ax"}, [51]),
+        ({"modality": ["CT"], "description": "cor|ax"}, [51, 102]),
+        ({"every_kind": True, "description": "ax|^$"}, [51, 0, 1, 2, 3, 4, 5]),
+        ({"every_kind": True, "modality": ["SEG"]}, [3]),
+    ],
+)
+def test_a_study_gives_the_series_that_the_rule_takes(
+    tmp_path: Path, prepared, rule: dict[str, Any], darkest: list[int]
+):
+    """Each picture is known by its darkest value, which its window keeps."""
+    tree_of(tmp_path / "d", [{"study": "1.3", "report": "R"}], ct_study())
+    data = prepared(dicom={"series": rule})
+    (row,) = data.train
+    expected = [int(np.clip(((value - 599.5) / 1199 + 0.5) * 255 + 0.5, 0, 255)) for value in darkest]
+    assert [int(np.asarray(picture).min()) for picture in row["images"]] == expected
+    said = "; left out: 2 secondary captures, 1 " if not rule.get("every_kind") else ""
+    assert ("left out" in data.facts.source, said in data.facts.source) == (bool(said), True)
+
+
+def test_what_a_report_names_itself_is_taken_whatever_it_is(tmp_path: Path, prepared):
+    tree_of(tmp_path / "d", [{"file": f"noise/{n}.dcm", "report": f"R{n}"} for n in range(len(NOISE))], ct_study())
+    assert len(prepared().train) == len(NOISE)
+    (tmp_path / "d" / "reports.csv").write_text("series_uid,report\n1.3.9.1,R\n")
+    assert len(prepared().train) == 1
+
+
+def test_a_report_of_which_nothing_is_taken_says_why(tmp_path: Path, prepared):
+    files = {name: data for name, data in ct_study().items() if name == "noise/1.dcm"}
+    tree_of(
+        tmp_path / "d",
+        [{"study": "1.3", "report": "R"}, {"study": "1.2.1", "report": "S"}],
+        files | study(1, "P", "CR", 1),
+    )
+    data = prepared(max_bad_fraction=0.5)
+    assert data.quarantined == [QuarantinedRow(0, "no image in the series that dataset.dicom.series selects")]
+
+
+def test_a_rule_that_is_no_expression_is_refused(tree: dict[str, Any]):
+    tree["dataset"]["dicom"] = {"series": {"description": "ax("}}
+    with pytest.raises(SpecError, match=r"dataset\.dicom\.series\.description: not a regular expression"):
+        validate(tree)

@@ -1,7 +1,9 @@
 """One image value → one RGB picture."""
 
+import base64
 import contextlib
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pydicom.data import get_testdata_file
 
-from job.data.images import BadRow, Bounds, Files, decode, load, load_anew, locate, shrink
-from job.data.shelf import Shelf
-from job.spec import DatasetSpec
+from job.config.schema import DatasetSpec
+from job.data.image_cache import ImageCache
+from job.data.images import Bounds, Files, begins_as_picture, decode, load, load_anew, locate, looks_like_picture
+from job.data.pixels import BadRow, shrink
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -68,7 +72,7 @@ def test_floats_and_flat_images_are_shown():
         255,
     )
     assert decode(deep(np.full((8, 8), 700, np.uint16), "PNG"), limits()).getextrema()[0] == (0, 0)
-    with pytest.raises(BadRow, match="values that are no numbers"):
+    with pytest.raises(BadRow, match="values that are not numbers"):
         decode(deep(np.full((8, 8), np.nan, np.float32), "TIFF"), limits())
 
 
@@ -90,7 +94,11 @@ def test_cmyk_jpegs_keep_their_colours():
 
 @pytest.mark.parametrize(
     ("size", "reason"),
-    [((3000, 20), "too narrow: 3000×20 is over max_aspect_ratio 50"), ((2, 90), "too small"), ((9, 3), "too small")],
+    [
+        ((3000, 10), "too narrow: 3000×10; one side may be 200 times the other"),
+        ((2, 90), "too small"),
+        ((9, 3), "too small"),
+    ],
 )
 def test_absurd_shapes_are_refused(size: tuple[int, int], reason: str):
     with pytest.raises(BadRow, match=reason):
@@ -127,7 +135,7 @@ def test_a_url_or_a_piece_that_holds_no_image_is_a_bad_row(value: object):
 
 
 def bounded(tmp_path: Path, **bounds: float) -> Files:
-    return Files(tmp_path, None, Shelf(tmp_path / "shelf", 10**6), Bounds(**bounds))
+    return Files(tmp_path, None, ImageCache(tmp_path / "shelf", 10**6), Bounds(**bounds))
 
 
 @pytest.mark.parametrize(
@@ -171,11 +179,24 @@ def test_what_is_on_the_shelf_is_not_decoded_again(tmp_path: Path):
     assert load("a.png", files, limits())[0].getpixel((0, 0)) == (7, 7, 7)
 
 
+def test_a_file_that_changed_behind_its_old_size_and_time_is_made_anew_by_the_look(tmp_path: Path):
+    """As rsync's -t leaves it, or a shard in a store, whose pieces have no time at all; with room left, and with none."""
+    file, kept = tmp_path / "a.bmp", []
+    for room in (10**6, 1):
+        files = Files(tmp_path, None, ImageCache(tmp_path / "shelf", room), Bounds(side=50))
+        for grey in (7, 9):
+            Image.new("RGB", (400, 300), (grey, grey, grey)).save(file)
+            os.utime(file, (1, 1))
+            load_anew("a.bmp", files, limits())
+            kept.append(load("a.bmp", files, limits())[0].getpixel((0, 0))[0])
+    assert kept == [7, 9, 7, 9]
+
+
 def test_the_shelf_holds_no_more_than_its_room(tmp_path: Path):
     for number in range(6):
         noise = np.random.default_rng(number).integers(0, 256, (200, 200, 3), dtype=np.uint8)
         Image.fromarray(noise).save(tmp_path / f"{number}.png")
-    files = Files(tmp_path, None, Shelf(tmp_path / "shelf", 25_000), Bounds(side=50))
+    files = Files(tmp_path, None, ImageCache(tmp_path / "shelf", 25_000), Bounds(side=50))
     for number in range(6):
         load_anew(f"{number}.png", files, limits())
     sizes = [path.stat().st_size for path in (tmp_path / "shelf").rglob("*.png")]
@@ -184,3 +205,40 @@ def test_the_shelf_holds_no_more_than_its_room(tmp_path: Path):
     small.save(tmp_path / "small.png")
     load_anew("small.png", bounded(tmp_path, side=50), limits())
     assert len(list((tmp_path / "shelf").rglob("*.png"))) == len(sizes)  # what is small enough is not kept
+
+
+KINDS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_base64_alone_is_a_picture(kind: str):
+    data = encoded(Image.new("RGB", (16, 12), "red"), kind)
+    text = base64.b64encode(data).decode()
+    folded = base64.encodebytes(data).decode()
+    other = base64.urlsafe_b64encode(data).decode().rstrip("=")
+    for value in (text, folded, other, str(text.encode()), {"bytes": text, "path": None}):
+        for files in (Files(), Files("/somewhere")):
+            assert locate(value, files) == data
+        assert looks_like_picture(value)
+    assert looks_like_picture([text])
+    assert load(text, Files(), limits())[0].size == (16, 12)
+
+
+def test_dicom_may_come_as_base64():
+    data = Path(str(get_testdata_file("CT_small.dcm", download=False))).read_bytes()
+    assert load(base64.b64encode(data).decode(), Files("/somewhere"), limits())[0].size == (128, 128)
+
+
+def test_base64_that_is_broken_is_no_path():
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    text = base64.b64encode(encoded(Image.fromarray(noise))).decode()
+    with pytest.raises(BadRow, match="image is broken base64"):
+        locate(f"{text[:100]}!{text[101:]}", Files("/somewhere"))
+    with pytest.raises(BadRow, match="image is broken: "):
+        load(text[:400], Files("/somewhere"), limits())
+
+
+@given(st.text(st.sampled_from("abcdefghijklmnopqrstuvwxyzABCDEFGHIJ0123456789/_-+."), min_size=1, max_size=200))
+def test_a_path_is_not_taken_for_base64(name: str):
+    assert not begins_as_picture(f"images/{name}")
+    assert not begins_as_picture(f"{name[:4]}.png")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import csv
 import functools
+import gzip
 import http.server
 import io
 import json
 import os
 import shutil
+import socket
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -17,10 +20,12 @@ from typing import Any
 
 import pytest
 
+from job.config.loader import validate
 from job.data import Data
+from job.data.facts import QuarantinedRow
 from job.data.prepare import prepare
-from job.errors import DataError, Unavailable
-from job.specfile import validate
+from job.data.webdataset import index_shards
+from job.errors import DataError, SpecError, Unavailable
 from tests.data.test_data import folder_of, png, rows_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -60,9 +65,11 @@ def test_webdataset_shards_are_read_in_place(tmp_path: Path, prepared):
     data = prepared(tmp_path / "data", eval_fraction=0.1, eval_split="validation")
     assert shades(data) == [(f"c{n}", [n]) for n in range(6)]
     assert [row["reference"] for row in data.evaluation] == ["c9"]
-    with pytest.raises(DataError, match=r"holds 3 × \.tar; wanted is .*, named after the split test"):
+    with pytest.raises(DataError, match=r"holds 3 × \.tar; expected .*, named after the split test"):
         prepared(tmp_path / "data", eval_fraction=0.1, eval_split="test")
-    assert data.facts["source"] == "webdataset: 2 .tar file(s); answers in caption, images in image"
+    assert data.facts.source == (
+        "webdataset: train-0.tar, train-1.tar (not read: validation-0.tar); answers in caption, images in image"
+    )
     assert not any(file.stat().st_size > 100_000 for file in (tmp_path / "scratch").rglob("*") if file.is_file())
 
 
@@ -84,11 +91,65 @@ def test_webdataset_texts_and_several_images(tmp_path: Path, prepared):
     )
 
 
-def test_a_shard_that_is_cut_short_or_packed_is_named(tmp_path: Path, prepared):
-    file = shard(tmp_path / "x.tar", {"a.png": png(1, (64, 64)) * 20, "a.txt": b"A"})
-    file.write_bytes(file.read_bytes()[:700])
-    with pytest.raises(DataError, match=r"x\.tar is not a plain tar archive that can be read to its end"):
+def test_a_shard_that_is_packed_is_named(tmp_path: Path, prepared):
+    file = shard(tmp_path / "x.tar", {"a.png": png(1), "a.txt": b"A"})
+    file.write_bytes(gzip.compress(file.read_bytes()))
+    with pytest.raises(DataError, match=r"x\.tar is not a plain tar archive that can be read to its end: at byte 0"):
         prepared(file)
+
+
+def indexed(file: Path, data: bytes) -> list[str]:
+    file.write_bytes(data)
+    return list(index_shards([("x.tar", file)], "dataset.path"))
+
+
+def test_a_shard_with_one_false_bit_in_a_header_loses_no_row(tmp_path: Path):
+    """Every byte of the headers in the middle. What `tarfile` takes for blanks may change: the rows are then the same."""
+    members = {f"{n}.{ending}": b"x" * 600 for n in range(4) for ending in ("png", "txt")}
+    file = shard(tmp_path / "x.tar", members)
+    sound, refused = file.read_bytes(), 0
+    rows = indexed(file, sound)
+    with tarfile.open(file) as archive:
+        headers = [member.offset for member in archive][3:4]
+    for place in (header + byte for header in headers for byte in range(512)):
+        false = bytearray(sound)
+        false[place] ^= 1 << place % 8
+        try:
+            assert indexed(file, bytes(false)) == rows
+        except DataError as error:
+            refused += 1
+            assert "dataset.path: x.tar is not a plain tar archive" in str(error)
+            assert f"at byte {place - place % 512}: " in str(error)
+    assert refused > 500
+
+
+def test_a_shard_that_was_cut_anywhere_is_refused(tmp_path: Path):
+    members = {f"{n}.{ending}": b"x" * 600 for n in range(4) for ending in ("png", "txt")}
+    sound = shard(tmp_path / "x.tar", members).read_bytes()
+    ended = len(sound.rstrip(b"\0")) // 512 * 512 + 512 + 1024
+    assert len(indexed(tmp_path / "x.tar", sound[:ended])) == 4
+    for size in [*range(0, ended, 256), ended - 1]:
+        with pytest.raises(
+            DataError, match=r"dataset\.path: x\.tar is not .* to its end: at byte \d+: .*copy or create it again"
+        ):
+            indexed(tmp_path / "x.tar", sound[:size])
+
+
+@pytest.mark.parametrize("what", ["joined", "a lost page", "the same name twice", "a size below zero"])
+def test_a_shard_whose_rows_would_hide_each_other_is_refused(tmp_path: Path, what: str):
+    one, two = (shard(tmp_path / f"{n}.tar", {f"{n}.png": b"x", f"{n}.txt": b"c"}).read_bytes() for n in range(2))
+    if what == "joined":
+        data, reason = one + two, f"at byte {2048}: more data follows the end of the archive"
+    elif what == "a lost page":
+        data, reason = bytes(2048) + one, "at byte 0: more data follows the end of the archive"
+    elif what == "the same name twice":
+        data, reason = one[:2048] + one, "at byte 2048: a file has the name of an earlier one"
+    else:
+        header = tarfile.TarInfo("0.png")
+        header.size = -4096
+        data, reason = header.tobuf(tarfile.GNU_FORMAT) + one, "at byte 0: "
+    with pytest.raises(DataError, match=reason):
+        indexed(tmp_path / "x.tar", data)
 
 
 def test_llava_json_with_mixed_rows_is_one_list(tmp_path: Path, prepared):
@@ -99,8 +160,8 @@ def test_llava_json_with_mixed_rows_is_one_list(tmp_path: Path, prepared):
     (tmp_path / "llava.json").write_text(json.dumps(rows))
     data = prepared(tmp_path / "llava.json")
     assert shades(data) == [("Seven.", [7]), ("Nobody.", [])]
-    assert "conversations in conversations, images in image" in data.facts["source"]
-    assert data.facts["without_images"] == 1
+    assert "conversations in conversations, images in image" in data.facts.source
+    assert data.facts.without_images == 1
 
 
 def test_openai_messages_mix_text_and_parts_in_one_file(tmp_path: Path, prepared):
@@ -147,8 +208,8 @@ def test_auto_says_what_it_did_not_read(tmp_path: Path, prepared):
     folder_of(rows_of(2), tmp_path / "data")
     (tmp_path / "data" / "metadata.jsonl").rename(tmp_path / "data" / "a.jsonl")
     (tmp_path / "data" / "b.csv").write_text("x\n1\n")
-    source = prepared(tmp_path / "data", image_column="file_name").facts["source"]
-    assert source.startswith("json: 1 .jsonl file(s) (1 csv beside them not read); answers in caption")
+    source = prepared(tmp_path / "data", image_column="file_name").facts.source
+    assert source.startswith("json: a.jsonl (not read: b.csv); answers in caption")
     with pytest.raises(DataError, match=r"answer_column is caption: no such column; dataset.path has x"):
         prepared(tmp_path / "data", format="csv", image_column=None)
 
@@ -186,15 +247,37 @@ def test_images_behind_urls_are_fetched_once(tmp_path: Path, prepared, site, mon
     rows = [{"image": f"{url}/a.png", "caption": "Four."}, {"image": f"{url}/missing.png", "caption": "None."}]
     rows += [{"image": f"{url}/again", "caption": "Round and round."}]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    within = {"image_hosts": ["127.0.0.1"]}
     for _ in range(2):
-        data = prepared(tmp_path / "r.jsonl", max_bad_fraction=0.9)
+        data = prepared(tmp_path / "r.jsonl", max_bad_fraction=0.9, **within)
         assert shades(data) == [("Four.", [4])]
-    assert [row["reason"] for row in data.quarantined] == ["image cannot be fetched: there is none at its URL"] * 2
+    assert [row.reason for row in data.quarantined] == ["image cannot be fetched: there is no image at its URL"] * 2
     assert asked.count("/a.png") == 1
     (tmp_path / "r.jsonl").write_text(json.dumps({"image": f"{url}/down.png", "caption": "x"}) + "\n")
     monkeypatch.setattr("job.data.remote.TRIES", 2)
-    with pytest.raises(Unavailable, match="where rows have their images, answers 503"):
-        prepared(tmp_path / "r.jsonl")
+    with pytest.raises(Unavailable, match="which has images of rows, answers 503"):
+        prepared(tmp_path / "r.jsonl", **within)
+
+
+def test_a_host_that_nobody_knows_spoils_its_row_and_one_that_cannot_be_looked_up_is_tried_again(
+    tmp_path: Path, prepared, monkeypatch
+):
+    (tmp_path / "0.png").write_bytes(png(4))
+    rows = [{"image": "0.png", "caption": "Four."}, {"image": "http://gone.example/a.png", "caption": "None."}]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("job.data.remote.TRIES", 1)
+    for number, says in ((socket.EAI_NONAME, "Name or service not known"), (socket.EAI_AGAIN, "Temporary failure")):
+
+        def unknown(*_: Any, number: int = number, says: str = says) -> Any:
+            raise socket.gaierror(number, says)
+
+        monkeypatch.setattr(socket, "getaddrinfo", unknown)
+        if number == socket.EAI_NONAME:
+            data = prepared(tmp_path / "r.jsonl", max_bad_fraction=0.5)
+            assert data.facts.reasons == {"image cannot be fetched: the host in its URL does not exist": 1}
+        else:
+            with pytest.raises(Unavailable, match=r"gone\.example, which has images of rows, does not answer"):
+                prepared(tmp_path / "r.jsonl", max_bad_fraction=0.5)
 
 
 def test_a_bucket_holds_whatever_a_folder_may(tmp_path: Path, prepared, bucket: str):
@@ -233,13 +316,27 @@ def test_shards_too_large_for_scratch_stay_in_their_bucket(tmp_path: Path, prepa
         store.upload(shard(tmp_path / f"train-{number}.tar", members), f"s/train-{number}.tar")
         (tmp_path / f"train-{number}.tar").unlink()
     data = prepared(f"s3://{bucket}/d/s", cache_gb=1e-6)
-    assert "read from their store since they are over cache_gb 1e-06" in data.facts["source"]
+    assert "read from their store because they exceed cache_gb 1e-06" in data.facts.source
     loader = DataLoader(data.train, batch_size=4, num_workers=1, collate_fn=list)  # a process of its own
     rows = [row for batch in loader for row in batch]
     assert [(row["reference"], row["images"][0].getpixel((0, 0))[0]) for row in rows] == [
         (f"c{n}", n) for n in range(16)
     ]
     assert not list((tmp_path / "scratch").rglob("*.tar"))
+
+
+def test_a_zip_that_does_not_fit_scratch_is_not_unpacked(tmp_path: Path, prepared, monkeypatch: pytest.MonkeyPatch):
+    """Nor begun: where JOB_SCRATCH_GB is a pod's limit, the disk behind it has room."""
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "large.png").write_bytes(bytes(20_000_000))
+    archive = shutil.make_archive(str(tmp_path / "chest"), "zip", tmp_path / "x")
+    monkeypatch.setenv("JOB_SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.setenv("JOB_SCRATCH_GB", "0.01")
+    with pytest.raises(
+        SpecError, match=r"chest\.zip, unpacked, needs 20\.0 MB in .*point JOB_SCRATCH at a larger disk"
+    ):
+        prepared(archive)
+    assert not list((tmp_path / "scratch" / "fetched").rglob("large.png"))
 
 
 def test_a_zip_is_the_folder_in_it(tmp_path: Path, prepared):
@@ -262,7 +359,7 @@ def test_a_table_below_the_folder_names_the_images_beside_it(tmp_path: Path, pre
     (folder.parent / "readme.txt").write_text("")
     data = prepared(folder.parent)
     assert shades(data) == shades(rows)
-    assert "image folder: it holds chest/metadata.jsonl" in data.facts["source"]
+    assert "image folder: it holds chest/metadata.jsonl" in data.facts.source
 
 
 @pytest.mark.parametrize(
@@ -326,7 +423,7 @@ def test_half_a_character_spoils_its_row_alone(tmp_path: Path, prepared):
     cut = [{"caption": "c \ud83d"}, {"caption": "c", "site": "\udc00"}]
     (tmp_path / "r.jsonl").write_text("\n".join(json.dumps({"image": "0.png", **row}) for row in cut))
     data = prepared(tmp_path / "r.jsonl", max_bad_fraction=0.5, instruction="Site: {site}")
-    assert data.quarantined == [{"row": 0, "reason": "a text with half a character (a lone surrogate)"}]
+    assert data.quarantined == [QuarantinedRow(0, "a text with half a character (a lone surrogate)")]
     assert data.train[0]["messages"][0]["content"][1]["text"] == "Site: ?"
 
 
@@ -346,10 +443,28 @@ def test_parquet_files_that_do_not_belong_together_are_named(tmp_path: Path, pre
 
     for name, columns in (("a", {"image": [""], "caption": ["c"]}), ("b", {"x": [1]})):
         Dataset.from_dict(columns).to_parquet(tmp_path / f"{name}.parquet")
-    with pytest.raises(
-        DataError, match=r"b\.parquet cannot be read as parquet: its columns are not those of a\.parquet"
-    ):
+    with pytest.raises(DataError, match=r"b\.parquet \(x\) and a\.parquet \(image, caption\) have different columns"):
         prepared(tmp_path)
     (tmp_path / "b.parquet").write_bytes(b"")
     with pytest.raises(DataError, match=r"b\.parquet cannot be read as parquet: .* 0 bytes"):
         prepared(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.tsv", "rows.csv", "rows.parquet"])
+def test_base64_without_more_is_read_from_every_table_alone_and_in_lists(tmp_path: Path, prepared, name: str):
+    """As LLaMA-Factory's JSON and VLMEvalKit's TSV have it: a text, a list, or a list written as JSON or by Python."""
+    from datasets import Dataset
+
+    one, two = (base64.b64encode(png(n, (32, 32))).decode() for n in (1, 2))
+    values: list[Any] = [one, json.dumps([one, two]), str([one, two])]
+    if name == "rows.parquet":
+        Dataset.from_dict({"image": values, "caption": ["a", "b", "c"]}).to_parquet(tmp_path / name)
+    elif name == "rows.jsonl":
+        values.append([two, one])
+        rows = [{"image": value, "caption": "abcd"[n]} for n, value in enumerate(values)]
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    else:
+        with (tmp_path / name).open("w", newline="") as file:
+            writer = csv.writer(file, delimiter="\t" if name == "rows.tsv" else ",")
+            writer.writerows([["image", "caption"], *zip(values, "abc", strict=True)])
+    assert shades(prepared(tmp_path / name))[:3] == [("a", [1]), ("b", [1, 2]), ("c", [1, 2])]

@@ -30,11 +30,12 @@ def spec(output: str) -> str:
 
 def test_as_any_user_on_a_read_only_root_it_lives_and_leaves_with_75_in_time(image: str, podman: Podman, scratch: Path):
     """It waits, since another writer holds the output; it is process 1, so nobody hears SIGTERM for it."""
-    output = scratch / "output"
+    output = scratch.parent / "output"
     with acquire(open_store(str(output)), "another writer", 300, wait=0):
         output.chmod(0o777)
         (output / "lease.json").chmod(0o644)
-        options = ("--volume", f"{scratch}:/scratch", "--env", f"JOB_SPEC={spec('/scratch/output')}")
+        mounts = ("--volume", f"{scratch}:/scratch", "--volume", f"{output}:/output")
+        options = (*mounts, "--env", f"JOB_SPEC={spec('/output')}")
         started = podman("run", "--detach", *STRICT, *options, "--env", "JOB_LEASE_SECONDS=300", image)
         assert started.returncode == 0, started.stderr
         container = started.stdout.strip()
@@ -44,7 +45,7 @@ def test_as_any_user_on_a_read_only_root_it_lives_and_leaves_with_75_in_time(ima
                 assert time.monotonic() < deadline, podman("logs", container).stderr
                 time.sleep(0.1)
             assert podman("healthcheck", "run", container).returncode == 0
-            assert {path.stat().st_uid for path in scratch.iterdir()} == {0, 23456}
+            assert {path.stat().st_uid for path in scratch.iterdir()} == {23456}
             began = time.monotonic()
             podman("stop", "--time", "60", container)
             assert time.monotonic() - began < 50  # it was not killed, however loaded this machine is
@@ -69,7 +70,8 @@ def test_where_the_box_is_the_container_it_runs_the_job_and_then_stops_the_box(i
 
 def test_its_caches_all_lie_below_the_one_mount(image: str, podman: Podman, scratch: Path):
     program = (
-        "import os, pathlib, tempfile; from job.scratch import CACHES, prepare_scratch; prepare_scratch(os.environ); "
+        "import os, pathlib, tempfile; from job.config.environment import Environment; "
+        "from job.runtime.scratch import CACHES, prepare_scratch; prepare_scratch(Environment.read(os.environ), os.environ); "
         "paths = [os.environ[name] for name in CACHES] + [tempfile.gettempdir(), pathlib.Path.home(), os.getcwd()]; "
         "print(*paths, sep='\\n'); import getpass; print('/scratch', getpass.getuser())"
     )
@@ -131,11 +133,16 @@ def test_the_demo_is_published_by_the_image(image: str, podman: Podman, scratch:
         pytest.skip("the demo needs the cpu variant: make test-image")
     from tests.resume_proof import small_spec
 
-    tree = yaml.safe_load(small_spec(demo, "/scratch/output", merged=True))
+    tree = yaml.safe_load(small_spec(demo, "/output", merged=True))
     tree["model"]["name_or_path"], tree["dataset"]["path"] = "/demo/base", "/demo/data"
     subprocess.run(["chmod", "-R", "a+rX", demo], check=True)
-    options = ("--volume", f"{scratch}:/scratch", "--volume", f"{demo}:/demo:ro", "--env", "OMP_NUM_THREADS=1")
+    output = scratch.parent / "output"
+    output.mkdir()
+    output.chmod(0o1777)
+    places = {scratch: "/scratch", output: "/output", demo: "/demo:ro"}
+    mounts = [part for here, there in places.items() for part in ("--volume", f"{here}:{there}")]
+    options = (*mounts, "--env", "OMP_NUM_THREADS=1")
     done = podman("run", "--rm", *STRICT, *options, "--env", f"JOB_SPEC={json.dumps(tree)}", image, timeout=400)
     assert done.returncode == 0, done.stderr
-    result = json.loads((scratch / "output/RESULT.json").read_text())
+    result = json.loads((output / "RESULT.json").read_text())
     assert result["lineage"]["packages"]["vision-lora-job"]

@@ -26,7 +26,7 @@ def test_the_kubelet_ends_it_in_time_and_learns_why(image: str, unpacked: Path, 
     given = dict(entry.split("=", 1) for entry in config["OCIv1"]["config"]["Env"])
     (tmp_path / "spec.yaml").write_text(spec("/output/run").replace('"/', '"/bundle/', 2))
     run = read_run({}, str(tmp_path / "spec.yaml"), None, None)
-    (tree,) = documents(kubernetes(run, "example.com/vision-lora-job:0.1.0", ("cpu", "airgapped")))
+    (tree,) = documents(kubernetes(run, "example.com/vision-lora-job:0.2.0", ("cpu", "airgapped")))
     pod = tree["spec"]["template"]["spec"]
     container = pod["containers"][0]
     bundle, output = tmp_path / "bundle", tmp_path / "output"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -69,6 +70,11 @@ def test_it_runs_until_done_by_exit_code_and_then_stops_the_box(box: dict[str, s
         assert "do-not-show" not in str(calls)
 
 
+def test_a_job_that_is_killed_is_tried_again(box: dict[str, str], tmp_path: Path):
+    code, calls = rent(box, tmp_path, [137, 139, 0], RUNPOD_POD_ID="pod1")
+    assert (code, sum("docker run" in call for call in calls)) == (0, 3)
+
+
 def test_it_gives_up_after_so_many_attempts_and_stops_the_box(box: dict[str, str], tmp_path: Path):
     code, calls = rent(box, tmp_path, [69] * 9, JOB_MAX_RESTARTS="2", CONTAINER_ID="77", CONTAINER_API_KEY="key")
     assert code == 69
@@ -115,7 +121,14 @@ def test_a_box_that_is_taken_away_is_left_with_75_and_not_stopped(box: dict[str,
 
 def pausing(process: subprocess.Popen[bytes]) -> bool:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return any(Path(f"/proc/{child}/comm").read_text() == "sleep\n" for child in children)
+    return any(command_of(child) == "sleep" for child in children)
+
+
+def command_of(process: str) -> str | None:
+    """None if it has ended in the meantime."""
+    with suppress(OSError):
+        return Path(f"/proc/{process}/comm").read_text().strip()
+    return None
 
 
 class Provider(HTTPServer):

@@ -10,15 +10,17 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from job.evaluate import statistics
+from job.evaluate import compare, examples
+from job.evaluate.records import Answer, Comparison, Sample, Settings, from_json
+from job.report.contents import KEPT, Contents
 
 FINDINGS = ["effusion", "fracture", "nodule", "pneumothorax"]
 SIDES = ["left", "right"]
@@ -27,6 +29,23 @@ LABELS = {
     "side": SimpleNamespace(values=SIDES, pattern=None),
 }
 Rows = list[dict[str, Any]]
+
+
+def answers_of(rows: Iterable[dict[str, Any]]) -> list[Answer]:
+    return [from_json(Answer, row) for row in rows]
+
+
+def contents_of(facts: dict[str, Any]) -> Contents:
+    """What a report shows, of the JSON of its parts."""
+    known = {key: value or [] for key, value in facts.items() if key in ("before", "after", "samples", "log")}
+    return replace(
+        from_json(Contents, {key: value for key, value in facts.items() if key in KEPT}),
+        metrics=from_json(Comparison, facts.get("metrics") or {}),
+        before=answers_of(known.get("before", [])),
+        after=answers_of(known.get("after", [])),
+        samples=[from_json(Sample, line) for line in known.get("samples", [])],
+        log=known.get("log", []),
+    )
 
 
 def evaluated(share_known: float, rows: int = 48, *, wordy: bool = True) -> Rows:
@@ -61,7 +80,7 @@ def make_rows() -> Callable[..., Rows]:
 
 @pytest.fixture
 def facts() -> dict[str, Any]:
-    """All that a report and a card are made of."""
+    """All that a report and a card are made of, as JSON."""
     before, after = evaluated(0.2, wordy=False), evaluated(0.9)
     log = [
         {
@@ -76,8 +95,8 @@ def facts() -> dict[str, Any]:
     ]
     return {
         "name": "chest-captions",
-        "metrics": statistics.compare(
-            before, after, LABELS, ["sex", "site"], bootstrap_samples=300, confidence=0.95, seed=1
+        "metrics": asdict(
+            compare.compare(answers_of(before), answers_of(after), LABELS, ["sex", "site"], Settings(300, 0.95, 1))
         ),
         "before": before,
         "after": after,
@@ -90,6 +109,11 @@ def facts() -> dict[str, Any]:
         "base": {"name_or_path": "meta-llama/Llama-3.2-11B-Vision-Instruct", "model_type": "mllama"},
         "instruction": "Describe what you see.",
     }
+
+
+def chosen(facts: dict[str, Any]) -> dict[str, list[int]]:
+    contents = contents_of(facts)
+    return examples.chosen(contents.before, contents.after, contents.metrics)
 
 
 @dataclass

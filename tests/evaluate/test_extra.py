@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +13,10 @@ from typing import Any
 import pytest
 
 from job.errors import SpecError
-from job.evaluate import extra, scores
-from job.preemption import Preemption
-from job.record import Record
+from job.evaluate import extra, text_metrics
+from job.evaluate.records import Answer
+from job.runtime.preemption import Preemption
+from job.runtime.status import Record
 from job.store import open_store
 from tests.tiny import job_spec, make_encoder
 
@@ -31,6 +36,49 @@ def test_bertscore_is_that_of_the_bert_score_package(encoder: Path) -> None:
     # bert_score 0.3.13: score(generated, references, model_type=folder, num_layers=2, idf=False)
     found = extra.bertscore("bertscore", encoder, *map(list, zip(*PAIRS, strict=True)))
     assert found == pytest.approx([0.911470, 0.910291, 0.0], abs=1e-5)
+
+
+def _index(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}'
+    )
+
+
+def _configured(**changed: Any) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changed))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), "holds no .safetensors weights"),
+        (lambda folder: (folder / "config.json").write_text("["), "is not a usable encoder"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "mine"}'), "is not a usable encoder"),
+        (
+            lambda folder: [file.unlink() for file in folder.glob("*token*")] + [(folder / "vocab.txt").unlink()],
+            "is not a usable encoder",
+        ),
+        (_index, "model-2.safetensors does not exist"),
+        (_configured(num_hidden_layers=3), "16 weights are missing or of another shape, encoder.layer.2"),
+        (_configured(hidden_size=32), "of another shape"),
+        (_configured(model_type="clip_vision_model"), "is not a usable encoder"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'), "has a decoder"),
+    ],
+)
+def test_what_is_no_whole_encoder_is_refused_before_anything_is_trained(
+    encoder: Path, tmp_path: Path, damage: Callable[[Path], object], reason: str
+) -> None:
+    folder = Path(shutil.copytree(encoder, tmp_path / "encoder"))
+    spec = job_spec(evaluation={"extra_metrics": {"bertscore": str(folder)}})
+    assert extra.model_folders(spec, tmp_path) == {"bertscore": folder}
+    damage(folder)
+    with pytest.raises(SpecError, match=f"^evaluation.extra_metrics.bertscore: .*{reason}"):
+        extra.model_folders(spec, tmp_path)
 
 
 RADEVAL = """
@@ -60,7 +108,7 @@ def radeval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_radeval_is_asked_in_its_own_process_with_its_models_and_no_network(radeval: Path) -> None:
     assert extra.radeval("green", radeval, ["a", "b"], ["a", "c"]) == [1.0, 0.0]
     with pytest.raises(
-        SpecError, match=r"extra_metrics.green: RadEval ended with ZeroDivisionError; are its models in"
+        SpecError, match=r"extra_metrics.green: RadEval ended with ZeroDivisionError; check that .* holds its models"
     ):
         extra.radeval("green", radeval.parent, ["a", "b"], ["a", "c"])
 
@@ -81,6 +129,19 @@ def test_a_missing_model_is_refused_with_its_field(metric: str, tmp_path: Path, 
         extra.model_folders(spec, tmp_path)
 
 
+def test_an_encoder_that_is_not_whole_is_refused_before_training(encoder: Path, tmp_path: Path) -> None:
+    half = shutil.copytree(encoder, tmp_path / "half")
+    weights = half / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    spec = job_spec(evaluation={"extra_metrics": {"bertscore": str(half)}})
+    with pytest.raises(SpecError, match="evaluation.extra_metrics.bertscore: .*not all of it"):
+        extra.model_folders(spec, tmp_path)
+    shutil.copy(encoder / "model.safetensors", weights)
+    (half / "config.json").write_text('{"model_type": "bert", "hidden_size": "many"}')
+    with pytest.raises(SpecError, match="evaluation.extra_metrics.bertscore: .* is not a usable encoder"):
+        extra.bertscore("bertscore", half, ["a"], ["b"])
+
+
 def test_a_missing_package_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="the package radeval is not installed; install the radiology extra"):
         extra.model_folders(job_spec(evaluation={"extra_metrics": {"radgraph": str(tmp_path)}}), tmp_path)
@@ -94,12 +155,12 @@ def test_values_are_computed_once_and_measured_like_any_other(encoder: Path, tmp
     attempt: Any = SimpleNamespace(
         spec=spec, store=store, scratch=tmp_path, record=Record(store, tmp_path), preemption=Preemption()
     )
-    before = [{"reference": one, "generated": other, "labels": {}} for one, other in PAIRS]
-    after = [row | {"generated": row["reference"]} for row in before]
-    extra.scored(attempt, before, after)
-    assert [row["extra"]["bertscore"] for row in after] == pytest.approx([1, 1, 1], abs=1e-5)
-    sums = scores.sample_scores(before, {})["bertscore"]
+    data: Any = SimpleNamespace(identity=None)
+    before = [Answer(str(place), one, generated=other) for place, (one, other) in enumerate(PAIRS)]
+    after = [replace(row, generated=row.reference) for row in before]
+    values = extra.extra_scores(attempt, data, before, after)
+    assert values[1]["bertscore"] == pytest.approx([1, 1, 1], abs=1e-5)
+    sums = text_metrics.sample_scores(before, {}, values[0])["bertscore"]
     assert float(sums.finish(sums.rows.sum(axis=0))) == pytest.approx((0.911470 + 0.910291) / 3, abs=1e-5)
-    again = [{**row, "generated": "x", "extra": None} for row in after]
-    extra.scored(attempt, before, again)
-    assert again[0]["extra"] == after[0]["extra"]
+    again = [replace(row, generated="x") for row in after]
+    assert extra.extra_scores(attempt, data, before, again) == values

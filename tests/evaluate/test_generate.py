@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from transformers import AutoModelForImageTextToText
 from job.data import Data
 from job.data.prepare import prepare
 from job.evaluate.generate import answer, answer_losses, generations
-from job.model import Loaded
+from job.evaluate.records import Answer
 from job.model.collator import IGNORE, Collator, encode, render
+from job.model.loaded import Loaded
 from tests.tiny import batch, job_spec, load_tiny, perturb, picture
 
 TOKENS = 12
@@ -114,14 +116,14 @@ def test_what_an_earlier_attempt_finished_is_not_made_again_and_changes_no_batch
     made: list[list[str]] = []
     spec, order = job_spec(**SPEC), [3, 0, 1, 2]
     whole = generations(small, data.evaluation, spec, tuned=True, order=order)
-    ids = [record["id"] for record in whole]
-    known = [whole[place] | {"generated": "kept"} for place in order[:2]]
+    ids = [record.id for record in whole]
+    known = [replace(whole[place], generated="kept") for place in order[:2]]
 
-    def each(records: list[dict[str, Any]]) -> None:
-        made.append([record["id"] for record in records])
+    def each(records: list[Answer]) -> None:
+        made.append([record.id for record in records])
 
     again = generations(small, data.evaluation, spec, tuned=True, order=order, known=known, each=each)
     assert made == [[ids[1], ids[2]]]
-    assert [record["id"] for record in again] == ids
+    assert [record.id for record in again] == ids
     assert again[1:3] == whole[1:3]
-    assert [again[place]["generated"] for place in (3, 0)] == ["kept", "kept"]
+    assert [again[place].generated for place in (3, 0)] == ["kept", "kept"]

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from job.evaluate import gallery, occlusion
-from job.evaluate.report import render
+from job.evaluate import occlusion
+from job.report import gallery
+from job.report.page import render
+from tests.evaluate.conftest import chosen, contents_of
 from tests.tiny import job_spec, load_tiny, row
 
 
@@ -49,13 +51,13 @@ def test_a_model_answers_for_every_cell(tiny: Callable[..., Path]) -> None:
 
 
 def test_the_report_shows_the_map_and_says_what_it_is(facts: dict[str, Any]) -> None:
-    identity = gallery.sample(facts, gallery.chosen(facts)["random"][0], {})["id"]
+    identity = gallery.sample(contents_of(facts), chosen(facts)["random"][0], {})["id"]
     content = io.BytesIO()
     Image.new("RGB", (20, 20), "white").save(content, "PNG")
     facts["occlusion"] = {identity: [[0.0, -1.0], [0.5, 1.0]]}
-    page = render(facts, {identity: content.getvalue()})
+    page = render(contents_of(facts), {identity: content.getvalue()})
     assert page.count("Where it looked") == 1
     assert '<rect x="0" y="1" width="1" height="1" fill-opacity="0.35"/>' in page
     assert "raised the answer's loss by 1 nats a token" in page
     assert "It shows what the answer depends on, not whether it is right" in page
-    assert "Where it looked" not in render(facts | {"privacy": {"report_images": False}})
+    assert "Where it looked" not in render(contents_of(facts | {"privacy": {"report_images": False}}))

@@ -14,9 +14,9 @@ import torch
 from job.errors import OutOfMemory
 from job.evaluate.generate import generations
 from job.evaluate.occlusion import explain
-from job.export.answers import answers, spread_rows
 from job.export.gate import micro_batches
-from job.model import Loaded
+from job.export.logits import answers, spread_rows
+from job.model.loaded import Loaded
 from tests.tiny import batch, job_spec, load_tiny, perturb
 
 SPEC = job_spec(evaluation={"batch_size": 3, "max_new_tokens": 6})
@@ -60,8 +60,8 @@ def test_answers_come_in_halves_and_are_the_same(asked: Loaded) -> None:
     with card(asked, 1) as through:
         found = generations(asked, rows(), SPEC, tuned=True, order=range(3))
     assert set(through) == {1}
-    assert [row["generated"] for row in found] == [row["generated"] for row in right]
-    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in right], rel=1e-4)
+    assert [row.generated for row in found] == [row.generated for row in right]
+    assert [row.loss for row in found] == pytest.approx([row.loss for row in right], rel=1e-4)
 
 
 def test_a_map_of_where_the_model_looks_comes_in_halves(asked: Loaded) -> None:
@@ -82,7 +82,7 @@ def test_the_gate_asks_in_halves(asked: Loaded) -> None:
         assert torch.allclose(one.logits, other.logits, atol=1e-4)
 
 
-@pytest.mark.parametrize(("precision", "cure"), [("16bit", "set model.precision to 4bit"), ("4bit", "take a GPU with")])
+@pytest.mark.parametrize(("precision", "cure"), [("16bit", "set model.precision to 4bit"), ("4bit", "use a GPU with")])
 def test_one_row_that_does_not_fit_ends_with_71_and_a_cure_that_is_not_on_already(
     asked: Loaded, precision: str, cure: str
 ) -> None:

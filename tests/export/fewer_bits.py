@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from job.evaluate.generate import to_device
 from job.export.merge import copy_rest
-from job.export.quantised import write_compressed, write_nf4
-from job.model import Loaded
+from job.export.quantise import write_compressed, write_nf4
 from job.model.collator import Collator
+from job.model.loaded import Loaded
 from job.model.transformers_backend import adapted, load_weights
 from tests.export.test_gate import SPEC, Made, export, is_vision, judge, made, merge
 from tests.tiny import CPU, batch, load_tiny, models, perturb

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from job.attempt import Attempt
+from job.config.schema import JobSpec
+from job.context import RunContext
 from job.data import Data
 from job.data.prepare import prepare
 from job.evaluate.generate import answer_losses
-from job.export import Exported, export
-from job.preemption import Preemption
-from job.record import Record
-from job.spec import JobSpec
+from job.export.stage import Exported, export
+from job.runtime.preemption import Preemption
+from job.runtime.status import Record
 from job.store import open_store
 from job.store.lease import acquire
 from tests.tiny import job_spec, load_tiny, models, perturb, picture, processors
@@ -96,7 +96,7 @@ def limited_export(
     store, scratch = open_store(spec.output.url), folder / "scratch"
     scratch.mkdir()
     with acquire(store, "test", 60.0) as lease, Record(store, scratch).kept() as record:
-        attempt = Attempt(spec, store, lease, scratch, record, Preemption(), 1)
+        attempt = RunContext(spec, store, lease, scratch, record, Preemption(), 1)
         resource.setrlimit(resource.RLIMIT_DATA, (counted() + int(MARGIN[scratch_copy] * size), resource.RLIM_INFINITY))
         try:
             return export(attempt, loaded, data, fold=True, gate_room=None)

@@ -10,8 +10,8 @@ import torch
 
 from job.export.fold import Change, Whole
 from job.export.merge import Recipe, merge_to_folder, merge_to_store
-from job.export.places import Base, Slot
-from job.model.fetch import read_header
+from job.export.tensor_map import Base, Slot
+from job.model.header import read_header
 from job.store import open_store
 
 
@@ -49,7 +49,7 @@ def merge(todo: Recipe, into: Path, way: str) -> list[str]:
         return merge_to_folder(todo, into / "merged")
     store = open_store(str(into))
     before = {entry.key: entry.modified for entry in store.list("merged/")}
-    merge_to_store(todo, store, "merged", lambda: None)
+    merge_to_store(todo, store, "merged")
     now = [entry for entry in store.list("merged/") if entry.modified != before.get(entry.key)]
     return [entry.key.removeprefix("merged/") for entry in now]
 

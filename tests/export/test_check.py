@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from job.config.loader import validate
+from job.config.schema import ExportSpec
 from job.errors import SpecError
-from job.export import check_export
 from job.export.gguf import converter, write_gguf
-from job.model.fetch import BaseFacts, base_facts
-from job.model.lora import Linear
-from job.spec import ExportSpec
-from job.specfile import validate
+from job.export.stage import check_export
+from job.model.base_model import BaseFacts, base_facts
+from job.model.lora_targets import Linear
 
 CONVERTER = """
 import json, pathlib, sys
@@ -40,7 +40,7 @@ def base(model_type: str = "qwen3_vl", **linears: Linear) -> BaseFacts:
 def test_a_base_that_is_stored_quantised_is_refused(tmp_path: Path) -> None:
     config = {"model_type": "qwen3_vl", "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SpecError, match="is stored quantised, .* name the base in 16 bits"):
+    with pytest.raises(SpecError, match="is quantised, .* name the 16-bit base model"):
         base_facts(tmp_path)
 
 
@@ -50,7 +50,7 @@ def test_int4_is_refused_where_its_groups_do_not_divide_a_width() -> None:
     check_export(ExportSpec(merged_int4=True), base(**fits))
     odd = fits | {"model.layers.0.mlp.down_proj": Linear(256, 192)}
     check_export(ExportSpec(), base(**odd))
-    with pytest.raises(SpecError, match="merged_int4: it scales 128 columns .* model.layers.0.mlp.down_proj has 192,"):
+    with pytest.raises(SpecError, match="merged_int4: 128 columns .* model.layers.0.mlp.down_proj has 192,"):
         check_export(ExportSpec(merged_int4=True), base(**odd))
 
 
@@ -61,7 +61,7 @@ def test_gguf_is_refused_with_the_reason_where_llama_cpp_lacks_the_family(source
         ("llava", "Pixtral"),
         ("new", "not known"),
     ):
-        with pytest.raises(SpecError, match=f"llama.cpp does not take {family} models .*{says}"):
+        with pytest.raises(SpecError, match=f"llama.cpp does not support {family} models .*{says}"):
             check_export(ExportSpec(gguf=True), base(family))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from job.config.schema import JobSpec
 from job.errors import GateRefused
 from job.export.gate import Verdict, compare, refuse
 from job.export.merge import copy_rest, merge_to_folder, merge_to_store, recipe
-from job.export.places import Base, changes, read_adapter, read_base
-from job.export.served import read_back
-from job.model import Loaded
+from job.export.read_back import read_back
+from job.export.tensor_map import Base, changes, read_adapter, read_base
+from job.model.loaded import Loaded
 from job.model.transformers_backend import Offload, adapted, load, load_weights
-from job.spec import JobSpec
 from job.store import open_store
 from job.store.protocol import Corrupt
 from tests.tiny import CPU, batch, job_spec, load_tiny, perturb, row
@@ -83,9 +83,9 @@ def test_a_right_merge_passes_and_differs_by_no_more_than_rounding(made: Made) -
     assert sum(group["adapted"] for group in verdict.weights.values()) == len(adapted(made.loaded.model))
     assert set(verdict.weights) == set(made.loaded.groups)
     assert verdict.mean_logit_difference < 0.02 < verdict.mean_effect_of_adapter
-    assert 0.5 < verdict.mean_logit_difference / verdict.rounding_logit_difference < 1.7
+    assert 0.7 < verdict.mean_logit_difference / verdict.rounding_logit_difference < 1.2
     assert abs(verdict.loss_merged - verdict.loss_adapter) < 0.01 < abs(verdict.loss_base - verdict.loss_adapter) + 0.01
-    assert Verdict(**json.loads(json.dumps(verdict.facts()))) == verdict
+    assert Verdict(**json.loads(json.dumps(asdict(verdict)))) == verdict
     for name, weight in made.loaded.model.named_parameters():
         assert torch.equal(weight, before[name]), name
 
@@ -112,13 +112,13 @@ def test_a_merge_that_forgot_one_half_is_refused_however_small_it_is(
     ) as refused:
         refuse(verdict, SPEC.export.gate)
     assert refused.value.exit_code == 76
-    assert str(refused.value).endswith("the adapter is published, merged is not")
+    assert str(refused.value).endswith("the adapter is published, the merged model is not")
 
 
 @pytest.mark.parametrize("family", ["mllama", "gemma3"], scope="module")
 def test_the_base_in_place_of_the_merge_is_refused(family: str, made: Made) -> None:
     with pytest.raises(
-        GateRefused, match=r"mean logit difference .*; they are nearer to the base than to base \+ adapter"
+        GateRefused, match=r"mean logit difference .*; they are closer to the base model than to base \+ adapter"
     ):
         judge(made, made.loaded.folder)
 
@@ -164,7 +164,7 @@ def test_what_rounding_alone_does_to_a_model_is_no_fault(family: str, made: Made
     gate = {"max_mean_logit_difference": 1e-4, "min_token_agreement": 1.0}
     judge(made, made.merged, job_spec(evaluation={"batch_size": 2}, export={"gate": gate}))
     strict = job_spec(evaluation={"batch_size": 2}, export={"gate": gate | {"rounding_allowance": 0.1}})
-    with pytest.raises(GateRefused, match="over 0.1 times what rounding alone makes"):
+    with pytest.raises(GateRefused, match="over 0.1 times what rounding alone causes"):
         judge(made, made.merged, strict)
 
 
@@ -193,10 +193,12 @@ def test_a_model_of_which_a_part_waits_outside_gets_the_same_verdict(
     def read(precision: str) -> Any:
         model = load_weights(SPEC.model, made.merged, CPU, precision, offload)
         parts.append({weight.device.type for weight in model.parameters()})
+        norms = [module for name, module in model.named_modules() if "norm" in name.rpartition(".")[2]]
+        parts.append({weight.device.type for norm in norms for weight in norm.parameters()})
         return model
 
     parted = compare(SPEC, loaded, made.base, read, ROWS, offload=offload)
-    assert parts == [{"cpu", "meta"}]
+    assert parts == [{"cpu", "meta"}, {"cpu"}]
     assert parted == measure(made, made.merged)
     assert parted.wrong == []
     assert parted.mean_logit_difference < 2 * parted.rounding_logit_difference
@@ -219,7 +221,7 @@ def test_biases_trained_beside_a_base_in_4_bits_are_in_both(
 def test_weights_are_read_back_from_the_store_that_they_were_sent_to(family: str, made: Made, tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     todo = recipe(made.base, made.adapter, changes(made.base, *read_adapter(made.adapter)), CPU)
-    sent = merge_to_store(todo, store, "merged", lambda: None)
+    sent = merge_to_store(todo, store, "merged")
     copy_rest(made.base.folder, tmp_path / "rest")
     read = partial(read_back, SPEC.model, tmp_path / "rest", made.base, store, "merged", sent, CPU)
     assert compare(SPEC, made.loaded, made.base, read, ROWS) == judge(made, made.merged)

@@ -10,9 +10,10 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
+from job.config.schema import HubSpec
 from job.errors import NotAllowed, SpecError, Unavailable
 from job.export import hub as ours
-from job.spec import HubSpec
+from job.runtime import hub as mapping
 from tests import push_hub as theirs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # httpx, of huggingface_hub
@@ -24,7 +25,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[theirs.Hub]:
     with theirs.serve() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(ours, "PAUSE", 0.01)
+        monkeypatch.setattr(mapping, "PAUSE", 0.01)
         monkeypatch.setenv("HF_TOKEN", theirs.TOKEN)
         yield server
 
@@ -97,7 +98,7 @@ def test_a_busy_hub_is_asked_again(hub: theirs.Hub, folders: dict[str, Path]) ->
 
 
 def test_a_name_that_the_hub_does_not_take_is_told_before_the_work(hub: theirs.Hub) -> None:
-    with pytest.raises(SpecError, match="the hub does not take clinic/chest--2"):
+    with pytest.raises(SpecError, match="the hub rejects clinic/chest--2"):
         ours.check_token(HubSpec(adapter_repo="clinic/chest--2"))
 
 

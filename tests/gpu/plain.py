@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from job.model import load_model, to_training
 from job.model.collator import Collator
+from job.model.load import load_model, to_training
 from tests.tiny import batch, job_spec
 
 GRADIENTS = "gradients.safetensors"

@@ -14,19 +14,20 @@ if not torch.cuda.is_available():
     pytest.skip("there is no NVIDIA GPU here", allow_module_level=True)
 BACKEND = "unsloth" if importlib.util.find_spec("unsloth") else "transformers"
 
-from job.model import import_first  # isort: skip
+from job.model.load import import_first  # isort: skip
 
 import_first(BACKEND)  # before transformers, which it patches
 
+from job.config.schema import JobSpec
 from job.export.fold import Lora, changed
 from job.export.gate import Verdict, compare, refuse
 from job.export.merge import copy_rest, merge_to_folder, recipe
-from job.export.places import changes, read_adapter, read_base
-from job.export.quantised import write_nf4
-from job.model import Loaded, load_model, release
+from job.export.quantise import write_nf4
+from job.export.tensor_map import changes, read_adapter, read_base
+from job.model.load import load_model
+from job.model.loaded import Loaded, release
 from job.model.oom_retry import free_cached
 from job.model.transformers_backend import Offload, load_weights
-from job.spec import JobSpec
 from tests.tiny import batch, job_spec, make_model, perturb
 
 FAMILIES = ("mllama", "qwen2_5_vl", "gemma3")

@@ -115,7 +115,7 @@ def test_a_rank_that_is_killed_ends_the_other_and_the_next_attempt_goes_on(
     began = time.monotonic()
     assert two.end() == [69, -signal.SIGKILL], two.words()
     print(f"the other ended {time.monotonic() - began:.1f} s after the kill; a rank is waited for {SILENCE} s")
-    assert re.search(r"rank 1 on .* is silent for \d+ s; it was last at: train, step", two.words())
+    assert re.search(r"rank 1 on .* has been silent for \d+ s; it was last at: train, step", two.words())
     assert two.committed()[-1] == json.loads((output / "status.json").read_text())["step"]
 
     two = Ranks(2, spec, output, **variables)

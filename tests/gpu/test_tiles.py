@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.mllama.modeling_mllama import _prepare_aspect_ratio_attention_mask
 
-from job.model import tiles
+from job.model.patches import mllama_attention
 
 BACKENDS = {
     "chosen": None,
@@ -51,7 +51,9 @@ def test_attention_without_a_mask_is_as_near_to_the_truth_as_with_it(patches: in
         return float((one.double() - truth).norm() / truth.norm())
 
     def ours() -> torch.Tensor:
-        return tiles.attention(None, *given, tiles.tokens(mask), scaling=width**-0.5)[0].transpose(1, 2)
+        return mllama_attention.attention(None, *given, mllama_attention.tokens(mask), scaling=width**-0.5)[
+            0
+        ].transpose(1, 2)
 
     def theirs() -> torch.Tensor:
         return scaled_dot_product_attention(*given, attn_mask=mask.expand(-1, heads, -1, -1), scale=width**-0.5)

@@ -17,26 +17,27 @@ if not torch.cuda.is_available():
 if importlib.util.find_spec("unsloth") is None:
     pytest.skip("unsloth is not installed: pip install vision-lora-job[gpu]", allow_module_level=True)
 
-from job.model import import_first  # isort: skip
+from job.model.load import import_first  # isort: skip
 
 import_first("unsloth")  # before transformers, which it patches
 
 from peft import get_peft_model_state_dict
 
-from job.attempt import Attempt
+from job.context import RunContext
 from job.data.prepare import prepare
 from job.errors import Preempted
-from job.facts import Facts
-from job.model import Loaded, load_model
 from job.model.collator import Collator
-from job.plan import make_plan
-from job.preemption import Preemption
-from job.record import Record
+from job.model.load import load_model
+from job.model.loaded import Loaded
+from job.planning.facts import Facts
+from job.planning.plan import make_plan
+from job.planning.survey import find_device, keep_within
+from job.runtime.preemption import Preemption
+from job.runtime.status import Record
 from job.store import open_store
 from job.store.lease import acquire
-from job.survey import find_device, keep_within
-from job.train.fit import fit
-from job.train.weights import WEIGHTS, weighted_loss
+from job.train.loss import WEIGHTS, token_loss
+from job.train.stage import train
 from tests.tiny import job_spec, make_model, picture
 
 GPU = torch.device("cuda", 0)
@@ -99,9 +100,9 @@ def trained(
 
             loaded.model.get_base_model().register_forward_pre_hook(count)
             with acquire(store, "test", 60.0) as lease, Record(store, scratch).kept() as record:
-                attempt = Attempt(spec, store, lease, scratch, record, preemption, number)
+                attempt = RunContext(spec, store, lease, scratch, record, preemption, number)
                 try:
-                    fit(attempt, plan, loaded, data)
+                    train(attempt, plan, loaded, data)
                     assert not stop
                 except Preempted:
                     assert stop
@@ -150,18 +151,15 @@ def test_a_card_too_small_for_the_step_makes_it_in_parts(model: Path, tmp_path: 
         gc.collect()
         cap = share * of_eight / card
         capped, _, _ = trained(model, rows, tmp_path / f"capped-{share}", cap=cap, training=training)
-        print(
-            f"{share:.0%} of {of_eight / 1e6:.0f} MB: {[line['rows_at_once'] for line in steps(capped)]} rows at once"
-        )
+        print(f"{share:.0%} of {of_eight / 1e6:.0f} MB: {[line['micro_batch'] for line in steps(capped)]} rows at once")
         same_steps(capped, whole, rel=0.01)
-        if steps(capped)[-1]["rows_at_once"] < 8:
+        if steps(capped)[-1]["micro_batch"] < 8:
             return
     pytest.fail("no card was too small for eight rows")
 
 
-def test_a_card_that_others_share_is_taken_as_far_as_is_granted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JOB_GPU_MEMORY_GB", "2")
-    device = find_device(has_torch=True)
+def test_a_card_that_others_share_is_taken_as_far_as_is_granted() -> None:
+    device = find_device(has_torch=True, granted_gb=2)
     assert device.memory == 2e9
     try:
         keep_within(device)
@@ -207,7 +205,7 @@ def test_the_first_loss_is_that_of_the_rows(weighted: bool, model: Path, rows: P
     inputs = {name: tensor.cuda() for name, tensor in batch.items()}
     weights = [WEIGHT_OF[number % len(WEIGHT_OF)] if weighted else 1.0 for number in line["rows"]]
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-        right = float(weighted_loss(fresh.model, inputs | {WEIGHTS: torch.tensor(weights, device=GPU)}, None))
+        right = float(token_loss(fresh.model, inputs | {WEIGHTS: torch.tensor(weights, device=GPU)}, None))
     assert line["loss"] == pytest.approx(right, rel=0.01)
 
 

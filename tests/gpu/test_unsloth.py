@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 if importlib.util.find_spec("unsloth") is None:
     pytest.skip("unsloth is not installed: pip install vision-lora-job[gpu]", allow_module_level=True)
 
-from job.model import import_first  # isort: skip
+from job.model.load import import_first  # isort: skip
 
 import_first("unsloth")  # before transformers, which it patches
 
@@ -26,13 +26,14 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from job.evaluate.generate import answer
-from job.model import load_model, tiles, to_generation, to_training
 from job.model.collator import Collator
-from job.model.compiling import compiled
-from job.model.frozen import TOGETHER, frozen_vision, tower
-from job.model.memory import Kept
-from job.model.pictures import FEATURES, cut
-from job.train.weights import WEIGHTS, weighted_loss
+from job.model.image_layout import FEATURES, cut
+from job.model.load import load_model, to_generation, to_training
+from job.model.memory_model import Kept
+from job.model.patches import mllama_attention
+from job.model.patches.compile_stance import compiled
+from job.model.vision_cache import TOGETHER, tower, vision_cache
+from job.train.loss import WEIGHTS, token_loss
 from tests.gpu.plain import GRADIENTS, gradients
 from tests.tiny import batch, job_spec, make_model, perturb
 
@@ -130,7 +131,7 @@ def test_features_of_a_frozen_tower_give_the_loss_of_the_pixels(
     family: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     loaded = perturb(loaded_by_unsloth(folders[family], finetune_vision_layers=False))
-    frozen = frozen_vision(loaded, tmp_path, 10**9, "none")
+    frozen = vision_cache(loaded, tmp_path, 10**9, "none")
     assert frozen is not None
     inputs = on_gpu(loaded, batch())
     with torch.autocast("cuda", torch.bfloat16):
@@ -160,7 +161,7 @@ def test_our_attention_gives_upstreams_features(size: str, folders: dict[str, Pa
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
             return vision(**pictures).last_hidden_state.double()
 
-    assert vision.config._attn_implementation == tiles.NAME
+    assert vision.config._attn_implementation == mllama_attention.NAME
     ours, loss = seen(), loss_of(loaded, inputs)
     vision.config._attn_implementation = "sdpa"
     for encoder in (vision.transformer, vision.global_transformer):
@@ -215,7 +216,7 @@ def test_the_model_in_its_real_shape(tmp_path: Path) -> None:
     """The loss of an 11B checkpoint through Unsloth in 4 bits: features against pixels."""
     loaded = loaded_by_unsloth(real_shape(), precision="4bit", finetune_vision_layers=False)
     to_training(loaded)
-    frozen = frozen_vision(loaded, tmp_path, 10**9, "none")
+    frozen = vision_cache(loaded, tmp_path, 10**9, "none")
     assert frozen is not None
     inputs = on_gpu(loaded, batch())
     with torch.autocast("cuda", torch.bfloat16):
@@ -232,5 +233,5 @@ def test_weights_of_rows_are_those_of_the_loss(family: str, folders: dict[str, P
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         for weights, same in (([1.0, 1.0], rows), ([2.0, 0.0], [rows[0], rows[0]])):
             given = dict(inputs) | {WEIGHTS: torch.tensor(weights, device=GPU)}
-            found = float(weighted_loss(loaded.model, given, None))
+            found = float(token_loss(loaded.model, given, None))
             assert found == pytest.approx(loss_of(loaded, on_gpu(loaded, same)), rel=0.01)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from job.metrics import GAUGES
+from job.runtime.prometheus import GAUGES
 from tests.conftest import ROOT
 from tests.k8s.conftest import K8S, documents, kustomize
 
@@ -47,4 +47,4 @@ def test_the_folder_of_a_run_builds(tmp_path: Path):
 
 def test_the_numbers_for_prometheus_are_those_that_are_served():
     told = set(re.findall(r"`(?:vision_lora_job)?_([a-z_]+)`", PAGE))
-    assert {*GAUGES, "started_timestamp_seconds", "info"} == told
+    assert {*GAUGES, "started_timestamp_seconds", "info", "metric"} == told

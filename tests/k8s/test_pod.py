@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -56,7 +57,7 @@ def test_evicted_it_leaves_with_75_and_its_next_pod_publishes(demo: Path, tmp_pa
     }
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
     run = read_run({}, str(tmp_path / "spec.yaml"), None, None)
-    (tree,) = documents(kubernetes(run, "example.com/vision-lora-job:0.1.0", ("cpu", "airgapped")))
+    (tree,) = documents(kubernetes(run, "example.com/vision-lora-job:0.2.0", ("cpu", "airgapped")))
     job, pod = tree["spec"], tree["spec"]["template"]["spec"]
     container = pod["containers"][0]
     claims = {"vision-lora-bundle": bundle, "vision-lora-output": output}
@@ -65,6 +66,7 @@ def test_evicted_it_leaves_with_75_and_its_next_pod_publishes(demo: Path, tmp_pa
         until(lambda: first.passes(container["startupProbe"]), first)
         until(lambda: first.passes(container["livenessProbe"]), first)
         until(lambda: status(output).get("stage") == "train", first)
+        assert re.fullmatch(r"no exit was reported; last seen at \S+Z in stage train.*", first.message)
         code, seconds = first.delete()
         assert code == 75, first.log
         assert seconds < pod["terminationGracePeriodSeconds"]

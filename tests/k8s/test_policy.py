@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from job.config.loader import apply_overrides, validate
 from job.errors import EXIT_CODES
 from job.render import read_job
-from job.specfile import apply_overrides, validate
 from tests.conftest import ROOT
 from tests.k8s.conftest import SETUPS, Pods, Tree, built, documents, of_kind, pods
 
@@ -183,6 +183,7 @@ def test_all_that_is_written_is_on_a_volume(run: Pods):
     before = [mount["name"] for one in run.pod.get("initContainers", []) for mount in one.get("volumeMounts", [])]
     assert {*mounts.values(), *before} == {volume["name"] for volume in run.pod["volumes"]}
     assert run.container["terminationMessagePath"] == "/dev/termination-log"
+    assert run.container["terminationMessagePolicy"] == "File"  # the other copies the log's end to whoever sees the pod
 
 
 def test_every_name_is_there(run: Pods):
@@ -222,7 +223,7 @@ def test_secrets_are_never_required(run: Pods):
 
 
 def test_the_specs_are_valid():
-    from job.specfile import parse
+    from job.config.loader import parse
 
     found = [
         tree["data"]["spec.yaml"] for name in ("base", "overlays/airgapped") for tree in of_kind(name, "ConfigMap")

@@ -15,15 +15,15 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from job.config.loader import load_spec
 from job.errors import SpecError
 from job.render import kubernetes, read_job, read_run
-from job.specfile import load_spec
 from tests.conftest import ROOT, Job
 from tests.k8s.conftest import Strict, Tree, documents, of_kind
 from tests.k8s.kubelet import expand, variables
 from tests.k8s.test_schema import RELEASES
 
-IMAGE = "registry.example.com/vision-lora-job:0.1.0"
+IMAGE = "registry.example.com/vision-lora-job:0.2.0"
 SPEC: dict[str, Any] = {
     "name": "Chest 1, größer",
     "model": {"name_or_path": "s3://bucket/base"},
@@ -98,10 +98,10 @@ def test_components_go_together_and_the_api_takes_them(components: tuple[str, ..
 @pytest.mark.parametrize(
     ("components", "sentence"),
     [
-        (("multi-node", "multi-gpu"), "--with multi-gpu: does not go together with multi-node"),
-        (("sweep", "multi-node"), "--with multi-node: does not go together with sweep"),
-        (("cpu", "spot"), "--with spot: does not go together with cpu"),
-        (("spots",), "--with spots: there is no such component; there are airgapped, cpu, hub,"),
+        (("multi-node", "multi-gpu"), "--with multi-gpu: cannot be combined with multi-node"),
+        (("sweep", "multi-node"), "--with multi-node: cannot be combined with sweep"),
+        (("cpu", "spot"), "--with spot: cannot be combined with cpu"),
+        (("spots",), "--with spots: no such component; there are airgapped, cpu, hub,"),
     ],
 )
 def test_components_that_do_not_go_together_are_refused(components: tuple[str, ...], sentence: str):
@@ -136,8 +136,8 @@ def test_folders_that_no_pod_sees_are_refused_all_at_once(tmp_path: Path):
     spec = SPEC | {"model": {"name_or_path": str(tmp_path)}, "output": {"url": "/output/run"}}
     with pytest.raises(SpecError) as caught:
         rendered(spec)
-    assert "model.name_or_path: no pod sees" in str(caught.value)
-    assert "output.url: no pod sees /output/run; put it on s3://" in str(caught.value)
+    assert "model.name_or_path: pods cannot see" in str(caught.value)
+    assert "output.url: pods cannot see /output/run; put it on s3://" in str(caught.value)
     with pytest.raises(SpecError, match="put it below /bundle or /output"):
         rendered(spec, "airgapped")
     rendered(spec | {"model": {"name_or_path": "/bundle/base"}}, "airgapped")
@@ -179,7 +179,7 @@ def test_each_pod_of_a_sweep_gets_its_line(tmp_path: Path):
         ("JOB__LORA__R=8\nJOB__LORA__R=16\n", "runs 1 and 2 both write to s3://bucket/runs/1"),
         ("JOB__LORA__R=8\nJOB__LORA__RANK=16 JOB__OUTPUT__URL=s3://b/16\n", r"run 2: the spec has 1 problem"),
         ("LORA_R=8\n", "run 1: LORA_R=8 is not JOB__SECTION__FIELD=value"),
-        ("# nothing\n", "holds no run"),
+        ("# nothing\n", "has no runs"),
     ],
 )
 def test_a_wrong_table_is_refused(tmp_path: Path, table: str, sentence: str):
@@ -209,7 +209,7 @@ def test_an_installed_package_finds_its_templates(tmp_path: Path, job: Job):
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
-    for template in ("evaluate/report.html", "evaluate/report.md", "export/card.md"):
+    for template in ("report/page.html", "report/page.md", "report/model_card.md"):
         assert (tmp_path / "installed" / "job" / template).exists()
     arguments = [
         "render",

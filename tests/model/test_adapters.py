@@ -14,21 +14,14 @@ from transformers import AutoModelForImageTextToText
 
 from job.errors import SpecError
 from job.evaluate.generate import base_or_tuned
-from job.model import Loaded
+from job.model.base_model import base_facts
 from job.model.collator import Collator
-from job.model.fetch import base_facts
-from job.model.lora import parameters, targets
+from job.model.loaded import Loaded
+from job.model.lora_targets import parameters, targets
 from job.model.transformers_backend import adapted, linears
+from tests.families import FAMILIES
 from tests.tiny import batch, job_spec, load_tiny, perturb, row
 
-VISION = {
-    "mllama": "model.vision_model",
-    "qwen2_5_vl": "model.visual",
-    "qwen3_vl": "model.visual",
-    "gemma3": "model.vision_tower",
-    "llava": "model.vision_tower",
-}
-UNREAD = {"llava": "model.vision_tower.encoder.layers.2."}  # LLaVA looks at what the last but one layer gives
 CHOICES = {
     "all": {},
     "vision only": {"finetune_language_layers": False},
@@ -41,11 +34,11 @@ CHOICES = {
 def by_class(model: Any, family: str) -> dict[str, set[str]]:
     """Linear layers by group, told by the class that holds them instead of by name."""
     modules = dict(model.named_modules())
-    tower = {id(module) for module in modules[VISION[family]].modules()}
+    tower = {id(module) for module in modules[FAMILIES[family].tower].modules()}
     found: dict[str, set[str]] = {}
     for name, module in modules.items():
         parent = type(modules[name.rpartition(".")[0]]).__name__
-        part = "attention" if "Attention" in parent else "mlp" if "MLP" in parent else None
+        part = "attention" if "Attention" in parent or "DeltaNet" in parent else "mlp" if "MLP" in parent else None
         if isinstance(module, torch.nn.Linear) and part:
             found.setdefault(f"{'vision' if id(module) in tower else 'language'}/{part}", set()).add(name)
     return found
@@ -72,7 +65,7 @@ def test_gradients_reach_exactly_the_groups_asked_for(family: str, folder: Path,
         for name, weight in loaded.model.named_parameters()
         if weight.grad is not None and weight.grad.any()
     }
-    assert reached == {name for name in expected if not name.startswith(UNREAD.get(family, "-"))}
+    assert reached == {name for name in expected if not name.startswith(FAMILIES[family].unread)}
     assert set(adapted(loaded.model)) == expected
     assert set(loaded.groups) == set(asked)
     assert foretold(folder, **CHOICES[choice]) == loaded.groups

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from job.config.rules import contradictions
+from job.config.schema import ModelSpec
 from job.errors import SpecError
-from job.model import choose_backend
-from job.spec import ModelSpec, contradictions
+from job.model.load import choose_backend
 from tests.tiny import job_spec
 
 
@@ -57,14 +58,14 @@ def test_what_cannot_work_is_refused() -> None:
     [
         (
             {"model": {"name_or_path": "base", "backend": "unsloth", "attn_implementation": "eager"}},
-            "model: backend unsloth chooses its attention itself; leave attn_implementation out",
+            "model: backend unsloth chooses its own attention; remove attn_implementation",
         ),
         (
             {
                 "model": {"name_or_path": "base", "backend": "transformers"},
                 "training": {"gradient_checkpointing": "unsloth"},
             },
-            "training: gradient_checkpointing: unsloth is not for model.backend transformers; say true",
+            "training: gradient_checkpointing: unsloth does not work with model.backend transformers; set it to true",
         ),
     ],
 )

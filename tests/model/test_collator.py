@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,21 +12,17 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
+from job.data.conversations import conversation
+from job.data.prepare import prepare
 from job.errors import DataError
-from job.model import Loaded
-from job.model.collator import IGNORE, Collator, render
-from job.model.lengths import Ruler
-from job.model.pictures import LAYOUTS, cut
-from tests.conftest import FAMILIES
-from tests.tiny import END, QUESTION, batch, picture, row
+from job.model.collator import IGNORE, Collator, finished, render, tokens, without_end
+from job.model.families import family_of
+from job.model.image_layout import cut
+from job.model.loaded import Loaded
+from job.model.token_length import TokenCounter
+from tests.families import FAMILIES, LAID_OUT
+from tests.tiny import QUESTION, batch, job_spec, load_tiny, picture, row
 
-HEADER = {
-    "mllama": "<|start_header_id|>assistant<|end_header_id|>\n\n",
-    "qwen2_5_vl": "<|im_start|>assistant\n",
-    "qwen3_vl": "<|im_start|>assistant\n",
-    "gemma3": "<start_of_turn>model\n",
-    "llava": "▁ASSISTANT:",
-}
 PLACEHOLDERS = ["<|image|>", "<|image_pad|>", "<image_soft_token>", "<start_of_image>", "<end_of_image>", "<image>"]
 ANSWERS = {
     "plain": "The heart is of normal size.",
@@ -63,20 +61,20 @@ def test_labels_are_the_answer_and_the_end_of_its_turn(family: str, loaded: Load
         text, answer = text.strip(), answer.strip()
     if kind == "new lines":  # those of the header and the answer's first are one token
         text, answer = text.lstrip("\n"), answer.lstrip("\n")
-    assert text == answer + END[family]
+    assert text == answer + FAMILIES[family].end
 
 
 @pytest.mark.parametrize("kind", ["plain", "short", "unicode", "also in the prompt"])
 def test_labels_are_what_stands_between_header_and_end(family: str, loaded: Loaded, kind: str) -> None:
     """A reference made otherwise: by looking for the ids of the answer's header, as Unsloth and TRL do."""
     tokenizer = loaded.processor.tokenizer
-    header = tokenizer(HEADER[family], add_special_tokens=False)["input_ids"]
+    header = tokenizer(FAMILIES[family].header, add_special_tokens=False)["input_ids"]
     if family == "llava":
-        header = [tokenizer.convert_tokens_to_ids(HEADER[family])]
+        header = [tokenizer.convert_tokens_to_ids(FAMILIES[family].header)]
     inputs = collate(loaded, [row(1, ANSWERS[kind]), row(2, ANSWERS["plain"], "?")])
     for ids, labels in zip(inputs["input_ids"].tolist(), inputs["labels"].tolist(), strict=True):
         starts = [at + len(header) for at in range(len(ids)) if ids[at : at + len(header)] == header]
-        end = ids.index(tokenizer.convert_tokens_to_ids(END[family]), starts[-1]) + 1
+        end = ids.index(tokenizer.convert_tokens_to_ids(FAMILIES[family].end), starts[-1]) + 1
         assert labels == [IGNORE] * starts[-1] + ids[starts[-1] : end] + [IGNORE] * (len(ids) - end)
 
 
@@ -122,13 +120,21 @@ def test_a_system_prompt_is_not_dated(loaded: Loaded) -> None:
     assert "Today Date" not in text or "Today Date: 26 Jul 2024" in text
 
 
+@pytest.mark.parametrize("family", [name for name in FAMILIES if FAMILIES[name].rewrites], scope="session")
+def test_several_answers_are_refused_where_the_template_rewrites_earlier_ones(family: str, tiny: Any) -> None:
+    loaded = load_tiny(tiny(family))
+    with pytest.raises(DataError, match="rewrites earlier turns, so the answer cannot be told.*its own row"):
+        collate(loaded, [dialogue()])
+
+
 def test_every_answer_of_a_conversation_is_learnt(family: str, loaded: Loaded) -> None:
+    one_answer_at_most(family)
     each = row(1, "There is a nodule.")
     each["messages"] += copy.deepcopy(row(1, "There is a nodule.", "Where is it?")["messages"])
     each["messages"][2]["content"].pop(0)
     first, last = (text.strip() for text in learnt(loaded, collate(loaded, [each])["labels"][0]))
-    assert first == "There is a nodule." + ("" if family == "llava" else END[family])
-    assert last == "There is a nodule." + END[family]
+    assert first == "There is a nodule." + ("" if family == "llava" else FAMILIES[family].end)
+    assert last == "There is a nodule." + FAMILIES[family].end
 
 
 def test_tokens_are_those_of_the_processors_own_template(family: str, loaded: Loaded) -> None:
@@ -165,9 +171,15 @@ def dialogue() -> dict[str, Any]:
 
 
 def test_answers_are_found_between_images(family: str, loaded: Loaded) -> None:
+    one_answer_at_most(family)
     batch = collate(loaded, [row(4), dialogue()])
-    said = [text.strip().removesuffix(END[family]).strip() for text in learnt(loaded, batch["labels"][1])]
+    said = [text.strip().removesuffix(FAMILIES[family].end).strip() for text in learnt(loaded, batch["labels"][1])]
     assert said == ["There is a nodule.", "It is on the left.", "No."]
+
+
+def one_answer_at_most(family: str) -> None:
+    if FAMILIES[family].rewrites:
+        pytest.skip("its template rewrites earlier answers")
 
 
 def spoken_only(number: int) -> dict[str, Any]:
@@ -178,11 +190,11 @@ def spoken_only(number: int) -> dict[str, Any]:
 
 def test_a_row_without_images_learns_its_answer(family: str, loaded: Loaded) -> None:
     (text,) = learnt(loaded, collate(loaded, [spoken_only(1)])["labels"][0])
-    assert text.strip() == "It is a bone of the shoulder." + END[family]
+    assert text.strip() == "It is a bone of the shoulder." + FAMILIES[family].end
 
 
 def test_rows_without_images_share_a_batch_where_the_family_can(family: str, loaded: Loaded) -> None:
-    rows = [row(1), spoken_only(2), dialogue()]
+    rows = [row(1), spoken_only(2), *(() if FAMILIES[family].rewrites else [dialogue()])]
     if family == "mllama":
         with pytest.raises(
             DataError, match=r"set training\.per_device_train_batch_size and evaluation\.batch_size to 1"
@@ -211,9 +223,9 @@ def test_only_the_last_answer_is_cut_at_max_length(loaded: Loaded) -> None:
         Collator(loaded.processor, start, truncate=True)([row(1)])
 
 
-def test_a_ruler_counts_what_the_collator_makes(loaded: Loaded) -> None:
-    ruler = Ruler(loaded.processor)
-    for each in [*batch(), dialogue(), spoken_only(1)]:
+def test_a_ruler_counts_what_the_collator_makes(family: str, loaded: Loaded) -> None:
+    ruler = TokenCounter(loaded.processor)
+    for each in [*batch(), *(() if FAMILIES[family].rewrites else [dialogue()]), spoken_only(1)]:
         made = collate(loaded, [each])
         length = ruler(each["messages"], [image.size for image in each["images"]])
         assert length.whole == made["input_ids"].shape[1]
@@ -222,9 +234,18 @@ def test_a_ruler_counts_what_the_collator_makes(loaded: Loaded) -> None:
         assert length.prompt in (int(last[-1]) + 1, int(last[-1]) + 2)
 
 
+def test_tokens_that_are_known_are_those_that_would_be_made(family: str, loaded: Loaded) -> None:
+    """The end of a text is parted from what is stripped of it without making its tokens again."""
+    for each in [*batch(), spoken_only(1)]:
+        text = finished(loaded.processor, each["messages"])
+        whole, stripped = tokens(loaded.processor, text), tokens(loaded.processor, text.rstrip())
+        known = without_end(loaded.processor, text, whole)
+        assert known == stripped or (known is None and family in ("gemma3", "llava"))
+
+
 def test_a_ruler_refuses_text_with_a_special_token(loaded: Loaded) -> None:
     with pytest.raises(DataError, match="special token of the model"):
-        Ruler(loaded.processor)(row(1, f"The {loaded.processor.image_token} is clear.")["messages"], [(80, 60)])
+        TokenCounter(loaded.processor)(row(1, f"The {loaded.processor.image_token} is clear.")["messages"], [(80, 60)])
 
 
 def test_a_template_that_refuses_is_told_in_its_words(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,8 +258,77 @@ def test_a_template_that_refuses_is_told_in_its_words(loaded: Loaded, monkeypatc
 def test_a_template_that_rewrites_earlier_turns_is_refused(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     counting = "{{ messages | length }}" + loaded.processor.chat_template
     monkeypatch.setattr(loaded.processor, "chat_template", counting)
-    with pytest.raises(DataError, match="rewrites earlier turns"):
+    with pytest.raises(DataError, match="row-1: the model's chat template rewrites earlier turns"):
         collate(loaded, [row(1)])
+
+
+THINKING = """
+{%- for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == "assistant" and loop.last %}<think>
+
+</think>
+
+{% endif %}
+{%- for p in m.content %}{{ p.text if p.type == "text" else "<|vision_start|><|image_pad|><|vision_end|>" }}{% endfor %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+<think>
+{% endif %}"""
+"""Only the last answer has a place for thoughts, as in the templates of models that think."""
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
+def test_rows_whose_answers_the_template_rewrites_are_found_at_the_look(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before anything is trained, by their row; a row of one turn is good, and so are all where everything is learned."""
+    turn = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A lung."}]
+    more = [{"from": "human", "value": "Which side?"}, {"from": "gpt", "value": "Left."}]
+    picture(1).save(tmp_path / "0.png")
+    rows = [{"image": "0.png", "conversations": turn + more * (number in (2, 5))} for number in range(8)]
+    (tmp_path / "r.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in rows))
+    spec = job_spec(dataset={"path": str(tmp_path / "r.jsonl"), "max_bad_fraction": 0.1})
+    assert prepare(spec, tmp_path, TokenCounter(loaded.processor)).quarantined == []
+    monkeypatch.setattr(loaded.processor, "chat_template", THINKING)
+    with pytest.raises(DataError, match=r"2 of 8 rows are bad.*rewrites earlier turns.*its own.*\(first: row 2\)"):
+        prepare(spec, tmp_path, TokenCounter(loaded.processor))
+    assert prepare(spec, tmp_path, TokenCounter(loaded.processor, responses_only=False)).quarantined == []
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
+def test_an_answer_that_the_template_shortens_later_is_not_half_learned(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cutting = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% set text = m.content | selectattr("type", "eq", "text") | map(attribute="text") | join %}
+{{- text if loop.last or m.role != "assistant" else text[:9] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+    monkeypatch.setattr(loaded.processor, "chat_template", cutting)
+    said = conversation("What?", "A nodule in the left upper zone.", None, images=0)
+    assert TokenCounter(loaded.processor)(said, []).prompt > 0
+    with pytest.raises(DataError, match="rewrites earlier turns"):
+        TokenCounter(loaded.processor)(said + said, [])
+
+
+TURN = "{%% for m in messages %%}<|im_start|>{{ m.role }}\n%s<|im_end|>\n{%% endfor %%}"
+BLIND = {
+    "takes only text, no images": TURN % "{{ m.content }}",
+    "has 0 places for 1 images": TURN % '{{ m.content | selectattr("text") | map(attribute="text") | join }}',
+    "has 2 places for 1 images": "<|image_pad|>"
+    + TURN % '{% for p in m.content %}{{ p.text if "text" in p else "<|image_pad|>" }}{% endfor %}',
+}
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
+@pytest.mark.parametrize("reason", BLIND)
+def test_a_template_that_shows_no_images_is_found_at_the_look(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    prompt = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    monkeypatch.setattr(loaded.processor, "chat_template", BLIND[reason] + prompt)
+    with pytest.raises(DataError, match=f"chat template {reason}; name a base"):
+        TokenCounter(loaded.processor)(row(1)["messages"], [(80, 60)])
 
 
 def test_the_loss_is_the_cross_entropy_of_the_labels(loaded: Loaded) -> None:
@@ -253,10 +343,12 @@ def test_the_loss_is_the_cross_entropy_of_the_labels(loaded: Loaded) -> None:
 
 def test_a_ruler_knows_what_a_processor_keeps(family: str, loaded: Loaded) -> None:
     """Shrunk to `row`, a picture takes no more than the tokens that it is for, and not much less."""
-    ruler = Ruler(loaded.processor)
+    ruler = TokenCounter(loaded.processor)
     room = ruler.room(12)
     assert bool(room["area"]) != bool(room["short"])
     assert bool(room["row"]) == family.startswith("qwen")
+    if family == "llava_next":  # its largest grid, and not the one tile that `size` names
+        assert room["area"] == 112 * 112
     if room["row"]:
         side = int(room["row"] ** 0.5)
         assert 8 <= ruler(row(1)["messages"], [(side, side)]).images <= 13
@@ -271,9 +363,9 @@ def test_a_loaders_process_makes_the_same_batches(loaded: Loaded) -> None:
 
 
 # In Llama 3.2, rows with and without pictures do not share a batch.
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mllama"], indirect=True)
+@pytest.mark.parametrize("family", [family for family in LAID_OUT if family != "mllama"], indirect=True)
 def test_a_part_of_a_batch_without_pictures_has_no_empty_tensors(family: str, loaded: Loaded) -> None:
-    part = cut(collate(loaded, [spoken_only(1), row(2)]), LAYOUTS[family], [0, 1], 0, 1)
+    part = cut(collate(loaded, [spoken_only(1), row(2)]), family_of(family).layout, [0, 1], 0, 1)
     assert not {"pixel_values", "image_grid_thw"} & part.keys()
     with torch.inference_mode():
         assert torch.isfinite(loaded.model(**part).loss)

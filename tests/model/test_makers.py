@@ -9,24 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from job.model import Loaded
 from job.model.collator import render
-from tests.tiny import QUESTION, models, processors, row, shapes
-
-LAYOUT = {
-    "mllama": f"<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n<|image|>{QUESTION}<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\nNo.<|eot_id|>",
-    "qwen2_5_vl": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-    f"<|vision_start|><|image_pad|><|vision_end|>{QUESTION}<|im_end|>\n<|im_start|>assistant\nNo.<|im_end|>\n",
-    "qwen3_vl": f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{QUESTION}<|im_end|>\n"
-    "<|im_start|>assistant\nNo.<|im_end|>\n",
-    "gemma3": f"<bos><start_of_turn>user\n<start_of_image>{QUESTION}<end_of_turn>\n"
-    "<start_of_turn>model\nNo.<end_of_turn>\n",
-    "llava": f"USER: <image>\n{QUESTION} ASSISTANT: No. ",
-}
+from job.model.loaded import Loaded
+from tests.families import FAMILIES
+from tests.tiny import models, processors, row, shapes
 
 
-@pytest.mark.parametrize("family", LAYOUT)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_full_model_has_the_published_number_of_parameters(family: str) -> None:
     processor = processors.build_processor(family, "full", models.MLLAMA_TEXT_VOCABULARY)
     model = models.build_model(family, "full", processor, "meta", torch.bfloat16)
@@ -38,7 +27,7 @@ def test_a_tiny_model_has_less_than_a_million(loaded: Loaded) -> None:
 
 
 def test_conversations_have_the_familys_layout(family: str, loaded: Loaded) -> None:
-    assert render(loaded.processor, row(1, "No.")["messages"]) == LAYOUT[family]
+    assert render(loaded.processor, row(1, "No.")["messages"]) == FAMILIES[family].layout
 
 
 @pytest.mark.parametrize("size", ["tiny", "full"])

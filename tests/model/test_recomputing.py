@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from job.model import to_training
 from job.model.collator import Collator
-from tests.conftest import FAMILIES
+from job.model.load import to_training
+from tests.families import FAMILIES
 from tests.tiny import batch, load_tiny, perturb
 
 

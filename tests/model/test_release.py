@@ -11,7 +11,7 @@ from tests.conftest import ROOT, job_environment
 PROGRAM = """
 import torch
 from pathlib import Path
-from job.model import release
+from job.model.loaded import release
 
 def anonymous():
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from job.attempt import Attempt
+from job.config.environment import Environment
+from job.context import RunContext
 from job.model.transformers_backend import load
-from job.plan import make_plan
-from job.preemption import Preemption
-from job.record import Record
+from job.planning.plan import make_plan
+from job.planning.survey import survey
+from job.runtime.preemption import Preemption
+from job.runtime.status import Record
 from job.store import open_store
 from job.store.lease import acquire
-from job.survey import survey
-from job.train.fit import fit
+from job.train.stage import train
 from tests.tiny import job_spec, picture
 
 
@@ -48,14 +49,14 @@ def test_a_few_steps_lower_the_loss(family: str, recomputed: bool, tiny: Callabl
     )
     store, scratch = open_store(spec.output.url), tmp_path / "scratch"
     scratch.mkdir()
-    found = survey(spec, store, scratch, fetch=True)
+    found = survey(spec, store, scratch, Environment(), fetch=True)
     loaded = load(spec, tiny(family), torch.device("cpu"))
     layer, calls = next(each for name, each in loaded.model.named_modules() if name.endswith(".layers.0")), []
     layer.register_forward_pre_hook(lambda *_: calls.append(1))
     assert found.data is not None
     with acquire(store, "test", 60.0) as lease, Record(store, scratch).kept() as record:
-        attempt = Attempt(spec, store, lease, scratch, record, Preemption(), 1)
-        fit(attempt, make_plan(spec, found.facts), loaded, found.data)
+        attempt = RunContext(spec, store, lease, scratch, record, Preemption(), 1)
+        train(attempt, make_plan(spec, found.facts), loaded, found.data)
     losses = [json.loads(line)["loss"] for line in (scratch / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 8
     assert len(calls) == 8 * 2 * (2 if recomputed else 1)

@@ -8,20 +8,23 @@ from typing import Any
 
 import pytest
 
+from job.config.loader import validate
+from job.data.facts import DataFacts
 from job.errors import SpecError
-from job.facts import Device, Facts
-from job.model.fetch import BaseFacts
-from job.model.lora import Linear
-from job.plan import Plan, decided, describe, make_plan
-from job.planning.limits import Disk, HostMemory, Limits
-from job.planning.needs import LOADER_BYTES, MARGIN, MERGING, PIECE, PIECES, SENT_AT_ONCE, SMALL
+from job.layout import MERGING_KEY
+from job.model.base_model import BaseFacts
+from job.model.lora_targets import Linear
+from job.planning.describe import describe
+from job.planning.facts import Device, Facts
+from job.planning.needs import DECODER_BYTES, MARGIN, PIECE, PIECES, SENT_AT_ONCE, SMALL
+from job.planning.plan import Plan, apply_plan, make_plan
 from job.planning.shortage import refuse
-from job.specfile import validate
+from job.runtime.limits import Disk, HostMemory, Limits
 
 GB = 10**9
 LAYERS = {f"model.language_model.layers.{n}.mlp.up_proj": Linear(14336, 4096) for n in range(40)}
 BASE = BaseFacts("mllama", "Mllama", 10_670_000_000, 21_340_000_000, LAYERS, {}, largest=5 * GB, rest=20_000_000)
-DATA = {"source": "s", "rows": 110, "train": 100, "evaluation": 30, "quarantined": 0, "grouped": True}
+DATA = DataFacts(source="s", rows=110, train=100, evaluation=30, grouped=True)
 CARD = Device("cuda", "RTX A6000", 48 * GB)
 CPU = Device("cpu", "CPU", 256 * GB)
 LORA = 40 * 16 * (14336 + 4096)
@@ -56,11 +59,9 @@ def refused(found: Plan) -> str:
 
 
 def test_constants_are_those_of_what_they_stand_for():
-    from job import train
     from job.export import merge
 
-    assert (PIECES, PIECE, SENT_AT_ONCE, MERGING) == (merge.AHEAD + 1, merge.PIECE, merge.FILES, merge.PROGRESS)
-    assert train.SHARED_BYTES == LOADER_BYTES
+    assert (PIECES, PIECE, SENT_AT_ONCE) == (merge.AHEAD + 1, merge.PIECE, merge.FILES)
 
 
 def test_a_roomy_machine_is_told_nothing_and_shown_a_table(tree: Spec):
@@ -71,6 +72,15 @@ def test_a_roomy_machine_is_told_nothing_and_shown_a_table(tree: Spec):
     start = next(number for number, line in enumerate(lines) if line.split() == head)
     assert [line.split()[0] for line in lines[start + 1 : start + 8]][:2] == ["stage", "load"]
     assert lines[start + 8].split() == ["free", "here", "64.0", "GB", "150.0", "GB", "100.0", "GB"]
+
+
+def test_processes_that_decode_dicom_are_counted_for_each_loader(tree: Spec):
+    there = replace(FACTS, data=replace(DATA, decoders=2))
+    for given, count in (("auto", 4), (0, 1)):
+        more, less = (
+            need(plan(tree, facts, training={"dataloader_num_workers": given}), "train") for facts in (there, FACTS)
+        )
+        assert more.memory.most - less.memory.most == pytest.approx(1.1 * count * DECODER_BYTES, rel=0.01)
 
 
 def test_what_is_published_lies_in_scratch_and_then_in_the_output(tree: Spec):
@@ -97,7 +107,7 @@ def test_smaller_formats_add_their_sizes(tree: Spec):
     [
         ({"save_steps": 100}, 1, 1),
         ({"save_steps": 5, "keep": 2}, 3, 2),
-        ({"save_steps": 1, "keep": 1, "keep_every": 10}, 5, 4),
+        ({"save_steps": 1, "keep": 1}, 2, 1),
     ],
 )
 def test_one_checkpoint_more_than_is_kept_lies_in_the_output_for_a_while(
@@ -135,8 +145,8 @@ def test_scratch_and_output_on_one_disk_take_each_other_s_room(tree: Spec):
     )
     straight = plan(tree, one)  # which is large enough for merged weights once
     assert (straight.foreseen.scratch_copy, straight.foreseen.shortages) == (False, ())
-    assert decided(validate(tree), straight).export.scratch_copy is False
-    assert decided(validate(tree), straight).digest == validate(tree).digest
+    assert apply_plan(validate(tree), straight).export.scratch_copy is False
+    assert apply_plan(validate(tree), straight).digest == validate(tree).digest
 
 
 def test_weights_that_smaller_formats_are_made_from_stay_on_scratch(tree: Spec):
@@ -144,7 +154,7 @@ def test_weights_that_smaller_formats_are_made_from_stay_on_scratch(tree: Spec):
     assert plan(tree, small).foreseen.scratch_copy is False
     found = plan(tree, small, export={"merged_4bit": True})
     assert found.foreseen.scratch_copy is True
-    assert "set export.merged_4bit to false, point JOB_SCRATCH at a larger disk" in refused(found)
+    assert "leave out export.merged_4bit, point JOB_SCRATCH at a larger disk" in refused(found)
 
 
 def test_what_an_earlier_attempt_wrote_is_not_needed_again(tree: Spec):
@@ -152,7 +162,7 @@ def test_what_an_earlier_attempt_wrote_is_not_needed_again(tree: Spec):
     there = {"merged": 2 * BASE.bytes // 3, "checkpoints": 12 * LORA + BASE.rest}
     small = replace(FACTS, limits=limits(output=8))
     assert "output.url" in refused(plan(tree, small))
-    again = replace(small, written=there, checkpoints=(39,), keys=frozenset({MERGING}))
+    again = replace(small, written=there, checkpoints=(39,), keys=frozenset({MERGING_KEY}))
     assert not any(each.sure for each in plan(tree, again).foreseen.shortages)
     left = {"export/merged": BASE.bytes, "export/adapter": 4 * LORA}
     scratch = replace(FACTS, limits=limits(scratch=1), left=left, checkpoints=(39,))
@@ -198,3 +208,15 @@ def test_a_base_that_is_not_here_yet_is_fetched_to_scratch(tree: Spec):
 def test_a_published_job_needs_nothing(tree: Spec):
     found = plan(tree, replace(FACTS, keys=frozenset({"RESULT.json"}), limits=limits(0.1, 0.1, 0.1)))
     assert (found.foreseen.needs, found.foreseen.shortages) == ((), ())
+
+
+def test_a_cure_is_never_what_the_spec_has_already_or_forbids(tree: Spec):
+    small = replace(FACTS, limits=limits(scratch=20, output=1))
+    hub = {"scratch_copy": "auto", "hub": {"merged_repo": "clinic/chest"}}
+    told = refused(plan(tree, small, export=hub))
+    assert "leave out export.hub.merged_repo" in told
+    assert "scratch_copy" not in told
+    checkpoints = replace(FACTS, limits=limits(output=0.1))
+    told = refused(plan(tree, checkpoints, export={"merged": False}))
+    assert "output.url /output: train needs" in told or "publish needs" in told
+    assert "export.merged" not in told

@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
+from job.config.environment import Environment
+from job.config.loader import validate
 from job.errors import SpecError
-from job.output import open_output
-from job.peaks import used_bytes
-from job.plan import Plan, make_plan
+from job.output.ownership import open_output
 from job.planning.needs import MARGIN, SMALL, Range
+from job.planning.plan import Plan, make_plan
 from job.planning.shortage import refuse
-from job.specfile import validate
-from job.survey import survey
+from job.planning.survey import survey
+from job.runtime.peaks import used_bytes
 from tests.conftest import ROOT, job_environment
 from tests.planning.conftest import Enter
 from tests.tiny import picture
@@ -77,7 +78,7 @@ def to(whole: dict[str, Any], url: Path, **export: Any) -> dict[str, Any]:
 def planned(tree: dict[str, Any], scratch: Path) -> Plan:
     spec = validate(tree)
     scratch.mkdir(exist_ok=True)
-    return make_plan(spec, survey(spec, open_output(spec), scratch, fetch=False).facts)
+    return make_plan(spec, survey(spec, open_output(spec), scratch, Environment.read(os.environ), fetch=False).facts)
 
 
 def needed(plan: Plan, of: str) -> Range:
@@ -169,9 +170,7 @@ def test_what_was_granted_bounds_scratch_on_a_large_disk(
     monkeypatch.setenv("JOB_SCRATCH", str(tmp_path / "s"))
     monkeypatch.setenv("JOB_SCRATCH_GB", "0.05")
     plan = planned(to(whole, tmp_path / "output", scratch_copy=True), tmp_path / "s")
-    says = (
-        rf"scratch {tmp_path}/s \(of JOB_SCRATCH_GB\): export needs at least .*set export.scratch_copy to auto or false"
-    )
+    says = rf"scratch {tmp_path}/s \(of JOB_SCRATCH_GB\): export needs at least .*set export.scratch_copy to false"
     with pytest.raises(SpecError, match=says):
         refuse(plan.foreseen.shortages)
 

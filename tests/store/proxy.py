@@ -36,7 +36,7 @@ class Message:
 
 @dataclass
 class Proxy:
-    """Between a client and the server at `upstream`. `fault` falls on request number `at`, counted from 1.
+    """Between a client and the server at `upstream`. `fault` falls on request number `at`, counted from 1, or on all (-1).
 
     `rate` is bytes per second over all connections (0: no limit), `delay` seconds before each answer. A beheaded answer
     ends three bytes behind `cut`, or in the middle of its head where it has no such header.
@@ -117,7 +117,7 @@ class Proxy:
         self.seen.append(request.first)
         self.heads.append(request.head)
         number = len(self.seen)
-        fault = self.fault if number == self.at or (self.fault == "expired" and 0 < self.at <= number) else ""
+        fault = self.fault if self.at in (number, -1) or (self.fault == "expired" and 0 < self.at <= number) else ""
         own = self.before(request) if self.before else None
         if own is not None or fault in ("503", "500", "expired"):
             writer.write(own or _refusal(fault))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import signal
@@ -29,6 +30,7 @@ from job.store import (
     open_store,
     upload_folder,
 )
+from job.store.local import disk_fault
 from tests.s3 import SMALL_PART
 
 names = st.text(
@@ -153,15 +155,17 @@ def test_files_of_every_size_survive_the_round_trip(store: Store, tmp_path: Path
     data = os.urandom(size)
     (tmp_path / "up").write_bytes(data)
     digest = Digest(size, hashlib.sha256(data).hexdigest())
-    assert store.upload(tmp_path / "up", "some file") == digest
-    assert store.download("some file", tmp_path / "sub/down", sha256=digest.sha256) == digest
+    sent = store.upload(tmp_path / "up", "some file")
+    assert sent[:2] == digest[:2]
+    assert [entry.version for entry in store.list()] == [sent.version]
+    assert store.download("some file", tmp_path / "sub/down", sha256=digest.sha256) == sent
     assert (tmp_path / "sub/down").read_bytes() == data
     assert [path.name for path in (tmp_path / "sub").iterdir()] == ["down"]
 
 
 def test_content_that_was_not_promised_never_gets_its_name(store: Store, tmp_path: Path) -> None:
     store.write("key", b"other bytes")
-    with pytest.raises(Corrupt, match="as promised") as refused:
+    with pytest.raises(Corrupt, match="as expected") as refused:
         store.download("key", tmp_path / "file", sha256="0" * 64)
     assert refused.value.exit_code == 65
     assert list(tmp_path.glob("*file*")) == []
@@ -249,10 +253,10 @@ def test_age_is_measured_by_one_clock(store: Store) -> None:
         ("s3://", "names no bucket"),
         ("s3:///prefix", "names no bucket"),
         ("s3://UP_&/x", "names no bucket"),
-        ("s3://key:secret@bucket/x", "no place"),
-        ("s3://bucket/a/../b", "cannot be used"),
-        ("gs://bucket/x", "kind"),
-        ("https://bucket/x", "kind"),
+        ("s3://key:secret@bucket/x", "do not belong"),
+        ("s3://bucket/a/../b", "is not allowed"),
+        ("gs://bucket/x", "not a supported URL"),
+        ("https://bucket/x", "not a supported URL"),
         ("file://host/path", "three slashes"),
     ],
 )
@@ -269,8 +273,9 @@ def test_encryption_asked_of_a_folder_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_may_not_be_written_is_not_allowed(tmp_path: Path) -> None:
     # /proc refuses even root.
-    with pytest.raises((NotAllowed, Unavailable), match="/proc"):
-        check_writable(open_store("/proc/self/store"))
+    for place in ("/proc/self/store", "/proc/store/deeper"):
+        with pytest.raises(SpecError, match="/proc/.*store cannot be created: that file system takes no new folders"):
+            check_writable(open_store(place))
     if os.geteuid() != 0:
         tmp_path.chmod(0o500)
         with pytest.raises(NotAllowed, match="may not write"):
@@ -324,3 +329,16 @@ def test_words_used_in_keys_are_all_kept(store: Store) -> None:
     key = "".join(sorted(set(string.punctuation) - set("/."))) + " %2F %25 + ünïcödé 日本"
     store.write(key, b"x")
     assert [entry.key for entry in store.list()] == [key]
+
+
+def test_a_link_that_leads_nowhere_is_named_and_not_tried_again(tmp_path: Path) -> None:
+    (tmp_path / "lustre").symlink_to(tmp_path / "unmounted")
+    for url in (tmp_path / "lustre", tmp_path / "lustre" / "runs"):
+        with pytest.raises(SpecError, match=r"lustre is a link to .*unmounted, which does not exist; fix the link"):
+            open_store(str(url)).write("a", b"")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EFBIG, errno.ENXIO, errno.EOPNOTSUPP, errno.ENAMETOOLONG])
+def test_what_a_file_system_refuses_for_good_is_the_specs_fault(number: int) -> None:
+    assert isinstance(disk_fault(OSError(number, ""), Path("/somewhere")), SpecError)
+    assert isinstance(disk_fault(OSError(errno.EIO, ""), Path("/somewhere")), Unavailable)

@@ -12,18 +12,19 @@ from typing import Any
 import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from job.attempt import Attempt
-from job.model import Loaded, load_model
-from job.model.compiling import compiled, keep_flex_attention_compiled
-from job.plan import make_plan
-from job.preemption import Preemption
-from job.record import Record
+from job.config.environment import Environment
+from job.context import RunContext
+from job.model.load import load_model
+from job.model.loaded import Loaded
+from job.model.patches.compile_stance import compiled
+from job.planning.plan import make_plan
+from job.planning.survey import survey
+from job.runtime.preemption import Preemption
+from job.runtime.status import Record
 from job.store import open_store
 from job.store.lease import acquire
-from job.survey import survey
-from job.train.fit import fit
+from job.train.stage import train
 from tests.tiny import batch, job_spec, picture
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo asks for it as it traces
@@ -84,7 +85,7 @@ def trained(tmp_path: Path, tiny: Callable[..., Path], counted: Counted) -> Call
         )
         store, scratch = open_store(spec.output.url), tmp_path / "scratch" / "job"
         scratch.mkdir(parents=True)
-        found = survey(spec, store, scratch, fetch=True)
+        found = survey(spec, store, scratch, Environment(), fetch=True)
         loaded = loaded_with_a_compiled_layer(tiny("llava"), counted, finetune_vision_layers=False)
 
         def card(_: Any, __: Any, named: Any) -> None:
@@ -94,8 +95,8 @@ def trained(tmp_path: Path, tiny: Callable[..., Path], counted: Counted) -> Call
         loaded.model.get_base_model().register_forward_pre_hook(card, with_kwargs=True)
         assert found.data is not None
         with acquire(store, "test", 60.0) as lease, Record(store, scratch).kept() as record:
-            attempt = Attempt(spec, store, lease, scratch, record, Preemption(), 1)
-            fit(attempt, dataclasses.replace(make_plan(spec, found.facts), compile=compile), loaded, found.data)
+            attempt = RunContext(spec, store, lease, scratch, record, Preemption(), 1)
+            train(attempt, dataclasses.replace(make_plan(spec, found.facts), compile=compile), loaded, found.data)
         return counted.rows
 
     return run
@@ -155,15 +156,3 @@ def asked(loaded: Loaded) -> dict[str, Any]:
     one = batch()[0]
     text = loaded.processor.apply_chat_template(one["messages"][:-1], add_generation_prompt=True)
     return {"text": [text], "images": [one["images"]]}
-
-
-def test_flex_attention_is_compiled_whatever_the_stance(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(
-        ALL_ATTENTION_FUNCTIONS, "flex_attention", torch.compile(lambda query: query * 2, backend=counted)
-    )
-    keep_flex_attention_compiled()
-    with compiled(False):
-        ALL_ATTENTION_FUNCTIONS["flex_attention"](torch.ones(3, 4, 5))
-        assert counted.rows == [3]
-        torch.compile(lambda query: query * 3, backend=counted)(torch.ones(3, 4, 5))
-    assert counted.rows == [3]

@@ -17,16 +17,17 @@ import pytest
 import torch
 from peft import get_peft_model_state_dict
 
-from job.attempt import Attempt
+from job.config.environment import Environment
+from job.context import RunContext
 from job.errors import Preempted
 from job.model.transformers_backend import load
-from job.plan import make_plan
-from job.preemption import Preemption
-from job.record import Record
+from job.planning.plan import make_plan
+from job.planning.survey import survey
+from job.runtime.preemption import Preemption
+from job.runtime.status import Record
 from job.store import open_store
 from job.store.lease import acquire
-from job.survey import survey
-from job.train.fit import fit
+from job.train.stage import train
 from tests.resume_proof import trajectory
 from tests.tiny import job_spec, picture
 
@@ -71,7 +72,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path])
         )
         store, scratch = open_store(spec.output.url), root / f"scratch-{name}" / "job"
         scratch.mkdir(parents=True)
-        found = survey(spec, store, scratch, fetch=True)
+        found = survey(spec, store, scratch, Environment(), fetch=True)
         assert found.data is not None
         for number, stop in enumerate((*stops, 0), 1):
             loaded, preemption = load(spec, tiny("llava"), torch.device("cpu")), Preemption()
@@ -95,9 +96,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path])
                 Record(store, scratch).kept() as record,
             ):
                 record.update(checkpoint_seconds=save_seconds)
-                attempt = Attempt(spec, store, lease, scratch, record, preemption, number)
+                attempt = RunContext(spec, store, lease, scratch, record, preemption, number)
                 try:
-                    fit(attempt, make_plan(spec, found.facts), loaded, data)
+                    train(attempt, make_plan(spec, found.facts), loaded, data)
                     assert not stop
                 except Preempted:
                     assert stop
@@ -176,6 +177,6 @@ def test_where_a_save_does_not_fit_the_grace_saves_come_twice_as_often(
     trained: Trained, caplog: pytest.LogCaptureFixture
 ) -> None:
     trained("slow", save_seconds=25.0)
-    said = "a checkpoint takes 25 s to become safe, and a notice leaves 30 s (JOB_GRACE_SECONDS)"
+    said = "a checkpoint takes 25 s to reach the store, and a preemption notice leaves 30 s (JOB_GRACE_SECONDS)"
     (warning,) = [text for text in caplog.messages if said in text]
-    assert warning.endswith("saving every 2 steps from here on")
+    assert warning.endswith("saving every 2 steps from now on")

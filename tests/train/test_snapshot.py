@@ -13,20 +13,21 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from job.attempt import Attempt
 from job.checkpoint import load_weights, restore
+from job.config.environment import Environment
+from job.context import RunContext
 from job.errors import Unavailable
-from job.model import to_training
 from job.model.collator import Collator
+from job.model.load import to_training
 from job.model.transformers_backend import load
-from job.plan import make_plan
-from job.preemption import Preemption
-from job.record import Record
+from job.planning.plan import make_plan
+from job.planning.survey import survey
+from job.runtime.preemption import Preemption
+from job.runtime.status import Record
 from job.store import open_store
 from job.store.lease import acquire
-from job.survey import survey
-from job.train.fit import fit
 from job.train.snapshot import Snapshot
+from job.train.stage import train
 from tests.tiny import job_spec, picture
 
 
@@ -114,12 +115,12 @@ def test_plain_transformers_goes_on_from_a_checkpoint(tiny: Callable[..., Path],
     )
     store, scratch = open_store(spec.output.url), tmp_path / "scratch"
     scratch.mkdir()
-    found = survey(spec, store, scratch, fetch=True)
+    found = survey(spec, store, scratch, Environment(), fetch=True)
     assert found.data is not None
     loaded = load(spec, base, torch.device("cpu"))
     with acquire(store, "test", 60.0) as lease, Record(store, scratch).kept() as record:
-        fit(
-            Attempt(spec, store, lease, scratch, record, Preemption(), 1),
+        train(
+            RunContext(spec, store, lease, scratch, record, Preemption(), 1),
             make_plan(spec, found.facts),
             loaded,
             found.data,

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from job.config.loader import validate
 from job.errors import SpecError
-from job.packages import check_packages
-from job.specfile import validate
+from job.planning.optional_packages import check_packages
 from job.train.trackers import Tracker
 from tests.conftest import Job
 
@@ -33,7 +33,7 @@ def test_a_tracker_that_fails_is_told_once_and_left(caplog: pytest.LogCaptureFix
     for _ in range(2):
         tracker.on_log(None, None, None, logs={"loss": 1.0})
     (told,) = caplog.messages
-    assert told.startswith("training.report_to: tensorboard fails, and gets nothing more from this attempt: ")
+    assert told.startswith("training.report_to: tensorboard failed, and is disabled for this attempt: ")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""The job spec: its schema, the rules between fields, and how it is loaded."""

@@ -1,0 +1,208 @@
+"""Joins a tree of DICOM files and a table of reports into one row per report, with its images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from job.config.schema import DatasetSpec, SeriesSpec
+from job.data.dicom import SCREENS, SECONDARY, TECHNICAL, choose, read_header
+from job.data.pixels import BadRow
+from job.data.tables import LINE, PATIENT, WHY, read_line
+from job.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+STACKED = ("CT", "MR", "PT", "NM")
+"""Modalities whose series are stacks of slices; each file of the others is a separate image."""
+KEYS = {
+    "SOPInstanceUID": ("sopinstanceuid", "sopuid", "imageuid", "instanceuid", "dicomid"),
+    "SeriesInstanceUID": ("seriesinstanceuid", "seriesuid"),
+    "StudyInstanceUID": ("studyinstanceuid", "studyuid", "studyid", "study"),
+    "AccessionNumber": ("accessionnumber", "accession"),
+    "PatientID": ("patientid", "patient", "subjectid", "subject"),
+    "path": ("filename", "file", "path", "filepath", "image"),
+}
+"""What a report may identify its images by → column names, in lower-case letters and digits; the narrowest match wins."""
+WIDE = ("StudyInstanceUID", "AccessionNumber", "PatientID")
+"""Keys that match more images than the report's author looked at: scouts, dose pages, screens."""
+TAGS = [*KEYS, "InstanceNumber", "SeriesNumber", "NumberOfFrames", "Rows", "ImageLaterality", *TECHNICAL.values()]
+TAGS += ["SOPClassUID", "ImageType", "SeriesDescription"]
+TAGS.remove("path")
+
+Header = dict[str, str]
+"""What is read from a file: its `TAGS` as text, and its `path`. It stays in memory."""
+
+
+def index_studies(
+    spec: DatasetSpec, folder: Path, files: list[Path], reports: Dataset, field: str
+) -> tuple[Iterator[str], str]:
+    """Returns one line of JSON per report, with `image` (values for `job.data.images`), the technical columns and the patient's
+    digest; and a description of the join. Raises DataError if no report names a file."""
+    damaged = list[Path]()
+    headers = [header for header in _headers(folder, files, damaged) if header is not None]
+    table = [_report(row) for row in reports]
+    said = [report for report in table if isinstance(report, dict)]
+    if not headers or not said:
+        raise DataError(f"{field}: {folder} holds {len(headers)} DICOM images and {len(said)} reports")
+    key, column = _join(spec, headers, said, field)
+    chosen = spec.dicom.series if key in WIDE else NAMED
+    found: dict[str, list[Header]] = {}
+    for header in headers:
+        found.setdefault(header[key], []).append(header)
+
+    def lines() -> Iterator[str]:
+        for report in table:
+            if isinstance(report, str):
+                yield report
+            else:
+                headers = found.get(str(report.get(column) or ""), [])
+                yield json.dumps(_row(report, headers, take(headers, chosen), spec), default=str)
+
+    named = {str(report.get(column) or "") for report in said}
+    alone = sum(len(those) for name, those in found.items() if name not in named)
+    words = f"{len(headers)} DICOM images joined with {len(table)} reports by {key} (column {column})"
+    words += f", {alone} images without a report left out" if alone else ""
+    words += f", {len(damaged)} damaged files left out ({damaged[0].name} among them)" if damaged else ""
+    return lines(), words + _left_out([header for name in named for header in found.get(name, [])], chosen)
+
+
+def _report(row: dict[str, Any]) -> dict[str, Any] | str:
+    """Returns values by column; a broken line as it is, so that it becomes a bad row."""
+    try:
+        return read_line(row[LINE]) if LINE in row else row
+    except BadRow:
+        return str(row[LINE])
+
+
+def _headers(folder: Path, files: list[Path], damaged: list[Path]) -> Iterator[Header | None]:
+    """Yields None if it is not a DICOM image (a report, a directory, another file); adds images without a size to `damaged`."""
+    from pydicom.uid import UID
+
+    def header(file: Path) -> Header | None:
+        try:
+            read = read_header(file, TAGS)
+            tags = {name: _text(read.get(name)) for name in TAGS}
+        except Exception:  # pydicom may raise anything on other files
+            return None
+        kind = UID(str(read.file_meta.get("MediaStorageSOPClassUID") or tags["SOPClassUID"]))
+        if not tags["Rows"] and (not kind or "Image Storage" in kind.name):
+            damaged.append(file)
+        tags["path"] = file.relative_to(folder).as_posix()
+        tags["Laterality"] = tags["Laterality"] or tags["ImageLaterality"]
+        return tags if tags["Rows"] else None
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        warnings.simplefilter("ignore")
+        yield from pool.map(header, files)
+
+
+def _join(spec: DatasetSpec, headers: list[Header], reports: list[dict[str, Any]], field: str) -> tuple[str, str]:
+    """Returns the key, and the report column that identifies files by it."""
+    columns = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in reversed(list(reports[0]))}
+    for key, names in KEYS.items():
+        column = spec.dicom.report_key or next((columns[name] for name in names if name in columns), None)
+        there = {header[key] for header in headers} - {""}
+        if column is not None and any(str(report.get(column) or "") in there for report in reports):
+            return key, column
+    raise DataError(
+        f"{field}: no column of the reports names a DICOM file by {', '.join(KEYS)}; the columns are "
+        f"{', '.join(reports[0])}. Set dataset.dicom.report_key to the one that does"
+    )
+
+
+NAMED = SeriesSpec(every_kind=True)
+"""The rule for images that a report names one by one."""
+NO_PICTURES = ("SEG", "RTDOSE", "RTIMAGE", "SR", "PR", "KO", "DOC", "REG")
+"""Modalities of objects derived from images, or without images."""
+
+
+def kind_of(header: Mapping[str, str]) -> str:
+    """Describes a file that is not an image for a report to be about; empty if it may be one."""
+    image_type = header["ImageType"].upper().split("\\")
+    if header["Modality"] in NO_PICTURES:
+        return f"{header['Modality']} objects"
+    if "LOCALIZER" in image_type:
+        return "localizers"
+    if f"{header['SOPClassUID']}.".startswith(f"{SECONDARY}."):
+        return "secondary captures"
+    return "screens" if any(value in SCREENS for value in image_type) else ""
+
+
+def take(headers: list[Header], rule: SeriesSpec) -> list[Header]:
+    """Returns the images of the series that the rule selects."""
+    series: dict[str, list[Header]] = {}
+    for header in sorted(headers, key=_order):
+        if _fits(header, rule):
+            series.setdefault(header["SeriesInstanceUID"], []).append(header)
+    if rule.take == "all" or not series:
+        return [header for those in series.values() for header in those]
+    if rule.take == "first":
+        return next(iter(series.values()))
+    return max(series.values(), key=lambda those: sum(_number(header["NumberOfFrames"]) or 1 for header in those))
+
+
+def _fits(header: Header, rule: SeriesSpec) -> bool:
+    described = rule.description is None or re.search(rule.description, header["SeriesDescription"], re.IGNORECASE)
+    of_kind = rule.every_kind or not kind_of(header)
+    return bool(described) and of_kind and (rule.modality is None or header["Modality"] in rule.modality)
+
+
+def _left_out(headers: list[Header], rule: SeriesSpec) -> str:
+    """Describes how many images of each kind are left out."""
+    if rule.every_kind:
+        return ""
+    kinds = Counter(kind for header in headers if (kind := kind_of(header)))
+    listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    return f"; left out: {listed} (dataset.dicom.series)" if kinds else ""
+
+
+def _text(value: Any) -> str:
+    """Returns a tag's value; several values are separated by backslashes, as in the file."""
+    several = value is not None and not isinstance(value, str) and hasattr(value, "__iter__")
+    return ("\\".join(map(str, value)) if several else str(value or "")).strip()
+
+
+def _row(report: dict[str, Any], there: list[Header], headers: list[Header], spec: DatasetSpec) -> dict[str, Any]:
+    """Builds a report's row. Without a file it has no image and is a bad row. `headers` are those selected from the files
+    `there`."""
+    patients = sorted({header["PatientID"] for header in there} - {""})
+    digest = hashlib.sha256("\0".join(patients).encode()).hexdigest() if patients else None
+    commonest = {tag: Counter(header[tag] for header in headers).most_common(1) for tag in TECHNICAL.values()}
+    technical = {column: commonest[tag][0][0] if headers else "" for column, tag in TECHNICAL.items()}
+    why = {WHY: "no image in the series that dataset.dicom.series selects"} if there and not headers else {}
+    return {**technical, **report, "image": _images(headers, spec) or None, PATIENT: digest, **why}
+
+
+def _images(headers: list[Header], spec: DatasetSpec) -> list[dict[str, Any]]:
+    """Returns each file or, for a stack, the frames that the spec selects."""
+    values: list[dict[str, Any]] = []
+    series: dict[str, list[Header]] = {}
+    for header in sorted(headers, key=_order):
+        stacked = header["Modality"] in STACKED and header["NumberOfFrames"] in ("", "1")
+        series.setdefault(header["SeriesInstanceUID"] if stacked else header["path"], []).append(header)
+    for stack in series.values():
+        try:
+            chosen = [{"path": stack[n]["path"]} for n in choose(len(stack), spec.dicom.frames)]
+        except BadRow:
+            return []
+        values += [{"montage": chosen}] if len(chosen) > 1 and spec.dicom.frames == "montage" else chosen
+    return values
+
+
+def _order(header: Header) -> tuple[int, str, int, str]:
+    series, instance = _number(header["SeriesNumber"]), _number(header["InstanceNumber"])
+    return series, header["SeriesInstanceUID"], instance, header["path"]
+
+
+def _number(text: str) -> int:
+    return int(text) if re.fullmatch(r"-?\d+", text) else 0

@@ -1,0 +1,114 @@
+"""Defines what is known of the data: counts, quarantined rows and near-duplicates, and their JSON."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class QuarantinedRow:
+    """A row that cannot be used: its index and why, never its content. `of` says that it is one of the user's held-out rows."""
+
+    row: int
+    reason: str
+    of: Literal["evaluation"] | None = None
+
+
+@dataclass(frozen=True)
+class NearPair:
+    """A held-out row and a training row with near-duplicate images, by their ids."""
+
+    evaluation: str
+    train: str
+    bits_apart: int
+
+
+@dataclass(frozen=True)
+class TokenFacts:
+    """Tokens of a row."""
+
+    median: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """Images and their sizes (width, height), ordered by area. `most` is the largest number in a row."""
+
+    count: int
+    smallest: tuple[int, int]
+    median: tuple[int, int]
+    largest: tuple[int, int]
+    most: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitFacts:
+    """Counts of the rows of one source. `tokens` and `images` are None if none were counted, `looked_at` if every row was."""
+
+    rows: int
+    other_splits: dict[str, int] = field(default_factory=dict)
+    """Rows whose own split column names another split, by that split."""
+    split_column: str | None = None
+    decoders: int = 0
+    """Processes that decode DICOM."""
+    burned_in_yes: int = 0
+    burned_in_maybe: int = 0
+    burned_in_masked: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    """Quarantined rows by reason, the most frequent first."""
+    without_images: int = 0
+    over_length: int = 0
+    lossy: int = 0
+    """Rows with U+FFFD in their texts."""
+    absolute: int = 0
+    """Rows that name an image by an absolute path."""
+    tokens: TokenFacts | None = None
+    images: ImageFacts | None = None
+    looked_at: int | None = None
+
+    def with_held_out(self, theirs: SplitFacts) -> SplitFacts:
+        """Adds the user's held-out rows to the counts of `BOTH` and to the reasons."""
+        added = {name: getattr(self, name) + getattr(theirs, name) for name in BOTH}
+        return replace(self, **added, reasons=dict(Counter(self.reasons) + Counter(theirs.reasons)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts(SplitFacts):
+    """Counts of both sides of the split; `train` and `evaluation` are estimates if `looked_at` is not None. `held_out_source` and
+    `same_in_both` (groups or images on both sides) are None if the job itself holds rows out; `train_sha256` if not every row
+    was to be validated."""
+
+    source: str
+    """Where the rows are and which columns are read, in words."""
+    left_out: tuple[str, ...] = ()
+    """Tables named after other splits."""
+    held_out_source: str | None = None
+    same_in_both: int | None = None
+    train: int
+    evaluation: int
+    quarantined: int = 0
+    near_duplicates: int = 0
+    instruction: str | None = None
+    """The instruction that all rows share, if they do."""
+    train_sha256: str | None = None
+    grouped: bool = False
+
+
+BOTH = ("burned_in_yes", "burned_in_maybe", "burned_in_masked", "over_length", "without_images", "lossy", "absolute")
+"""Facts that count training rows and the user's held-out rows together."""
+NULLS = ("split_column", "instruction")
+"""Keys that are null in JSON if they are None. Others are left out."""
+
+
+def as_json(found: SplitFacts | QuarantinedRow | NearPair) -> dict[str, Any]:
+    """Returns what a report or a file of `data/` holds. Order and names of fields are those of the JSON."""
+    return {name: value for name, value in asdict(found).items() if value is not None or name in NULLS}
+
+
+def as_jsonl(found: Iterable[QuarantinedRow | NearPair]) -> bytes:
+    return "".join(f"{json.dumps(as_json(each))}\n" for each in found).encode()

@@ -1,0 +1,218 @@
+"""Finds the files below a folder that hold the rows of a split, their format, and the files left out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from job.config.schema import DatasetSpec
+from job.data.cards import files_by_split
+from job.data.text import encoding_of
+from job.errors import DataError
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+KINDS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".tar": "webdataset",
+}
+NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+"""Files that `datasets` writes beside rows."""
+LARGEST_NOTE = 64_000_000
+"""Largest .json file, in bytes, that is checked for being a single object, and so not rows."""
+TRAIN = "train"
+"""The split that takes all files if none is named after a split. For any other split that would be a leak."""
+WORDS = {
+    TRAIN: "train|training|trn|trainval",
+    "validation": "(?:mini)?val|valid|validation|dev|devel",
+    "test": "test|testing|tst|eval|evaluation|held[_ -]?out|hold[_ -]?out",
+}
+SPLITS = {
+    split: re.compile(rf"(?<![a-z])({words})(?:[_ -]?(?:set|data|dataset|split))?(?![a-z])")
+    for split, words in WORDS.items()
+}
+"""Common names of splits: trainset.json, X_test.csv, val2017/, TestData.tsv."""
+LISTED = 4
+"""File names that are written out; of more, only the first and the last are."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The files that make up the rows, their format, and the reason in words. `left_out` are tables named after other splits."""
+
+    kind: str
+    files: list[Path]
+    why: str
+    left_out: tuple[str, ...] = ()
+
+
+def find_rows(spec: DatasetSpec, here: Path, split: str, field: str, held_out: bool = False) -> Found:
+    """Finds the rows of `split` in a file or below a folder. `held_out` prefers tables named as held out.
+
+    Raises DataError if there are none, or only those of other splits.
+    """
+    files = [here] if here.is_file() else files_below(here)
+    root = here if here.is_dir() else here.parent
+    asked = spec.format
+    if here.is_dir() and asked not in ("dicom", "imagefolder"):
+        by_card = files_by_split(here, spec.name)
+        if found := _carded(by_card, files, here, split, field, held_out):
+            return found
+    if asked in ("auto", "imagefolder") and here.is_dir():
+        named_so = [file for file in files if file.name in METADATA and file.parent.parent in (here, here.parent)]
+        beside = sorted(_files_of_split(named_so, here, split, held_out), key=lambda file: METADATA.index(file.name))
+        beside = [file for file in beside if file.parent == here] or beside
+        if len({file.parent for file in beside}) == 1:
+            return _found("", beside[:1], files, here, split)
+    tables = rows_among(files)
+    rest = [file for file in files if file.suffix.lower() not in KINDS]
+    kinds = Counter(KINDS[file.suffix.lower()] for file in tables)
+    if asked == "dicom" or (asked == "auto" and not kinds["webdataset"] and any(map(_is_dicom, rest[:200]))):
+        return Found("dicom", rest, "")
+    if asked not in ("auto", "hub"):
+        tables = [file for file in tables if KINDS[file.suffix.lower()] == asked]
+    elif kinds["webdataset"]:
+        tables = [file for file in tables if KINDS[file.suffix.lower()] == "webdataset"]
+    chosen = tables if here.is_file() and split == TRAIN else _files_of_split(tables, root, split, held_out)
+    if not chosen:
+        raise DataError(f"{field}: {here} holds {_nothing_for(spec, split, tables, files, root)}")
+    kind = KINDS[chosen[0].suffix.lower()]
+    chosen = [file for file in chosen if KINDS[file.suffix.lower()] == kind]
+    return _found(kind, chosen, files, root, split)
+
+
+def _carded(
+    named: dict[str, list[Path]], files: list[Path], here: Path, split: str, field: str, held_out: bool
+) -> Found | None:
+    """Returns the rows that README.md names; None if it names images and no tables."""
+    by_split = {name: tables for name, those in named.items() if (tables := rows_among(those))}
+    if not by_split:
+        return None
+    chosen = of_split([f"{name}/" for name in by_split], split, held_out)
+    if len(chosen) != 1:
+        raise DataError(
+            f"{field}: README.md of {here} names the splits {', '.join(by_split)}, not {split}; name one in dataset.split"
+        )
+    those = by_split[chosen[0][:-1]]
+    kind = KINDS[those[0].suffix.lower()]
+    found = _found(kind, [file for file in those if KINDS[file.suffix.lower()] == kind], files, here, split)
+    return replace(found, why=f"{found.why} as listed in README.md")
+
+
+def _found(kind: str, chosen: list[Path], files: list[Path], root: Path, split: str) -> Found:
+    kind = "imagefolder" if len(chosen) == 1 and chosen[0].name in METADATA else kind
+    others = [file for file in _tables_among(files) if file not in set(chosen)]
+    read, left = ([_relative(file, root) for file in those] for those in (chosen, others))
+    why = f"{'image folder: it holds' if kind == 'imagefolder' else f'{kind}:'} {listed(read)}"
+    left_out = tuple(name for name in left if split_of(name) not in (None, split_of(split)))
+    return Found(kind, chosen, why + (f" (not read: {listed(left)})" if left else ""), left_out)
+
+
+def files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+
+
+def tables_below(folder: Path) -> list[Path]:
+    return rows_among(files_below(folder))
+
+
+def rows_among(files: list[Path]) -> list[Path]:
+    """Returns the tables among files, without JSON files that are a single object, which describe other files. If all tables are
+    JSON, an object on one line may be a row."""
+    tables = _tables_among(files)
+    alike = {file.suffix.lower() for file in tables} == {".json"}
+    rows = [file for file in tables if not _is_object(file, over_lines=alike)] if len(tables) > 1 else tables
+    return rows or tables
+
+
+def _tables_among(files: list[Path]) -> list[Path]:
+    """Excludes what `datasets` writes beside rows and keeps in its caches."""
+    tables = [file for file in files if file.suffix.lower() in KINDS and file.name not in NOT_ROWS]
+    return [file for file in tables if file.suffix.lower() != ".arrow" or _is_saved(file)]
+
+
+def _is_saved(file: Path) -> bool:
+    """Whether an Arrow file holds rows: the state of a saved data set names it or, without a state, it is not a cache file."""
+    try:
+        state = json.loads((file.parent / "state.json").read_text())
+        return file.name in {each["filename"] for each in state["_data_files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return not file.name.startswith(("cache-", "tmp"))
+
+
+def _is_object(file: Path, over_lines: bool) -> bool:
+    if file.suffix.lower() != ".json" or file.stat().st_size > LARGEST_NOTE:
+        return False
+    text = file.read_text(encoding_of(file), errors="replace").strip()
+    try:
+        whole = text.startswith("{") and json.JSONDecoder().raw_decode(text)[1] == len(text)
+    except (ValueError, RecursionError):
+        return False
+    return whole and ("\n" in text or not over_lines)
+
+
+def split_of(name: str) -> str | None:
+    """Returns the split that a file (by its path from the data root) is named after: by its own name, else by its folders', the
+    nearest first. A file that names several is a training file if `train` is among them."""
+    for part in reversed(name.split("/")):
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", part).lower()
+        if found := [split for split, pattern in SPLITS.items() if pattern.search(words)]:
+            return found[0]
+    return None
+
+
+def of_split(names: Iterable[str], split: str, held_out: bool = False) -> list[str]:
+    """Returns the files, by path from the data root, that are named after `split` or a synonym. For `train`, falls back to those
+    named after no split; for held-out rows, takes the first of test, validation, none and train that exists."""
+    names, kind = list(names), split_of(split)
+    exact = [name for name in names if re.search(rf"(^|[/_.-]){re.escape(split)}[/_.-]", name)]
+    if kind is None:
+        return exact
+    kinds: list[str | None] = ["test", "validation", None, TRAIN] if held_out else [TRAIN, None]
+    for wanted in kinds if kind == TRAIN else [kind]:
+        if those := [name for name in names if split_of(name) == wanted]:
+            return [name for name in those if name in exact] or those
+    return []
+
+
+def _files_of_split(files: list[Path], root: Path, split: str, held_out: bool) -> list[Path]:
+    names = {_relative(file, root): file for file in files}
+    return [names[name] for name in of_split(names, split, held_out)]
+
+
+def listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= LISTED else f"{names[0]} … {names[-1]} ({len(names)} files)"
+
+
+def _nothing_for(spec: DatasetSpec, split: str, tables: list[Path], files: list[Path], root: Path) -> str:
+    if tables and split == TRAIN:
+        names = listed([_relative(file, root) for file in tables])
+        return (
+            f"only tables named after other splits than {split}: {names}; name the split to train on in "
+            "dataset.split, or the file itself in dataset.path"
+        )
+    there = Counter(file.suffix.lower() or "no ending" for file in files).most_common(5)
+    found = ", ".join(f"{count} × {suffix}" for suffix, count in there) or "nothing"
+    wanted = "metadata.jsonl or .csv, .jsonl, .json, .csv, .parquet, .arrow, .tar, DICOM, or a .zip by its own name"
+    wanted = {"auto": wanted, "imagefolder": ", ".join(METADATA)}.get(spec.format, spec.format)
+    return f"{found}; expected {wanted}" + ("" if split == TRAIN else f", named after the split {split}")
+
+
+def _relative(file: Path, root: Path) -> str:
+    return file.relative_to(root).as_posix()
+
+
+def _is_dicom(file: Path) -> bool:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except OSError:
+        return False

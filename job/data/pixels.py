@@ -1,0 +1,67 @@
+"""Defines the decoded image type, the sizes accepted, and the conversion to RGB."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from job.config.schema import DatasetSpec
+
+Image.MAX_IMAGE_PIXELS = None  # `max_image_pixels` is our bound; Pillow's would warn in every thread
+LARGEST = 10**9
+"""Maximum bytes of an image file. A file of zeros takes no room on disk, but any amount of memory."""
+MOST_NARROW = 200
+"""Maximum ratio of the sides: Qwen's processor accepts no larger one (smart_resize's MAX_RATIO)."""
+MIN_SIDE = 4
+"""Minimum side; below it, processors mistake the height for the number of channels."""
+Picture = Image.Image
+
+
+class BadRow(Exception):
+    """Why a row is quarantined. The text holds no content of the row."""
+
+
+def check_bytes(size: int) -> None:
+    if size > LARGEST:
+        raise BadRow(f"image file is larger than {LARGEST / 1e9:g} GB")
+
+
+def check_size(width: int, height: int, spec: DatasetSpec) -> None:
+    """Raises BadRow for sizes that no processor should be given."""
+    if width * height > spec.max_image_pixels:
+        raise BadRow(f"image too large: {width}×{height} is over {spec.max_image_pixels} pixels")
+    if min(width, height) < MIN_SIDE:
+        raise BadRow(f"image too small: {width}×{height}")
+    if max(width, height) > MOST_NARROW * min(width, height):
+        raise BadRow(f"image too narrow: {width}×{height}; one side may be {MOST_NARROW} times the other at most")
+
+
+def as_rgb(image: Picture) -> Picture:
+    """Converts every Pillow mode to RGB. Deep grey images (16 bits, floats) are stretched from their own darkest to brightest
+    value: scanners use 10 or 12 of 16 bits, and Pillow's own conversion would clip at 255. Transparent areas become white."""
+    if image.mode.startswith(("I", "F")):
+        return Image.fromarray(stretch(np.asarray(image, dtype=np.float32))).convert("RGB")
+    if image.mode in ("RGBA", "LA", "La", "PA", "RGBa") or "transparency" in image.info:
+        solid = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", solid.size, "white"), solid).convert("RGB")
+    if image.mode == "LAB":
+        raise BadRow("image in LAB colours, which cannot be shown")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def stretch(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Scales numbers of any range to 8 bits, lowest to highest."""
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite([low, high]).all():
+        raise BadRow("image contains values that are not numbers")
+    return ((values - low) * (255 / max(high - low, 1e-9)) + 0.5).astype(np.uint8)
+
+
+def shrink(picture: Picture, size: tuple[int, int]) -> Picture:
+    if size == picture.size:
+        return picture
+    small = picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    small.info = picture.info
+    return small

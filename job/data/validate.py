@@ -1,0 +1,238 @@
+"""Validates every row once before training; rows that cannot be used are quarantined with a reason."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from job.config.schema import JobSpec
+from job.data import BadRows
+from job.data.burned_in import BurnedIn
+from job.data.conversations import Message, as_text, read_sample, repeat_images
+from job.data.decoder import dismiss
+from job.data.facts import ImageFacts, QuarantinedRow, SplitFacts, TokenFacts
+from job.data.images import is_absolute, load_anew
+from job.data.layouts import split_of
+from job.data.near_duplicates import Bits, perceptual_hash
+from job.data.pixels import BadRow
+from job.data.sources import Source
+from job.data.tables import PATIENT
+from job.errors import DataError
+from job.output.identity import row_identity
+from job.runtime.status import on_terminal
+
+if TYPE_CHECKING:
+    from job.model.token_length import TokenCounter
+
+MAX_REASONS = 3
+CHUNK = 256
+"""Rows read from the table at a time."""
+WAITING = 16
+"""Rows that wait for a store at a time, if images are fetched one by one."""
+
+
+class ValidatedRow(NamedTuple):
+    """A good row: its index, its keys (the group column's value if there is one, then a digest of each image), the perceptual
+    hash and size of each image, its labels, its stratum, its tokens (0 if not counted), and whether text is burned into its
+    pixels (`yes`, `maybe`, `masked`, or nothing)."""
+
+    place: int
+    keys: tuple[str, ...]
+    hashes: tuple[Bits, ...]
+    sizes: tuple[tuple[int, int], ...]
+    labels: dict[str, str]
+    stratum: str
+    tokens: int
+    burned_in: str
+    digest: str
+    """SHA-256 of its texts and image files."""
+    lossy: bool
+    """Whether its texts contain U+FFFD, which programs write for a character that they could not decode."""
+    identity: bytes
+    """See `job.output.identity.row_identity`."""
+    absolute: bool
+    """Whether it names an image by an absolute path."""
+    other_split: str
+    """The split that its own split column names, if that is not the one being read; else empty."""
+
+
+def validate_rows(
+    source: Source, spec: JobSpec, measure: TokenCounter | None, most: int | None = None
+) -> tuple[list[ValidatedRow], list[QuarantinedRow], SplitFacts]:
+    """Reads every text and decodes every image once, on all cores; with `most`, those of only that many rows, evenly spread.
+
+    Returns the good rows, the bad ones, and counts for the plan. Raises DataError if too many are bad.
+    """
+    from tqdm import tqdm
+
+    dataset = spec.dataset
+    there = min(dataset.max_rows or len(source.table.rows), len(source.table.rows))
+    total = min(most or there, there)
+    places = [place * there // total for place in range(total)]
+    good, bad, burned = list[ValidatedRow](), list[QuarantinedRow](), list[int]()
+
+    def examine(place: int, row: dict[str, Any]) -> ValidatedRow | str:
+        try:
+            return _examine(place, row, source, spec, measure)
+        except BurnedIn as reason:
+            burned.append(place)
+            return str(reason)
+        except BadRow as reason:
+            return str(reason)
+        except RecursionError:
+            return "values nested too deeply"
+
+    threads = len(os.sched_getaffinity(0)) + (WAITING if source.table.streamed else 0)
+    bar = tqdm(total=total, desc="validate rows", unit="row", disable=not on_terminal())
+    with warnings.catch_warnings(), bar, ThreadPoolExecutor(threads, thread_name_prefix="look") as pool:
+        warnings.simplefilter("ignore")  # a warning from Pillow or pydicom is no reason to refuse a file
+        for start in range(0, total, CHUNK):
+            some = places[start : start + CHUNK]
+            for place, found in zip(some, pool.map(examine, some, source.rows_at(some)), strict=True):
+                bar.update()
+                if isinstance(found, str):
+                    bad.append(QuarantinedRow(place, found))
+                else:
+                    good.append(found)
+    decoders = dismiss()
+    _refuse_unusable(source, spec, good, bad, burned, total)
+    facts = replace(_facts(good, bad, spec, there), split_column=source.reading.split, decoders=decoders)
+    return good, bad, facts if total == there else replace(facts, looked_at=total)
+
+
+def _refuse_unusable(
+    source: Source, spec: JobSpec, good: list[ValidatedRow], bad: list[QuarantinedRow], burned: list[int], total: int
+) -> None:
+    """Raises BadRows if too many of the `total` rows are bad or burned-in text is refused; DataError if rows that should have
+    images have none, or if rows are too long and the spec refuses those. `burned` holds the indices of rows with burned-in
+    text."""
+    dataset, most = spec.dataset, spec.training.max_length
+    if burned and spec.privacy.burned_in == "refuse":
+        raise BadRows(
+            f"{source.field}: {len(burned)} of {total} rows have images with burned-in text (first: row "
+            f"{min(burned)}), which privacy.burned_in refuses; remove them, or set it to quarantine or mask",
+            bad,
+        )
+    blind = dataset.image_column is not None and not any(row.sizes for row in good)
+    if len(bad) > dataset.max_bad_fraction * total or not good:
+        hint = f". {_where_pictures_are(source)}" if blind and not source.reading.images else ""
+        raise BadRows(_too_many(source.field, bad, total, dataset.max_bad_fraction) + hint, bad)
+    if blind:
+        raise DataError(
+            f"{source.field}: none of {total} rows has an image ({source.decided}). {_where_pictures_are(source)}"
+        )
+    over = [row.tokens for row in good if row.tokens > most]
+    if over and dataset.over_length == "fail":
+        raise DataError(
+            f"{source.field}: {len(over)} of {len(good)} rows have more than training.max_length {most} tokens (the longest "
+            f"{max(over)}); raise it, set dataset.image_max_side, or set dataset.over_length to drop or truncate"
+        )
+
+
+def _examine(
+    index: int, row: dict[str, Any], source: Source, spec: JobSpec, measure: TokenCounter | None
+) -> ValidatedRow:
+    dataset = spec.dataset
+    values = source.read(row)
+    sample = read_sample(values, dataset, source.reading)
+    loaded = [load_anew(value, source.files, dataset, len(sample.images)) for value in sample.images]
+    files, shown = [data for each, _ in loaded for data in each], [each for _, each in loaded]
+    messages = repeat_images(sample.messages, [len(each) for each in shown])
+    sizes = tuple(picture.size for each in shown for picture in each)
+    keys = tuple(pictures := [hashlib.sha256(data).hexdigest() for data in files])
+    if not keys:  # text only: one question must not be asked on both sides
+        asked = [part["text"] for message in messages[:-1] for part in message["content"]]
+        keys = (hashlib.sha256("\0".join(asked).encode("utf-8", "surrogatepass")).hexdigest(),)
+    if dataset.group_column:
+        keys = (_needed(values, dataset.group_column), *keys)
+    elif values.get(PATIENT):
+        keys = (values[PATIENT], *keys)
+    stratum = _needed(values, dataset.stratify_column) if dataset.stratify_column else ""
+    labels = {name: as_text(values.get(label.column)) for name, label in spec.evaluation.labels.items()}
+    tokens = _length(messages, sizes, spec, measure) if measure else 0
+    hashes = tuple(perceptual_hash(picture) for each in shown for picture in each)
+    burned_in = max((str(picture.info.get("burned_in", "")) for each in shown for picture in each), default="")
+    text = json.dumps([keys, messages])
+    digest, lossy = hashlib.sha256(text.encode()).hexdigest(), "\\ufffd" in text
+    identity = row_identity(pictures, [digest, sample.weight])
+    absolute = any(map(is_absolute, sample.images))
+    other = _other_split(values.get(source.reading.split or ""), dataset.split)
+    return ValidatedRow(
+        index, keys, hashes, sizes, labels, stratum, tokens, burned_in, digest, lossy, identity, absolute, other
+    )
+
+
+def _other_split(said: Any, split: str) -> str:
+    own, wanted = split_of(said) if isinstance(said, str) else None, split_of(split)
+    return own if own and wanted and own != wanted else ""
+
+
+def _length(messages: list[Message], sizes: tuple[tuple[int, int], ...], spec: JobSpec, measure: TokenCounter) -> int:
+    try:
+        length = measure(messages, list(sizes))
+    except DataError as error:
+        raise BadRow(str(error)) from error
+    most, policy = spec.training.max_length, spec.dataset.over_length
+    if length.whole > most and policy == "drop":
+        raise BadRow(f"longer than training.max_length {most}")
+    if length.prompt >= most and policy == "truncate":
+        raise BadRow(f"longer than training.max_length {most} before the answer begins")
+    return length.whole
+
+
+def _needed(row: dict[str, Any], column: str) -> str:
+    said = as_text(row.get(column))
+    if not said:
+        raise BadRow(f"no {column}")
+    return said
+
+
+def _facts(good: list[ValidatedRow], bad: list[QuarantinedRow], spec: JobSpec, there: int) -> SplitFacts:
+    lengths = [row.tokens for row in good if row.tokens]
+    sizes = sorted((size for row in good for size in row.sizes), key=math.prod)
+    others, burned_in = Counter(row.other_split for row in good), Counter(row.burned_in for row in good)
+    del others[""]
+    images = None
+    if sizes:
+        least, median, largest = (sizes[len(sizes) * part // 2 - (part == 2)] for part in range(3))
+        images = ImageFacts(len(sizes), least, median, largest, max(len(row.sizes) for row in good))
+    return SplitFacts(
+        rows=there,
+        other_splits=dict(others),
+        burned_in_yes=burned_in["yes"],
+        burned_in_maybe=burned_in["maybe"],
+        burned_in_masked=burned_in["masked"],
+        reasons=dict(Counter(row.reason for row in bad).most_common()),
+        without_images=sum(not row.sizes for row in good),
+        over_length=sum(length > spec.training.max_length for length in lengths),
+        lossy=sum(row.lossy for row in good),
+        absolute=sum(row.absolute for row in good),
+        tokens=TokenFacts(int(np.median(lengths)), max(lengths)) if lengths else None,
+        images=images,
+    )
+
+
+def _where_pictures_are(source: Source) -> str:
+    """Suggests what to do about rows without images."""
+    columns = source.other_pictures()
+    named = f"Column {', '.join(columns)} looks like images: set" if columns else "Set"
+    return f"{named} dataset.image_column to the column that holds them, or to null to train on text alone"
+
+
+def _too_many(field: str, bad: list[QuarantinedRow], total: int, allowed: float) -> str:
+    reasons = Counter(row.reason for row in bad).most_common(MAX_REASONS)
+    first = {row.reason: row.row for row in reversed(bad)}
+    listed = "; ".join(f"{count} × {reason} (first: row {first[reason]})" for reason, count in reasons)
+    return (
+        f"{field}: {len(bad)} of {total} rows are bad, over max_bad_fraction {allowed:g}: {listed}. "
+        "Fix them, or raise dataset.max_bad_fraction"
+    )

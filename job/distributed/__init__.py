@@ -1,0 +1,1 @@
+"""The ranks of one run: which is which, which are alive, and what they exchange."""

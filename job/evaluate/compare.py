@@ -1,0 +1,128 @@
+"""Compares the stored answers before and after training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from job.config.schema import LabelSpec
+from job.errors import DataError
+from job.evaluate import bootstrap, metric_info
+from job.evaluate import label_metrics as label_fields
+from job.evaluate.bootstrap import Pair
+from job.evaluate.records import Answer, Comparison, Gap, Group, LabelTable, Method, PerRow, Settings
+from job.evaluate.text_metrics import Floats, sample_scores, signatures
+
+MOST_GROUPS = 12
+OTHER, MISSING = "(other)", "(missing)"
+
+
+def compare(
+    before_rows: Sequence[Answer],
+    after_rows: Sequence[Answer],
+    labels: Mapping[str, LabelSpec],
+    groups: Sequence[str],
+    settings: Settings,
+    extra: tuple[PerRow, PerRow] = ({}, {}),
+) -> Comparison:
+    """Compare all metrics, and those whose values for each row before and after are `extra`. Raises DataError when before and
+    after hold different rows.
+
+    Rows of one unit (a patient, say) are resampled and swapped together, since several images of one patient are less
+    informative than as many patients.
+    """
+    if not before_rows or [row.id for row in before_rows] != [row.id for row in after_rows]:
+        raise DataError(
+            f"before ({len(before_rows)} rows) and after ({len(after_rows)} rows) must hold the same held-out rows in "
+            "the same order; delete the evaluation folder of the output to measure both again"
+        )
+    keys = [f"row {row.id}" if row.unit is None else f"unit {row.unit}" for row in before_rows]
+    units = np.unique(keys, return_inverse=True)[1]
+    before, after = sample_scores(before_rows, labels, extra[0]), sample_scores(after_rows, labels, extra[1])
+    pairs = {name: bootstrap.pair(before[name], after[name]) for name in before}
+    pairs = {name: pair for name, pair in pairs.items() if pair.counted.any()}
+    names = {column: group_names(before_rows, column) for column in groups}
+    wanted = metric_info.primary(pairs)
+    return Comparison(
+        **vars(bootstrap.measure(pairs, units, settings)),
+        groups={column: _by_group(pairs, units, names[column], settings) for column in groups},
+        gaps={
+            column: {metric: gap for metric in wanted if (gap := _gap(pairs[metric], units, names[column], settings))}
+            for column in groups
+        },
+        labels={name: _label_table(name, spec, before_rows, after_rows) for name, spec in labels.items()},
+        settings=Method(**vars(settings), rows=len(before_rows), units=int(units.max()) + 1, scorers=signatures()),
+    )
+
+
+def group_names(rows: Sequence[Answer], column: str) -> NDArray[np.str_]:
+    """Return the group of each row (n,); groups beyond the most common `MOST_GROUPS` are merged as OTHER."""
+    raw = [row.groups.get(column) for row in rows]
+    names = np.array([MISSING if value is None or value == "" else str(value) for value in raw])
+    found, counts = np.unique(names, return_counts=True)
+    if len(found) <= MOST_GROUPS:
+        return names
+    common = found[np.argsort(-counts, kind="stable")[: MOST_GROUPS - 1]]
+    return np.where(np.isin(names, common), names, OTHER)
+
+
+def _by_group(
+    pairs: Mapping[str, Pair], units: NDArray[np.intp], names: NDArray[np.str_], settings: Settings
+) -> dict[str, Group]:
+    result = {}
+    for value in np.unique(names).tolist():
+        inside = names == value
+        own = {name: pair.subset(inside) for name, pair in pairs.items() if pair.counted[inside].any()}
+        rows = int(inside.sum())
+        result[value] = Group(rows, rows < metric_info.FEW, **vars(bootstrap.measure(own, units[inside], settings)))
+    return result
+
+
+def _gap(pair: Pair, units: NDArray[np.intp], names: NDArray[np.str_], settings: Settings) -> Gap | None:
+    """Return the largest difference of a metric between two sufficiently large groups after tuning; None without two of them.
+
+    `p` is the share of random re-assignments of units to groups whose own largest difference is as large, which corrects for
+    choosing the extremes among several groups. `flagged` means p < 1 - confidence.
+    """
+    whole = len(set(zip(units.tolist(), names.tolist(), strict=True))) == int(units.max()) + 1
+    own = units if whole else np.arange(len(units))  # a unit in several groups cannot be re-assigned as a whole
+    values, member = np.unique(names[np.unique(own, return_index=True)[1]], return_inverse=True)
+    enough = [index for index, value in enumerate(values) if pair.counted[names == value].sum() >= metric_info.FEW]
+    if len(enough) < 2:
+        return None
+    sums = bootstrap.by_unit(pair.after, own)
+
+    def by_group(assigned: NDArray[np.intp]) -> Floats:
+        """Return (groups, …) values for (…, units) group assignments."""
+        return np.stack([pair.finish((assigned == index).astype(float) @ sums) for index in enough])
+
+    observed = by_group(member)
+    shuffle = np.random.default_rng([settings.seed, 2])
+    drawn = [
+        np.ptp(by_group(shuffle.permuted(np.tile(member, (size, 1)), axis=1)), axis=0)
+        for size in bootstrap.parts(settings.bootstrap_samples)
+    ]
+    p = bootstrap.permutation_p(float(np.ptp(observed)), np.concatenate(drawn))
+    return Gap(
+        value=round(float(np.ptp(observed)), 6),
+        highest=str(values[enough[int(observed.argmax())]]),
+        lowest=str(values[enough[int(observed.argmin())]]),
+        p=p,
+        flagged=p is not None and p < 1 - settings.confidence,
+    )
+
+
+def _label_table(name: str, spec: LabelSpec, before: Sequence[Answer], after: Sequence[Answer]) -> LabelTable:
+    classes, pairs_before = label_fields.stated_and_right(before, name, spec)
+    pairs_after = label_fields.stated_and_right(after, name, spec)[1]
+    besides = {stated for pair in (*pairs_before, *pairs_after) if pair for stated in pair} - set(classes)
+    return LabelTable(
+        values=list(spec.values) if spec.values is not None else None,
+        pattern=spec.pattern,
+        classes=list(classes),
+        stated=[*classes, *sorted(besides)],
+        commonest_share=label_fields.commonest_share(pairs_after),
+        confusion={"before": label_fields.confusion(pairs_before), "after": label_fields.confusion(pairs_after)},
+    )

@@ -1,0 +1,104 @@
+"""Reads labelled fields (finding, side, modality …) from generated texts and counts how often they are right.
+
+The spec chooses one of two ways to read a label from text:
+
+- `values`: the set of values that occur as whole words, ignoring case. The longest value wins where two overlap, so "pleural
+  effusion" is not also an "effusion". A text is right when that set is exactly the reference label: a caption that lists every
+  finding is not right, and neither is one that lists none.
+- `pattern`: the first group of the first match of a regular expression, compared ignoring case.
+
+With neither, the values are those that occur as reference labels. A value negated in English does not count as stated: "no
+effusion or nodule", "an effusion is not seen" (`negation`). Values may themselves be negations ("no acute finding"). Negation
+in other languages is not understood, though a pattern can express it. A pattern's match is never checked for negation.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import regex
+
+from job.config.schema import LabelSpec
+from job.evaluate.negation import affirmed
+from job.evaluate.records import Answer
+
+log = logging.getLogger("job")
+
+NONE = "(none)"
+SEVERAL = "(several)"
+OTHER = "(other)"
+PATTERN_SECONDS = 1.0
+"""Timeout of a pattern on one text. Nested repetitions can take forever on the wrong text, and Python's own `re` cannot be
+stopped."""
+
+
+def reader(spec: LabelSpec, references: Sequence[str]) -> tuple[dict[str, str], Callable[[str], str]]:
+    """Return the labels that can be right, by folded spelling, spelled as in spec or data; and a function that reads one from
+    text.
+
+    `references` are the rows' reference labels. The function returns one of the labels, or NONE, SEVERAL, or OTHER for
+    anything else a pattern matched: never text of the caption itself, so that a table of labels holds only what spec and data
+    name.
+    """
+    spelled = {_folded(value): value.strip() for value in [*sorted(references), *(spec.values or ())] if value.strip()}
+    longest_first = sorted(spelled.values(), key=len, reverse=True)
+    words = "|".join(r"\s+".join(re.escape(word) for word in value.split()) for value in longest_first)
+    expression = re.compile(rf"(?<!\w)({words})(?!\w)" if words else r"(?!)()", re.IGNORECASE)
+
+    def read(text: str) -> str:
+        found = affirmed(expression, text) if spec.pattern is None else _matched(spec.pattern, text)
+        stated = {spelled.get(_folded(value), OTHER) for value in found}
+        return SEVERAL if len(stated) > 1 else next(iter(stated), NONE)
+
+    return spelled, read
+
+
+def _matched(pattern: str, text: str) -> set[str]:
+    try:
+        match = regex.search(pattern, text, regex.IGNORECASE, timeout=PATTERN_SECONDS)
+    except TimeoutError:
+        log.warning(
+            "evaluation.labels: the pattern %r took over %g s on a text of %d characters, which counts as having no label; "
+            "rewrite it without nested repetitions",
+            pattern,
+            PATTERN_SECONDS,
+            len(text),
+        )
+        return set()
+    return {match[1]} if match and match[1] else set()
+
+
+def stated_and_right(
+    rows: Sequence[Answer], name: str, spec: LabelSpec
+) -> tuple[tuple[str, ...], list[tuple[str, str] | None]]:
+    """Return the classes and, for each row, (reference label, label stated by the generated text); None for a row without a
+    label."""
+    references = [str(row.labels.get(name) or "").strip() for row in rows]
+    spelled, read = reader(spec, references)
+    pairs = [
+        (spelled[_folded(reference)], read(row.generated)) if reference else None
+        for row, reference in zip(rows, references, strict=True)
+    ]
+    return tuple(sorted(spelled.values())), pairs
+
+
+def confusion(pairs: Sequence[tuple[str, str] | None]) -> dict[str, dict[str, int]]:
+    """Count how often each reference label was answered with each label: {reference: {stated: count}}, both sorted."""
+    table: dict[str, Counter[str]] = {}
+    for pair in pairs:
+        if pair:
+            table.setdefault(pair[0], Counter())[pair[1]] += 1
+    return {reference: dict(sorted(table[reference].items())) for reference in sorted(table)}
+
+
+def commonest_share(pairs: Sequence[tuple[str, str] | None]) -> float | None:
+    """Return the accuracy of always answering the most common reference label; None without a labelled row."""
+    counts = Counter(pair[0] for pair in pairs if pair)
+    return max(counts.values()) / counts.total() if counts else None
+
+
+def _folded(value: str) -> str:
+    return " ".join(value.casefold().split())

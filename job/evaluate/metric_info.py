@@ -1,0 +1,217 @@
+"""Describes and formats metrics: title, unit, whether more is better, and the one-sentence verdict."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from job.evaluate.records import Comparison, Estimate, Gap, LabelTable
+
+FEW = 10
+"""Samples, or patients, below which no number is reliable."""
+MOST_ITEMS = 40
+MOST_CLASSES = 24
+"""Maximum rows and columns of a confusion table: with free text as labels, it would make a page of 30 MB."""
+JOINED = "\u00a0"  # keeps a number and its unit on one line
+
+
+@dataclass(frozen=True)
+class About:
+    """`better` is 1 where more is better, -1 where less is, 0 where neither. `top` is the end of the metric's scale."""
+
+    title: str
+    kind: Literal["share", "fraction", "points", "number"]
+    better: Literal[1, 0, -1]
+    meaning: str
+    top: float | None = None
+
+
+ABOUT = {
+    "rougeL": About("ROUGE-L", "fraction", 1, "longest common word sequence with the reference, F-measure", 1),
+    "rouge1": About("ROUGE-1", "fraction", 1, "common words with the reference, F-measure", 1),
+    "rouge2": About("ROUGE-2", "fraction", 1, "common word pairs with the reference, F-measure", 1),
+    "bleu": About("BLEU", "points", 1, "n-gram precision over the whole set, 0 to 100", 100),
+    "chrf": About("chrF", "points", 1, "character n-gram F-score over the whole set, 0 to 100", 100),
+    "exact_match": About("Exact match", "share", 1, "same words, ignoring case, punctuation and articles", 1),
+    "token_f1": About("Token F1", "fraction", 1, "common words in any order, without articles", 1),
+    "length_ratio": About("Length ratio", "number", 0, "generated words per reference word; 1 is equally long"),
+    "empty": About("Empty outputs", "share", -1, "answers without a word", 1),
+    "repeated": About("Repeating outputs", "share", -1, "a phrase three times or more in a row", 1),
+    "loss": About("Loss", "number", -1, "mean over held-out answer tokens, in nats"),
+    "perplexity": About("Perplexity", "number", -1, "exponential of the loss"),
+}
+EXTRA = {
+    "bertscore": About("BERTScore", "fraction", 1, "similarity of word pieces as an encoder sees them, F1", 1),
+    "radgraph": About("RadGraph F1", "fraction", 1, "entities and relations in common with the reference", 1),
+    "chexbert": About("CheXbert", "share", 1, "all five main findings labelled as in the reference", 1),
+    "green": About("GREEN", "fraction", 1, "a language model's count of clinically significant errors", 1),
+}
+ABBREVIATIONS = {
+    **{word: word.upper() for word in ("gpu", "cpu", "mlp", "id", "url", "bleu", "rouge", "trl", "gb")},
+    **{"lora": "LoRA", "chrf": "chrF", "peft": "PEFT"},
+}
+UNSEEN = (
+    "ROUGE, BLEU, chrF and token F1 compare words with one reference text. They do not see whether a statement is "
+    "true: “no pneumothorax” and “pneumothorax” share nearly all their words, a finding on the wrong side costs one "
+    "word, and a right description in other words scores low. Read the samples, and have a qualified reader check "
+    "findings."
+)
+
+OCCLUSION = (
+    "Orange in a map: covering this part made the tuned model's own answer less likely (occlusion, relative to the strongest "
+    "cell). It shows what the answer depends on, not whether it is right; evidence in two places is not found. Where even "
+    "the strongest cell raised the loss by little, the map is noise."
+)
+
+
+def about(metric: str) -> About:
+    """Return the description of `metric`; label metrics are recognised by their suffix."""
+    known = ABOUT | EXTRA
+    if metric in known:
+        return known[metric]
+    if metric.endswith("_accuracy"):
+        label = readable(metric.removesuffix("_accuracy"))
+        return About(f"{label} correct", "share", 1, "the text states exactly the reference label", 1)
+    label = readable(metric.removesuffix("_macro_f1"))
+    return About(f"{label} macro-F1", "fraction", 1, "F1 of each class, averaged with equal weight", 1)
+
+
+def too_few(measured: Comparison) -> str:
+    """Return a warning when the whole measurement rests on a few samples or patients, else an empty string."""
+    units = measured.settings.units
+    of = "samples" if units == measured.settings.rows else "patients or other units"
+    return f"Too few to judge by: only {units} held-out {of}." if units is not None and units < FEW else ""
+
+
+def unmeasured(measured: Comparison) -> str:
+    """Return a sentence on the metrics that need a model which this run did not have; empty when it had all."""
+    missing = [known.title for metric, known in EXTRA.items() if metric not in measured.change]
+    why = "each needs a model of its own, named in evaluation.extra_metrics, and this run had none"
+    return f"Not measured: {', '.join(missing)}; {why}." if missing else ""
+
+
+def readable(name: str) -> str:
+    """Convert `age_band` to `Age band`, `gpu_memory` to `GPU memory`."""
+    text = " ".join(ABBREVIATIONS.get(word, word) for word in name.replace("_", " ").split())
+    return text if text.split(" ")[0] in ABBREVIATIONS.values() else text[:1].upper() + text[1:]
+
+
+def number(value: float | None, kind: str, *, signed: bool = False) -> str:
+    """Format `value` in the unit of its `kind`; a signed share is a change, in percentage points."""
+    if value is None:
+        return "–"
+    digits = {"share": 1, "fraction": 3, "points": 1, "number": 3}[kind]
+    shown = 100 * value if kind == "share" else value
+    if abs(shown) >= 10_000:
+        digits = 0
+    text = f"{shown:+,.{digits}f}" if signed else f"{shown:,.{digits}f}"
+    if not any(digit in text for digit in "123456789"):
+        text = text.lstrip("+-")
+    return text.replace("-", "−") + ((f"{JOINED}pp" if signed else f"{JOINED}%") if kind == "share" else "")
+
+
+def span(estimate: Estimate, kind: str, *, signed: bool = False) -> str:
+    """Format an interval: `0.302 to 0.341`, `+3.1 to +7.0 pp`."""
+    if estimate.low is None:
+        return "–"
+    low, high = (number(bound, kind, signed=signed) for bound in (estimate.low, estimate.high))
+    return f"{low.split(JOINED)[0]} to {high}"
+
+
+def p_text(p: float | None) -> str:
+    """Format `p < 0.001`, `p = 0.012`; empty without a p."""
+    if p is None:
+        return ""
+    return f"p{JOINED}<{JOINED}0.001" if p < 0.001 else f"p{JOINED}={JOINED}{p:.3f}"
+
+
+def verdict(metric: str, change: Estimate) -> Literal["better", "worse", "changed", "no clear change"]:
+    """Return the direction of a change if its whole interval lies on one side of zero."""
+    low, high, better = change.low, change.high, about(metric).better
+    if low is None or high is None or low <= 0 <= high:
+        return "no clear change"
+    if not better:
+        return "changed"
+    return "better" if (low > 0) == (better > 0) else "worse"
+
+
+def primary(measured: Iterable[str]) -> list[str]:
+    """Return the metrics to read first: whether each label is right, then how similar the wording is."""
+    return [name for name in measured if name.endswith("_accuracy") or name == "rougeL"]
+
+
+def classes(label: LabelTable) -> list[str]:
+    """Return the classes of a confusion table: all that may be stated, or, if very many, the most frequent as reference or
+    answer."""
+    seen = Counter[str]()
+    for table in label.confusion.values():
+        for reference, row in table.items():
+            seen.update({reference: sum(row.values())})
+            seen.update(row)
+    most = {value for value, _ in seen.most_common(MOST_CLASSES)}
+    return [value for value in label.stated if len(label.stated) <= MOST_CLASSES or value in most]
+
+
+def headline(measured: Comparison, metric: str) -> str:
+    """Return one sentence: values before and after, change, uncertainty and number of rows."""
+    known, change = about(metric), measured.change[metric]
+    before, after = measured.before[metric].value, measured.after[metric].value
+    text = (
+        f"{known.title}: {number(before, known.kind)} before, {number(after, known.kind)} after on the same "
+        f"{change.n:,} held-out samples, a change of {number(change.value, known.kind, signed=True)} "
+        f"({confidence(measured)} interval {span(change, known.kind, signed=True)}; {p_text(change.p)})."
+    )
+    return f"{text} {chance(measured, metric)}".strip()
+
+
+def chance(measured: Comparison, metric: str) -> str:
+    """Return the baseline for the accuracy of a label; empty for other metrics."""
+    share = measured.labels.get(metric.removesuffix("_accuracy"), LabelTable()).commonest_share
+    if not metric.endswith("_accuracy") or share is None:
+        return ""
+    return f"Always answering the commonest label would be right in {number(share, 'share')}."
+
+
+def confidence(measured: Comparison) -> str:
+    return f"{100 * measured.settings.confidence:g}{JOINED}%"
+
+
+def gap(metric: str, gap: Gap, measured: Comparison) -> str:
+    """Return one sentence on the largest difference between groups."""
+    known, chance = about(metric), f"within what chance explains at the {confidence(measured)} level"
+    if not gap.value:
+        return f"{known.title}: no gap between groups."
+    width = number(gap.value, known.kind, signed=True).lstrip("+")
+    return (
+        f"{known.title}: the largest gap is {width}, between {gap.highest} (highest) and {gap.lowest} (lowest); "
+        f"{'more than chance explains' if gap.flagged else chance} ({p_text(gap.p)})."
+    )
+
+
+def flat(facts: Mapping[str, Any] | Sequence[Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Flatten nested facts to (name, text) lines, without empty ones; of a long list only the first `MOST_ITEMS`."""
+    lines: list[tuple[str, str]] = []
+    items = list(facts.items() if isinstance(facts, Mapping) else enumerate(facts, 1))
+    for key, value in items[:MOST_ITEMS]:
+        name = f"{prefix}{readable(str(key))}"
+        if isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(one, Mapping) for one in value)):
+            lines += flat(value, f"{name} · ")
+        elif isinstance(value, list | tuple):
+            more = f" and {len(value) - MOST_ITEMS:,} more" if len(value) > MOST_ITEMS else ""
+            lines += [(name, ", ".join(map(plain, value[:MOST_ITEMS])) + more)] if value else []
+        elif value is not None and value != "":
+            lines.append((name, plain(value)))
+    return lines + ([(f"{prefix}and more", f"{len(items) - MOST_ITEMS:,}")] if len(items) > MOST_ITEMS else [])
+
+
+def plain(value: object) -> str:
+    """Format one value for readers."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return str(value)

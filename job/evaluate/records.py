@@ -1,0 +1,152 @@
+"""Defines what an evaluation stores: the answer to each row, and the comparison of before and after.
+
+The JSON of each is its `asdict`, with keys in the order of its fields; `from_json` reads it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from functools import cache
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+PerRow = Mapping[str, Sequence[float]]
+"""Values for each row, by metric."""
+Maps = dict[str, list[list[float]]]
+"""Occlusion maps by row id."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class HeldOutRow:
+    """The fields of a held-out row that come from the data. Rows of one `unit` (a patient, say) belong together."""
+
+    id: str
+    reference: str
+    labels: dict[str, str | None] = field(default_factory=dict)
+    groups: dict[str, str | None] = field(default_factory=dict)
+    unit: int | None = None
+
+
+@dataclass(frozen=True)
+class Answer(HeldOutRow):
+    """A line of `before.jsonl` or `after.jsonl`: the generated text and its tokens; the mean loss over the tokens of the true
+    answer, in nats, and their number."""
+
+    generated: str = ""
+    tokens: int = 0
+    loss: float | None = None
+    answer_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A line of `samples.jsonl`: what the model answered at a step of training."""
+
+    step: int
+    id: str
+    reference: str
+    generated: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The value of a metric on `n` rows and its confidence interval; None where undefined."""
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+
+
+@dataclass(frozen=True)
+class Change(Estimate):
+    """The difference after − before, and its p-value."""
+
+    p: float | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Every metric of one set of rows, by name."""
+
+    before: dict[str, Estimate] = field(default_factory=dict)
+    after: dict[str, Estimate] = field(default_factory=dict)
+    change: dict[str, Change] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Size:
+    rows: int = 0
+    too_few: bool = False
+
+
+@dataclass(frozen=True)
+class Group(Measured, Size):
+    """Every metric on the rows of one group. In its JSON, the size comes first."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The largest difference of a metric between two groups after tuning. `flagged` means more than chance explains."""
+
+    value: float = 0.0
+    highest: str = ""
+    lowest: str = ""
+    p: float | None = None
+    flagged: bool = False
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """How a label was read (see `LabelSpec`), its classes, all that was `stated`, the accuracy of always answering the
+    commonest, and {"before" or "after": {reference: {stated: rows}}}."""
+
+    values: list[str] | None = None
+    pattern: str | None = None
+    classes: list[str] = field(default_factory=list)
+    stated: list[str] = field(default_factory=list)
+    commonest_share: float | None = None
+    confusion: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Number of resamples and permutations, confidence level and seed."""
+
+    bootstrap_samples: int = 0
+    confidence: float = 0.95
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Method(Settings):
+    """How a comparison was made, of how many rows and units."""
+
+    rows: int = 0
+    units: int | None = None
+    scorers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Comparison(Measured):
+    """The content of `metrics.json`: groups by column and value, gaps by column and metric, and labels by name."""
+
+    groups: dict[str, dict[str, Group]] = field(default_factory=dict)
+    gaps: dict[str, dict[str, Gap]] = field(default_factory=dict)
+    labels: dict[str, LabelTable] = field(default_factory=dict)
+    settings: Method = field(default_factory=Method)
+
+
+def from_json(kind: type[T], tree: Any) -> T:
+    """Read a dataclass from JSON, of earlier versions too: a missing or null key has its default, an unknown one is ignored."""
+    if is_dataclass(kind):
+        types = _types(kind)
+        known = {name: value for name, value in tree.items() if name in types and value is not None}
+        return kind(**{name: from_json(types[name], value) for name, value in known.items()})
+    if get_origin(kind) is dict:
+        tree = {name: from_json(get_args(kind)[1], value) for name, value in tree.items()}
+    return tree  # type: ignore[no-any-return]
+
+
+_types = cache(get_type_hints)

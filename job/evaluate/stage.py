@@ -1,0 +1,283 @@
+"""Evaluates the model before and after training, and stores the answers row by row in the output."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import platform
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypeVar
+
+from job.context import RunContext
+from job.data import Data
+from job.errors import Preempted
+from job.evaluate.records import Answer, Comparison, Maps, Sample, Settings, from_json
+from job.layout import OCCLUSION_KEY, answers_key, partial_key
+from job.model.loaded import Loaded
+from job.output.ownership import own_json, run_of
+from job.runtime.status import on_terminal
+from job.store import Missing, Store
+
+log = logging.getLogger("job")
+
+Answers = list[Answer]
+T = TypeVar("T")
+
+KEEP_SECONDS = 15.0
+"""Seconds between writes of the answers so far; a preemption notice writes them at once."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Answers before and after, their metrics (none without held-out rows), why the tuned model must not be published (one
+    sentence each), and occlusion maps."""
+
+    before: Answers
+    after: Answers
+    metrics: Comparison
+    unmet: list[str]
+    maps: Maps = field(default_factory=dict)
+
+
+def measure(ctx: RunContext, loaded: Loaded, data: Data, when: str) -> Answers:
+    """Return the answers `before` or `after`, from the output if stored there, else generated now and stored.
+
+    All ranks share the work; rank 0 returns the rows, the others none. When asked to stop, finished rows are stored as
+    `evaluation/<when>.partial.jsonl`, from which the next attempt continues.
+    """
+    from job.evaluate import answer_cache as before
+    from job.evaluate.generate import agree_on_batches
+
+    if not len(data.evaluation):
+        return []
+    if ctx.ranks.rank:
+        _share(ctx, loaded, data, when)
+        return []
+    spec, store, record, preemption = ctx.spec, ctx.store, ctx.record, ctx.preemption
+    key, partial = answers_key(when), partial_key(when)
+    finished = _finished(store, key, data, run_of(spec, data.identity))
+    if finished:
+        agree_on_batches(ctx.ranks, [])
+        return finished
+    preemption.check()
+    with record.stage(f"evaluate {when}") as facts:
+        with preemption.leave_at_once():
+            held = before.held(data.evaluation)
+            places = before.places(ctx) if when == "before" else []
+            name = before.key(spec, loaded, held, _device(loaded)) if places else ""
+            rows, where = before.recall(places, name, held)
+        if rows:
+            agree_on_batches(ctx.ranks, [])
+        else:
+            rows = _made(ctx, loaded, data, when, before.longest_first(held))
+            before.keep(places, name, held, rows)
+        store.write(key, jsonl(rows, run_of(spec, data.identity)))
+        store.delete([partial])
+        facts.append(f"{len(rows)} rows" + (f", which {where} has from an earlier run" if where else ""))
+    return rows
+
+
+def _made(ctx: RunContext, loaded: Loaded, data: Data, when: str, order: Sequence[int]) -> Answers:
+    """Generate all rows that no earlier attempt finished. When asked to stop, store the finished rows and raise Preempted."""
+    from job.evaluate.generate import generations, rows_ids
+
+    store, record, preemption = ctx.store, ctx.record, ctx.preemption
+    partial = partial_key(when)
+    ids, run = rows_ids(data.evaluation), run_of(ctx.spec, data.identity)
+    made = [
+        from_json(Answer, line | ({"id": ids[line["place"]]} if "place" in line else {}))
+        for line in stored_rows(store, partial, dict, run)
+    ]
+    places = {identity: place for place, identity in enumerate(ids)}  # the next attempt may know them by other ids
+    kept = time.monotonic()
+    show = _progress(f"evaluate {when}", len(data.evaluation), len(made))
+
+    def each(batch: Answers) -> None:
+        made.extend(batch)
+        show(len(made))
+        record.update(rows=len(made), of_rows=len(data.evaluation))
+        nonlocal kept
+        preemption.check()
+        if time.monotonic() > kept + KEEP_SECONDS:
+            store.write(partial, jsonl(made, run, places))
+            kept = time.monotonic()
+
+    known, tuned, ranks = list(made), when == "after", ctx.ranks
+    try:
+        return generations(
+            loaded, data.evaluation, ctx.spec, tuned=tuned, order=order, known=known, each=each, ranks=ranks
+        )
+    except Preempted:
+        store.write(partial, jsonl(made, run, places))
+        raise
+
+
+def _finished(store: Store, key: str, data: Data, run: str) -> Answers:
+    """Return all answers of an earlier attempt under the rows' current ids. Ids are positions in the user's table, so removing
+    a bad row shifts those after it. Empty unless all answers are there."""
+    from job.evaluate.generate import rows_ids
+
+    rows, ids = stored_rows(store, key, Answer, run), rows_ids(data.evaluation)
+    if len(rows) != len(ids):
+        return []
+    if [row.id for row in rows] == ids:
+        return rows
+    rows = [replace(row, id=identity) for row, identity in zip(rows, ids, strict=True)]
+    store.delete([OCCLUSION_KEY])  # its maps use the old ids
+    store.write(key, jsonl(rows, run))
+    return rows
+
+
+def with_current_labels(ctx: RunContext, data: Data, **sides: Answers) -> list[Answers]:
+    """Return the answers `before` and `after` with the current references, labels and groups of spec and data."""
+    from job.evaluate.answer_cache import held
+
+    found, run = [], run_of(ctx.spec, data.identity)
+    for when, rows in sides.items():
+        own = [each.own for each in held(data.evaluation)] if rows else []
+        found.append([replace(row, **vars(current)) for row, current in zip(rows, own, strict=True)])
+        if found[-1] != rows:
+            ctx.store.write(answers_key(when), jsonl(found[-1], run))
+    return found
+
+
+def _share(ctx: RunContext, loaded: Loaded, data: Data, when: str) -> None:
+    """On ranks other than 0: generate a share of the batches that rank 0 finds missing."""
+    from job.evaluate.generate import agree_on_batches, answers
+
+    batches = agree_on_batches(ctx.ranks, [])
+    for _ in answers(loaded, data.evaluation, ctx.spec, when == "after", batches, ctx.ranks):
+        pass
+
+
+def _device(loaded: Loaded) -> str:
+    """Return the device's name, since other devices round differently."""
+    import torch
+
+    return torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else platform.machine()
+
+
+def compare(ctx: RunContext, data: Data, before: Answers, after: Answers) -> Results:
+    """Compare the two evaluations."""
+    from job.evaluate import compare as comparison
+    from job.evaluate.acceptance import unmet
+    from job.evaluate.extra import extra_scores
+
+    spec, asked = ctx.spec, ctx.spec.evaluation
+    before, after = with_current_labels(ctx, data, before=before, after=after)
+    extra = extra_scores(ctx, data, before, after)
+    with ctx.record.stage("compare"), ctx.preemption.leave_at_once():
+        measured = Comparison()
+        if after:
+            labels = {
+                name: label if label.pattern else label.model_copy(update={"values": data.label_values[name]})
+                for name, label in asked.labels.items()
+            }
+            settings = Settings(asked.bootstrap_samples, asked.confidence, spec.training.seed)
+            measured = comparison.compare(before, after, labels, asked.groups, settings, extra)
+        results = Results(before, after, measured, unmet(asked.require, measured))
+    ctx.record.update(measured=values(measured))
+    return results
+
+
+def add_occlusion_maps(ctx: RunContext, loaded: Loaded, data: Data, results: Results) -> Results:
+    """Add occlusion maps of a few gallery rows to the results, from the output if stored there. Stops when asked to."""
+    from job.evaluate import examples
+    from job.evaluate.generate import rows_ids
+    from job.evaluate.occlusion import explain
+
+    spec, store, after = ctx.spec, ctx.store, results.after
+    count = spec.evaluation.explained_rows if spec.privacy.report_images and after else 0
+    if not count:
+        return results
+    run = run_of(spec, data.identity)
+    stored = own_json(store, OCCLUSION_KEY, run)
+    chosen = examples.chosen(results.before, after, results.metrics)
+    ranks = [places[rank] for rank in range(examples.EACH) for places in chosen.values() if rank < len(places)]
+    wanted = {after[place].id: after[place].generated for place in ranks[:count]}
+    if stored.keys() >= wanted.keys():
+        return replace(results, maps=stored)
+    with ctx.record.stage("map where it looks") as facts:
+        place = {identity: index for index, identity in enumerate(rows_ids(data.evaluation))}
+        rows = data.evaluation.select([place[identity] for identity in wanted])
+        stored = explain(loaded, rows, wanted, spec, ctx.preemption.check)
+        store.write(OCCLUSION_KEY, json.dumps(stored | {"run": run}).encode())
+        facts.append(f"{len(stored)} rows")
+    return replace(results, maps=stored)
+
+
+def values(measured: Comparison) -> dict[str, dict[str, float]]:
+    """Return only each metric's values, for the status and Prometheus: {metric: {"before": …, "after": …}}."""
+    found: dict[str, dict[str, float]] = {}
+    for when, estimates in (("before", measured.before), ("after", measured.after)):
+        for metric, estimate in estimates.items():
+            if estimate.value is not None:
+                found.setdefault(metric, {})[when] = estimate.value
+    return found
+
+
+def pictures(rows: Any, ids: Iterable[str], longest_side: int = 384) -> dict[str, bytes]:
+    """Return JPEG files of held-out rows for the report, by id: the first image of each row that has one."""
+    from job.evaluate.generate import rows_ids
+
+    places = {identity: place for place, identity in enumerate(rows_ids(rows))}
+    found = {}
+    for identity in dict.fromkeys(ids):
+        images = rows[places[identity]]["images"]
+        if not images:
+            continue
+        image = images[0].convert("RGB")
+        image.thumbnail((longest_side, longest_side))
+        stream = io.BytesIO()
+        image.save(stream, "JPEG", quality=85)
+        found[identity] = stream.getvalue()
+    return found
+
+
+def stored_rows(store: Store, key: str, kind: type[T], run: str | None = None) -> list[T]:
+    """Return the rows of an earlier attempt (at this run, if given); none if they are missing. A failing store raises: it is
+    no reason to generate them again."""
+    try:
+        rows = [json.loads(line) for line in store.read(key).decode().splitlines()]
+    except Missing:
+        return []
+    runs = {row.pop("run", None) for row in rows}
+    if run is not None and runs - {run}:
+        log.warning("%s has answers of another spec or of other rows, and is made anew", key)
+        return []
+    return [from_json(kind, row) for row in rows]
+
+
+def jsonl(rows: Sequence[Answer | Sample], run: str | None = None, places: Mapping[str, int] | None = None) -> bytes:
+    """Serialise rows, with their run and their places among the held-out rows, if given."""
+    lines = (
+        asdict(row) | ({"place": places[row.id]} if places else {}) | ({"run": run} if run else {}) for row in rows
+    )
+    return "".join(f"{json.dumps(line)}\n" for line in lines).encode()
+
+
+def _progress(title: str, total: int, done: int) -> Any:
+    """Show a progress bar on a terminal, else log a line every quarter."""
+    if on_terminal():
+        from tqdm import tqdm
+
+        bar = tqdm(total=total, initial=done, desc=title, unit="row")
+
+        def advance(count: int) -> None:
+            bar.update(count - bar.n)
+            if count >= total:
+                bar.close()
+
+        return advance
+    told = done * 4 // total
+
+    def tell(count: int) -> None:
+        nonlocal told
+        if count * 4 // total > told and count < total:
+            told = count * 4 // total
+            log.info("%s: %d of %d rows", title, count, total)
+
+    return tell

@@ -1,0 +1,76 @@
+"""Computes a model's logits on held-out rows, and the difference between two models' logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from job.config.schema import JobSpec
+from job.data import Row
+from job.evaluate.generate import answer_logits
+from job.model.loaded import Loaded
+from job.model.oom_retry import MicroBatches
+
+
+def spread_rows(rows: Any, most: int, size: int) -> list[list[Row]]:
+    """Select at most `most` rows, evenly spread over all of them, in batches of `size`."""
+    count = min(len(rows), most)
+    chosen = [rows[index * len(rows) // count] for index in range(count)]
+    return [chosen[start : start + size] for start in range(0, count, size)]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One row's logits (answer tokens, vocabulary) in the model's dtype on the CPU, and the true tokens."""
+
+    logits: Tensor
+    targets: Tensor
+
+
+@torch.inference_mode()
+def answers(loaded: Loaded, batches: list[list[Row]], spec: JobSpec, micro_batches: MicroBatches) -> list[Answers]:
+    """Return the model's logits where they predict a token of the true answers, batch by batch."""
+    truncate = spec.dataset.over_length == "truncate"
+
+    def say(rows: Sequence[Row]) -> list[Answers]:
+        logits, targets, counts = answer_logits(loaded, list(rows), spec.training.max_length, truncate)
+        pairs = zip(torch.split(logits.cpu(), counts), torch.split(targets.cpu(), counts), strict=True)
+        return [Answers(*pair) for pair in pairs if len(pair[1])]
+
+    return [each for batch in batches for each in micro_batches.map(batch, say)]
+
+
+def spread(answers: list[Answers]) -> float:
+    """Standard deviation of all logits."""
+    count = sum(batch.logits.numel() for batch in answers)
+    mean = sum(float(batch.logits.sum(dtype=torch.float64)) for batch in answers) / count
+    squares = sum(float((batch.logits.float() - mean).square().sum(dtype=torch.float64)) for batch in answers)
+    return float((squares / count) ** 0.5)
+
+
+def logit_difference(one: list[Answers], other: list[Answers]) -> tuple[float, float]:
+    """Mean and largest |a − b|."""
+    gaps = [(a.logits.float() - b.logits.float()).abs() for a, b in zip(one, other, strict=True)]
+    count = sum(gap.numel() for gap in gaps)
+    return sum(float(gap.sum(dtype=torch.float64)) for gap in gaps) / count, float(
+        torch.stack([gap.amax() for gap in gaps]).amax()
+    )
+
+
+def agreement(one: list[Answers], other: list[Answers], near: float) -> float:
+    """Share of tokens at which the first choice of `other` is that of `one`, or within `near` of it by the logits of `one`."""
+    lost = [
+        a.logits.float().amax(-1) - a.logits.float().gather(-1, b.logits.argmax(-1, keepdim=True)).squeeze(-1)
+        for a, b in zip(one, other, strict=True)
+    ]
+    return float((torch.cat(lost) <= near).float().mean())
+
+
+def loss(answers: list[Answers]) -> float:
+    """Mean cross-entropy of the true tokens, in nats."""
+    losses = [torch.nn.functional.cross_entropy(a.logits.float(), a.targets, reduction="sum") for a in answers]
+    return float(sum(losses)) / sum(len(a.targets) for a in answers)

@@ -1,0 +1,180 @@
+"""Maps each tensor of an adapter to the base's files, exactly, or refuses it by name.
+
+PEFT names layers as in the loaded model; files name them as the publisher did, and transformers renames them on loading. So
+the files' names are passed through transformers' own renaming, on a model without weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from job.errors import SpecError
+from job.export.fold import Change, Lora, Whole
+from job.model.base_model import weight_files
+from job.model.header import read_header
+
+WEIGHT = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector|lora_embedding_[AB])"
+)
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+OTHER_ARITHMETIC = (
+    *("fan_in_fan_out", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices", "use_qalora"),
+    *("alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
+)
+"""Settings of PEFT 0.21 that make an adapter more than scale·B·A. The spec requests none of them."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor in a weight file: its bytes `start` to `end`. `dtype` is in the format's spelling: BF16, F32…"""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model's weight files: `slots` by the files' tensor names, `names` from those to the loaded model's.
+
+    `tied` holds names of the loaded model that share their weights, each with the other.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    slots: dict[str, Slot]
+    names: dict[str, str]
+    tied: dict[str, str]
+
+
+def read_base(folder: Path, trust_remote_code: bool = False) -> Base:
+    """Read headers and configuration, without any weight."""
+    files = tuple(file.name for file in weight_files(folder))
+    slots: dict[str, Slot] = {}
+    for file in files:
+        header, begin = read_header(folder / file)
+        for key, entry in header.items():
+            start, end = entry["data_offsets"]
+            slots[key] = Slot(file, entry["dtype"], tuple(entry["shape"]), begin + start, begin + end)
+    names, tied = loaded_names(folder, list(slots), trust_remote_code)
+    return Base(folder, files, slots, names, tied)
+
+
+def loaded_names(folder: Path, keys: list[str], trust_remote_code: bool) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the loaded model's names by the files' names, and which of them are tied.
+
+    Takes the same steps as transformers 5.17's loader. A tensor that the loader builds from several (fused experts) has no
+    single place in the files and is left out.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+    mapping = get_model_conversion_mapping(model)
+    renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
+    converters = [step for step in mapping if isinstance(step, WeightConverter)]
+    there, prefix = model.state_dict(), model.base_model_prefix
+    names = {}
+    for key in keys:
+        name, converted = rename_source_key(key, renamings, converters, prefix, there)
+        if name not in there and key in there:
+            name, converted = rename_source_key(key, [], [], prefix, there)
+        if converted is None and name in there:
+            names[key] = name
+    tied = dict(model.all_tied_weights_keys)
+    return names, tied | {source: name for name, source in tied.items()}
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read PEFT's configuration and tensors from an adapter's folder."""
+    from safetensors.torch import load_file
+
+    return json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors")
+
+
+def changes(base: Base, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Change]:
+    """Return the adapter's changes by the files' tensor names. Raises SpecError naming the first one without a place."""
+    if odd := [name for name in OTHER_ARITHMETIC if config.get(name)]:
+        raise SpecError(f"export.merged: an adapter with {', '.join(odd)} cannot be merged; set merged to false")
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    found: dict[str, Change] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix("base_model.model.")
+        if match := WEIGHT.fullmatch(name):
+            parts[match["module"]][match["part"].removesuffix(".weight")] = tensor
+        elif "lora_" in name.rpartition(".")[0]:
+            raise SpecError(f"export.merged: the adapter's {key} cannot be merged")
+        elif name.endswith(".base_layer.weight"):
+            place(base, name.replace(".base_layer", ""), tensor.numel())  # PEFT's copy of an adapted embedding
+        else:
+            name = name.replace(".base_layer.bias", ".bias")
+            found[place(base, name, tensor.numel())] = Whole(tensor)
+    for module, factors in parts.items():
+        change = _lora(module, factors, config)
+        size = change.b.shape[0] * change.a[0].numel()
+        found[place(base, f"{module}.weight", size)] = change
+    return found
+
+
+def place(base: Base, name: str, size: int) -> str:
+    """Return the files' name of the tensor that the loaded model calls `name` and that holds `size` numbers."""
+    keys = [key for key, its in base.names.items() if its == name]
+    if name in base.tied:
+        raise SpecError(
+            f"export.merged: the adapter changes {name}, which shares its weights with {base.tied[name]} in this base, so "
+            "no merged model can hold it; leave it out of lora.target_modules, or set merged to false"
+        )
+    if len(keys) != 1:
+        where = "several tensors for it" if keys else "no single tensor for it"
+        raise SpecError(f"export.merged: the adapter changes {name}, and the base's files hold {where}")
+    if base.slots[keys[0]].dtype not in DTYPES:
+        raise SpecError(
+            f"export.merged: the adapter changes {name}, which the base's files hold as {base.slots[keys[0]].dtype}"
+        )
+    if math.prod(base.slots[keys[0]].shape) != size:
+        shape = "×".join(map(str, base.slots[keys[0]].shape))
+        raise SpecError(
+            f"export.merged: the adapter's change of {name} holds {size} numbers, the base's weight {shape}"
+        )
+    return keys[0]
+
+
+def _lora(module: str, factors: dict[str, Tensor], config: Mapping[str, Any]) -> Lora:
+    """Return one layer's factors with PEFT's scale: alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski, 2023)."""
+    kinds = set(factors)
+    if kinds == {"lora_embedding_A", "lora_embedding_B"}:  # an embedding's weight is (tokens, width), so A comes last
+        a, b = factors["lora_embedding_B"].T, factors["lora_embedding_A"].T
+        rank = a.shape[0]
+    elif kinds - {"lora_magnitude_vector"} == {"lora_A", "lora_B"}:
+        a, b = factors["lora_A"], factors["lora_B"]
+        rank = a.shape[0]
+    else:
+        raise SpecError(f"export.merged: the adapter holds {', '.join(sorted(kinds))} of {module}, which is not a pair")
+    if "lora_magnitude_vector" in kinds and a.ndim != 2:
+        raise SpecError(f"export.merged: DoRA on {module}, which is not a linear layer, cannot be merged")
+    patterns = config.get("alpha_pattern") or {}
+    alpha = next((value for pattern, value in patterns.items() if _fits(pattern, module)), config["lora_alpha"])
+    scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return Lora(a, b, scale, factors.get("lora_magnitude_vector"))
+
+
+def _fits(pattern: str, module: str) -> bool:
+    """Apply PEFT's rule for the keys of `alpha_pattern`: a regular expression for the end of the name."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None

@@ -1,0 +1,45 @@
+"""Defines `Loaded`, the interface to the model libraries, common to both backends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A base model with fresh adapters, ready for training or generation.
+
+    `groups` counts trainable parameters by group (see `job.model.lora_targets.GROUPS`); `precision` is what `auto` resolved
+    to.
+    """
+
+    model: Any
+    processor: Any
+    folder: Path
+    backend: str
+    precision: str
+    device: torch.device
+    groups: dict[str, int]
+
+
+def release(model: Any) -> None:
+    """Free the memory of a model's tensors even if references to them remain. The model is unusable afterwards.
+
+    Trainers, hooks and library patches keep references to models that are no longer needed.
+    """
+    from job.model.oom_retry import free_cached
+
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_meta:  # offloaded
+            continue
+        tensor.grad = None
+        tensor.data = tensor.data.new_empty(0)
+    for holder in [*model.parameters(), *model.modules()]:
+        if getattr(holder, "quant_state", None) is not None:  # bitsandbytes' scales, held by weights and layers
+            holder.quant_state = None
+    free_cached()

@@ -1,0 +1,1 @@
+"""Who owns an output, which rows its run began with, and how far it got."""

@@ -1,0 +1,1 @@
+"""Renders the report, the model card and their parts."""

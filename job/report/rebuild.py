@@ -1,0 +1,77 @@
+"""Rebuilds the report from what a job left in its output. Needs the page's libraries, but neither a GPU nor torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+
+from job import layout
+from job.config.schema import JobSpec
+from job.errors import DataError, SpecError
+from job.evaluate.records import Answer, Comparison, Sample, from_json
+from job.evaluate.stage import stored_rows
+from job.output.ownership import read_json, write_spec
+from job.report.contents import Contents, Privacy
+from job.store import Missing, OwnedStore, Store
+
+
+def stored_contents(store: Store) -> Contents:
+    """Returns the contents of the report at an output. Raises DataError if no job got as far as a report."""
+    kept = read_json(store, layout.FACTS_KEY)
+    if kept is None:
+        raise DataError(f"{store.url} holds no {layout.FACTS_KEY}: no job came as far as its report there")
+    return replace(
+        from_json(Contents, kept),
+        metrics=from_json(Comparison, read_json(store, layout.METRICS_KEY) or {}),
+        before=stored_rows(store, layout.answers_key("before"), Answer),
+        after=stored_rows(store, layout.answers_key("after"), Answer),
+        samples=stored_rows(store, layout.SAMPLES_KEY, Sample),
+        log=stored_rows(store, layout.NUMBERS_KEY, dict),
+    )
+
+
+def rebuild(store: Store) -> str:
+    """Returns the page, with the images that were kept for it. Raises SpecError if the libraries are not installed."""
+    keys = [entry.key for entry in store.list(layout.IMAGES)]
+    images = {key.removeprefix(layout.IMAGES).removesuffix(".jpg"): store.read(key) for key in keys}
+    return _page(stored_contents(store), images)
+
+
+def _page(contents: Contents, images: dict[str, bytes]) -> str:
+    try:
+        from job.report.page import render
+    except ImportError as error:
+        raise SpecError(f"job report needs {error.name}; install the train extra, which brings it") from error
+    return render(contents, images)
+
+
+SHOWN, WITHHELD = (f"Held-out images and texts {are} in the run's report." for are in ("are", "are not"))
+"""What the model cards say about the report."""
+
+
+def shows_rows(store: Store) -> bool:
+    """Whether the report at an output was made with images and texts of rows."""
+    return bool(((read_json(store, layout.FACTS_KEY) or {}).get("privacy") or {}).get("report_images"))
+
+
+def withdraw_rows(store: OwnedStore, spec: JobSpec) -> None:
+    """Removes images and texts of rows from what was published, and corrects the statements about them. Leaves what is not the
+    job's own. If killed on the way, the next start repeats it: `evaluation/report.json`, which marks it done, comes last."""
+    kept = (read_json(store, layout.FACTS_KEY) or {}) | {"privacy": {"report_images": False}, "occlusion": {}}
+    store.delete([entry.key for entry in store.list(layout.IMAGES)])
+    contents = replace(stored_contents(store), privacy=Privacy(report_images=False), occlusion={})
+    store.write(layout.REPORT_KEY, _page(contents, {}).encode())
+    try:
+        last = store.read(layout.EXAMPLE_KEY).decode().splitlines()[-1].partition(" (text")[0]
+        store.write(layout.EXAMPLE_KEY, f"{last} (text not shown: privacy.report_images is false)".encode())
+    except Missing:
+        pass
+    result = read_json(store, layout.RESULT_KEY) or {}
+    for key in [key for key in result.get("files", {}) if key.endswith("/README.md")]:
+        card = store.read(key).replace(SHOWN.encode(), WITHHELD.encode())
+        store.write(key, card)
+        result["files"][key] = {"size": len(card), "sha256": hashlib.sha256(card).hexdigest()}
+    store.write(layout.RESULT_KEY, json.dumps(result | {"result_digest": spec.result_digest}, indent=1).encode())
+    write_spec(store, spec)
+    store.write(layout.FACTS_KEY, json.dumps(kept, indent=1).encode())

@@ -1,0 +1,87 @@
+"""The JSON of what is known of the data: readers of reports and of `data/` rely on its keys and their order."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.config.loader import validate
+from job.data import Data
+from job.data.decoder import dismiss
+from job.data.facts import as_json, as_jsonl
+from job.data.prepare import prepare
+from tests.data.test_data import Ten, folder_of, png, rows_of
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+SOURCE = "image folder: it holds metadata.jsonl; answers in caption, images in file_name"
+SEEN = {
+    "rows": 10,
+    "other_splits": {},
+    "split_column": None,
+    "decoders": 0,
+    "burned_in_yes": 0,
+    "burned_in_maybe": 0,
+    "burned_in_masked": 0,
+    "reasons": {"image of an unknown format": 2},
+    "without_images": 0,
+    "over_length": 0,
+    "lossy": 0,
+    "absolute": 0,
+}
+TOKENS = {"median": 25, "longest": 25}
+IMAGES = {"count": 9, "smallest": [8, 8], "median": [8, 8], "largest": [30, 20], "most": 1}
+SPLIT = {
+    "source": SOURCE,
+    "left_out": [],
+    "held_out_source": SOURCE,
+    "same_in_both": 2,
+    "train": 9,
+    "evaluation": 2,
+    "quarantined": 2,
+    "near_duplicates": 2,
+    "instruction": "Look.",
+}
+
+
+@pytest.fixture
+def prepared(tree: dict[str, Any], tmp_path: Path):
+    def prepare_it(most: int | None = None, measure: Any = Ten) -> Data:
+        """Ten rows of which row 7 is bad, and three held out of which row 2 is bad and the others are in both."""
+        folder_of(rows_of(10), tmp_path / "data", {"7.png": b"x", "9.png": png(9, (30, 20))})
+        held = [*rows_of(2), {"file_name": "bad.png", "caption": "c"}]
+        folder_of(held, tmp_path / "held", {"bad.png": b"x"})
+        dismiss()  # decoders of other tests
+        tree["dataset"] |= {"max_bad_fraction": 0.5, "instruction": "Look.", "eval_path": str(tmp_path / "held")}
+        return prepare(validate(tree), tmp_path / "scratch", measure, most)
+
+    return prepare_it
+
+
+def test_facts_are_written_under_these_keys(prepared):
+    data = prepared()
+    digest = data.facts.train_sha256
+    wanted = SEEN | {"tokens": TOKENS, "images": IMAGES} | SPLIT | {"train_sha256": digest, "grouped": False}
+    assert len(digest) == 64
+    assert json.dumps(as_json(data.facts)) == json.dumps(wanted)
+
+
+def test_what_a_quick_look_does_not_know_is_left_out(prepared):
+    images = IMAGES | {"count": 7, "largest": [8, 8]}
+    wanted = SEEN | {"images": images, "looked_at": 8} | SPLIT | {"grouped": False}
+    assert json.dumps(as_json(prepared(8, None).facts)) == json.dumps(wanted)
+
+
+def test_quarantined_rows_and_near_duplicates_are_a_line_each(prepared):
+    data = prepared()
+    assert as_jsonl(data.quarantined).decode().splitlines() == [
+        '{"row": 7, "reason": "image of an unknown format"}',
+        '{"row": 2, "reason": "image of an unknown format", "of": "evaluation"}',
+    ]
+    assert as_jsonl(data.near).decode().splitlines() == [
+        '{"evaluation": "row-0", "train": "row-0", "bits_apart": 0}',
+        '{"evaluation": "row-1", "train": "row-1", "bits_apart": 0}',
+    ]

@@ -1,0 +1,186 @@
+"""Which files are the rows of a split, and that tables which do not belong together are never stacked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet as pq
+
+from job.config.loader import validate
+from job.data import Data
+from job.data.layouts import of_split, split_of
+from job.data.prepare import prepare
+from job.errors import DataError
+from job.planning.describe import describe
+from job.planning.facts import Facts
+from job.planning.plan import make_plan
+from job.planning.warnings import warnings
+from tests.data.test_data import png
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+Row = dict[str, Any]
+
+
+@pytest.fixture
+def prepared(tree: dict[str, Any], tmp_path: Path):
+    def prepare_it(path: str = "d", **dataset: Any) -> Data:
+        tree["dataset"] = {"path": str(tmp_path / path), "max_bad_fraction": 0} | dataset
+        if not {"eval_path", "eval_split"} & set(dataset):
+            tree["dataset"] |= {"eval_fraction": 0}
+        return prepare(validate(tree), tmp_path / "scratch")
+
+    return prepare_it
+
+
+def write(folder: Path, **tables: list[Row]) -> None:
+    """Each table as JSON by its name (`__` for a folder, `_DOT_csv` makes it a CSV), with one picture for all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "0.png").write_bytes(png(3))
+    for name, rows in tables.items():
+        stem, _, ending = name.replace("__", "/").partition("_DOT_")
+        file = folder / f"{stem}.{ending or 'json'}"
+        file.parent.mkdir(exist_ok=True)
+        lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+        file.write_text("\n".join(lines) if ending else json.dumps(rows))
+
+
+def rows(*answers: str, **more: Any) -> list[Row]:
+    return [{"image": "0.png", "caption": answer} | more for answer in answers]
+
+
+def learned(data: Data) -> list[str]:
+    return [row["reference"] for row in data.train]
+
+
+NAMES = {
+    "train": "train.json trainset.json TrainData.csv x-train-0.tar training/a.csv train_val.csv mimic_trn.tsv train2017/a.json "
+    "trainval.json",
+    "test": "test.json testset.json X_test.csv TestSet.csv heldout.csv held_out.csv test/metadata.csv eval.jsonl test1.json "
+    "testA.json "
+    "evaluation-set.csv train/test.json",
+    "validation": "val.json valid/a.csv dev.tsv val2017.json validation-0.tar devset.json minival2014.json "
+    "train-00000/val.parquet",
+    "": "latest.csv contest.json strain.csv reports.csv device.csv values.csv a/b.json",
+}
+
+
+@pytest.mark.parametrize("split", NAMES)
+def test_splits_are_known_by_the_names_that_people_give(split: str):
+    assert {name: split_of(name) for name in NAMES[split].split()} == dict.fromkeys(NAMES[split].split(), split or None)
+
+
+def test_the_word_itself_comes_before_other_words_for_the_split():
+    assert of_split(["val.json", "dev.json", "train.json"], "dev") == ["dev.json"]
+    assert of_split(["val.json", "train.json"], "validation") == ["val.json"]
+    assert of_split(["fold1.json", "fold2.json"], "fold1") == ["fold1.json"]
+    assert of_split(["rows.json"], "test") == []
+
+
+@pytest.mark.parametrize("test", ["testset", "TestData", "X_test", "val", "dev__rows", "heldout"])
+@pytest.mark.parametrize("train", ["trainset", "training__rows", "all", "train"])
+def test_a_table_of_another_split_is_named_and_never_trained_on(
+    tree: Row, tmp_path: Path, prepared, train: str, test: str
+):
+    write(tmp_path / "d", **{train: rows("a", "b"), test: rows("c")})
+    data = prepared()
+    name = f"{test.replace('__', '/')}.json"
+    assert learned(data) == ["a", "b"]
+    assert data.facts.source.startswith(f"json: {train.replace('__', '/')}.json (not read: {name})")
+    said = warnings(validate(tree), Facts(data=data.facts), None, None, "", "32bit")
+    assert any(each.startswith(f"{name}: named after a split other than train, and not read") for each in said)
+
+
+@pytest.mark.parametrize("ending", ["json", "csv", "parquet"])
+def test_rows_that_a_column_puts_in_other_splits_are_told_by_the_column(
+    tree: Row, tmp_path: Path, prepared, ending: str
+):
+    made = (
+        rows("a", "b", Split="train") + rows("c", "d", Split="Test") + rows("e", Split="val") + rows("f", Split="left")
+    )
+    if ending == "parquet":
+        write(tmp_path / "d")
+        pq.write_table(pa.Table.from_pylist(made), tmp_path / "d" / "r.parquet")
+    else:
+        write(tmp_path / "d", **{f"r_DOT_{ending}" if ending == "csv" else "r": made})
+    data = prepared()
+    told = [
+        each
+        for each in warned(tree, data)
+        if each.startswith("dataset.path: its column Split calls 2 rows test and 1 rows validation")
+    ]
+    assert (len(told), learned(data)) == (1, ["a", "b", "c", "d", "e", "f"])
+
+
+def warned(tree: Row, data: Data) -> list[str]:
+    return warnings(validate(tree), Facts(data=data.facts), None, None, "", "32bit")
+
+
+def test_a_column_of_splits_that_one_table_lacks_is_not_needed(tree: Row, tmp_path: Path, prepared):
+    write(tmp_path / "d")
+    for number, made in enumerate((rows("a", split="train"), rows("b"))):
+        pq.write_table(pa.Table.from_pylist(made), tmp_path / "d" / f"train-{number}.parquet")
+    assert learned(prepared()) == ["a", "b"]
+
+
+def test_what_is_held_out_by_name_is_read_and_named_too(tree: Row, tmp_path: Path, prepared):
+    write(tmp_path / "d", trainset=rows("a", "b"), testset=rows("c"))
+    data = prepared(eval_split="test")
+    assert ([row["reference"] for row in data.evaluation], learned(data)) == (["c"], ["a", "b"])
+    spec = validate(tree)
+    said = describe(spec, make_plan(spec, facts := Facts(data=data.facts)), facts)
+    assert "held out: json: testset.json (not read: trainset.json)" in said
+    assert "named after a split other" not in said
+
+
+def test_a_folder_of_held_out_rows_gives_its_test_table(tmp_path: Path, prepared):
+    write(tmp_path / "d", all=rows("a"))
+    write(tmp_path / "held", train=rows("x"), test=rows("c"))
+    assert [row["reference"] for row in prepared(eval_path=str(tmp_path / "held")).evaluation] == ["c"]
+
+
+def test_only_tables_of_other_splits_are_refused_until_one_is_named(tree: Row, tmp_path: Path, prepared):
+    write(tmp_path / "d", testset=rows("c"), val=rows("v"))
+    with pytest.raises(
+        DataError, match=r"only tables named after other splits than train: testset\.json, val\.json; name the"
+    ):
+        prepared()
+    assert learned(prepared(split="test")) == ["c"]
+    data = prepared("d/testset.json")
+    assert learned(data) == ["c"]
+    said = warnings(validate(tree), Facts(data=data.facts), None, None, "", "32bit")
+    assert "dataset.path is named after a test split, and its rows are trained on" in said
+
+
+def test_tables_of_different_columns_are_refused_with_the_columns_of_both(tmp_path: Path, prepared):
+    write(tmp_path / "d", films_DOT_csv=[{"uid": 1, "image": "0.png"}], reports_DOT_csv=[{"uid": 1, "caption": "a"}])
+    with pytest.raises(
+        DataError, match=r"films\.csv \(uid, image\) and reports\.csv \(uid, caption\) .* has no caption"
+    ):
+        prepared()
+    assert learned(prepared("d/films.csv", answer_column="uid")) == ["1"]
+
+
+def test_a_table_whose_pictures_have_another_name_is_not_stacked(tmp_path: Path, prepared):
+    said = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A lung."}]
+    one, other = {"image": "0.png", "conversations": said}, {"image_path": "0.png", "conversations": said}
+    write(tmp_path / "d", a=[one], b=[other])
+    with pytest.raises(DataError, match=r"b\.json \(image_path, conversations\) and a\.json .* b\.json has no image"):
+        prepared()
+
+
+def test_tables_that_differ_in_columns_nobody_uses_are_one(tmp_path: Path, prepared):
+    write(tmp_path / "d", a=rows("a", age=3), b=rows("b", sex="f"))
+    assert learned(prepared()) == ["a", "b"]
+
+
+def test_folders_of_one_table_each_are_all_read(tmp_path: Path, prepared):
+    for name in ("one", "two"):
+        write(tmp_path / "d" / name)
+        (tmp_path / "d" / name / "metadata.jsonl").write_text(
+            json.dumps({"file_name": f"{name}/0.png", "caption": name})
+        )
+    assert learned(prepared()) == ["one", "two"]

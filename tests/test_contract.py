@@ -1,0 +1,186 @@
+"""Families beside those that all tests take: whole from spec to RESULT.json, or refused in one sentence by `check` and `run`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+from job.data.images import Bounds
+from job.model.base_model import base_facts
+from job.model.collator import IGNORE, Collator, replacement
+from job.model.header import read_header
+from job.model.lora_targets import GROUPS, group_of, left_alone, parameters, targets
+from job.model.token_length import TokenCounter
+from job.model.transformers_backend import linears, load_processor
+from job.train.loss import token_loss
+from tests.conftest import ROOT, Job
+from tests.families import FAMILIES as KNOWN
+from tests.other_families import OTHERS
+from tests.tiny import job_spec, load_tiny, picture, row
+
+# InternVL's and GLM's processors hand tensors to NumPy 2, which torch serves by its older protocol.
+pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
+WHOLE = [family for family, other in OTHERS.items() if not other.refused]
+REFUSED = [family for family, other in OTHERS.items() if other.refused]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    captions = [
+        {"file_name": f"{n}.png", "caption": f"There is a nodule. {'It is large. ' * (n % 3)}"} for n in range(8)
+    ]
+    for number, each in enumerate(captions):
+        picture(number, 60 + 8 * number, 60).save(folder / each["file_name"])
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, captions)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    OTHERS[request.param].make(folder)
+    return folder
+
+
+def spec_of(base: Path, rows: Path, output: Path) -> str:
+    tree: dict[str, Any] = {
+        "model": {"name_or_path": str(base)},
+        "lora": {"r": 4},
+        "dataset": {"path": str(rows), "eval_rows": 2},
+        "training": {"max_steps": 2, "effective_batch_size": 2, "max_length": 2048, "learning_rate": 0.05},
+        "evaluation": {"max_new_tokens": 4, "explained_rows": 0},
+        "export": {"gate": {"rows": 2}},
+        "output": {"url": str(output)},
+    }
+    return yaml.safe_dump(tree)
+
+
+@pytest.mark.parametrize("base", WHOLE, indirect=True)
+def test_a_family_goes_whole_from_spec_to_result(base: Path, rows: Path, job: Job, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    spec = spec_of(base, rows, output)
+    checked, ran = job("check", JOB_SPEC=spec), job("run", JOB_SPEC=spec)
+    assert (checked.returncode, ran.returncode) == (0, 0), checked.stderr + ran.stderr
+    assert (output / "RESULT.json").exists()
+    lines = re.findall(r"^  ((?:vision|language)/\w+) +([\d,]+)$", checked.stdout, re.MULTILINE)
+    assert {group: int(count.replace(",", "")) for group, count in lines} == adapted(output / "adapter")
+    logits_agree(base, output)
+
+
+def adapted(adapter: Path) -> dict[str, int]:
+    """LoRA parameters by group, as the adapter's file holds them."""
+    found = Counter[str]()
+    for name, tensor in read_header(adapter / "adapter_model.safetensors")[0].items():
+        found[str(group_of(name.partition(".lora_")[0]))] += prod(tensor["shape"])
+    return dict(found)
+
+
+@torch.no_grad()
+def logits_agree(base: Path, output: Path) -> None:
+    batch = Collator(load_processor(job_spec().model, base), 2048)([row(1)])
+    model = AutoModelForImageTextToText.from_pretrained(base).eval()
+    stored, held = base_facts(base).linears, linears(model)
+    assert len([name for name in stored if "lm_head" not in name]) == len(
+        [name for name in held if "lm_head" not in name]
+    )
+    before = model(**batch).logits
+    expected = PeftModel.from_pretrained(model, output / "adapter").eval()(**batch).logits
+    merged = AutoModelForImageTextToText.from_pretrained(output / "merged").eval()(**batch).logits
+    torch.testing.assert_close(merged, expected, rtol=1e-3, atol=1e-3)
+    assert (expected - before).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("base", WHOLE, indirect=True)
+def test_the_loss_is_taken_over_the_answer_alone_and_images_keep_their_detail(base: Path) -> None:
+    processor = load_processor(job_spec().model, base)
+    batch = Collator(processor, 2048)([row(1, "No."), row(2, "The lungs are clear.", shape=(150, 70))])
+    for labels, answer in zip(batch["labels"], ("No.", "The lungs are clear."), strict=True):
+        said = processor.tokenizer.decode(labels[labels != IGNORE], skip_special_tokens=True)
+        assert said.strip() == answer
+    learned = Collator(processor, 2048, responses_only=False)([row(1)])["labels"]
+    ids = processor.tokenizer(replacement(processor, row(1)["images"][0]), add_special_tokens=False)["input_ids"]
+    of_image = {token for token in ids if token in processor.tokenizer.added_tokens_decoder}
+    assert not of_image & {*learned.flatten().tolist()}
+    bounds = Bounds(**TokenCounter(processor).room(10**6))
+    for size in ((900, 900), (300, 1200), (2500, 1100)):
+        image = Image.new("RGB", size)
+        small = image.resize(bounds.size(*size, 1))
+        assert replacement(processor, small) == replacement(processor, image), (size, small.size)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("base", WHOLE, indirect=True)
+def test_rows_of_any_number_of_images_learn_together_as_they_do_alone(base: Path) -> None:
+    loaded = load_tiny(base)
+    collator, counter = Collator(loaded.processor, 4096), TokenCounter(loaded.processor)
+    rows = [with_images(row(1), 0), with_images(row(2, "No.", "What is it?"), 2), row(3, shape=(150, 70))]
+    together = collator(rows)
+    counted = [counter(each["messages"], [image.size for image in each["images"]]).whole for each in rows]
+    assert counted == together["attention_mask"].sum(dim=1).tolist()
+    alone = sum(float(token_loss(loaded.model, collator([each]), 1.0)) for each in rows)
+    assert float(token_loss(loaded.model, together, 1.0)) == pytest.approx(alone, rel=1e-4)
+
+
+def with_images(row: dict[str, Any], images: int) -> dict[str, Any]:
+    question, answer = row["messages"]
+    text = [part for part in question["content"] if part["type"] == "text"]
+    asked = question | {"content": [{"type": "image"}] * images + text}
+    return row | {"messages": [asked, answer], "images": [picture(number, 80, 60) for number in range(images)]}
+
+
+@pytest.mark.parametrize("base", REFUSED, indirect=True)
+def test_a_family_that_cannot_work_is_refused_in_one_sentence(
+    base: Path, rows: Path, job: Job, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    spec = spec_of(base, rows, tmp_path / "output")
+    family = request.node.callspec.params["base"]
+    for ended in (job("check", JOB_SPEC=spec), job("run", JOB_SPEC=spec)):
+        assert ended.returncode == 78, ended.stderr
+        last = ended.stderr.strip().splitlines()[-1]
+        assert last == f"exit 78: model.name_or_path: {base} {OTHERS[family].refused}"
+
+
+def table() -> dict[str, list[str]]:
+    """Cells of docs/families.md by model_type: state, what LoRA reaches, what it leaves alone, the sentence of a refusal."""
+    lines = (ROOT / "docs" / "families.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    return {first.strip("`"): rest for first, *rest in cells}
+
+
+def test_the_document_names_each_family_and_its_sentence() -> None:
+    assert list(table()) == [*KNOWN, *OTHERS]
+    for family, (state, _, _, sentence) in table().items():
+        refused = OTHERS[family].refused if family in OTHERS else ""
+        wanted = "refused" if refused else "contract" if family in OTHERS else "all tests"
+        assert (state, sentence) == (wanted, refused), family
+
+
+@pytest.mark.parametrize("base", WHOLE, indirect=True)
+def test_the_document_says_what_lora_reaches(base: Path, request: pytest.FixtureRequest) -> None:
+    assert table()[request.node.callspec.params["base"]][1:3] == reached(base)
+
+
+@pytest.mark.parametrize("known", KNOWN)
+def test_the_document_says_what_lora_reaches_of_a_known_family(known: str, tiny: Callable[..., Path]) -> None:
+    assert table()[known][1:3] == reached(tiny(known))
+
+
+def reached(base: Path) -> list[str]:
+    facts = base_facts(base)
+    chosen = targets(job_spec().lora, facts.linears)
+    groups = parameters(1, facts.linears, chosen)
+    reached = "all groups" if {*groups} == {*GROUPS} else ", ".join(sorted(groups))
+    return [reached, ", ".join(sorted(left_alone(facts.matrices, chosen)))]
