@@ -69,7 +69,7 @@ def test_words_alone_are_learned_where_the_spec_says_so(prepared):
 
 def test_some_rows_without_a_picture_are_warned_about(tree: dict[str, Any], prepared):
     data = prepared([TAGGED | {"image": "0.png"}, SHAREGPT, SHAREGPT])
-    said = warnings(validate(tree), Facts(data=data.facts), None, None, "", "32bit")
+    said = warnings(validate(tree), Facts(data=data.facts), [], None, None, "", "32bit")
     assert "2 rows have no image, and are trained on text alone" in said
 
 

@@ -90,7 +90,7 @@ def test_a_table_of_another_split_is_named_and_never_trained_on(
     name = f"{test.replace('__', '/')}.json"
     assert learned(data) == ["a", "b"]
     assert data.facts.source.startswith(f"json: {train.replace('__', '/')}.json (not read: {name})")
-    said = warnings(validate(tree), Facts(data=data.facts), None, None, "", "32bit")
+    said = warnings(validate(tree), Facts(data=data.facts), [], None, None, "", "32bit")
     assert any(each.startswith(f"{name}: named after a split other than train, and not read") for each in said)
 
 
@@ -116,7 +116,7 @@ def test_rows_that_a_column_puts_in_other_splits_are_told_by_the_column(
 
 
 def warned(tree: Row, data: Data) -> list[str]:
-    return warnings(validate(tree), Facts(data=data.facts), None, None, "", "32bit")
+    return warnings(validate(tree), Facts(data=data.facts), [], None, None, "", "32bit")
 
 
 def test_a_column_of_splits_that_one_table_lacks_is_not_needed(tree: Row, tmp_path: Path, prepared):
@@ -151,7 +151,7 @@ def test_only_tables_of_other_splits_are_refused_until_one_is_named(tree: Row, t
     assert learned(prepared(split="test")) == ["c"]
     data = prepared("d/testset.json")
     assert learned(data) == ["c"]
-    said = warnings(validate(tree), Facts(data=data.facts), None, None, "", "32bit")
+    said = warnings(validate(tree), Facts(data=data.facts), [], None, None, "", "32bit")
     assert "dataset.path is named after a test split, and its rows are trained on" in said
 
 

@@ -49,7 +49,7 @@ def test_a_replacement_character_is_a_character(tree: dict[str, Any], prepared, 
         table = comma.join(row) + "\n" + comma.join(row.values())
     data = prepared(name, table.encode())
     assert (learned(data), data.facts.lossy) == ([LOST], 1)
-    said = warnings(validate(tree), Facts(data=data.facts), None, None, "", "32bit")
+    said = warnings(validate(tree), Facts(data=data.facts), [], None, None, "", "32bit")
     assert any(each.startswith("1 rows contain U+FFFD") for each in said)
 
 
