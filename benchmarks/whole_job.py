@@ -249,7 +249,10 @@ def prepared(given: argparse.Namespace, folder: Path, on_gpu: bool) -> tuple[Pat
     """Base model and data; what an earlier run left in the folder is deleted."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in ("output", "uncut", *(each.name for each in folder.glob("scratch-*"))):
-        shutil.rmtree(folder / old, ignore_errors=True)
+        place = (folder / old).resolve()  # `output` may be a link to another disk
+        shutil.rmtree(place, ignore_errors=True)
+        if (folder / old).is_symlink():
+            place.mkdir()
     base = given.model or folder / "model"
     if given.model is None:
         shutil.rmtree(base, ignore_errors=True)
