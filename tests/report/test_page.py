@@ -1,4 +1,4 @@
-"""The page and its Markdown, as text; `test_report_in_browser.py` looks at the page as a reader does."""
+"""The page and its Markdown, as text; `test_page_in_browser.py` looks at the page as a reader does."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_a_label_of_very_many_values_shows_those_that_occur_most(facts: dict[str
     label = facts["metrics"]["labels"]["finding"]
     label["stated"] = [*label["stated"], *(f"text {n}" for n in range(3000))]
     page = report.render(contents_of(facts))
-    assert f"Of {len(label['stated']):,} values, the " in page
+    assert f" most frequent of {len(label['stated']):,} values are shown" in page
     assert len(page) < 500_000
     for reference in label["confusion"]["after"]:
         assert f'<th scope="row">{reference}</th>' in page
