@@ -189,4 +189,6 @@ def test_the_same_seed_gives_the_same_adapters(tiny: Callable[..., Path]) -> Non
         {name: weight for name, weight in load_tiny(tiny("llava")).model.named_parameters() if "lora_A" in name}
         for _ in range(2)
     )
+    assert one.keys() == other.keys()
+    assert any(weight.any() for weight in one.values())
     assert all(torch.equal(one[name], other[name]) for name in one)
