@@ -21,14 +21,14 @@ from job.data.images import Bounds
 from job.model.base_model import base_facts
 from job.model.collator import IGNORE, Collator, replacement
 from job.model.header import read_header
-from job.model.lora_targets import GROUPS, group_of, left_alone, parameters, targets
+from job.model.lora_targets import CONNECTOR, GROUPS, group_of, left_alone, parameters, targets
 from job.model.token_length import TokenCounter
 from job.model.transformers_backend import linears, load_processor
 from job.train.loss import token_loss
 from tests.conftest import ROOT, Job
 from tests.families import FAMILIES as KNOWN
 from tests.other_families import OTHERS
-from tests.tiny import job_spec, load_tiny, picture, row
+from tests.tiny import job_spec, load_tiny, make_model, picture, row
 
 # InternVL's and GLM's processors hand tensors to NumPy 2, which torch serves by its older protocol.
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
@@ -51,14 +51,16 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
+    if request.param in KNOWN:
+        return make_model(request.param, folder, dtype=torch.float32)
     OTHERS[request.param].make(folder)
     return folder
 
 
-def spec_of(base: Path, rows: Path, output: Path) -> str:
+def spec_of(base: Path, rows: Path, output: Path, **lora: Any) -> str:
     tree: dict[str, Any] = {
         "model": {"name_or_path": str(base)},
-        "lora": {"r": 4},
+        "lora": {"r": 4} | lora,
         "dataset": {"path": str(rows), "eval_rows": 2},
         "training": {"max_steps": 2, "effective_batch_size": 2, "max_length": 2048, "learning_rate": 0.05},
         "evaluation": {"max_new_tokens": 4, "explained_rows": 0},
@@ -70,14 +72,24 @@ def spec_of(base: Path, rows: Path, output: Path) -> str:
 
 @pytest.mark.parametrize("base", WHOLE, indirect=True)
 def test_a_family_goes_whole_from_spec_to_result(base: Path, rows: Path, job: Job, tmp_path: Path) -> None:
-    output = tmp_path / "output"
-    spec = spec_of(base, rows, output)
+    goes_whole(job, base, tmp_path / "output", spec_of(base, rows, tmp_path / "output"))
+
+
+@pytest.mark.parametrize("base", ["qwen3_vl", "internvl", "gemma4", "llama4"], indirect=True)
+def test_a_connector_goes_whole_from_spec_to_result(base: Path, rows: Path, job: Job, tmp_path: Path) -> None:
+    spec = spec_of(base, rows, tmp_path / "output", finetune_connector=True, finetune_vision_layers=False)
+    assert "connector" in goes_whole(job, base, tmp_path / "output", spec)
+
+
+def goes_whole(job: Job, base: Path, output: Path, spec: str) -> set[str]:
+    """Returns the groups that the adapter holds."""
     checked, ran = job("check", JOB_SPEC=spec), job("run", JOB_SPEC=spec)
     assert (checked.returncode, ran.returncode) == (0, 0), checked.stderr + ran.stderr
     assert (output / "RESULT.json").exists()
-    lines = re.findall(r"^  ((?:vision|language)/\w+) +([\d,]+)$", checked.stdout, re.MULTILINE)
+    lines = re.findall(r"^  ((?:vision|language)/\w+|connector) +([\d,]+)$", checked.stdout, re.MULTILINE)
     assert {group: int(count.replace(",", "")) for group, count in lines} == adapted(output / "adapter")
     logits_agree(base, output)
+    return {group for group, _ in lines}
 
 
 def adapted(adapter: Path) -> dict[str, int]:
@@ -182,5 +194,5 @@ def reached(base: Path) -> list[str]:
     facts = base_facts(base)
     chosen = targets(job_spec().lora, facts.linears)
     groups = parameters(1, facts.linears, chosen)
-    reached = "all groups" if {*groups} == {*GROUPS} else ", ".join(sorted(groups))
+    reached = "all groups" if {*groups} == {*GROUPS} - {CONNECTOR} else ", ".join(sorted(groups))
     return [reached, ", ".join(sorted(left_alone(facts.matrices, chosen)))]

@@ -31,6 +31,19 @@ CHOICES = {
 }
 
 
+MERGER = ("model.visual.merger.linear_fc1", "model.visual.merger.linear_fc2")
+LLAVAS = ("model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2")
+CONNECTORS = {
+    "mllama": ("model.multi_modal_projector",),
+    "qwen2_5_vl": ("model.visual.merger.mlp.0", "model.visual.merger.mlp.2"),
+    "qwen3_vl": (*MERGER, *(name.replace("merger", "deepstack_merger_list.0") for name in MERGER)),
+    "qwen3_5": MERGER,
+    "gemma3": (),
+    "llava": LLAVAS,
+    "llava_next": LLAVAS,
+}
+
+
 def by_class(model: Any, family: str) -> dict[str, set[str]]:
     """Linear layers by group, told by the class that holds them instead of by name."""
     modules = dict(model.named_modules())
@@ -59,17 +72,45 @@ def test_gradients_reach_exactly_the_groups_asked_for(family: str, folder: Path,
     expected = {name for group in asked for name in groups[group]}
 
     loaded = perturb(load_tiny(folder, **CHOICES[choice]))
-    loaded.model(**Collator(loaded.processor, 2048)(batch())).loss.backward()
-    reached = {
-        name.removeprefix("base_model.model.").rpartition(".lora_")[0] or name
-        for name, weight in loaded.model.named_parameters()
-        if weight.grad is not None and weight.grad.any()
-    }
-    assert reached == {name for name in expected if not name.startswith(FAMILIES[family].unread)}
+    assert reached(loaded) == {name for name in expected if not name.startswith(FAMILIES[family].unread)}
     assert set(adapted(loaded.model)) == expected
     assert set(loaded.groups) == set(asked)
     assert foretold(folder, **CHOICES[choice]) == loaded.groups
     assert sum(loaded.groups.values()) == trainable(loaded)
+
+
+def reached(loaded: Loaded) -> set[str]:
+    """Names of the layers whose adapters get a gradient, and of all else that gets one."""
+    loaded.model(**Collator(loaded.processor, 2048)(batch())).loss.backward()
+    return {
+        name.removeprefix("base_model.model.").rpartition(".lora_")[0] or name
+        for name, weight in loaded.model.named_parameters()
+        if weight.grad is not None and weight.grad.any()
+    }
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("alone", [True, False], ids=["connector alone", "beside all"])
+def test_the_connector_is_adapted_where_it_is_asked_for(
+    family: str, folder: Path, alone: bool, recomputed: bool
+) -> None:
+    towers = {} if not alone else {"finetune_vision_layers": False, "finetune_language_layers": False}
+    asked = {"finetune_connector": True} | towers
+    if family == "gemma3":
+        for refusing in (foretold, load_tiny):
+            with pytest.raises(SpecError, match="nothing between vision tower and language model is a linear layer"):
+                refusing(folder, **asked)
+        return
+    loaded = perturb(load_tiny(folder, **asked))
+    if recomputed:
+        loaded.model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    others = set() if alone else {*adapted(load_tiny(folder).model)}
+    assert set(adapted(loaded.model)) == {*CONNECTORS[family], *others}
+    assert foretold(folder, **asked) == loaded.groups
+    assert "connector" in loaded.groups
+    assert reached(loaded) == {
+        name for name in {*CONNECTORS[family], *others} if not name.startswith(FAMILIES[family].unread)
+    }
 
 
 def foretold(folder: Path, **lora: Any) -> dict[str, int]:
