@@ -165,6 +165,27 @@ def test_a_family_that_cannot_work_is_refused_in_one_sentence(
         assert last == f"exit 78: model.name_or_path: {base} {OTHERS[family].refused}"
 
 
+@pytest.mark.parametrize(
+    ("lora", "sentence"),
+    [
+        ({"finetune_connector": True}, "nothing between vision tower and language model is a linear layer"),
+        ({"finetune_expert_modules": True}, "routed experts are fused tensors"),
+        ({"target_modules": ["q_proj", "patch_embedding"]}, "also names model.vision_tower.embeddings.patch_embedding"),
+        ({"target_modules": ["lm_head"]}, "also names lm_head"),
+    ],
+    ids=["bare connector", "experts", "convolution", "tied head"],
+)
+def test_what_lora_does_not_reach_is_refused_in_one_sentence(
+    lora: dict[str, Any], sentence: str, tiny: Callable[..., Path], rows: Path, job: Job, tmp_path: Path
+) -> None:
+    spec = spec_of(tiny("gemma3"), rows, tmp_path / "output", **lora)
+    last = [job(command, JOB_SPEC=spec) for command in ("check", "run")]
+    said = {each.stderr.strip().splitlines()[-1] for each in last}
+    assert [each.returncode for each in last] == [78, 78]
+    assert len(said) == 1
+    assert sentence in said.pop()
+
+
 def table() -> dict[str, list[str]]:
     """Cells of docs/families.md by model_type: state, what LoRA reaches, what it leaves alone, the sentence of a refusal."""
     lines = (ROOT / "docs" / "families.md").read_text().splitlines()

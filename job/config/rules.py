@@ -53,6 +53,11 @@ def _places(spec: JobSpec) -> Iterator[str]:
 
 
 def _lora(lora: LoraSpec) -> Iterator[str]:
+    if lora.finetune_expert_modules:
+        yield (
+            "lora: finetune_expert_modules is true, but routed experts are fused tensors, and merge and gate know adapters of "
+            "layers only; set it to false"
+        )
     if isinstance(lora.target_modules, str):
         yield from _not_an_expression("lora.target_modules", lora.target_modules)
     if lora.target_modules is not None:

@@ -78,6 +78,8 @@ class LoraSpec(Section):
     """Adapt feed-forward projections."""
     finetune_connector: bool = False
     """Adapt the linear layers between vision tower and language model (projector, merger)."""
+    finetune_expert_modules: bool = False
+    """Adapt routed experts. Not possible yet: they are fused tensors, and merge and gate know layers only."""
     target_modules: str | list[str] | None = None
     """Modules to adapt, as in PEFT: a regular expression or a list of names. Replaces the `finetune_` fields."""
     init_adapter: str | None = None

@@ -24,7 +24,7 @@ ATTENTION = frozenset({"self_attn", "attn", "attention", "cross_attn", "self_att
 MLP = frozenset({"mlp", "feed_forward", "ffn"})
 EXPERTS, ROUTERS = "experts", frozenset({"gate", "router", "shared_expert_gate"})
 """No group has them: routed experts are fused tensors once loaded, and routers stay as they were trained."""
-HEAD = "lm_head"
+ALL, HEAD = "all-linear", "lm_head"
 MOST_ALONE = 0.2
 """Share of a tower's weights without adapters, though asked for, above which the plan warns."""
 
@@ -63,11 +63,16 @@ def asked_for(spec: LoraSpec) -> list[str]:
     return [*groups, CONNECTOR] if spec.finetune_connector else groups
 
 
-def targets(spec: LoraSpec, linears: Iterable[str]) -> list[str]:
-    """Return the names of the layers to adapt. Raises SpecError when the model lacks all groups requested of a tower,
-    or has no linear layer in its connector."""
+def targets(spec: LoraSpec, linears: Iterable[str], tables: Iterable[str] = ()) -> list[str]:
+    """Return the names of the layers to adapt. Raises SpecError when the model lacks all groups requested of a tower, has no
+    linear layer in its connector, or when the spec names one of the `tables`: embeddings, convolutions, and a tied head."""
     linears = list(linears)
     if spec.target_modules is not None:
+        if odd := [name for name in tables if spec.target_modules != ALL and _matches(name, spec.target_modules)]:
+            raise SpecError(
+                f"lora.target_modules: {spec.target_modules!r} also names {odd[0]}, and an adapter is for linear layers, no "
+                "embedding, convolution or head that shares the embedding's weights; name linear layers alone, by longer names"
+            )
         chosen = [name for name in linears if _matches(name, spec.target_modules)]
         if not chosen:
             raise SpecError(
@@ -139,7 +144,7 @@ def _in_connector(parts: list[str]) -> bool:
 def _matches(name: str, wanted: str | list[str]) -> bool:
     """Apply PEFT's rule: a string is a full regular expression, or `all-linear` for all but the head; a list holds names or
     suffixes."""
-    if wanted == "all-linear":
+    if wanted == ALL:
         return name.rpartition(".")[2] != HEAD
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None

@@ -18,7 +18,7 @@ from job.model.base_model import base_facts
 from job.model.collator import Collator
 from job.model.loaded import Loaded
 from job.model.lora_targets import parameters, targets
-from job.model.transformers_backend import adapted, linears
+from job.model.transformers_backend import adapted, linears, tables
 from tests.families import FAMILIES
 from tests.tiny import batch, job_spec, load_tiny, perturb, row
 
@@ -115,8 +115,8 @@ def test_the_connector_is_adapted_where_it_is_asked_for(
 
 def foretold(folder: Path, **lora: Any) -> dict[str, int]:
     """What `check` prints, from the headers of the weight files."""
-    found = base_facts(folder).linears
-    return parameters(4, found, targets(job_spec(lora=lora).lora, found))
+    facts = base_facts(folder)
+    return parameters(4, facts.linears, targets(job_spec(lora=lora).lora, facts.linears, facts.tables))
 
 
 def trainable(loaded: Loaded) -> int:
@@ -223,6 +223,29 @@ def test_a_group_that_the_model_lacks_stops_the_job(blind: Path) -> None:
 def test_modules_that_match_nothing_stop_the_job(tiny: Callable[..., Path]) -> None:
     with pytest.raises(SpecError, match=r"lora\.target_modules: \['query'\] matches none"):
         load_tiny(tiny("llava"), target_modules=["query"])
+
+
+def test_headers_tell_embeddings_and_convolutions(folder: Path) -> None:
+    assert {*base_facts(folder).tables} == {*tables(AutoModelForImageTextToText.from_pretrained(folder))}
+
+
+@pytest.mark.parametrize(
+    ("known", "modules", "named"),
+    [
+        ("llava", ["q_proj", "embed_tokens"], "model.language_model.embed_tokens"),
+        ("qwen2_5_vl", ["qkv", "proj"], "model.visual.patch_embed.proj"),
+        ("qwen3_5", r".*\.linear_attn\..*", "model.language_model.layers.0.linear_attn.conv1d"),
+        ("gemma3", ["q_proj", "lm_head"], "lm_head"),
+    ],
+)
+def test_what_is_no_linear_layer_is_refused_by_headers_and_model_alike(
+    tiny: Callable[..., Path], known: str, modules: str | list[str], named: str
+) -> None:
+    for refusing in (foretold, load_tiny):
+        with pytest.raises(
+            SpecError, match=rf"lora\.target_modules: .* also names {named}, and an adapter is for linear"
+        ):
+            refusing(tiny(known), target_modules=modules)
 
 
 def test_the_same_seed_gives_the_same_adapters(tiny: Callable[..., Path]) -> None:
