@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
 from collections.abc import Callable
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from peft import PeftModel
 from PIL import Image
-from transformers import AutoModelForImageTextToText
 
 from job.data.images import Bounds
 from job.model.base_model import base_facts
 from job.model.collator import IGNORE, Collator, replacement
-from job.model.header import read_header
-from job.model.lora_targets import CONNECTOR, GROUPS, group_of, left_alone, parameters, targets
+from job.model.lora_targets import CONNECTOR, GROUPS, left_alone, parameters, targets
 from job.model.token_length import TokenCounter
-from job.model.transformers_backend import linears, load_processor
+from job.model.transformers_backend import load_processor
 from job.train.loss import token_loss
 from tests.conftest import ROOT, Job
 from tests.families import FAMILIES as KNOWN
+from tests.family_proof import adapted, logits_agree, make_base, make_rows, spec_of
 from tests.other_families import OTHERS
-from tests.tiny import job_spec, load_tiny, make_model, picture, row
+from tests.tiny import job_spec, load_tiny, picture, row
 
 # InternVL's and GLM's processors hand tensors to NumPy 2, which torch serves by its older protocol.
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
@@ -38,36 +33,12 @@ REFUSED = [family for family, other in OTHERS.items() if other.refused]
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rows")
-    captions = [
-        {"file_name": f"{n}.png", "caption": f"There is a nodule. {'It is large. ' * (n % 3)}"} for n in range(8)
-    ]
-    for number, each in enumerate(captions):
-        picture(number, 60 + 8 * number, 60).save(folder / each["file_name"])
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, captions)))
-    return folder
+    return make_rows(tmp_path_factory.mktemp("rows"))
 
 
 @pytest.fixture(scope="module")
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    if request.param in KNOWN:
-        return make_model(request.param, folder, dtype=torch.float32)
-    OTHERS[request.param].make(folder)
-    return folder
-
-
-def spec_of(base: Path, rows: Path, output: Path, **lora: Any) -> str:
-    tree: dict[str, Any] = {
-        "model": {"name_or_path": str(base)},
-        "lora": {"r": 4} | lora,
-        "dataset": {"path": str(rows), "eval_rows": 2},
-        "training": {"max_steps": 2, "effective_batch_size": 2, "max_length": 2048, "learning_rate": 0.05},
-        "evaluation": {"max_new_tokens": 4, "explained_rows": 0},
-        "export": {"gate": {"rows": 2}},
-        "output": {"url": str(output)},
-    }
-    return yaml.safe_dump(tree)
+    return make_base(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.mark.parametrize("base", WHOLE, indirect=True)
@@ -81,8 +52,9 @@ def test_a_connector_goes_whole_from_spec_to_result(base: Path, rows: Path, job:
     assert "connector" in goes_whole(job, base, tmp_path / "output", spec)
 
 
-def goes_whole(job: Job, base: Path, output: Path, spec: str) -> set[str]:
+def goes_whole(job: Job, base: Path, output: Path, tree: dict[str, Any]) -> set[str]:
     """Returns the groups that the adapter holds."""
+    spec = yaml.safe_dump(tree)
     checked, ran = job("check", JOB_SPEC=spec), job("run", JOB_SPEC=spec)
     assert (checked.returncode, ran.returncode) == (0, 0), checked.stderr + ran.stderr
     assert (output / "RESULT.json").exists()
@@ -90,29 +62,6 @@ def goes_whole(job: Job, base: Path, output: Path, spec: str) -> set[str]:
     assert {group: int(count.replace(",", "")) for group, count in lines} == adapted(output / "adapter")
     logits_agree(base, output)
     return {group for group, _ in lines}
-
-
-def adapted(adapter: Path) -> dict[str, int]:
-    """LoRA parameters by group, as the adapter's file holds them."""
-    found = Counter[str]()
-    for name, tensor in read_header(adapter / "adapter_model.safetensors")[0].items():
-        found[str(group_of(name.partition(".lora_")[0]))] += prod(tensor["shape"])
-    return dict(found)
-
-
-@torch.no_grad()
-def logits_agree(base: Path, output: Path) -> None:
-    batch = Collator(load_processor(job_spec().model, base), 2048)([row(1)])
-    model = AutoModelForImageTextToText.from_pretrained(base).eval()
-    stored, held = base_facts(base).linears, linears(model)
-    assert len([name for name in stored if "lm_head" not in name]) == len(
-        [name for name in held if "lm_head" not in name]
-    )
-    before = model(**batch).logits
-    expected = PeftModel.from_pretrained(model, output / "adapter").eval()(**batch).logits
-    merged = AutoModelForImageTextToText.from_pretrained(output / "merged").eval()(**batch).logits
-    torch.testing.assert_close(merged, expected, rtol=1e-3, atol=1e-3)
-    assert (expected - before).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("base", WHOLE, indirect=True)
@@ -157,7 +106,7 @@ def with_images(row: dict[str, Any], images: int) -> dict[str, Any]:
 def test_a_family_that_cannot_work_is_refused_in_one_sentence(
     base: Path, rows: Path, job: Job, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    spec = spec_of(base, rows, tmp_path / "output")
+    spec = yaml.safe_dump(spec_of(base, rows, tmp_path / "output"))
     family = request.node.callspec.params["base"]
     for ended in (job("check", JOB_SPEC=spec), job("run", JOB_SPEC=spec)):
         assert ended.returncode == 78, ended.stderr
@@ -178,7 +127,7 @@ def test_a_family_that_cannot_work_is_refused_in_one_sentence(
 def test_what_lora_does_not_reach_is_refused_in_one_sentence(
     lora: dict[str, Any], sentence: str, tiny: Callable[..., Path], rows: Path, job: Job, tmp_path: Path
 ) -> None:
-    spec = spec_of(tiny("gemma3"), rows, tmp_path / "output", **lora)
+    spec = yaml.safe_dump(spec_of(tiny("gemma3"), rows, tmp_path / "output", **lora))
     last = [job(command, JOB_SPEC=spec) for command in ("check", "run")]
     said = {each.stderr.strip().splitlines()[-1] for each in last}
     assert [each.returncode for each in last] == [78, 78]
