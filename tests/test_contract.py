@@ -119,8 +119,8 @@ def test_a_family_that_cannot_work_is_refused_in_one_sentence(
     [
         ({"finetune_connector": True}, "nothing between vision tower and language model is a linear layer"),
         ({"finetune_expert_modules": True}, "routed experts are fused tensors"),
-        ({"target_modules": ["q_proj", "patch_embedding"]}, "also names model.vision_tower.embeddings.patch_embedding"),
-        ({"target_modules": ["lm_head"]}, "also names lm_head"),
+        ({"target_modules": ["q_proj", "patch_embedding"]}, "names model.vision_tower.embeddings.patch_embedding"),
+        ({"target_modules": ["lm_head"]}, "names lm_head, an"),
     ],
     ids=["bare connector", "experts", "convolution", "tied head"],
 )

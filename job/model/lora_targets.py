@@ -70,8 +70,8 @@ def targets(spec: LoraSpec, linears: Iterable[str], tables: Iterable[str] = ()) 
     if spec.target_modules is not None:
         if odd := [name for name in tables if spec.target_modules != ALL and _matches(name, spec.target_modules)]:
             raise SpecError(
-                f"lora.target_modules: {spec.target_modules!r} also names {odd[0]}, and an adapter is for linear layers, no "
-                "embedding, convolution or head that shares the embedding's weights; name linear layers alone, by longer names"
+                f"lora.target_modules: {spec.target_modules!r} names {odd[0]}, an embedding, a convolution or a head that shares "
+                "the embedding's weights, and adapters are for linear layers; name those alone"
             )
         chosen = [name for name in linears if _matches(name, spec.target_modules)]
         if not chosen:
