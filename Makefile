@@ -5,7 +5,7 @@ DEMO = build/demo
 # One more than there are cores, at most four: tests on a cluster mostly wait.
 WORKERS ?= $(shell n=$$(nproc); [ $$n -lt 3 ] && echo $$((n + 1)) || echo 4)
 
-.PHONY: demo test check lint clean kill-proof fence-proof resume-proof fuzz hostile-stores disk-proof test-gpu test-image test-slurm test-gguf test-store bench-store bench-gpu bench-scaling bench-whole-job bench-release whole-job test-families bench
+.PHONY: demo test check lint clean kill-proof fence-proof resume-proof verdict-proof fuzz hostile-stores disk-proof test-gpu test-image test-slurm test-gguf test-store bench-store bench-gpu bench-scaling bench-whole-job bench-release whole-job test-families bench
 
 demo:
 	@.ci/venv train
@@ -33,6 +33,11 @@ kill-proof:
 fence-proof:
 	@.ci/venv train dev
 	@OMP_NUM_THREADS=1 $(PYTHON_VENV) -m tests.fence_proof $(or $(N),100) $(or $(SEED),0) $(if $(UNFENCED),unfenced)
+
+# How often a verdict is wrong where nothing changed, and how often a change is seen.
+verdict-proof:
+	@.ci/venv train dev
+	@OMP_NUM_THREADS=1 $(PYTHON_VENV) -m tests.evaluate.verdict_proof $(or $(N),2000)
 
 resume-proof:
 	@.ci/venv train dev

@@ -153,6 +153,7 @@ def publish(ctx: RunContext, plan: Plan, staged: StagedIn, results: Results, exp
             "steps": contents.lineage.trained_steps,
             "taken_step": contents.lineage.taken_step,
             "taken": contents.lineage.taken,
+            "verdict": metrics and metrics["verdict"],
             "metrics": metrics and {name: metrics[name] for name in ("before", "after", "change")},
             "gate": contents.gate,
             "lineage": contents.to_json()["lineage"] | {"stages": dict(record.stages)},

@@ -150,6 +150,8 @@ def _evaluation(spec: JobSpec) -> Iterator[str]:
         yield "evaluation: eval_steps needs held-out rows, and dataset.eval_fraction is 0"
     known = {*METRICS, *evaluation.extra_metrics}
     known |= {*(f"{name}_{kind}" for name in evaluation.labels for kind in ("accuracy", "macro_f1"))}
+    if evaluation.primary_metric and evaluation.primary_metric not in known:
+        yield f"evaluation.primary_metric: no metric {evaluation.primary_metric}; the metrics are {', '.join(sorted(known))}"
     for metric, demand in evaluation.require.items():
         if metric not in known:
             yield f"evaluation.require.{metric}: no such metric; the metrics are {', '.join(sorted(known))}"

@@ -317,6 +317,9 @@ class EvaluationSpec(Section):
     """Which step becomes the tuned model: the last, or the one with the lowest held-out loss."""
     patience: Count | None = None
     """Stop training after this many consecutive measurements that are no better than the best one."""
+    primary_metric: str | None = None
+    """The metric that the verdict is about. Default: whether the first of `labels` is right, else `rougeL`. All other metrics
+    are for reading."""
     require: dict[str, RequirementSpec] = Field(default_factory=dict)
     """Bounds that the tuned model must meet, by metric: `finding_accuracy: {min_change: 0.0}`. If it does not, the job exits
     with 76 and publishes adapter and report, but no merged weights and no `RESULT.json`. May change on a finished run."""

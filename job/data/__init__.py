@@ -58,3 +58,5 @@ class Data:
     """None if not every row was validated."""
     sources: dict[str, Source] = field(default_factory=dict)
     """What the rows were read from, keyed by the spec field that names it."""
+    leaked: set[str] = field(default_factory=set)
+    """Ids of held-out rows that share a group or an image with training rows, or nearly an image."""

@@ -51,14 +51,14 @@ def prepare(
         bounds = Bounds(side=dataset.image_max_side)
     source, other = _open_both(spec, scratch, bounds)
     seen, bad, counts = validate_rows(source, spec, measure, most)
-    whole, same = counts.looked_at is None, None
+    whole, shared = counts.looked_at is None, None
     if other is not source:
         held, bad_held, theirs = validate_rows(other, spec, measure, most)
         whole = whole and theirs.looked_at is None
         counts = counts.with_held_out(theirs)
         bad = bad + [replace(row, of="evaluation") for row in bad_held]
         numbers = [group_numbers(side, dataset.group_column) for side in (seen, held)]
-        same = len(set.intersection(*({key for row in side for key in row.keys} for side in (seen, held))))
+        shared = set.intersection(*({key for row in side for key in row.keys} for side in (seen, held)))
     else:
         seen, held, numbers = _split(seen, spec)
     if not seen:
@@ -72,7 +72,7 @@ def prepare(
         source=source.decided,
         left_out=source.table.left_out,
         held_out_source=None if other is source else other.decided,
-        same_in_both=same,
+        same_in_both=None if shared is None else len(shared),
         train=round(len(seen) / part),
         evaluation=round(len(held) / part),
         quarantined=len(bad),
@@ -87,7 +87,10 @@ def prepare(
     }
     identity = Identity(*(b"".join(row.identity for row in side) for side in (seen, held))) if whole else None
     sources = {each.field: each for each in (source, other)}
-    return Data(train, evaluation, bad, facts, values, near, identity, sources)
+    leaked = {pair.evaluation for pair in near} | {
+        f"row-{row.place}" for row in held if shared and shared & set(row.keys)
+    }
+    return Data(train, evaluation, bad, facts, values, near, identity, sources, leaked)
 
 
 def _open_both(spec: JobSpec, scratch: Path, bounds: Bounds) -> tuple[Source, Source]:

@@ -28,7 +28,7 @@ from job.store import Missing, Store, files_of, open_store
 
 log = logging.getLogger("job")
 
-MADE = ("generated", "tokens", "loss", "answer_tokens")
+MADE = ("generated", "tokens", "loss", "answer_tokens", "swapped_loss")
 """Fields of an answer that the model generates."""
 PLACES = ("path", "eval_path")
 """Fields of the dataset section that only locate rows and do not affect them."""
@@ -117,7 +117,10 @@ def recall(stores: Sequence[Store], name: str, rows: Sequence[Held]) -> tuple[li
             found = [json.loads(line) for line in store.read(name).decode().splitlines()]
             # Rows are identified by content: another run may number the same rows differently.
             if [record["row"] for record in found] == [row.digest for row in rows]:
-                made = [{field: record[field] for field in MADE} for record in found]
+                made = [
+                    {"swapped_loss": None} | {field: record[field] for field in MADE if field in record}
+                    for record in found
+                ]
                 return [Answer(**vars(row.own), **said) for row, said in zip(rows, made, strict=True)], store.url
         except Missing:
             continue

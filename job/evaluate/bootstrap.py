@@ -78,7 +78,12 @@ def measure(pairs: Mapping[str, Pair], units: NDArray[np.intp], settings: Settin
         rows = int(one.counted.sum())
         old, new, change = (estimate(value, span, rows) for value, span in zip(measured, spans, strict=True))
         p = permutation_p(abs(measured[2]), np.abs(values(swapped)[2]))
-        result.before[name], result.after[name], result.change[name] = old, new, Change(**vars(change), p=p)
+        moved = int((one.before != one.after).any(axis=1).sum())
+        result.before[name], result.after[name], result.change[name] = (
+            old,
+            new,
+            Change(**vars(change), p=p, moved=moved),
+        )
     return result
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +16,7 @@ from job.evaluate import label_metrics as label_fields
 from job.evaluate.bootstrap import Pair
 from job.evaluate.records import Answer, Comparison, Gap, Group, LabelTable, Method, PerRow, Settings
 from job.evaluate.text_metrics import Floats, sample_scores, signatures
+from job.evaluate.verdict import chosen_metric, image_use, verdict
 
 MOST_GROUPS = 12
 OTHER, MISSING = "(other)", "(missing)"
@@ -26,8 +29,12 @@ def compare(
     groups: Sequence[str],
     settings: Settings,
     extra: tuple[PerRow, PerRow] = ({}, {}),
+    *,
+    metric: str | None = None,
+    leaked: Collection[str] = (),
 ) -> Comparison:
-    """Compare every metric before and after. `extra` holds further metrics as values per row, before and after.
+    """Compare every metric before and after. `extra` holds further metrics as values per row, before and after. The
+    verdict is about `metric` (see `chosen_metric`), on rows whose ids are not in `leaked`.
 
     Rows of one unit (such as a patient) are resampled and swapped together, since several images of one patient carry less
     information than images of as many patients. Raises DataError if before and after hold different rows.
@@ -44,14 +51,20 @@ def compare(
     pairs = {name: pair for name, pair in pairs.items() if pair.counted.any()}
     names = {column: group_names(before_rows, column) for column in groups}
     wanted = metric_info.primary(pairs)
+    metric = chosen_metric(metric, list(labels))
+    also_trained = np.array([row.id in leaked for row in after_rows])
+    used = image_use(before_rows, after_rows, units, settings)
+    gaps = {
+        column: {each: gap for each in wanted if (gap := _gap(pairs[each], units, names[column], settings))}
+        for column in groups
+    }
     return Comparison(
         **vars(bootstrap.measure(pairs, units, settings)),
         groups={column: _by_group(pairs, units, names[column], settings) for column in groups},
-        gaps={
-            column: {metric: gap for metric in wanted if (gap := _gap(pairs[metric], units, names[column], settings))}
-            for column in groups
-        },
+        gaps=_flagged(gaps, 1 - settings.confidence),
         labels={name: _label_table(name, spec, before_rows, after_rows) for name, spec in labels.items()},
+        image_use=used,
+        verdict=verdict(metric, pairs.get(metric), after_rows, labels, units, also_trained, settings, used),
         settings=Method(**vars(settings), rows=len(before_rows), units=int(units.max()) + 1, scorers=signatures()),
     )
 
@@ -83,11 +96,13 @@ def _gap(pair: Pair, units: NDArray[np.intp], names: NDArray[np.str_], settings:
     """Return the largest difference of a metric between two groups after tuning; None if fewer than two groups have enough
     rows.
 
-    `p` is the share of random assignments of units to groups whose largest difference is at least as large as the observed
-    one. This corrects for picking the two extremes of several groups. `flagged` means p < 1 - confidence.
+    `p` is the share of random assignments to groups whose largest difference is at least as large as the observed one. This
+    corrects for picking the two extremes of several groups. Where every unit is in one group, units are reassigned. Otherwise
+    rows of one unit resemble each other across groups, so the groups of a unit's rows are shuffled within it, and then handed
+    as a whole to another unit of as many rows.
     """
     whole = len(set(zip(units.tolist(), names.tolist(), strict=True))) == int(units.max()) + 1
-    own = units if whole else np.arange(len(units))  # a unit in several groups cannot be reassigned as a whole
+    own = units if whole else np.arange(len(units))
     values, member = np.unique(names[np.unique(own, return_index=True)[1]], return_inverse=True)
     enough = [index for index, value in enumerate(values) if pair.counted[names == value].sum() >= metric_info.FEW]
     if len(enough) < 2:
@@ -100,8 +115,9 @@ def _gap(pair: Pair, units: NDArray[np.intp], names: NDArray[np.str_], settings:
 
     observed = by_group(member)
     shuffle = np.random.default_rng([settings.seed, 2])
+    draw = partial(shuffle.permuted, axis=1) if whole else partial(_between_units, units, shuffle)
     drawn = [
-        np.ptp(by_group(shuffle.permuted(np.tile(member, (size, 1)), axis=1)), axis=0)
+        np.ptp(by_group(draw(np.tile(member, (size, 1)))), axis=0)
         for size in bootstrap.parts(settings.bootstrap_samples)
     ]
     p = bootstrap.permutation_p(float(np.ptp(observed)), np.concatenate(drawn))
@@ -110,8 +126,32 @@ def _gap(pair: Pair, units: NDArray[np.intp], names: NDArray[np.str_], settings:
         highest=str(values[enough[int(observed.argmax())]]),
         lowest=str(values[enough[int(observed.argmin())]]),
         p=p,
-        flagged=p is not None and p < 1 - settings.confidence,
     )
+
+
+def _between_units(units: NDArray[np.intp], shuffle: np.random.Generator, member: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Shuffle the groups (draws, rows) within each unit, and between units of as many rows."""
+    sizes, found = np.bincount(units), member.copy()
+    for size in np.unique(sizes):
+        places = np.stack([np.flatnonzero(units == unit) for unit in np.flatnonzero(sizes == size)])
+        inside = shuffle.permuted(member[:, places], axis=2)
+        order = shuffle.permuted(np.tile(np.arange(len(places)), (len(member), 1)), axis=1)
+        found[:, places] = np.take_along_axis(inside, order[:, :, None], axis=1)
+    return found
+
+
+def _flagged(gaps: dict[str, dict[str, Gap]], alpha: float) -> dict[str, dict[str, Gap]]:
+    """Flag the gaps whose p is below alpha after Holm's correction for their number (Holm 1979, Scandinavian Journal of
+    Statistics 6)."""
+    ranked = sorted(
+        (gap.p, column, metric) for column, of in gaps.items() for metric, gap in of.items() if gap.p is not None
+    )
+    result = {column: dict(of) for column, of in gaps.items()}
+    for place, (p, column, metric) in enumerate(ranked):
+        if p * (len(ranked) - place) >= alpha:
+            break
+        result[column][metric] = replace(result[column][metric], flagged=True)
+    return result
 
 
 def _label_table(name: str, spec: LabelSpec, before: Sequence[Answer], after: Sequence[Answer]) -> LabelTable:

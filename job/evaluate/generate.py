@@ -22,6 +22,8 @@ from job.model.loaded import Loaded
 from job.model.memory_model import last_cure
 from job.model.oom_retry import MicroBatches
 
+ANY_LENGTH = 1 << 20
+
 
 def generations(
     loaded: Loaded,
@@ -67,7 +69,9 @@ def answers(
         yield from ranks.spread(
             "answers",
             batches,
-            lambda batch: micro.map([rows[n] for n in batch], lambda part: _generate(loaded, list(part), spec)),
+            lambda batch: micro.map(
+                _with_other_images([rows[n] for n in batch]), lambda part: _generate(loaded, list(part), spec)
+            ),
         )
 
 
@@ -100,13 +104,37 @@ def _batches(rows: Any, order: Sequence[int], size: int, finished: Container[str
     return [batch for batch in batches if any(ids[place] not in finished for place in batch)]
 
 
+def _with_other_images(batch: list[Row]) -> list[tuple[Row, list[Any] | None]]:
+    """Pair each row of a batch with the images of the next one that is of another unit and has as many; None if there is none."""
+    found: list[tuple[Row, list[Any] | None]] = []
+    for place, row in enumerate(batch):
+        others = (*batch[place + 1 :], *batch[:place])
+        fit = (
+            other["images"]
+            for other in others
+            if len(other["images"]) == len(row["images"]) > 0 and other["unit"] != row["unit"]
+        )
+        found.append((row, next(fit, None)))
+    return found
+
+
 @torch.inference_mode()
-def _generate(loaded: Loaded, batch: list[Row], spec: JobSpec) -> list[Answer]:
-    texts = answer(loaded, batch, spec.evaluation.max_new_tokens)
-    losses = answer_losses(loaded, batch, spec.training.max_length, spec.dataset.over_length == "truncate")
+def _generate(loaded: Loaded, batch: list[tuple[Row, list[Any] | None]], spec: JobSpec) -> list[Answer]:
+    rows = [row for row, _ in batch]
+    texts = answer(loaded, rows, spec.evaluation.max_new_tokens)
+    length, truncate = spec.training.max_length, spec.dataset.over_length == "truncate"
+    losses = answer_losses(loaded, rows, length, truncate)
+    swapped = [Row({**row, "images": other}) for row, other in batch if other]
+    swapped_length = length if truncate else ANY_LENGTH  # other images may take more tokens than the row's own
+    with_others = iter(answer_losses(loaded, swapped, swapped_length, truncate) if swapped else ())
     return [
-        from_json(Answer, row | {"generated": text, "tokens": count, "loss": loss, "answer_tokens": answer_tokens})
-        for row, (text, count), (loss, answer_tokens) in zip(batch, texts, losses, strict=True)
+        from_json(
+            Answer,
+            row
+            | {"generated": text, "tokens": count, "loss": loss, "answer_tokens": answer_tokens}
+            | {"swapped_loss": next(with_others)[0] if other else None},
+        )
+        for (row, other), (text, count), (loss, answer_tokens) in zip(batch, texts, losses, strict=True)
     ]
 
 

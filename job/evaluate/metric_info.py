@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from job.evaluate.records import Comparison, Estimate, Gap, LabelTable
+from job.evaluate.records import Change, Comparison, Estimate, Gap, LabelTable
 
 FEW = 10
 """Samples, or patients, below which no number is reliable."""
@@ -48,6 +48,8 @@ EXTRA = {
     "chexbert": About("CheXbert", "share", 1, "all five main findings labelled as in the reference", 1),
     "green": About("GREEN", "fraction", 1, "a language model's count of clinically significant errors", 1),
 }
+OF_WORDS = ("rougeL", "rouge1", "rouge2", "bleu", "chrf", "exact_match", "token_f1")
+"""Metrics that compare the words of an answer with those of the reference."""
 ABBREVIATIONS = {
     **{word: word.upper() for word in ("gpu", "cpu", "mlp", "id", "url", "bleu", "rouge", "trl", "gb")},
     **{"lora": "LoRA", "chrf": "chrF", "peft": "PEFT"},
@@ -127,10 +129,12 @@ def p_text(p: float | None) -> str:
     return f"p{JOINED}<{JOINED}0.001" if p < 0.001 else f"p{JOINED}={JOINED}{p:.3f}"
 
 
-def verdict(metric: str, change: Estimate) -> Literal["better", "worse", "changed", "no clear change"]:
-    """Return the direction of a change if its whole interval lies on one side of zero."""
+def direction(
+    metric: str, change: Change, confidence: float
+) -> Literal["better", "worse", "changed", "no clear change"]:
+    """Return the direction of a change if its whole interval lies on one side of zero and its permutation test agrees."""
     low, high, better = change.low, change.high, about(metric).better
-    if low is None or high is None or low <= 0 <= high:
+    if low is None or high is None or low <= 0 <= high or change.p is None or change.p >= 1 - confidence:
         return "no clear change"
     if not better:
         return "changed"
@@ -158,6 +162,10 @@ def headline(measured: Comparison, metric: str) -> str:
     """Return one sentence: values before and after, change, uncertainty and number of rows."""
     known, change = about(metric), measured.change[metric]
     before, after = measured.before[metric].value, measured.after[metric].value
+    if too_few(measured):
+        return f"{known.title}: {number(before, known.kind)} before, {number(after, known.kind)} after."
+    if change.moved == 0:
+        return f"{known.title}: {number(after, known.kind)} before and after, unchanged in all {change.n:,} held-out samples."
     text = (
         f"{known.title}: {number(before, known.kind)} before, {number(after, known.kind)} after on the same "
         f"{change.n:,} held-out samples, a change of {number(change.value, known.kind, signed=True)} "

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from functools import cache
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 PerRow = Mapping[str, Sequence[float]]
 """Values for each row, by metric."""
 Maps = dict[str, list[list[float]]]
 """Occlusion maps by row id."""
+Said = Literal["better", "worse", "changed", "unchanged", "no clear change", "unproven", "too few rows"]
 T = TypeVar("T")
 
 
@@ -31,12 +32,14 @@ class HeldOutRow:
 @dataclass(frozen=True)
 class Answer(HeldOutRow):
     """A line of `before.jsonl` or `after.jsonl`: the generated text and its tokens; the mean loss over the tokens of the true
-    answer, in nats, and their number."""
+    answer, in nats, and their number; the same loss with the images of another row, None for a row that has no other to swap
+    with."""
 
     generated: str = ""
     tokens: int = 0
     loss: float | None = None
     answer_tokens: int = 0
+    swapped_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Change(Estimate):
-    """The difference after − before, and its p-value."""
+    """The difference after − before, its p-value, and the number of rows that score differently."""
 
     p: float | None = None
+    moved: int | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,37 @@ class LabelTable:
 
 
 @dataclass(frozen=True)
+class ImageUse:
+    """How much the loss rises when every row gets the images of another row, before and after training; and the share of the
+    gain in loss that remains with those images (None if there was no gain)."""
+
+    before: Change = field(default_factory=Change)
+    after: Change = field(default_factory=Change)
+    gain_without: float | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The one conclusion that is drawn: about `metric`, on the held-out rows that are not also in training.
+
+    `said` is empty if nothing was measured. `change` is that of `rows` rows of `units` units; `leaked` rows were left out.
+    `constant` is the score of the best single answer given to every row, and `over_constant` how far the tuned model is from
+    it; both are None for metrics that no single answer has. `different` counts the different answers of the tuned model.
+    """
+
+    metric: str = ""
+    said: Said | None = None
+    doubts: list[str] = field(default_factory=list)
+    change: Change = field(default_factory=Change)
+    rows: int = 0
+    units: int = 0
+    leaked: int = 0
+    constant: float | None = None
+    over_constant: Change | None = None
+    different: int = 0
+
+
+@dataclass(frozen=True)
 class Settings:
     """Number of resamples and permutations, confidence level and seed."""
 
@@ -135,6 +170,8 @@ class Comparison(Measured):
     groups: dict[str, dict[str, Group]] = field(default_factory=dict)
     gaps: dict[str, dict[str, Gap]] = field(default_factory=dict)
     labels: dict[str, LabelTable] = field(default_factory=dict)
+    image_use: ImageUse | None = None
+    verdict: Verdict = field(default_factory=Verdict)
     settings: Method = field(default_factory=Method)
 
 

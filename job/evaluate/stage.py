@@ -179,7 +179,16 @@ def compare(ctx: RunContext, data: Data, before: Answers, after: Answers) -> Res
                 for name, label in asked.labels.items()
             }
             settings = Settings(asked.bootstrap_samples, asked.confidence, spec.training.seed)
-            measured = comparison.compare(before, after, labels, asked.groups, settings, extra)
+            measured = comparison.compare(
+                before,
+                after,
+                labels,
+                asked.groups,
+                settings,
+                extra,
+                metric=asked.primary_metric,
+                leaked=data.leaked,
+            )
         results = Results(before, after, measured, unmet(asked.require, measured))
     ctx.record.update(measured=values(measured))
     return results

@@ -15,7 +15,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 import numpy as np
@@ -190,9 +190,13 @@ def _corpus(
 
 
 def _label_scores(rows: Sequence[Answer], name: str, spec: LabelSpec) -> dict[str, Sums]:
-    classes, pairs = label_fields.stated_and_right(rows, name, spec)
+    return label_sums(name, *label_fields.stated_and_right(rows, name, spec))
+
+
+def label_sums(name: str, classes: Sequence[str], pairs: Sequence[tuple[str, str] | None]) -> dict[str, Sums]:
+    """Accuracy and macro-F1 of a label from (reference label, stated label) of each row."""
     column = {value: 3 * index for index, value in enumerate(classes)}
-    counts = np.zeros((len(rows), 3 * len(classes)))
+    counts = np.zeros((len(pairs), 3 * len(classes)))
     for row, pair in enumerate(pairs):
         if pair is None:
             continue
@@ -218,6 +222,13 @@ def _losses(rows: Sequence[Answer]) -> dict[str, Sums]:
     loss = np.array([row.loss or 0.0 for row in rows], float)
     sums = np.stack([loss * tokens, tokens], axis=-1)
     return {"loss": Sums(sums, counted, ratio), "perplexity": Sums(sums, counted, lambda sums: np.exp(ratio(sums)))}
+
+
+def losses(rows: Sequence[Answer], *, swapped: bool) -> Sums:
+    """The loss of the rows that have it both with their own images and with those of another row, of which `swapped` chooses
+    one."""
+    both = [row if row.swapped_loss is not None else replace(row, loss=None) for row in rows]
+    return _losses([replace(row, loss=row.swapped_loss) for row in both] if swapped else both)["loss"]
 
 
 def _mean(values: Sequence[float], counted: NDArray[np.bool_] | None = None, *, proportion: bool = False) -> Sums:

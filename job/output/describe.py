@@ -31,6 +31,9 @@ def describe_status(store: Store) -> str:
         lines.append(f"checkpoints: {', '.join(map(str, sorted(saved)))}")
     if "attempt" in status:
         lines.append(f"attempt {status['attempt']} on {status.get('host', '?')}, since {status.get('started', '?')}")
+    verdict = (result or {}).get("verdict") or {}
+    if verdict.get("said"):
+        lines.append(f"verdict on {verdict['metric']}: {verdict['said']}")
     metrics = (result or {}).get("metrics") or {}
     for name, change in sorted(metrics.get("change", {}).items()):
         before, after = (_number(metrics[when][name]["value"]) for when in ("before", "after"))

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from job.evaluate import examples, metric_info
 from job.evaluate.records import Comparison
-from job.report import charts, gallery
+from job.report import charts, conclusion, gallery
 from job.report.contents import Contents, Numbers
 
 CURVES = {
@@ -72,7 +72,7 @@ def fill(file: str, *, autoescape: bool, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"readable": metric_info.readable, "cell": cell}
-    environment.globals["wording"] = metric_info
+    environment.globals |= {"wording": metric_info, "concluded": conclusion}
     return str(environment.get_template(file).render(**values))
 
 

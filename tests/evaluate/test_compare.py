@@ -33,7 +33,7 @@ def test_the_result_has_the_agreed_keys_and_is_read_again_from_json(make_rows: C
     assert entry["value"] == pytest.approx(
         result["after"]["finding_accuracy"]["value"] - result["before"]["finding_accuracy"]["value"], abs=2e-6
     )
-    assert set(entry) == {"value", "low", "high", "n", "p"}
+    assert set(entry) == {"value", "low", "high", "n", "p", "moved"}
     assert set(result["after"]["rougeL"]) == {"value", "low", "high", "n"}
     assert result["settings"] | {"scorers": 0} == {
         "bootstrap_samples": 200,
@@ -139,7 +139,7 @@ def test_groups_that_mean_nothing_are_flagged_at_the_stated_rate() -> None:
         )
         gap = statistics._gap(bootstrap.pair(right, right), np.arange(40), names, Settings(200, 0.95, seed))
         assert gap is not None
-        flagged += gap.flagged
+        flagged += statistics._flagged({"x": {"y": gap}}, 0.05)["x"]["y"].flagged
     assert flagged / runs == pytest.approx(0.05, abs=0.035)
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from job.data import Data
 from job.data.prepare import prepare
-from job.evaluate.generate import answer, answer_losses, generations
+from job.evaluate.generate import _generate, _with_other_images, answer, answer_losses, generations
 from job.evaluate.records import Answer
 from job.model.collator import IGNORE, Collator, encode, render
 from job.model.loaded import Loaded
@@ -52,6 +52,24 @@ def test_answers_follow_the_largest_logit_without_a_cache(loaded: Loaded) -> Non
         inputs = longer(inputs, token)
     texts = processor.tokenizer.batch_decode(inputs["input_ids"][:, start:], skip_special_tokens=True)
     assert [text for text, _ in answer(loaded, batch(), TOKENS)] == [text.strip() for text in texts]
+
+
+def test_the_loss_with_other_images_is_that_of_the_row_with_the_next_ones(loaded: Loaded) -> None:
+    """Of another unit, and of as many images; a row alone has none to take."""
+    rows = [row | {"unit": unit, "reference": "No."} for row, unit in zip(batch(), (0, 0, 1), strict=True)]
+    spec = job_spec(evaluation={"max_new_tokens": 2})
+    made = _generate(loaded, _with_other_images(rows), spec)
+    own = [loss for loss, _ in answer_losses(loaded, rows, spec.training.max_length)]
+    assert [each.loss for each in made] == own
+    places = (2, 2, 0)
+    swapped = [row | {"images": rows[place]["images"]} for row, place in zip(rows, places, strict=True)]
+    assert [len(row["images"]) for row in rows] == [1, 1, 1]
+    expected = [loss for loss, _ in answer_losses(loaded, swapped, 1 << 20)]
+    assert [each.swapped_loss for each in made] == expected
+    assert all(abs(other - mine) > 1e-4 for other, mine in zip(expected, own, strict=True))
+    assert [other for _, other in _with_other_images(rows[:2])] == [None, None]
+    (alone,) = _generate(loaded, _with_other_images(rows[:1]), spec)
+    assert alone.swapped_loss is None
 
 
 def longer(inputs: dict[str, torch.Tensor], token: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -123,7 +123,7 @@ def test_macro_f1_is_that_of_scikit_learn() -> None:
 def test_what_is_not_defined_has_no_p() -> None:
     rows = [{"id": str(n), "reference": "?", "generated": "clear lungs"} for n in range(12)]
     change = compare(answers_of(rows), answers_of(rows), {}, (), Settings(100, 0.95, 1)).change["length_ratio"]
-    assert change == Change(None, None, None, 12, None)
+    assert change == Change(None, None, None, 12, None, 0)
 
 
 def test_no_text_at_all_scores_nothing_and_does_not_fail() -> None:

@@ -110,8 +110,11 @@ def test_published_is_only_this_very_spec(store: OwnedStore, tree: dict[str, Any
 def test_a_metric_without_an_interval_is_shown_in_the_status(store: OwnedStore):
     value, none = {"value": 0.5, "low": None, "high": None, "n": 2}, {"value": None, "low": None, "high": None, "n": 2}
     metrics = {"before": {"f1": none}, "after": {"f1": value}, "change": {"f1": none}}
-    store.write("RESULT.json", json.dumps({"metrics": metrics}).encode())
+    store.write(
+        "RESULT.json", json.dumps({"metrics": metrics, "verdict": {"metric": "f1", "said": "too few rows"}}).encode()
+    )
     assert "– →    0.5000  (too few rows for an interval)" in describe_status(store)
+    assert "\nverdict on f1: too few rows\n" in describe_status(store)
 
 
 def test_a_job_that_went_silent_is_told_from_a_running_one(store: OwnedStore):

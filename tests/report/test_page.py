@@ -145,10 +145,10 @@ def test_a_refused_merge_is_said_first(facts: dict[str, Any]) -> None:
 
 
 def test_a_worse_model_is_called_worse(facts: dict[str, Any]) -> None:
-    change = facts["metrics"]["change"]["rougeL"]
-    change |= {"value": -0.2, "low": -0.3, "high": -0.1}
-    facts["metrics"]["change"]["loss"] |= {"value": 0.2, "low": 0.1, "high": 0.3}
-    assert len(re.findall(r'class="tag worse"', report.render(contents_of(facts)))) >= 3
+    facts["metrics"]["verdict"] |= {"said": "worse", "change": {"value": -0.2, "low": -0.3, "high": -0.1, "p": 0.001}}
+    page = report.render(contents_of(facts))
+    assert len(re.findall(r'class="tag worse"', page)) == 2
+    assert "Worse: Finding correct changed by −20.0" in page
 
 
 def test_markdown_tables_keep_their_columns_whatever_the_names(facts: dict[str, Any]) -> None:
@@ -179,7 +179,8 @@ def test_a_label_of_very_many_values_shows_those_that_occur_most(facts: dict[str
 
 
 def test_few_samples_are_said_first(facts: dict[str, Any]) -> None:
-    facts["metrics"]["settings"] |= {"units": 4}
+    """Of an output of an earlier version too, which stores no verdict."""
+    facts["metrics"] |= {"settings": facts["metrics"]["settings"] | {"units": 4}, "verdict": None}
     said = "Too few to judge by: only 4 held-out patients or other units."
     assert f"<strong>{said}</strong>" in report.render(contents_of(facts))
     assert report.markdown(from_json(Comparison, facts["metrics"])).lstrip().startswith(f"**{said}**")

@@ -59,7 +59,7 @@ def rows_and_answers(store: Store, share_known: float, *, wordy: bool) -> tuple[
     own = ("reference", "labels", "groups", "unit")
     rows = Rows(row(number) | {name: each[name] for name in own} for number, each in enumerate(made))
     lines = [
-        {"row": held.digest} | {name: each[name] for name in answer_cache.MADE}
+        {"row": held.digest} | {name: each.get(name) for name in answer_cache.MADE}
         for held, each in zip(answer_cache.held(rows), made, strict=True)
     ]
     store.write("cache.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines).encode())
