@@ -101,6 +101,7 @@ def report_contents(ctx: RunContext, staged: StagedIn, plan: Plan, results: Resu
         log=ctx.record.read_numbers(),
         max_new_tokens=spec.evaluation.max_new_tokens,
         left_out=tuple(left_out(staged.base)),
+        **(vars(exported.serving) if exported.serving else {}),
     )
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image
 
+    from job.data.images import Bounds
     from job.data.sources import Source
 
 
@@ -58,3 +59,8 @@ class Data:
     """None if not every row was validated."""
     sources: dict[str, Source] = field(default_factory=dict)
     """What the rows were read from, keyed by the spec field that names it."""
+
+    @property
+    def bounds(self) -> Bounds:
+        """What images are shrunk to."""
+        return self.sources["dataset.path"].files.bounds

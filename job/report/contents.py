@@ -10,7 +10,7 @@ from job.evaluate.records import Answer, Comparison, Maps, Sample
 
 Numbers = Mapping[str, float]
 """A line of `logs/metrics.jsonl`."""
-KEPT = ("name", "plan", "lineage", "gate", "occlusion", "data", "privacy", "base", "instruction")
+KEPT = ("name", "plan", "lineage", "gate", "occlusion", "data", "privacy", "base", "instruction", "unwritten")
 """The fields that `evaluation/report.json` holds."""
 PARENT = ("parent_adapter", "parent_sha256")
 """Keys that only a run that started from an adapter has."""
@@ -61,7 +61,8 @@ class Contents:
 
     `plan`, `gate` and `data` are names and values of any nesting, which are only listed, but for the number of rows to `train` on
     in the data, and for `refused` in the gate: a reason, which the report shows first. `left_out` are the settings of the base's
-    generation that would change answers.
+    generation that would change answers. `system`, `date`, `unwritten` and `bounds` are those of
+    `job.export.serving.Serving`.
     """
 
     name: str = ""
@@ -80,6 +81,10 @@ class Contents:
     log: Sequence[Numbers] = field(default_factory=list)
     max_new_tokens: int = 128
     left_out: Sequence[str] = ()
+    system: Any = None
+    date: str | None = None
+    unwritten: Sequence[str] = ()
+    bounds: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads again, but for what other files hold."""

@@ -1,0 +1,58 @@
+"""What is published beside the weights says how they were measured, and what it cannot say is told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from job.data.images import Bounds
+from job.export.merge import copy_rest
+from job.export.serving import serving, write_settings
+from job.model.token_length import TokenCounter
+from job.model.transformers_backend import load_processor
+from tests.tiny import job_spec, load_tiny
+
+PICTURES = "how far pictures were shrunk (dataset.image_max_side), which its processor cannot do"
+PUBLISHED = {"min_pixels": 3136, "max_pixels": 1 << 20, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+
+
+def told(base: Path, into: Path, bounds: Bounds, source: str = "imagefolder", **dataset: Any) -> tuple[str, ...]:
+    spec, loaded = job_spec(dataset={"path": "rows"} | dataset), load_tiny(base)
+    copy_rest(base, into)
+    write_settings(into, loaded, spec, bounds)
+    data: Any = SimpleNamespace(bounds=bounds, facts=SimpleNamespace(source=source))
+    return serving(spec, loaded, load_processor(spec.model, into), data).unwritten
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "mllama", "llava_next"])
+def test_what_a_processor_keeps_by_itself_needs_no_word(family: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    room = TokenCounter(load_processor(job_spec().model, tiny(family))).room(300)
+    assert told(tiny(family), tmp_path / "out", Bounds(**room)) == ()
+    assert told(tiny(family), tmp_path / "out", Bounds()) == ()
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_a_longest_side_and_dicom_are_told(family: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    found = told(tiny(family), tmp_path / "out", Bounds(side=40), "dicom: 3 series", system_prompt="Be brief.")
+    assert found == (PICTURES, "how DICOM files became pictures", "the system prompt")
+
+
+def test_the_settings_of_older_processors_are_limited_too(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """As Qwen2.5-VL is published: without a processor_config.json, and with `max_pixels` and no `size`."""
+    base, into = tmp_path / "base", tmp_path / "out"
+    copy_rest(tiny("qwen2_5_vl"), base)
+    whole = json.loads((base / "processor_config.json").read_text())["image_processor"]
+    (base / "processor_config.json").unlink()
+    (base / "preprocessor_config.json").write_text(
+        json.dumps({"processor_class": "Qwen2_5_VLProcessor", **whole, **PUBLISHED, "size": None})
+    )
+    (base / "model.safetensors").symlink_to(tiny("qwen2_5_vl") / "model.safetensors")
+    assert load_processor(job_spec().model, base).image_processor.size["longest_edge"] == 1 << 20
+    bounds = Bounds(area=1 << 20, row=250_000.5, grid=28)
+    assert told(base, into, bounds) == ()
+    assert json.loads((into / "preprocessor_config.json").read_text())["max_pixels"] == 250_000
