@@ -156,6 +156,11 @@ def publish(ctx: RunContext, plan: Plan, staged: StagedIn, results: Results, exp
             "taken": contents.lineage.taken,
             "metrics": metrics and {name: metrics[name] for name in ("before", "after", "change")},
             "gate": contents.gate,
+            "measured_with": {
+                "precision": plan.precision,
+                "instruction": contents.instruction,
+                "image_bounds": contents.bounds,
+            },
             "lineage": contents.to_json()["lineage"] | {"stages": dict(record.stages)},
             "hub": pushed,
             "files": {key: {"size": digest.size, "sha256": digest.sha256} for key, digest in files.items()},
