@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from filecmp import cmpfiles
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from PIL import Image
@@ -13,10 +15,13 @@ from job.config.schema import JobSpec
 from job.data import Data
 from job.data.conversations import conversation
 from job.data.images import Bounds
+from job.export.merge import WEIGHTS, copy_rest
 from job.model.base_model import json_object
 from job.model.collator import DATE, replacement
 from job.model.generation import greedy
 from job.model.loaded import Loaded
+from job.model.transformers_backend import load_processor
+from job.store import files_of
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 """Files with an image processor's settings: its own, and since transformers 5 those of the whole processor."""
@@ -67,8 +72,34 @@ def _limit(images: dict[str, Any], bounds: Bounds) -> bool:
     return changed
 
 
-def serving(spec: JobSpec, loaded: Loaded, published: Any, data: Data) -> Serving:
-    """Find what a server must be given. `published` is the processor that is published."""
+def beside_weights(folder: Path, loaded: Loaded, spec: JobSpec, bounds: Bounds) -> Path:
+    """Write into a folder all that is published beside merged weights but for the model card, and return it."""
+    copy_rest(loaded.folder, folder)
+    write_settings(folder, loaded, spec, bounds)
+    return folder
+
+
+def spoilt(folder: Path, loaded: Loaded, spec: JobSpec, bounds: Bounds) -> str | None:
+    """Explain which files beside merged weights are not, byte for byte, the base's or those of `write_settings`; None if all
+    are. The model card may be there."""
+    with TemporaryDirectory(dir=folder.parent) as name:
+        made = beside_weights(Path(name), loaded, spec, bounds)
+        wanted = set(files_of(made))
+        there = {name for name in files_of(folder) if Path(name).suffix not in WEIGHTS} - {"README.md"}
+        _, changed, unread = cmpfiles(made, folder, wanted & there, shallow=False)
+    what = {
+        "missing": wanted - there,
+        "not the base model's": {*changed, *unread},
+        "not of the base model": there - wanted,
+    }
+    found = [f"{name} is {wrong}" for wrong, names in what.items() for name in sorted(names)]
+    return f"merged/: {'; '.join(found)}; only the adapter is kept; run again" if found else None
+
+
+def serving(spec: JobSpec, loaded: Loaded, data: Data, scratch: Path) -> Serving:
+    """Find what a server must be given beside the published files."""
+    with TemporaryDirectory(dir=scratch) as name:
+        published = load_processor(spec.model, beside_weights(Path(name), loaded, spec, data.bounds))
     system, date = _system_turn(loaded.processor, spec.dataset.system_prompt)
     shrunk, unwritten = data.bounds, list[str]()
     if shrunk.side or not all(_same_tokens(loaded.processor, published, shrunk, size) for size in SIZES):

@@ -86,10 +86,10 @@ def export(ctx: RunContext, loaded: Loaded, data: Data, *, fold: bool, gate_room
 
     `gate_room`: bytes of a 16-bit model's weights that the GPU holds; None if all of them fit.
     """
-    from job.export.serving import serving, write_settings
+    from job.export.serving import serving, spoilt, write_settings
     from job.export.tensor_map import read_base
     from job.model.oom_retry import free_cached
-    from job.model.transformers_backend import Offload, load_processor
+    from job.model.transformers_backend import Offload
 
     spec, record = ctx.spec, ctx.record
     folder = ctx.scratch / "export"
@@ -101,7 +101,7 @@ def export(ctx: RunContext, loaded: Loaded, data: Data, *, fold: bool, gate_room
         loaded.model.save_pretrained(adapter)
         loaded.processor.save_pretrained(adapter)
         write_settings(adapter, loaded, spec, data.bounds)
-        served = serving(spec, loaded, load_processor(spec.model, adapter), data)
+        served = serving(spec, loaded, data, folder)
         if not fold:
             return Exported({"adapter": adapter}, serving=served)
         base = read_base(loaded.folder, spec.model.trust_remote_code)
@@ -116,6 +116,8 @@ def export(ctx: RunContext, loaded: Loaded, data: Data, *, fold: bool, gate_room
         exported = replace(exported, serving=served)
         if exported.refused is None:
             exported = smaller(spec, loaded, exported, data, offload)
+            wrong = spoilt(exported.folders["merged"], loaded, spec, data.bounds)
+            exported = replace(exported, refused=wrong)
         ctx.preemption.check()  # a library may have swallowed the notice
     return exported
 
@@ -125,9 +127,9 @@ def merged(
 ) -> tuple[Exported, Verdict]:
     """Merge, and judge the result from where it was written. Releases `loaded.model`."""
     from job.export.gate import compare, refuse
-    from job.export.merge import copy_rest, merge_to_folder, merge_to_store, recipe
+    from job.export.merge import merge_to_folder, merge_to_store, recipe
     from job.export.read_back import read_back
-    from job.export.serving import write_settings
+    from job.export.serving import beside_weights
     from job.export.tensor_map import changes, read_adapter
     from job.model.oom_retry import free_cached
     from job.model.transformers_backend import load_processor, load_weights
@@ -143,9 +145,7 @@ def merged(
         shutil.rmtree(into, ignore_errors=True)
         sent = merge_to_store(todo, store, "merged")
         read_merged = partial(read_back, spec.model, into, base, store, "merged", sent, loaded.device, offload=offload)
-    copy_rest(base.folder, into)
-    write_settings(into, loaded, spec, data.bounds)
-    processor = load_processor(spec.model, into)
+    processor = load_processor(spec.model, beside_weights(into, loaded, spec, data.bounds))
     free_cached()  # the pieces of the merge
     let_go = partial(release, loaded.model)
     rows = rows_of(data)

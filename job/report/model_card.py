@@ -96,7 +96,7 @@ inputs = processor.apply_chat_template(
     return_tensors="pt",{dated}
 ).to(model.device, dtype=model.dtype)
 with torch.inference_mode():
-    answer = model.generate(**inputs)  # as generation_config.json in this folder says
+    answer = model.generate(**inputs, max_new_tokens={contents.max_new_tokens}, do_sample=False)
 print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())"""
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from job.data.images import Bounds
 from job.export.merge import copy_rest
-from job.export.serving import serving, write_settings
+from job.export.serving import beside_weights, serving, spoilt
 from job.model.token_length import TokenCounter
 from job.model.transformers_backend import load_processor
 from tests.tiny import job_spec, load_tiny
@@ -21,12 +21,46 @@ PICTURES = "how far pictures were shrunk (dataset.image_max_side), which its pro
 PUBLISHED = {"min_pixels": 3136, "max_pixels": 1 << 20, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
 
 
+def rewrite(name: str, **settings: Any) -> Callable[[Path], Any]:
+    def change(folder: Path) -> None:
+        tree = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(tree | settings))
+
+    return change
+
+
+FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    "another mean": (rewrite("processor_config.json", image_processor={}), "processor_config.json is not the base"),
+    "another template": (
+        lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"),
+        "chat_template.jinja is not the base",
+    ),
+    "a penalty": (rewrite("generation_config.json", repetition_penalty=1.3), "generation_config.json is not the base"),
+    "another end": (rewrite("generation_config.json", eos_token_id=[0]), "generation_config.json is not the base"),
+    "another shape": (rewrite("config.json", hidden_size=3), "config.json is not the base"),
+    "one too many": (lambda folder: (folder / "added.json").write_text("{}"), "added.json is not of the base"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_file_beside_the_weights_is_told_by_name(fault: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    spec, loaded, into, bounds = job_spec(), load_tiny(tiny("qwen3_vl")), tmp_path / "merged", Bounds(area=5e3, grid=32)
+    beside_weights(into, loaded, spec, bounds)
+    (into / "README.md").write_text("a card")
+    (into / "model.safetensors").write_text("weights")
+    assert spoilt(into, loaded, spec, bounds) is None
+    assert "processor_config.json" in str(spoilt(into, loaded, spec, Bounds()))
+    spoil, said = FAULTS[fault]
+    spoil(into)
+    assert f"merged/: {said}" in str(spoilt(into, loaded, spec, bounds))
+
+
 def told(base: Path, into: Path, bounds: Bounds, source: str = "imagefolder", **dataset: Any) -> tuple[str, ...]:
     spec, loaded = job_spec(dataset={"path": "rows"} | dataset), load_tiny(base)
-    copy_rest(base, into)
-    write_settings(into, loaded, spec, bounds)
+    beside_weights(into, loaded, spec, bounds)
     data: Any = SimpleNamespace(bounds=bounds, facts=SimpleNamespace(source=source))
-    return serving(spec, loaded, load_processor(spec.model, into), data).unwritten
+    return serving(spec, loaded, data, into.parent).unwritten
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "mllama", "llava_next"])
