@@ -15,14 +15,18 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from loader import cpu, picture
 from record import append
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if TYPE_CHECKING:
+    from job.config.schema import DatasetSpec
 
 
 def dicom(side: int, syntax: str = "") -> bytes:
@@ -46,6 +50,12 @@ def dicom(side: int, syntax: str = "") -> bytes:
     return stream.getvalue()
 
 
+def in_this_process(data: bytes, spec: DatasetSpec) -> list[Any]:
+    from job.data.dicom import frames, opened
+
+    return [each.convert("RGB") for each in frames(*opened(data, spec)[:2], spec)]
+
+
 def in_turns(ways: list[Callable[[], Any]], rounds: int) -> list[float]:
     """The median of seconds of processor time that each way takes."""
     taken: list[list[float]] = [[] for _ in ways]
@@ -65,7 +75,6 @@ def main() -> None:
 
     from job.config.schema import DatasetSpec
     from job.data import decoder
-    from job.data.dicom import frames, opened
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=15)
@@ -86,8 +95,8 @@ def main() -> None:
         data = dicom(side, syntax)
         here, apart = in_turns(
             [
-                lambda data=data: [each.convert("RGB") for each in frames(*opened(data, spec)[:2], spec)],
-                lambda data=data: decoder.decoded_apart(data, spec),
+                partial(in_this_process, data, spec),
+                partial(decoder.decoded_apart, data, spec),
             ],
             rounds,
         )

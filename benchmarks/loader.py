@@ -27,8 +27,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -36,6 +37,9 @@ from record import append
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+if TYPE_CHECKING:
+    from job.data import Row
 
 CORES = 2
 BATCH = 8
@@ -137,7 +141,7 @@ class Ours:
 
         self.collator = Collator(processor, 1 << 20)
 
-    def __call__(self, rows: list[dict[str, Any]]) -> int:
+    def __call__(self, rows: list[Row]) -> int:
         return len(self.collator(rows)["input_ids"])
 
 
@@ -183,10 +187,10 @@ def measure_rates(folder: Path, images: int, seconds: float) -> None:
     )
     for family, name in FAMILIES.items():
         processor = processor_of(family)
-        ours = rate(lambda processor=processor: of_loader(data.train, Ours(processor)), seconds)
-        goal = {"goal": "over 200", "meets": ours > 200}
-        append("loader", f"the same, with {name}'s processor", ours, "images/s on 2 cores", **goal)
-        theirs = rate(lambda processor=processor: notebook(files, processor), seconds) / CORES
+        ours = rate(partial(of_loader, data.train, Ours(processor)), seconds)
+        what = f"the same, with {name}'s processor"
+        append("loader", what, ours, "images/s on 2 cores", goal="over 200", meets=ours > 200)
+        theirs = rate(partial(notebook, files, processor), seconds) / CORES
         append("loader", f"notebook's way, {name}: its one process", theirs, "images/s on 1 core")
         append("loader", f"ours beside the notebook's, {name}", ours / theirs, "times")
 
@@ -202,7 +206,7 @@ def measure_large(folder: Path, seconds: float) -> None:
         scratch = folder / f"large-scratch-{cache}"
         data = prepare(spec(path, folder, cache_gb=cache), scratch, bounds=Bounds(area=4 * 560**2))
 
-        rates.append(rate(lambda rows=data.train: of_loader(rows, len), seconds))
+        rates.append(rate(partial(of_loader, data.train, len), seconds))
     append("loader", "2500 px PNG of 16 bits, decoded each time", rates[0], "images/s on 2 cores")
     append("loader", "2500 px PNG of 16 bits, shrunk once and kept", rates[1], "images/s on 2 cores")
     append("loader", "kept beside decoded each time", rates[1] / rates[0], "times")

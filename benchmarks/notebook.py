@@ -18,6 +18,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import unsloth  # noqa: F401 - first, as the notebook has it
 
@@ -36,7 +37,7 @@ from job.train.sampler import EpochOrder
 
 
 class InOrder(SFTTrainer):
-    def _get_train_sampler(self, train_dataset=None):
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
 
@@ -44,7 +45,7 @@ class Clock(TrainerCallback):
     def __init__(self, file: Path) -> None:
         self.file = file
 
-    def on_log(self, args, state, control, logs=None, **_):
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if logs and "loss" in logs:
             with self.file.open("a") as stream:
                 line = {"step": state.global_step, "seconds": time.time() - BEGAN, "loss": logs["loss"]}
@@ -81,7 +82,7 @@ def main() -> None:
     )
     model.save_pretrained(given.out / "start")
     lines = [json.loads(line) for line in (given.data / "metadata.jsonl").read_text().splitlines()]
-    rows = [
+    rows: list[Any] = [
         {
             "messages": conversation(RADIOGRAPHER, line["caption"], None),
             "images": [Image.open(given.data / line["file_name"]).convert("RGB")],

@@ -105,7 +105,7 @@ def build_processor(family: str, size: str, text_vocabulary: int | None) -> Any:
             chat_template=template,
             num_additional_image_tokens=1,
         )
-    shape = {"patch_size": 14 if family == "qwen2_5_vl" else 16, "merge_size": 2, "size": pixels}
+    shape: dict[str, Any] = {"patch_size": 14 if family == "qwen2_5_vl" else 16, "merge_size": 2, "size": pixels}
     if family == "qwen2_5_vl":
         videos: Any = Qwen2VLVideoProcessor(**shape)
         return Qwen2_5_VLProcessor(Qwen2VLImageProcessor(**shape), tokenizer, videos, chat_template=template)

@@ -62,15 +62,15 @@ def make(family: str, folder: Path, gpu: str) -> None:
     """The model in its published shape, unless it is there."""
     if (folder / "config.json").exists():
         return
-    command = [sys.executable, HERE / "models.py", family, folder, "--dtype", "bfloat16"]
+    command: list[str | Path] = [sys.executable, HERE / "models.py", family, folder, "--dtype", "bfloat16"]
     subprocess.run(command, env=on(gpu), check=True, stdout=subprocess.DEVNULL)
 
 
 def whole_job(case: Case, models: Path, folder: Path, gpu: str, given: argparse.Namespace) -> bool:
     """Run the case on one GPU. Returns whether it ended as it should; its outputs are removed then."""
     own = folder / case.name.replace("@", "-").replace(":", "-")
-    command = [sys.executable, HERE / "whole_job.py", case.family, "--card", case.card, "--epochs", str(given.epochs)]
-    command += ["--model", models / case.family, "--folder", own]
+    command: list[str | Path] = [sys.executable, HERE / "whole_job.py", case.family, "--card", case.card]
+    command += ["--epochs", str(given.epochs), "--model", models / case.family, "--folder", own]
     command += ["--precision", case.precision] if case.precision else []
     command += [] if case.name == UNCUT else ["--no-uncut"]
     command += ["--limit", str(given.limit)] if given.limit else []

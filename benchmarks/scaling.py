@@ -93,8 +93,8 @@ def main() -> None:
         words = f"at least {goal:g}" if goal else ""
         tell(f"{count} devices over {counts[0]}", ratio, "times", words, ratio >= goal if goal else None)
         waits = [line["rank_wait_seconds"] for line in lines[COMPILING:]]
-        for rank, each in enumerate(zip(*waits, strict=True)):
-            tell(f"{count} devices: rank {rank} waits for the others' gradients", sum(each) / len(each), "s a step")
+        for rank, seconds in enumerate(zip(*waits, strict=True)):
+            tell(f"{count} devices: rank {rank} waits for the others' gradients", statistics.mean(seconds), "s a step")
         pairs = list(zip(lines, alone[0], strict=True))
         assert all(mine["rows"] == theirs["rows"] for mine, theirs in pairs), "other rows in a step"
         apart = max(abs(mine["loss"] - theirs["loss"]) / theirs["loss"] for mine, theirs in pairs)
@@ -104,7 +104,7 @@ def main() -> None:
 def speed(lines: list[dict[str, Any]], batch: int) -> float:
     """Samples a second behind the steps that compile."""
     rest = lines[COMPILING:]
-    return batch * len(rest) / sum(line["step_seconds"] for line in rest)
+    return batch * len(rest) / float(sum(line["step_seconds"] for line in rest))
 
 
 if __name__ == "__main__":

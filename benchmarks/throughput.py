@@ -139,7 +139,7 @@ def started(command: list[str], environment: dict[str, str], log: Path) -> None:
 def speed(steps: list[dict[str, Any]]) -> float:
     """Samples per second behind the steps that compile."""
     rest = steps[COMPILING - 1 :]
-    return BATCH * (len(rest) - 1) / (rest[-1]["seconds"] - rest[0]["seconds"])
+    return BATCH * (len(rest) - 1) / float(rest[-1]["seconds"] - rest[0]["seconds"])
 
 
 def main() -> None:

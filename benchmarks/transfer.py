@@ -35,7 +35,7 @@ import boto3
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.record import append
+from record import append
 
 PART = 16 * 2**20
 CONNECTIONS = 4
@@ -164,9 +164,10 @@ def connection(local: threading.local, url: Any) -> http.client.HTTPConnection:
     if not hasattr(local, "line"):
         kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
         local.line = kind(url.hostname, url.port)
-    if local.line.sock is None:
-        local.line.connect()
-    return local.line
+    line: http.client.HTTPConnection = local.line
+    if line.sock is None:
+        line.connect()
+    return line
 
 
 def run(name: str, way: str, bucket: str, key: str, path: Path) -> None:
@@ -262,7 +263,8 @@ def report(gib: float, seconds: Times, processor: Times, memory: dict[str, float
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--run"]:
-        run(*sys.argv[2:6], Path(sys.argv[6]))  # type: ignore[arg-type]
+        name, way, bucket, key, path = sys.argv[2:7]
+        run(name, way, bucket, key, Path(path))
     else:
         arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         arguments.add_argument("--gib", type=float, default=2)

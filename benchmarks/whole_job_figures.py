@@ -89,7 +89,7 @@ def apart(mine: list[dict[str, Any]], uncut: list[dict[str, Any]]) -> tuple[floa
 
 
 def pace_of(attempts: list[Attempt]) -> float:
-    return statistics.median(chain(*([line["step_seconds"] for line in each.lines[1:]] for each in attempts)))
+    return float(statistics.median(chain(*([line["step_seconds"] for line in each.lines[1:]] for each in attempts))))
 
 
 def measuring(attempt: Attempt) -> float:
@@ -99,7 +99,7 @@ def measuring(attempt: Attempt) -> float:
 
 def start_cost(attempt: Attempt, pace: float) -> float:
     assert attempt.first is not None
-    slower = sum(line["step_seconds"] - pace for line in attempt.lines[1:])
+    slower = float(sum(line["step_seconds"] - pace for line in attempt.lines[1:]))
     return attempt.first - attempt.began - measuring(attempt) - pace + slower
 
 

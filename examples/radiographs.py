@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 SIZE = 112  # pixels a side: eight patches of fourteen
@@ -111,7 +112,8 @@ def draw_images(cases: list[Case], rng: np.random.Generator) -> np.ndarray:
     image = _add_findings(image, cases, x, y, lungs, rng)
     image = 0.5 + (image - 0.5) * spread(0.9, 1.1) + spread(-0.04, 0.04)
     image += rng.standard_normal(image.shape, dtype=np.float32) * either(0.02, 0.045)
-    return (image.clip(0, 1) * 255).astype(np.uint8)
+    pixels: NDArray[np.uint8] = (image.clip(0, 1) * 255).astype(np.uint8)
+    return pixels
 
 
 def _soft(signed: np.ndarray, width: float) -> np.ndarray:

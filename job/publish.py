@@ -1,4 +1,4 @@
-"""The last stage: publishes adapter, measurements, report and merged weights, and `RESULT.json` last of all."""
+"""The last stage: publishes adapter, measurements, report and merged model, and writes `RESULT.json` at the very end."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from job.report.contents import BaseModel, Contents, Lineage, Privacy
 from job.runtime.status import now, versions
 from job.store import Digest, Missing, Store, files_of, take_back, upload_files
 
-TIMES = 3
-"""How often a published file is sent before the job concludes that something else writes there."""
+MAX_CHECKS = 3
+"""How often the published files are checked, and sent again if they differ, before the job gives up."""
 
 
 def lineage(ctx: RunContext, staged: StagedIn) -> Lineage:
-    """Collect the origin of a result."""
+    """Collect where a result comes from: inputs, versions, digests, steps, times."""
     spec, device, parent = ctx.spec, staged.facts.device, staged.adapter
     return Lineage(
         parent_adapter=spec.lora.init_adapter if parent else None,
@@ -59,13 +59,13 @@ def lineage(ctx: RunContext, staged: StagedIn) -> Lineage:
 
 @cache
 def package_lock() -> bytes:
-    """List every installed package as pip would pin it."""
+    """Return every installed package, pinned as by `pip freeze`: one `name==version` per line."""
     found = {f"{package.name}=={package.version}\n" for package in metadata.distributions()}
     return "".join(sorted(found, key=str.lower)).encode()
 
 
 def commit(base: Path | None) -> str | None:
-    """The commit of a base model from the hub, whose cache has one folder per commit."""
+    """Return the commit of a base model in the hub's cache, which has one folder per commit; None for any other folder."""
     return base.name if base is not None and base.parent.name == "snapshots" else None
 
 
@@ -106,10 +106,10 @@ def report_contents(ctx: RunContext, staged: StagedIn, plan: Plan, results: Resu
 
 
 def publish(ctx: RunContext, plan: Plan, staged: StagedIn, results: Results, exported: Exported) -> None:
-    """Publish adapter, measurements and report; then, if measurements and gate allow it, merged weights and hub; `RESULT.json`
-    last.
+    """Publish adapter, measurements and report. If the requirements and the gate are met, also publish the merged model, push to
+    the hub, and write `RESULT.json` at the very end.
 
-    Raises GateRefused once everything except `merged/` and `RESULT.json` is in place.
+    Otherwise raises GateRefused, after adapter, measurements and report are published.
     """
     from job.export import hub
     from job.report import model_card
@@ -118,11 +118,11 @@ def publish(ctx: RunContext, plan: Plan, staged: StagedIn, results: Results, exp
     spec, store, record = ctx.spec, ctx.store, ctx.record
     with record.stage("lineage"):
         contents = report_contents(ctx, staged, plan, results, exported)
-    with record.stage("publish") as said:
+    with record.stage("publish") as facts:
         metrics = asdict(results.metrics) if contents.after else None
         if metrics:
             store.write(layout.METRICS_KEY, json.dumps(metrics, indent=1).encode())
-        refused = unmet_demands(results.unmet) or exported.refused
+        refused = unmet_requirements(results.unmet) or exported.refused
         if refused is not None:
             contents = replace(contents, gate={**contents.gate, "refused": refused})
         images = pictures(staged.data.evaluation, gallery_ids(contents)) if contents.after else {}
@@ -131,19 +131,19 @@ def publish(ctx: RunContext, plan: Plan, staged: StagedIn, results: Results, exp
         record.publish_numbers()
         store.write(layout.LOCK_KEY, package_lock())
         files = {f"{layout.MERGED}/{name}": digest for name, digest in exported.sent.items()}
-        # A file from an earlier attempt would stay beside its replacement until that is complete, and the disk may have room for
-        # only one.
-        store.delete([key for key in made_of_merged(store) if key not in files])
-        here = dict[str, Path]()
+        # An upload keeps the file of an earlier attempt until the new one is complete, and the disk may have room for only one of
+        # them.
+        store.delete([key for key in merged_keys(store) if key not in files])
+        local = dict[str, Path]()
         for name, folder in exported.folders.items():
             if name == "adapter" or refused is None:
                 (folder / "README.md").write_text(model_card.render(contents, name))
-                here |= {f"{name}/{file}": folder / file for file in files_of(folder)}
+                local |= {f"{name}/{file}": folder / file for file in files_of(folder)}
                 files |= send(store, folder, name)
         if refused is not None:
-            store.delete(made_of_merged(store))
+            store.delete(merged_keys(store))
             raise GateRefused(refused)
-        make_sure(store, files, here)
+        ensure_published(store, files, local)
         ctx.lease.assure()  # the hub has no conditional writes
         pushed = hub.push(spec.export.hub, exported.folders)
         result = {
@@ -165,55 +165,56 @@ def publish(ctx: RunContext, plan: Plan, staged: StagedIn, results: Results, exp
             "hub": pushed,
             "files": {key: {"size": digest.size, "sha256": digest.sha256} for key, digest in files.items()},
         }
-        write_result(ctx, json.dumps(result, indent=1).encode(), files, here)
-        said.append(f"{len(files)} files")
+        write_result(ctx, json.dumps(result, indent=1).encode(), files, local)
+        facts.append(f"{len(files)} files")
 
 
-def made_of_merged(store: Store) -> list[str]:
-    """List the keys of merged weights, and of what is made of them."""
+def merged_keys(store: Store) -> list[str]:
+    """List the keys of the merged model, and of the formats that are made from it."""
     return [entry.key for entry in store.list() if entry.key.startswith(layout.MADE_OF_MERGED)]
 
 
 def send(store: Store, folder: Path, prefix: str) -> dict[str, Digest]:
-    """Upload the files of a folder to their published keys. Returns digests by key."""
+    """Upload the files of a folder under `prefix`. Returns their digests by key."""
     sent = upload_files(store, folder, {file: f"{prefix}/{file}" for file in files_of(folder)})
     return {f"{prefix}/{file}": digest for file, digest in sent.items()}
 
 
-def write_result(ctx: RunContext, text: bytes, files: dict[str, Digest], here: dict[str, Path]) -> None:
-    """Write `RESULT.json`, then check that the lease was held and the files match it; otherwise remove it."""
+def write_result(ctx: RunContext, text: bytes, files: dict[str, Digest], local: dict[str, Path]) -> None:
+    """Write `RESULT.json`, then check that the job still holds the lease and that the files are as sent. If not, remove it and
+    raise."""
     store = ctx.store
     version = store.write(layout.RESULT_KEY, text)
     try:
         ctx.lease.confirm()
-        make_sure(store, files, here)
+        ensure_published(store, files, local)
     except JobError as error:
         if ctx.lease.lost or isinstance(error, Unavailable):
             take_back(store, layout.RESULT_KEY, version)
         raise
 
 
-def make_sure(store: Store, files: dict[str, Digest], here: dict[str, Path]) -> None:
-    """Check that every published file is in the store as it was sent. Sends a file that is not once more if it is still
-    `here`; raises Unavailable if that does not help."""
-    for _ in range(TIMES):
-        changed = [key for key, digest in files.items() if not _lies(store, key, digest)]
+def ensure_published(store: Store, files: dict[str, Digest], local: dict[str, Path]) -> None:
+    """Check that the store holds every file as it was sent. A file that differs is sent again if `local` has its path; its new
+    digest is entered in `files`. Raises Unavailable if files still differ after that."""
+    for _ in range(MAX_CHECKS):
+        changed = [key for key, digest in files.items() if not _is_as_sent(store, key, digest)]
         if not changed:
             return
         for key in changed:
-            if key in here:
-                again = store.upload(here[key], key)
+            if key in local:
+                again = store.upload(local[key], key)
                 if again.sha256 != files[key].sha256:
-                    raise Unavailable(f"{here[key]} is not the file any more that was sent to {key}; run again")
+                    raise Unavailable(f"{local[key]} has changed since it was sent to {key}; run again")
                 files[key] = again
     raise Unavailable(
-        f"{store.url}: {changed[0]} is not what was sent there ({len(changed)} such files): somebody else writes to this output, "
-        "or the store loses bytes; run again"
+        f"{store.url}: {changed[0]} is not the file that was sent ({len(changed)} such files): something else writes to this "
+        "output, or the store loses data; run again"
     )
 
 
-def _lies(store: Store, key: str, digest: Digest) -> bool:
-    """Check the file itself, since a listing may lag."""
+def _is_as_sent(store: Store, key: str, digest: Digest) -> bool:
+    """Check the file itself rather than a listing, which may be out of date."""
     try:
         return store.entry(key).version == digest.version or store.version(key) == digest.sha256
     except Missing:
@@ -221,16 +222,16 @@ def _lies(store: Store, key: str, digest: Digest) -> bool:
 
 
 def keep_for_reports(store: Store, contents: Contents, images: dict[str, bytes]) -> None:
-    """Store what `job report` needs besides the published files, without images if privacy excludes them."""
+    """Store what `job report` needs in addition to the published files. `images` is empty if the spec withholds them."""
     store.write(layout.FACTS_KEY, json.dumps(contents.to_json(), indent=1).encode())
-    there = {f"{layout.IMAGES}{identity}.jpg": content for identity, content in images.items()}
-    store.delete([entry.key for entry in store.list(layout.IMAGES) if entry.key not in there])
-    for key, content in there.items():
+    by_key = {f"{layout.IMAGES}{identity}.jpg": content for identity, content in images.items()}
+    store.delete([entry.key for entry in store.list(layout.IMAGES) if entry.key not in by_key])
+    for key, content in by_key.items():
         store.write(key, content)
 
 
-def unmet_demands(unmet: list[str]) -> str | None:
-    """Explain how a model misses the spec's demands; None if it meets them."""
+def unmet_requirements(unmet: list[str]) -> str | None:
+    """Return a sentence on the requirements that the tuned model does not meet; None if it meets all."""
     if not unmet:
         return None
-    return f"the tuned model is not as good as the spec demands: {'; '.join(unmet)}; only the adapter is kept"
+    return f"the tuned model does not meet the spec's requirements: {'; '.join(unmet)}; only the adapter is published"

@@ -349,4 +349,5 @@ def main(cases: int, seed: int, fenced: bool) -> int:
 
 if __name__ == "__main__":
     given = [int(each) for each in sys.argv[1:] if each.isdigit()]
-    sys.exit(main(*(given + [100, 0][len(given) :]), "unfenced" not in sys.argv))
+    cases, seed = given + [100, 0][len(given) :]
+    sys.exit(main(cases, seed, "unfenced" not in sys.argv))

@@ -30,7 +30,7 @@ from functools import cache
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -482,7 +482,7 @@ def _verdicts(target: str, seed: int, parts: list[range]) -> Iterator[tuple[int,
     running = {each[2]: each for each in map(begun, filter(None, parts))}
     at = dict[Connection, int]()
     while running:
-        for pipe in wait([*running]):
+        for pipe in cast("list[Connection]", wait([*running])):
             process, numbers, _ = running[pipe]
             try:
                 said = pipe.recv()

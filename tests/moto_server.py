@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from io import BytesIO
 from typing import Any
 
-from moto.server import DomainDispatcherApplication, create_backend_app
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import run_simple
 
 

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
 from collections.abc import Callable
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from peft import PeftModel
 from PIL import Image
-from transformers import AutoModelForImageTextToText
 
 from job.data.images import Bounds
 from job.model.base_model import base_facts
 from job.model.collator import IGNORE, Collator, replacement
-from job.model.header import read_header
-from job.model.lora_targets import GROUPS, group_of, left_alone, parameters, targets
+from job.model.lora_targets import CONNECTOR, GROUPS, left_alone, parameters, targets
 from job.model.token_length import TokenCounter
-from job.model.transformers_backend import linears, load_processor
+from job.model.transformers_backend import load_processor
 from job.train.loss import token_loss
 from tests.conftest import ROOT, Job
 from tests.families import FAMILIES as KNOWN
+from tests.family_proof import adapted, logits_agree, make_base, make_rows, spec_of
 from tests.other_families import OTHERS
 from tests.tiny import job_spec, load_tiny, picture, row
 
@@ -38,69 +33,35 @@ REFUSED = [family for family, other in OTHERS.items() if other.refused]
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rows")
-    captions = [
-        {"file_name": f"{n}.png", "caption": f"There is a nodule. {'It is large. ' * (n % 3)}"} for n in range(8)
-    ]
-    for number, each in enumerate(captions):
-        picture(number, 60 + 8 * number, 60).save(folder / each["file_name"])
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, captions)))
-    return folder
+    return make_rows(tmp_path_factory.mktemp("rows"))
 
 
 @pytest.fixture(scope="module")
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    OTHERS[request.param].make(folder)
-    return folder
-
-
-def spec_of(base: Path, rows: Path, output: Path) -> str:
-    tree: dict[str, Any] = {
-        "model": {"name_or_path": str(base)},
-        "lora": {"r": 4},
-        "dataset": {"path": str(rows), "eval_rows": 2},
-        "training": {"max_steps": 2, "effective_batch_size": 2, "max_length": 2048, "learning_rate": 0.05},
-        "evaluation": {"max_new_tokens": 4, "explained_rows": 0},
-        "export": {"gate": {"rows": 2}},
-        "output": {"url": str(output)},
-    }
-    return yaml.safe_dump(tree)
+    return make_base(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.mark.parametrize("base", WHOLE, indirect=True)
 def test_a_family_goes_whole_from_spec_to_result(base: Path, rows: Path, job: Job, tmp_path: Path) -> None:
-    output = tmp_path / "output"
-    spec = spec_of(base, rows, output)
+    goes_whole(job, base, tmp_path / "output", spec_of(base, rows, tmp_path / "output"))
+
+
+@pytest.mark.parametrize("base", ["qwen3_vl", "internvl", "gemma4", "llama4"], indirect=True)
+def test_a_connector_goes_whole_from_spec_to_result(base: Path, rows: Path, job: Job, tmp_path: Path) -> None:
+    spec = spec_of(base, rows, tmp_path / "output", finetune_connector=True, finetune_vision_layers=False)
+    assert "connector" in goes_whole(job, base, tmp_path / "output", spec)
+
+
+def goes_whole(job: Job, base: Path, output: Path, tree: dict[str, Any]) -> set[str]:
+    """Returns the groups that the adapter holds."""
+    spec = yaml.safe_dump(tree)
     checked, ran = job("check", JOB_SPEC=spec), job("run", JOB_SPEC=spec)
     assert (checked.returncode, ran.returncode) == (0, 0), checked.stderr + ran.stderr
     assert (output / "RESULT.json").exists()
-    lines = re.findall(r"^  ((?:vision|language)/\w+) +([\d,]+)$", checked.stdout, re.MULTILINE)
+    lines = re.findall(r"^  ((?:vision|language)/\w+|connector) +([\d,]+)$", checked.stdout, re.MULTILINE)
     assert {group: int(count.replace(",", "")) for group, count in lines} == adapted(output / "adapter")
     logits_agree(base, output)
-
-
-def adapted(adapter: Path) -> dict[str, int]:
-    """LoRA parameters by group, as the adapter's file holds them."""
-    found = Counter[str]()
-    for name, tensor in read_header(adapter / "adapter_model.safetensors")[0].items():
-        found[str(group_of(name.partition(".lora_")[0]))] += prod(tensor["shape"])
-    return dict(found)
-
-
-@torch.no_grad()
-def logits_agree(base: Path, output: Path) -> None:
-    batch = Collator(load_processor(job_spec().model, base), 2048)([row(1)])
-    model = AutoModelForImageTextToText.from_pretrained(base).eval()
-    stored, held = base_facts(base).linears, linears(model)
-    assert len([name for name in stored if "lm_head" not in name]) == len(
-        [name for name in held if "lm_head" not in name]
-    )
-    before = model(**batch).logits
-    expected = PeftModel.from_pretrained(model, output / "adapter").eval()(**batch).logits
-    merged = AutoModelForImageTextToText.from_pretrained(output / "merged").eval()(**batch).logits
-    torch.testing.assert_close(merged, expected, rtol=1e-3, atol=1e-3)
-    assert (expected - before).abs().max() > 0.01
+    return {group for group, _ in lines}
 
 
 @pytest.mark.parametrize("base", WHOLE, indirect=True)
@@ -145,12 +106,33 @@ def with_images(row: dict[str, Any], images: int) -> dict[str, Any]:
 def test_a_family_that_cannot_work_is_refused_in_one_sentence(
     base: Path, rows: Path, job: Job, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    spec = spec_of(base, rows, tmp_path / "output")
+    spec = yaml.safe_dump(spec_of(base, rows, tmp_path / "output"))
     family = request.node.callspec.params["base"]
     for ended in (job("check", JOB_SPEC=spec), job("run", JOB_SPEC=spec)):
         assert ended.returncode == 78, ended.stderr
         last = ended.stderr.strip().splitlines()[-1]
         assert last == f"exit 78: model.name_or_path: {base} {OTHERS[family].refused}"
+
+
+@pytest.mark.parametrize(
+    ("lora", "sentence"),
+    [
+        ({"finetune_connector": True}, "nothing between vision tower and language model is a linear layer"),
+        ({"finetune_expert_modules": True}, "routed experts are fused tensors"),
+        ({"target_modules": ["q_proj", "patch_embedding"]}, "names model.vision_tower.embeddings.patch_embedding"),
+        ({"target_modules": ["lm_head"]}, "names lm_head, an"),
+    ],
+    ids=["bare connector", "experts", "convolution", "tied head"],
+)
+def test_what_lora_does_not_reach_is_refused_in_one_sentence(
+    lora: dict[str, Any], sentence: str, tiny: Callable[..., Path], rows: Path, job: Job, tmp_path: Path
+) -> None:
+    spec = yaml.safe_dump(spec_of(tiny("gemma3"), rows, tmp_path / "output", **lora))
+    last = [job(command, JOB_SPEC=spec) for command in ("check", "run")]
+    said = {each.stderr.strip().splitlines()[-1] for each in last}
+    assert [each.returncode for each in last] == [78, 78]
+    assert len(said) == 1
+    assert sentence in said.pop()
 
 
 def table() -> dict[str, list[str]]:
@@ -182,5 +164,5 @@ def reached(base: Path) -> list[str]:
     facts = base_facts(base)
     chosen = targets(job_spec().lora, facts.linears)
     groups = parameters(1, facts.linears, chosen)
-    reached = "all groups" if {*groups} == {*GROUPS} else ", ".join(sorted(groups))
+    reached = "all groups" if {*groups} == {*GROUPS} - {CONNECTOR} else ", ".join(sorted(groups))
     return [reached, ", ".join(sorted(left_alone(facts.matrices, chosen)))]

@@ -35,7 +35,9 @@ def test_the_spec_in_the_readme_is_valid_and_says_the_defaults():
 
 
 def test_every_example_is_valid():
-    for file in (ROOT / "examples").glob("*.yaml"):
+    examples = [*(ROOT / "examples").glob("*.yaml")]
+    assert examples
+    for file in examples:
         assert validate(yaml.safe_load(file.read_text())).name
 
 

@@ -271,7 +271,7 @@ def test_rows_are_opened_once_for_a_bundle(
     (tmp_path / "scratch" / "fetched" / "images").mkdir(parents=True)
     tree["model"]["name_or_path"] = str(demo / "base")
     tree["dataset"] = {"path": str(rows / "table.jsonl"), "eval_fraction": 0}
-    opened, own = list[str](), sources.read_table
+    opened, own = list[str](), sources.read_table  # type: ignore[attr-defined]
 
     def counted(*given: Any) -> Any:
         opened.append(given[2])

@@ -15,7 +15,7 @@ from job.evaluate.records import Answer
 from job.evaluate.stage import jsonl, stored_rows
 from job.layout import LEASE_KEY
 from job.output.ownership import own_json
-from job.publish import make_sure, send, write_result
+from job.publish import ensure_published, send, write_result
 from job.store import Capabilities, Entry, LocalStore, OwnedStore, Store, check_writable, open_store
 from job.store.lease import Lease, acquire
 
@@ -45,13 +45,13 @@ def test_a_published_file_that_changed_or_vanished_is_sent_again(owned: OwnedSto
     files, here = send(owned, folder, "adapter"), {f"adapter/{name}": folder / name for name in "ab"}
     owned.inner.write("adapter/a", b"x")
     owned.inner.delete(["adapter/b"])
-    make_sure(owned, files, here)
+    ensure_published(owned, files, here)
     assert [owned.read(key) for key in here] == [b"a", b"b"]
     owned.inner.write("adapter/a", b"x")
     with pytest.raises(
-        Unavailable, match=r"adapter/a is not what was sent there \(1 such files\): somebody else writes"
+        Unavailable, match=r"adapter/a is not the file that was sent \(1 such files\): something else writes"
     ):
-        make_sure(owned, files, {})
+        ensure_published(owned, files, {})
 
 
 def test_a_listing_that_lags_behind_stops_nothing(folder: Path, tmp_path: Path):
@@ -60,7 +60,7 @@ def test_a_listing_that_lags_behind_stops_nothing(folder: Path, tmp_path: Path):
             yield from ()
 
     for owned in under_lease(Lagging("lagging", tmp_path / "output")):
-        make_sure(owned, send(owned, folder, "adapter"), {})
+        ensure_published(owned, send(owned, folder, "adapter"), {})
 
 
 def attempt(owned: OwnedStore) -> Any:
@@ -76,8 +76,8 @@ def test_no_result_stays_over_files_that_somebody_else_keeps_changing(folder: Pa
 
     for owned in under_lease(Changing("changing", tmp_path / "output")):
         files, here = send(owned, folder, "adapter"), {f"adapter/{name}": folder / name for name in "ab"}
-        make_sure(owned, files, here)
-        with pytest.raises(Unavailable, match="adapter/a is not what was sent there"):
+        ensure_published(owned, files, here)
+        with pytest.raises(Unavailable, match="adapter/a is not the file that was sent"):
             write_result(attempt(owned), b"{}", files, here)
         assert "RESULT.json" not in [entry.key for entry in owned.list()]
 

@@ -209,7 +209,7 @@ def test_a_request_to_s3_holds_its_body_and_headers_where_they_are_changed(monke
     """`_plain_body` of job/store/s3.py."""
     from botocore.awsrequest import AWSResponse
 
-    from job.store.s3 import connect
+    from job.store.connection import connect
 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
         monkeypatch.setenv(name, "us-east-1")
@@ -245,7 +245,9 @@ def test_tarfile_forgets_headers_and_goes_on() -> None:
         names = list[str]()
         for member in archive:
             names.append(member.name)
-            assert archive.members == [member], "tarfile keeps its headers elsewhere than in `members`"
+            assert archive.members == [member], (  # type: ignore[attr-defined]
+                "tarfile keeps its headers elsewhere than in `members`"
+            )
             archive.members = []  # type: ignore[attr-defined]
     assert names == ["a", "b", "c"], "tarfile passes files over where `members` was emptied"
 

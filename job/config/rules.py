@@ -53,12 +53,19 @@ def _places(spec: JobSpec) -> Iterator[str]:
 
 
 def _lora(lora: LoraSpec) -> Iterator[str]:
+    if lora.finetune_expert_modules:
+        yield (
+            "lora: finetune_expert_modules is true, but routed experts are fused tensors, and merge and gate know adapters of "
+            "layers only; set it to false"
+        )
     if isinstance(lora.target_modules, str):
         yield from _not_an_expression("lora.target_modules", lora.target_modules)
     if lora.target_modules is not None:
+        if lora.finetune_connector:
+            yield "lora: target_modules replaces finetune_connector; set that to false, and name the connector's layers"
         return
     for one, other in (("vision_layers", "language_layers"), ("attention_modules", "mlp_modules")):
-        if not (getattr(lora, f"finetune_{one}") or getattr(lora, f"finetune_{other}")):
+        if not (getattr(lora, f"finetune_{one}") or getattr(lora, f"finetune_{other}") or lora.finetune_connector):
             yield (
                 f"lora: finetune_{one} and finetune_{other} are both false, so nothing would be trained; set at least one to "
                 "true"

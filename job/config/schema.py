@@ -76,8 +76,12 @@ class LoraSpec(Section):
     """Adapt attention projections."""
     finetune_mlp_modules: bool = True
     """Adapt feed-forward projections."""
+    finetune_connector: bool = False
+    """Adapt the linear layers between vision tower and language model (projector, merger)."""
+    finetune_expert_modules: bool = False
+    """Adapt routed experts. Not possible yet: they are fused tensors, and merge and gate know layers only."""
     target_modules: str | list[str] | None = None
-    """Modules to adapt, as in PEFT: a regular expression or a list of names. Replaces the four `finetune_` fields."""
+    """Modules to adapt, as in PEFT: a regular expression or a list of names. Replaces the `finetune_` fields."""
     init_adapter: str | None = None
     """An earlier adapter to start from: a folder or `s3://` prefix in PEFT's format. It must be plain LoRA on the same layers
     with a rank of at most `r`. Its scale may differ: training still begins at its loss."""

@@ -1,4 +1,4 @@
-"""Checks the measured change against the spec's requirements before a better model is published."""
+"""Checks the measured results against `evaluation.require` before the tuned model is published."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from job.evaluate.records import Comparison, Estimate
 def unmet(required: Mapping[str, RequirementSpec], measured: Comparison) -> list[str]:
     """Return one sentence per violated bound: the metric, its value, its interval, the bound and its field."""
     found = []
-    for metric, demand in required.items():
-        for field, bound in demand.model_dump(exclude={"judged_by"}, exclude_none=True).items():
-            least, of_change = field.startswith("min"), field.endswith("change")
+    for metric, requirement in required.items():
+        for field, bound in requirement.model_dump(exclude={"judged_by"}, exclude_none=True).items():
+            is_minimum, of_change = field.startswith("min"), field.endswith("change")
             estimate = (measured.change if of_change else measured.after).get(metric, Estimate())
             if estimate.value is None:
-                found.append(f"{metric} was not measured, and evaluation.require.{metric}.{field} is {bound:g}")
+                found.append(f"{metric} was not measured, but evaluation.require.{metric}.{field} is {bound:g}")
                 continue
-            whole = demand.judged_by == "interval"
-            judged = (estimate.low if least else estimate.high) if whole else estimate.value
-            if judged is None or (judged < bound if least else judged > bound):
-                says = f"changed by {estimate.value:+.4f}" if of_change else f"is {estimate.value:.4f}"
+            by_interval = requirement.judged_by == "interval"
+            judged = (estimate.low if is_minimum else estimate.high) if by_interval else estimate.value
+            if judged is None or (judged < bound if is_minimum else judged > bound):
+                side = "below" if is_minimum else "above"
+                result = f"changed by {estimate.value:+.4f}" if of_change else f"is {estimate.value:.4f}"
                 found.append(
-                    f"{metric} {says} ({_interval(estimate, measured)}, n = {estimate.n}), {'under' if least else 'over'} "
-                    f"evaluation.require.{metric}.{field} {bound:g}{', which the whole interval must meet' if whole else ''}"
+                    f"{metric} {result} ({_interval(estimate, measured)}, n = {estimate.n}), {side} "
+                    f"evaluation.require.{metric}.{field} = {bound:g}"
+                    f"{', which the whole interval must meet' if by_interval else ''}"
                 )
     return found
 

@@ -1,7 +1,7 @@
-"""Computes every metric before and after and its change on one set of rows, with confidence intervals and p-values.
+"""Computes every metric before and after, and its change, on the same rows, with confidence intervals and p-values.
 
 Rows are paired: each resample draws the same rows for before and after, and each permutation swaps before and after within a
-row; rows of one unit (a patient with several images) stay together. Since a metric is a function of sums
+row. Rows of one unit (a patient with several images) stay together. Since a metric is a function of sums
 (`text_metrics.Sums`), all resamples of all metrics are one matrix product.
 """
 
@@ -19,14 +19,14 @@ from job.evaluate.records import Change, Estimate, Measured, Settings
 from job.evaluate.text_metrics import Floats, Sums
 
 AT_ONCE = 500
-"""Resamples drawn in memory together."""
+"""How many resamples are held in memory at a time."""
 NORMAL = NormalDist()
 Span = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One metric before and after, on the rows (n,) `counted` in both; the sums of all other rows are zero."""
+    """One metric before and after. `counted` (n,) marks the rows that have it both times; the sums of all others are zero."""
 
     before: Floats
     after: Floats
@@ -48,7 +48,8 @@ def pair(before: Sums, after: Sums) -> Pair:
 def measure(pairs: Mapping[str, Pair], units: NDArray[np.intp], settings: Settings) -> Measured:
     """Measure every pair before and after, and its change.
 
-    `units` (n,) says which rows belong together. Proportions get closed-form intervals, all other metrics the bootstrap's.
+    `units` (n,) says which rows belong together. Proportions get closed-form intervals, all other metrics
+    bootstrap intervals.
     """
     result = Measured()
     if not pairs:
@@ -64,7 +65,7 @@ def measure(pairs: Mapping[str, Pair], units: NDArray[np.intp], settings: Settin
         part = slice(start, start := start + one.before.shape[1])
 
         def values(tables: Sequence[Floats], part: slice = part, one: Pair = one) -> list[Floats]:
-            """Return before, after and change from the sums of each."""
+            """Return the metric before, after and its change from the (…, k) sums before and after."""
             old, new = (one.finish(table[..., part]) for table in tables)
             return [old, new, new - old]
 
@@ -82,9 +83,9 @@ def measure(pairs: Mapping[str, Pair], units: NDArray[np.intp], settings: Settin
 
 
 def permutation_p(observed: float, under_null: Floats) -> float | None:
-    """Return the share of permutations at least as extreme, with the +1 of Phipson & Smyth 2010 ("should never be zero").
+    """Return the share of permutations at least as extreme as `observed`; None if that is undefined.
 
-    None if nothing was observed (an undefined metric).
+    The observed value counts as one more permutation, so that p is never zero (Phipson & Smyth 2010).
     """
     if not math.isfinite(observed):
         return None
@@ -93,18 +94,19 @@ def permutation_p(observed: float, under_null: Floats) -> float | None:
 
 
 def by_unit(rows: Floats, units: NDArray[np.intp]) -> Floats:
-    """Sum rows (n, k) by unit to (units, k); units are numbered from 0."""
+    """Sum the rows (n, k) of each unit into (units, k). Units are numbered from 0."""
     total = np.zeros((int(units.max()) + 1, rows.shape[1]))
     np.add.at(total, units, rows)
     return total
 
 
 def parts(samples: int) -> list[int]:
+    """Split a number of resamples into batches of at most `AT_ONCE`."""
     return [min(AT_ONCE, samples - start) for start in range(0, samples, AT_ONCE)]
 
 
 def estimate(value: float, span: Span, rows: int) -> Estimate:
-    """Round a measured number as it is stored; undefined values (when a class has no row, say) are None."""
+    """Round a value and its interval for storage. Undefined values (for example, of a class without rows) become None."""
     known = [round(each, 6) if math.isfinite(each) else None for each in (value, *span)]
     return Estimate(known[0], known[1], known[2], rows)
 
@@ -112,15 +114,15 @@ def estimate(value: float, span: Span, rows: int) -> Estimate:
 def bca(value: float, resampled: Floats, left_out: Floats, confidence: float) -> Span:
     """Return the bias-corrected and accelerated bootstrap interval (Efron 1987, JASA 82).
 
-    `resampled` are the values of bootstrap resamples, `left_out` those with one unit left out at a time (the jackknife, for
-    the acceleration). It is second-order accurate where the percentile interval is first-order, which matters for BLEU,
-    perplexity and other skewed or biased statistics of a few hundred rows. The quantiles are first widened for small samples
-    (Hesterberg 2015, The American Statistician 69): a resample of n units has sqrt((n-1)/n) of the spread it should, and its
-    own spread is uncertain, so a t quantile replaces the normal one.
+    `resampled` holds the metric of each bootstrap resample. `left_out` holds it with one unit left out at a time (the
+    jackknife), which gives the acceleration. The interval is second-order accurate, while the percentile interval is only
+    first-order accurate; this matters for BLEU, perplexity and other skewed or biased statistics of a few hundred rows. The
+    quantiles are first widened for small samples (Hesterberg 2015, The American Statistician 69): resamples of n units vary
+    too little, by a factor of sqrt((n-1)/n), and their spread is itself an estimate, so a t quantile replaces the normal one.
 
-    Non-finite values (a resample without any row of a class) are dropped. If all are equal, the interval is a point. With
-    fewer than six units (at 95 %) there is none: no resample leaves the range of the units themselves, which misses the
-    population's median in a share of 2^(1-n) of all samples.
+    Non-finite values (from a resample without rows of a class) are dropped. If all values are equal, the interval is a point.
+    Fewer than six units (at 95 %) give no interval, only NaNs: no resample leaves the range of the units, and this range
+    misses the population median with probability 2^(1-n).
     """
     resampled, left_out = resampled[np.isfinite(resampled)], left_out[np.isfinite(left_out)]
     units = left_out.size
@@ -142,10 +144,10 @@ def bca(value: float, resampled: Floats, left_out: Floats, confidence: float) ->
 
 
 def t_quantile(level: float, degrees: float) -> float:
-    """Return Student's t quantile by its expansion around the normal one (Abramowitz & Stegun 1964, 26.7.5), to the third
-    term.
+    """Return Student's t quantile, from the first three terms of its expansion around the normal quantile (Abramowitz & Stegun
+    1964, 26.7.5).
 
-    Within 0.3 % of the exact value from 4 degrees of freedom up to a `level` of 0.975.
+    For 4 or more degrees of freedom and a `level` up to 0.975, it is within 0.3 % of the exact value.
     """
     z = NORMAL.inv_cdf(level)
     first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
@@ -154,7 +156,7 @@ def t_quantile(level: float, degrees: float) -> float:
 
 
 def wilson(share: float, rows: float, confidence: float) -> Span:
-    """Return the score interval of a proportion, which is correct even where the bootstrap is a point, at 0 of n and n of n.
+    """Return the score interval of a proportion. It is valid even at 0 of n and n of n, where a bootstrap interval is a point.
 
     Wilson 1927, JASA 22; recommended by Brown, Cai & DasGupta 2001, Statistical Science 16. `rows` may be an effective number
     of rows (see `effective_rows`).
@@ -166,7 +168,7 @@ def wilson(share: float, rows: float, confidence: float) -> Span:
 
 
 def bonett_price(gained: float, lost: float, rows: float, confidence: float) -> Span:
-    """Return the interval of the change of a proportion measured twice on the same rows; never a point.
+    """Return the interval for the change of a proportion that was measured twice on the same rows. It is never a point.
 
     `gained` and `lost` are the shares of rows that became right and wrong. Bonett & Price 2012, Journal of Educational and
     Behavioral Statistics 37; recommended by Fagerland, Lydersen & Laake 2014, Statistics in Medicine 33.
@@ -180,9 +182,9 @@ def bonett_price(gained: float, lost: float, rows: float, confidence: float) -> 
 def effective_rows(values: Floats, units: NDArray[np.intp]) -> float:
     """Return how many independent rows `values` (n,) are worth when rows of one unit (a patient) resemble each other.
 
-    n divided by the design effect of Kish 1965, "Survey Sampling": the variance of the mean when whole units are drawn, over
-    that when rows are drawn singly. Never more than n. If all values are equal, the similarity within units is unknown, and
-    the number of units is returned, the conservative choice.
+    This is n divided by the design effect (Kish 1965, "Survey Sampling"), which is the variance of the mean when whole units
+    are drawn, divided by its variance when single rows are drawn. It is at most n. If all values are equal, the similarity
+    within units is unknown; the function then returns the number of units, which is conservative.
     """
     units = np.unique(units, return_inverse=True)[1]
     rows, count = values.size, int(units.max(initial=-1)) + 1
@@ -207,7 +209,7 @@ def _proportion_spans(one: Pair, units: NDArray[np.intp], confidence: float) -> 
 
 
 def _resampled(tables: Sequence[Floats], settings: Settings) -> list[Floats]:
-    """Return, for each (units, k) table, its (samples, k) sums when units are drawn with replacement, the same for all tables."""
+    """Return the (samples, k) sums of each (units, k) table over resampled units, which are the same for all tables."""
     draw, units = np.random.default_rng([settings.seed, 0]), len(tables[0])
     sums: list[list[Floats]] = []
     for size in parts(settings.bootstrap_samples):
@@ -217,9 +219,9 @@ def _resampled(tables: Sequence[Floats], settings: Settings) -> list[Floats]:
 
 
 def _swapped(before: Floats, after: Floats, settings: Settings) -> list[Floats]:
-    """Return the (samples, k) sums before and after when each unit's before and after are swapped by a coin toss.
+    """Return the (samples, k) sums before and after, with before and after of each unit swapped at random.
 
-    Approximate randomization: Noreen 1989; for BLEU and ROUGE, Riezler & Maxwell 2005.
+    This is approximate randomization (Noreen 1989; for BLEU and ROUGE, Riezler & Maxwell 2005).
     """
     toss = np.random.default_rng([settings.seed, 1])
     sizes = parts(settings.bootstrap_samples)

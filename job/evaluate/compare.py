@@ -1,4 +1,4 @@
-"""Compares the stored answers before and after training."""
+"""Compares the answers before and after training."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ def compare(
     settings: Settings,
     extra: tuple[PerRow, PerRow] = ({}, {}),
 ) -> Comparison:
-    """Compare all metrics, and those whose values for each row before and after are `extra`. Raises DataError when before and
-    after hold different rows.
+    """Compare every metric before and after. `extra` holds further metrics as values per row, before and after.
 
-    Rows of one unit (a patient, say) are resampled and swapped together, since several images of one patient are less
-    informative than as many patients.
+    Rows of one unit (such as a patient) are resampled and swapped together, since several images of one patient carry less
+    information than images of as many patients. Raises DataError if before and after hold different rows.
     """
     if not before_rows or [row.id for row in before_rows] != [row.id for row in after_rows]:
         raise DataError(
@@ -58,7 +57,7 @@ def compare(
 
 
 def group_names(rows: Sequence[Answer], column: str) -> NDArray[np.str_]:
-    """Return the group of each row (n,); groups beyond the most common `MOST_GROUPS` are merged as OTHER."""
+    """Return the group of each row (n,). If there are more than `MOST_GROUPS` groups, the rarest are merged as OTHER."""
     raw = [row.groups.get(column) for row in rows]
     names = np.array([MISSING if value is None or value == "" else str(value) for value in raw])
     found, counts = np.unique(names, return_counts=True)
@@ -81,13 +80,14 @@ def _by_group(
 
 
 def _gap(pair: Pair, units: NDArray[np.intp], names: NDArray[np.str_], settings: Settings) -> Gap | None:
-    """Return the largest difference of a metric between two sufficiently large groups after tuning; None without two of them.
+    """Return the largest difference of a metric between two groups after tuning; None if fewer than two groups have enough
+    rows.
 
-    `p` is the share of random re-assignments of units to groups whose own largest difference is as large, which corrects for
-    choosing the extremes among several groups. `flagged` means p < 1 - confidence.
+    `p` is the share of random assignments of units to groups whose largest difference is at least as large as the observed
+    one. This corrects for picking the two extremes of several groups. `flagged` means p < 1 - confidence.
     """
     whole = len(set(zip(units.tolist(), names.tolist(), strict=True))) == int(units.max()) + 1
-    own = units if whole else np.arange(len(units))  # a unit in several groups cannot be re-assigned as a whole
+    own = units if whole else np.arange(len(units))  # a unit in several groups cannot be reassigned as a whole
     values, member = np.unique(names[np.unique(own, return_index=True)[1]], return_inverse=True)
     enough = [index for index, value in enumerate(values) if pair.counted[names == value].sum() >= metric_info.FEW]
     if len(enough) < 2:
@@ -95,7 +95,7 @@ def _gap(pair: Pair, units: NDArray[np.intp], names: NDArray[np.str_], settings:
     sums = bootstrap.by_unit(pair.after, own)
 
     def by_group(assigned: NDArray[np.intp]) -> Floats:
-        """Return (groups, …) values for (…, units) group assignments."""
+        """Return the metric of each group (groups, …) for assignments of units to groups (…, units)."""
         return np.stack([pair.finish((assigned == index).astype(float) @ sums) for index in enough])
 
     observed = by_group(member)
@@ -117,12 +117,12 @@ def _gap(pair: Pair, units: NDArray[np.intp], names: NDArray[np.str_], settings:
 def _label_table(name: str, spec: LabelSpec, before: Sequence[Answer], after: Sequence[Answer]) -> LabelTable:
     classes, pairs_before = label_fields.stated_and_right(before, name, spec)
     pairs_after = label_fields.stated_and_right(after, name, spec)[1]
-    besides = {stated for pair in (*pairs_before, *pairs_after) if pair for stated in pair} - set(classes)
+    others = {stated for pair in (*pairs_before, *pairs_after) if pair for stated in pair} - set(classes)
     return LabelTable(
         values=list(spec.values) if spec.values is not None else None,
         pattern=spec.pattern,
         classes=list(classes),
-        stated=[*classes, *sorted(besides)],
+        stated=[*classes, *sorted(others)],
         commonest_share=label_fields.commonest_share(pairs_after),
         confusion={"before": label_fields.confusion(pairs_before), "after": label_fields.confusion(pairs_after)},
     )

@@ -27,13 +27,13 @@ Answers = list[Answer]
 T = TypeVar("T")
 
 KEEP_SECONDS = 15.0
-"""Seconds between writes of the answers so far; a preemption notice writes them at once."""
+"""Seconds between saves of the finished answers. A preemption notice saves them at once."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """Answers before and after, their metrics (none without held-out rows), why the tuned model must not be published (one
-    sentence each), and occlusion maps."""
+    """The answers before and after training, their comparison (empty without held-out rows), the requirements that the tuned
+    model does not meet (one sentence each), and occlusion maps."""
 
     before: Answers
     after: Answers
@@ -43,10 +43,11 @@ class Results:
 
 
 def measure(ctx: RunContext, loaded: Loaded, data: Data, when: str) -> Answers:
-    """Return the answers `before` or `after`, from the output if stored there, else generated now and stored.
+    """Return the answers `before` or `after` training. They are read from the output if it has them, otherwise generated and
+    stored there.
 
-    All ranks share the work; rank 0 returns the rows, the others none. When asked to stop, finished rows are stored as
-    `evaluation/<when>.partial.jsonl`, from which the next attempt continues.
+    All ranks share the work; rank 0 returns the answers, the others an empty list. On a preemption notice, finished answers
+    are stored in `evaluation/<when>.partial.jsonl`, and the next attempt continues from there.
     """
     from job.evaluate import answer_cache as before
     from job.evaluate.generate import agree_on_batches
@@ -72,16 +73,17 @@ def measure(ctx: RunContext, loaded: Loaded, data: Data, when: str) -> Answers:
         if rows:
             agree_on_batches(ctx.ranks, [])
         else:
-            rows = _made(ctx, loaded, data, when, before.longest_first(held))
+            rows = _generate_missing(ctx, loaded, data, when, before.longest_first(held))
             before.keep(places, name, held, rows)
         store.write(key, jsonl(rows, run_of(spec, data.identity)))
         store.delete([partial])
-        facts.append(f"{len(rows)} rows" + (f", which {where} has from an earlier run" if where else ""))
+        facts.append(f"{len(rows)} rows" + (f", cached by an earlier run in {where}" if where else ""))
     return rows
 
 
-def _made(ctx: RunContext, loaded: Loaded, data: Data, when: str, order: Sequence[int]) -> Answers:
-    """Generate all rows that no earlier attempt finished. When asked to stop, store the finished rows and raise Preempted."""
+def _generate_missing(ctx: RunContext, loaded: Loaded, data: Data, when: str, order: Sequence[int]) -> Answers:
+    """Generate the answers that no earlier attempt finished, and return all. On a preemption notice, store the finished ones and
+    raise Preempted."""
     from job.evaluate.generate import generations, rows_ids
 
     store, record, preemption = ctx.store, ctx.record, ctx.preemption
@@ -91,7 +93,7 @@ def _made(ctx: RunContext, loaded: Loaded, data: Data, when: str, order: Sequenc
         from_json(Answer, line | ({"id": ids[line["place"]]} if "place" in line else {}))
         for line in stored_rows(store, partial, dict, run)
     ]
-    places = {identity: place for place, identity in enumerate(ids)}  # the next attempt may know them by other ids
+    places = {identity: place for place, identity in enumerate(ids)}  # ids may differ in the next attempt
     kept = time.monotonic()
     show = _progress(f"evaluate {when}", len(data.evaluation), len(made))
 
@@ -116,8 +118,8 @@ def _made(ctx: RunContext, loaded: Loaded, data: Data, when: str, order: Sequenc
 
 
 def _finished(store: Store, key: str, data: Data, run: str) -> Answers:
-    """Return all answers of an earlier attempt under the rows' current ids. Ids are positions in the user's table, so removing
-    a bad row shifts those after it. Empty unless all answers are there."""
+    """Return the answers of an earlier attempt if they are complete, otherwise an empty list. Each row gets its current id:
+    ids are positions in the user's table, so removing a bad row shifts the ids after it."""
     from job.evaluate.generate import rows_ids
 
     rows, ids = stored_rows(store, key, Answer, run), rows_ids(data.evaluation)
@@ -126,13 +128,13 @@ def _finished(store: Store, key: str, data: Data, run: str) -> Answers:
     if [row.id for row in rows] == ids:
         return rows
     rows = [replace(row, id=identity) for row, identity in zip(rows, ids, strict=True)]
-    store.delete([OCCLUSION_KEY])  # its maps use the old ids
+    store.delete([OCCLUSION_KEY])  # its maps have the old ids
     store.write(key, jsonl(rows, run))
     return rows
 
 
 def with_current_labels(ctx: RunContext, data: Data, **sides: Answers) -> list[Answers]:
-    """Return the answers `before` and `after` with the current references, labels and groups of spec and data."""
+    """Return the answers `before` and `after` with the references, labels and groups that the spec and the data have now."""
     from job.evaluate.answer_cache import held
 
     found, run = [], run_of(ctx.spec, data.identity)
@@ -145,7 +147,7 @@ def with_current_labels(ctx: RunContext, data: Data, **sides: Answers) -> list[A
 
 
 def _share(ctx: RunContext, loaded: Loaded, data: Data, when: str) -> None:
-    """On ranks other than 0: generate a share of the batches that rank 0 finds missing."""
+    """On ranks other than 0, generate this rank's share of the batches that rank 0 found missing."""
     from job.evaluate.generate import agree_on_batches, answers
 
     batches = agree_on_batches(ctx.ranks, [])
@@ -154,14 +156,14 @@ def _share(ctx: RunContext, loaded: Loaded, data: Data, when: str) -> None:
 
 
 def _device(loaded: Loaded) -> str:
-    """Return the device's name, since other devices round differently."""
+    """Return the device's name. Answers are cached by it, since devices round differently."""
     import torch
 
     return torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else platform.machine()
 
 
 def compare(ctx: RunContext, data: Data, before: Answers, after: Answers) -> Results:
-    """Compare the two evaluations."""
+    """Compare the answers before and after, and check the spec's requirements."""
     from job.evaluate import compare as comparison
     from job.evaluate.acceptance import unmet
     from job.evaluate.extra import extra_scores
@@ -184,7 +186,8 @@ def compare(ctx: RunContext, data: Data, before: Answers, after: Answers) -> Res
 
 
 def add_occlusion_maps(ctx: RunContext, loaded: Loaded, data: Data, results: Results) -> Results:
-    """Add occlusion maps of a few gallery rows to the results, from the output if stored there. Stops when asked to."""
+    """Add occlusion maps of a few gallery rows to the results. They are read from the output if it has them. Raises Preempted on
+    a preemption notice."""
     from job.evaluate import examples
     from job.evaluate.generate import rows_ids
     from job.evaluate.occlusion import explain
@@ -210,7 +213,7 @@ def add_occlusion_maps(ctx: RunContext, loaded: Loaded, data: Data, results: Res
 
 
 def values(measured: Comparison) -> dict[str, dict[str, float]]:
-    """Return only each metric's values, for the status and Prometheus: {metric: {"before": …, "after": …}}."""
+    """Return the values of each metric for the status and Prometheus: {metric: {"before": …, "after": …}}."""
     found: dict[str, dict[str, float]] = {}
     for when, estimates in (("before", measured.before), ("after", measured.after)):
         for metric, estimate in estimates.items():
@@ -220,7 +223,7 @@ def values(measured: Comparison) -> dict[str, dict[str, float]]:
 
 
 def pictures(rows: Any, ids: Iterable[str], longest_side: int = 384) -> dict[str, bytes]:
-    """Return JPEG files of held-out rows for the report, by id: the first image of each row that has one."""
+    """Return the first image of each held-out row in `ids` as a JPEG file, by id. Rows without images are left out."""
     from job.evaluate.generate import rows_ids
 
     places = {identity: place for place, identity in enumerate(rows_ids(rows))}
@@ -238,21 +241,21 @@ def pictures(rows: Any, ids: Iterable[str], longest_side: int = 384) -> dict[str
 
 
 def stored_rows(store: Store, key: str, kind: type[T], run: str | None = None) -> list[T]:
-    """Return the rows of an earlier attempt (at this run, if given); none if they are missing. A failing store raises: it is
-    no reason to generate them again."""
+    """Return the rows of an earlier attempt; an empty list if there are none, or if they belong to another run than `run`.
+    Errors of the store are raised, since they are no reason to generate the rows again."""
     try:
         rows = [json.loads(line) for line in store.read(key).decode().splitlines()]
     except Missing:
         return []
     runs = {row.pop("run", None) for row in rows}
     if run is not None and runs - {run}:
-        log.warning("%s has answers of another spec or of other rows, and is made anew", key)
+        log.warning("skipped %s: its answers are for another spec or other rows, and are generated again", key)
         return []
     return [from_json(kind, row) for row in rows]
 
 
 def jsonl(rows: Sequence[Answer | Sample], run: str | None = None, places: Mapping[str, int] | None = None) -> bytes:
-    """Serialise rows, with their run and their places among the held-out rows, if given."""
+    """Serialise rows as JSON lines. Each line also holds the run, and the row's position among the held-out rows, if given."""
     lines = (
         asdict(row) | ({"place": places[row.id]} if places else {}) | ({"run": run} if run else {}) for row in rows
     )
@@ -260,7 +263,8 @@ def jsonl(rows: Sequence[Answer | Sample], run: str | None = None, places: Mappi
 
 
 def _progress(title: str, total: int, done: int) -> Any:
-    """Show a progress bar on a terminal, else log a line every quarter."""
+    """Return a function that takes the number of finished rows and shows it: as a progress bar on a terminal, otherwise as a log
+    line at every quarter."""
     if on_terminal():
         from tqdm import tqdm
 

@@ -9,11 +9,11 @@ import torch
 
 from job.config.schema import ModelSpec
 from job.export.merge import copy_rest
-from job.model.lora_targets import CONNECTOR, HEAD, VISION
+from job.model.lora_targets import CONNECTORS, HEAD, VISION
 from job.model.transformers_backend import Offload, placement
 
 TOWERS = "|".join(sorted(VISION))
-UNTOUCHED = [f"re:.*{HEAD}", "re:.*embed_tokens.*", f"re:.*({TOWERS}).*", f"re:.*({CONNECTOR.pattern}).*"]
+UNTOUCHED = [f"re:.*{HEAD}", "re:.*embed_tokens.*", f"re:.*({TOWERS}).*", f"re:.*({CONNECTORS.pattern}).*"]
 
 
 def write_nf4(spec: ModelSpec, merged: Path, into: Path, device: torch.device) -> Any:

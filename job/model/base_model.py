@@ -13,7 +13,7 @@ from typing import Any
 from job.config.schema import ModelSpec
 from job.errors import SpecError
 from job.model.header import read_header
-from job.model.lora_targets import Linear, is_fused
+from job.model.lora_targets import HEAD, Linear, is_fused
 from job.runtime.hub import hub_errors, is_hub_id
 from job.runtime.staging import check_room, local_path
 
@@ -87,7 +87,7 @@ def refuse_unless_hub_id(name: str) -> None:
 RENAMED = (
     (r"^language_model\.lm_head\b", "lm_head"),
     (r"^language_model\.(?:model\.)?", "model.language_model."),
-    (r"^model\.(?=(?:layers|norm)\b)", "model.language_model."),
+    (r"^model\.(?=(?:layers|norm|embed_tokens)\b)", "model.language_model."),
     (r"^(?=(?:vision_tower|vision_model|visual|multi_modal_projector)\b)", "model."),
     (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
 )
@@ -100,8 +100,9 @@ BESIDE = (".json", ".jinja", ".model", ".txt")
 @dataclass(frozen=True)
 class BaseFacts:
     """Facts from a base model's files: `parameters` counts all weights, `linears` maps the names of linear layers to shapes,
-    `matrices` those of all modules but embeddings and convolutions to sizes, and `config` is config.json. `bytes` is the size
-    of all weight files, `largest` of the largest, `rest` of the files beside them."""
+    `matrices` those of all modules but embeddings and convolutions to sizes, `tables` names these two and a head that is tied to
+    the embeddings, and `config` is config.json. `bytes` is the size of all weight files, `largest` of the largest, `rest` of the
+    files beside them."""
 
     model_type: str
     architecture: str
@@ -112,6 +113,7 @@ class BaseFacts:
     largest: int = 0
     rest: int = 0
     matrices: dict[str, int] = field(default_factory=dict)
+    tables: tuple[str, ...] = ()
 
 
 def base_facts(folder: Path) -> BaseFacts:
@@ -128,7 +130,7 @@ def base_facts(folder: Path) -> BaseFacts:
     files = weight_files(folder)
     if not files:
         raise SpecError(f"model.name_or_path: {folder} holds no .safetensors weights")
-    count, linears, matrices = 0, dict[str, Linear](), dict[str, int]()
+    count, linears, matrices, tables = 0, dict[str, Linear](), dict[str, int](), list[str]()
     for file in files:
         for name, tensor in read_header(file)[0].items():
             shape = tensor["shape"]
@@ -140,6 +142,8 @@ def base_facts(folder: Path) -> BaseFacts:
                 matrices[module] = math.prod(shape)
                 if layer != name and len(shape) == 2 and not is_fused(layer):
                     linears[module] = Linear(*shape)
+            elif layer != name and len(shape) > 1 and not _unread(module, config):
+                tables.append(module)
     sizes = [file.stat().st_size for file in files]
     rest = [file for file in folder.iterdir() if file.is_file() and file.suffix in BESIDE]
     return BaseFacts(
@@ -149,6 +153,7 @@ def base_facts(folder: Path) -> BaseFacts:
         bytes=sum(sizes),
         linears=linears,
         matrices=matrices,
+        tables=(*tables, *({HEAD} - linears.keys())),
         config=config,
         largest=max(sizes),
         rest=sum(file.stat().st_size for file in rest),

@@ -1,7 +1,7 @@
 """Chooses the layers that receive LoRA from their names, and verifies the choice afterwards.
 
 Upstream defaults differ by model and backend, and requesting vision layers has been a silent no-op on some. So this module
-sorts all linear layers into four groups by name, adapts exactly the requested groups, and the census checks which layers
+sorts all linear layers into groups by name, adapts exactly the requested groups, and the census checks which layers
 received adapters. No torch: `check` runs this on the headers of weight files.
 """
 
@@ -15,15 +15,16 @@ from typing import NamedTuple
 from job.config.schema import LoraSpec
 from job.errors import SpecError
 
-GROUPS = ("vision/attention", "vision/mlp", "language/attention", "language/mlp")
+CONNECTOR = "connector"
+GROUPS = ("vision/attention", "vision/mlp", "language/attention", "language/mlp", CONNECTOR)
 VISION = frozenset({"vision_tower", "vision_model", "vision_encoder", "vision", "visual", "image_encoder", "vit"})
 AUDIO = frozenset({"audio_tower", "audio_model", "audio_encoder"})
-CONNECTOR = re.compile(r"projector|connector|merger|resampler|aligner|perceiver")
+CONNECTORS = re.compile(r"projector|connector|merger|resampler|aligner|perceiver|embed_vision|vision_adapter")
 ATTENTION = frozenset({"self_attn", "attn", "attention", "cross_attn", "self_attention", "linear_attn"})
 MLP = frozenset({"mlp", "feed_forward", "ffn"})
 EXPERTS, ROUTERS = "experts", frozenset({"gate", "router", "shared_expert_gate"})
 """No group has them: routed experts are fused tensors once loaded, and routers stay as they were trained."""
-HEAD = "lm_head"
+ALL, HEAD = "all-linear", "lm_head"
 MOST_ALONE = 0.2
 """Share of a tower's weights without adapters, though asked for, above which the plan warns."""
 
@@ -41,30 +42,37 @@ def is_fused(name: str) -> bool:
 
 
 def group_of(name: str) -> str | None:
-    """Return the group of a layer by its dotted name; None for layers without LoRA (heads, embeddings, connectors, audio towers,
-    routed experts and their routers).
+    """Return the group of a layer by its dotted name; None for layers without LoRA (heads, embeddings, audio towers, routed
+    experts and their routers).
 
-    Only layers inside a numbered block count: `…layers.3.self_attn.q_proj`, `…blocks.0.mlp.fc1`.
+    In a tower, only layers inside a numbered block count: `…layers.3.self_attn.q_proj`, `…blocks.0.mlp.fc1`.
     """
     parts, tower = name.split("."), _tower(name)
     if tower is None or EXPERTS in parts or parts[-1] in ROUTERS:
-        return None
+        return CONNECTOR if _in_connector(parts) else None
     if ATTENTION.intersection(parts):
         return f"{tower}/attention"
     return f"{tower}/mlp" if MLP.intersection(parts) else None
 
 
 def asked_for(spec: LoraSpec) -> list[str]:
-    """Return the groups selected by the four `finetune_` fields."""
+    """Return the groups selected by the `finetune_` fields."""
     towers = [("vision", spec.finetune_vision_layers), ("language", spec.finetune_language_layers)]
     parts = [("attention", spec.finetune_attention_modules), ("mlp", spec.finetune_mlp_modules)]
-    return [f"{tower}/{part}" for tower, take in towers for part, also in parts if take and also]
+    groups = [f"{tower}/{part}" for tower, take in towers for part, also in parts if take and also]
+    return [*groups, CONNECTOR] if spec.finetune_connector else groups
 
 
-def targets(spec: LoraSpec, linears: Iterable[str]) -> list[str]:
-    """Return the names of the layers to adapt. Raises SpecError when the model lacks all groups requested of a tower."""
+def targets(spec: LoraSpec, linears: Iterable[str], tables: Iterable[str] = ()) -> list[str]:
+    """Return the names of the layers to adapt. Raises SpecError when the model lacks all groups requested of a tower, has no
+    linear layer in its connector, or when the spec names one of the `tables`: embeddings, convolutions, and a tied head."""
     linears = list(linears)
     if spec.target_modules is not None:
+        if odd := [name for name in tables if spec.target_modules != ALL and _matches(name, spec.target_modules)]:
+            raise SpecError(
+                f"lora.target_modules: {spec.target_modules!r} names {odd[0]}, an embedding, a convolution or a head that shares "
+                "the embedding's weights, and adapters are for linear layers; name those alone"
+            )
         chosen = [name for name in linears if _matches(name, spec.target_modules)]
         if not chosen:
             raise SpecError(
@@ -73,8 +81,13 @@ def targets(spec: LoraSpec, linears: Iterable[str]) -> list[str]:
         return chosen
     members = {group: [name for name in linears if group_of(name) == group] for group in asked_for(spec)}
     for group in members:
-        tower, part = group.split("/")
-        if not any(names for other, names in members.items() if other.startswith(f"{tower}/")):
+        tower, _, part = group.partition("/")
+        if not any(names for other, names in members.items() if other.startswith(tower)):
+            if group == CONNECTOR:
+                raise SpecError(
+                    "lora: finetune_connector is true, but nothing between vision tower and language model is a linear layer (in "
+                    "Gemma 3 it is a bare weight); set it to false"
+                )
             switch = "attention" if part == "attention" else "mlp"
             raise SpecError(
                 f"lora: finetune_{tower}_layers and finetune_{switch}_modules are true, but this model has no such "
@@ -84,7 +97,7 @@ def targets(spec: LoraSpec, linears: Iterable[str]) -> list[str]:
 
 
 def left_alone(matrices: Mapping[str, int], chosen: Iterable[str]) -> dict[str, int]:
-    """Sum the weights without adapters by kind: a group, `experts`, `routers`, `connector`, `audio`, `lm_head`, or `other`.
+    """Sum the weights without adapters by kind: a group, `experts`, `routers`, `audio`, `lm_head`, or `other`.
     `matrices` maps the names of all modules with a matrix to the size of their weight."""
     adapted, found = set(chosen), Counter[str]()
     for name, size in matrices.items():
@@ -99,9 +112,9 @@ def _kind(name: str) -> str:
         return "experts"
     if AUDIO.intersection(parts):
         return "audio"
-    if any(CONNECTOR.search(part) for part in parts):
-        return "connector"
-    return "routers" if parts[-1] in ROUTERS else HEAD if parts[-1] == HEAD else group_of(name) or "other"
+    if group := group_of(name):
+        return group
+    return "routers" if parts[-1] in ROUTERS else HEAD if parts[-1] == HEAD else "other"
 
 
 def unreached(spec: LoraSpec, matrices: Mapping[str, int], chosen: Iterable[str]) -> dict[str, float]:
@@ -119,16 +132,19 @@ def unreached(spec: LoraSpec, matrices: Mapping[str, int], chosen: Iterable[str]
 def _tower(name: str) -> str | None:
     """Return the tower whose numbered blocks hold a module."""
     parts = name.split(".")
-    outside = AUDIO.intersection(parts) or any(CONNECTOR.search(part) for part in parts)
-    if outside or not any(part.isdigit() for part in parts):
+    if AUDIO.intersection(parts) or _in_connector(parts) or not any(part.isdigit() for part in parts):
         return None
     return "vision" if VISION.intersection(parts) else "language"
+
+
+def _in_connector(parts: list[str]) -> bool:
+    return not AUDIO.intersection(parts) and any(CONNECTORS.search(part) for part in parts)
 
 
 def _matches(name: str, wanted: str | list[str]) -> bool:
     """Apply PEFT's rule: a string is a full regular expression, or `all-linear` for all but the head; a list holds names or
     suffixes."""
-    if wanted == "all-linear":
+    if wanted == ALL:
         return name.rpartition(".")[2] != HEAD
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None

@@ -41,7 +41,7 @@ def load(
     processor = load_processor(spec.model, folder)
     model.generation_config = greedy(processor, folder)
     layers = linears(model)
-    model, groups = add_adapters(model, spec, targets(spec.lora, layers))
+    model, groups = add_adapters(model, spec, targets(spec.lora, layers, tables(model)))
     if start is not None:
         begin_from(model, spec.lora, start, layers)
     return Loaded(model, processor, folder, "transformers", precision, device, groups)
@@ -178,6 +178,13 @@ def linears(model: Any) -> dict[str, Linear]:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and not is_fused(name)
     }
+
+
+def tables(model: Any) -> list[str]:
+    """Return the names of embeddings and convolutions, and of a head that is tied to the embeddings."""
+    kinds = (torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    tied = [name.removesuffix(".weight") for name in model.all_tied_weights_keys]
+    return [*(name for name, module in model.named_modules() if isinstance(module, kinds)), *tied]
 
 
 def add_adapters(model: Any, spec: JobSpec, chosen: list[str]) -> tuple[Any, dict[str, int]]:

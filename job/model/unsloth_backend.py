@@ -17,7 +17,15 @@ from job.model.lora_targets import census, parameters, targets
 from job.model.memory_model import Kept, last_cure
 from job.model.patches import mllama_attention
 from job.model.patches.unsloth_flex_attention import without_flex_attention
-from job.model.transformers_backend import adapted, begin_from, first_line, linears, load_processor, lora_settings
+from job.model.transformers_backend import (
+    adapted,
+    begin_from,
+    first_line,
+    linears,
+    load_processor,
+    lora_settings,
+    tables,
+)
 
 OFFLOADED = 512
 """Below this `max_seq_length`, Unsloth keeps the layers' inputs on the GPU whatever it is asked for."""
@@ -59,7 +67,7 @@ def load(spec: JobSpec, folder: Path, device: torch.device, start: Path | None, 
     processor = load_processor(spec.model, folder)
     model.generation_config = greedy(processor, folder)
     layers = linears(model)
-    chosen = targets(spec.lora, layers)
+    chosen = targets(spec.lora, layers, tables(model))
     counts = parameters(spec.lora.r, layers, chosen)
     model = FastVisionModel.get_peft_model(
         model,

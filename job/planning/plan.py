@@ -68,7 +68,7 @@ def make_plan(spec: JobSpec, facts: Facts) -> Plan:
     share = share_of_batch(spec, facts.world)
     groups, alone, chosen = dict[str, int](), dict[str, int](), list[str]()
     if facts.base is not None:
-        chosen = targets(spec.lora, facts.base.linears)
+        chosen = targets(spec.lora, facts.base.linears, facts.base.tables)
         counts, alone = parameters(spec.lora.r, facts.base.linears, chosen), left_alone(facts.base.matrices, chosen)
         groups = {name: counts[name] for name in (*GROUPS, "other") if name in counts}
     precision = held_precision(spec, facts, groups)

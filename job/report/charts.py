@@ -1,4 +1,4 @@
-"""Draws curves as inline SVG: no script, no network, colours from the page's own variables, a title for screen readers."""
+"""Draws curves as inline SVG, without scripts or requests, in the page's colours and with a title for screen readers."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Point = tuple[float, float]
 
 
 def series(log: Iterable[Numbers], key: str) -> list[Point]:
-    """Returns the points (step, value) of one key; the last value of a step that was repeated after a resume."""
+    """Returns the points (step, value) of one key. If a step was repeated after a resume, its last value counts."""
     found = {line["step"]: line[key] for line in log if line.get(key) is not None and math.isfinite(line[key])}
     return sorted(found.items())
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:
-    """Averages stretches of points into at most `MOST_POINTS`, so that a long run does not make a large page."""
+    """Averages consecutive points so that at most `MOST_POINTS` remain, and a long run does not make a large page."""
     size = math.ceil(len(points) / MOST_POINTS) or 1
-    stretches = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in stretches]
+    chunks = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(sum(x for x, _ in chunk) / len(chunk), sum(y for _, y in chunk) / len(chunk)) for chunk in chunks]
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Returns round numbers (1, 2 or 5 times a power of ten) from at or below `low` to at or above `high`."""
+    """Returns round numbers that cover `low` to `high`, spaced by 1, 2 or 5 times a power of ten."""
     rough = (high - low) / count if high > low else abs(high) / count or 1.0
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
@@ -37,31 +37,32 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def line_chart(title: str, lines: Mapping[str, Sequence[Point]], unit: str = "") -> str:
-    """Returns an SVG of the named lines over steps, each of two points or more. All text in it is escaped."""
+    """Returns an SVG chart of the named lines over optimizer steps. Each line needs two or more points. All text is escaped."""
     lines = {name: thinned(points) for name, points in lines.items()}
     xs, ys = zip(*(point for points in lines.values() for point in points), strict=True)
-    up, x_low, x_high = ticks(min(ys), max(ys)), min(xs), max(xs)
+    y_ticks, x_low, x_high = ticks(min(ys), max(ys)), min(xs), max(xs)
 
     def place(x: float, y: float) -> tuple[float, float]:
-        right = LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
-        return round(right, 1), round(HEIGHT - BOTTOM - (y - up[0]) / (up[-1] - up[0]) * (HEIGHT - TOP - BOTTOM), 1)
+        across = (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (HEIGHT - TOP - BOTTOM)
+        return round(LEFT + across, 1), round(HEIGHT - BOTTOM - up, 1)
 
     parts = [f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">optimizer step</text>']
-    for tick in up:
+    for tick in y_ticks:
         y = place(x_low, tick)[1]
         parts.append(f'<path class="grid" d="M{LEFT} {y}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{_short(tick)}</text>')
     for tick in (tick for tick in ticks(x_low, x_high, 6) if x_low <= tick <= x_high):
-        x = place(tick, up[0])[0]
+        x = place(tick, y_ticks[0])[0]
         parts.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{_short(tick)}</text>')
     for index, points in enumerate(lines.values()):
         path = " ".join("{},{}".format(*place(*point)) for point in points)
         parts.append(f'<polyline class="line line-{index}" points="{path}"/>')
-    said = [f"{name} from {_short(points[0][1])} to {_short(points[-1][1])}{unit}" for name, points in lines.items()]
-    told = escape(f"{title} over {_short(x_high)} steps: {', '.join(said)}.")
+    ranges = [f"{name} from {_short(points[0][1])} to {_short(points[-1][1])}{unit}" for name, points in lines.items()]
+    description = escape(f"{title} over {_short(x_high)} steps: {', '.join(ranges)}.")
     return (
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{told}">'
-        f"<title>{told}</title>{''.join(parts)}</svg>"
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{description}">'
+        f"<title>{description}</title>{''.join(parts)}</svg>"
     )
 
 

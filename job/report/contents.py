@@ -1,4 +1,4 @@
-"""Defines what the report and the model cards show, and the JSON of what no other file of the output holds."""
+"""Defines what the report and the model cards show, and which part of it is stored in `evaluation/report.json`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from job.evaluate.records import Answer, Comparison, Maps, Sample
 Numbers = Mapping[str, float]
 """A line of `logs/metrics.jsonl`."""
 KEPT = ("name", "plan", "lineage", "gate", "occlusion", "data", "privacy", "base", "instruction", "unwritten")
-"""The fields that `evaluation/report.json` holds."""
+"""The fields stored in `evaluation/report.json`. Other files of the output hold the rest."""
 PARENT = ("parent_adapter", "parent_sha256")
-"""Keys that only a run that started from an adapter has."""
+"""Fields that are stored only if the run started from an adapter."""
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """The origin of a result, including the adapter that training started from, if any."""
+    """Where a result comes from, including the adapter that training started from, if any."""
 
     parent_adapter: str | None = None
     parent_sha256: str | None = None
@@ -57,12 +57,12 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class Contents:
-    """All that the report and the model cards are made from; what is missing is left out.
+    """Everything that the report and the model cards are made from. They leave out what is missing.
 
-    `plan`, `gate` and `data` are names and values of any nesting, which are only listed, but for the number of rows to `train` on
-    in the data, and for `refused` in the gate: a reason, which the report shows first. `left_out` are the settings of the base's
-    generation that would change answers. `system`, `date`, `unwritten` and `bounds` are those of
-    `job.export.serving.Serving`.
+    `plan`, `gate` and `data` are nested names and values, which are listed as they are. Two entries have a further use: the
+    report shows first why the job was `refused` (in `gate`), and its heading gives the number of rows to `train` on (in `data`).
+    `left_out` names the settings of the base model's `generation_config.json` that would change answers, and are not used.
+    `system`, `date`, `unwritten` and `bounds` are those of `job.export.serving.Serving`.
     """
 
     name: str = ""
@@ -87,6 +87,6 @@ class Contents:
     bounds: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` reads again, but for what other files hold."""
+        """Returns the fields in `KEPT` as JSON, which `from_json` reads again."""
         tree = asdict(self, dict_factory=lambda pairs: {k: v for k, v in pairs if v is not None or k not in PARENT})
         return {name: tree[name] for name in KEPT}

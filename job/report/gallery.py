@@ -1,4 +1,4 @@
-"""Selects and formats a report's samples: a few at random, the worst, the most changed and the best."""
+"""Formats the samples that the report shows: a few at random, the worst, the most changed and the best."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from job.evaluate.records import Answer, Sample
 from job.report.contents import Contents
 
 LITTLE_IN_COMMON = 0.4
-"""ROUGE-L below which marking every word that differs would only hide the text."""
+"""Below this ROUGE-L, no differences are marked: nearly every word would be, which makes the text hard to read."""
 MOST_STEPS = 6
 PIECE = re.compile(r"\s*\S+")
 EDGES = re.compile(r"^\W+|\W+$")
@@ -25,16 +25,16 @@ Shown = dict[str, Any]
 
 
 def shown(contents: Contents, images: Mapping[str, bytes]) -> dict[str, list[Shown]]:
-    """Returns the gallery's samples by the title of their part. `images` are JPEG bytes by row id."""
+    """Returns the samples of each part of the gallery, by the part's title. `images` maps row ids to JPEG bytes."""
     parts = chosen(contents.before, contents.after, contents.metrics)
     return {PARTS[part]: [sample(contents, index, images) for index in rows] for part, rows in parts.items()}
 
 
 def sample(contents: Contents, index: int, images: Mapping[str, bytes]) -> Shown:
-    """Returns row `index` of the stored evaluations as the page takes it.
+    """Returns row `index` of the stored answers in the form that the page's template reads.
 
-    `image` is a data URI, or empty. `seen` holds the opacity, 0 to 1, of each cell of its occlusion map, empty without one;
-    `strongest` is the strongest cell's effect on the answer's loss, in nats per token.
+    `image` is a data URI, or empty. `seen` holds the opacity (0 to 1) of each cell of the row's occlusion map, and is empty if
+    there is no map. `strongest` is the largest effect of a cell on the loss of the answer, in nats per token.
     """
     row, labels = contents.after[index], labels_read(contents.metrics)
     cells = np.array(contents.occlusion.get(row.id) or [[0.0]])
@@ -52,23 +52,24 @@ def sample(contents: Contents, index: int, images: Mapping[str, bytes]) -> Shown
 
 
 def while_training(samples: Sequence[Sample]) -> dict[str, list[Shown]]:
-    """Returns the answers to the fixed rows during training, by their reference; of many steps, a few evenly spread."""
+    """Returns the answers given during training, by row id and reference, at no more than `MOST_STEPS` evenly spaced steps."""
     steps = sorted({each.step for each in samples})
-    some = (
+    kept = (
         {steps[place * (len(steps) - 1) // max(MOST_STEPS - 1, 1)] for place in range(MOST_STEPS)} if steps else set()
     )
     found: dict[str, list[Shown]] = {}
     for each in samples:
-        if each.step in some:
-            said = Answer(each.id, each.reference, generated=each.generated)
-            found.setdefault(f"{each.id}: {each.reference}", []).append(answer(f"Step {each.step:,}", said, {}))
+        if each.step in kept:
+            row = Answer(each.id, each.reference, generated=each.generated)
+            found.setdefault(f"{each.id}: {each.reference}", []).append(answer(f"Step {each.step:,}", row, {}))
     return found
 
 
 def answer(when: str, row: Answer, labels: Mapping[str, LabelSpec]) -> Shown:
-    """Formats one generated text: its differences from the reference, its ROUGE-L, its labels (name, stated, right).
+    """Formats one generated text: its differences from the reference, its ROUGE-L and its labels.
 
-    `note` says why `parts` are not differences: the text is empty, or has too little in common with the reference.
+    Each label is its name, the value that the text states, and whether that is right. If the text is empty or has too little in
+    common with the reference, `parts` marks no differences, and `note` says why.
     """
     pairs = {name: stated_and_right([row], name, label)[1][0] for name, label in labels.items()}
     reference, generated = row.reference, row.generated
@@ -81,9 +82,10 @@ def answer(when: str, row: Answer, labels: Mapping[str, LabelSpec]) -> Shown:
 
 
 def difference(reference: str, generated: str) -> list[tuple[str, str]]:
-    """Splits `generated` into runs of words: `same`, `added`, and between them `missing`, which only the reference has.
+    """Splits `generated` into runs of words that are the `same` in the reference or `added` to it. Runs that only the reference
+    has are inserted where they are `missing`.
 
-    Ignores case and the punctuation around a word.
+    Ignores case, and punctuation at the start and end of a word.
     """
     ours, theirs = PIECE.findall(reference), PIECE.findall(generated)
     bare = [[EDGES.sub("", word.strip()).casefold() or word.strip() for word in words] for words in (ours, theirs)]

@@ -1,6 +1,6 @@
 """Renders the report: one self-contained HTML page, and its tables as Markdown for the model card.
 
-Both are made only from what is stored of a run (`Contents`), so that `job report` can make them again.
+Both are made only from `Contents`, which are stored in the output, so that `job report` can render them again.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ LISTED = {"gate": "Merged weights", "data": "Data", "plan": "Plan", "lineage": "
 
 
 def render(contents: Contents, images: Mapping[str, bytes] | None = None) -> str:
-    """Returns the page. `images` are JPEG bytes by row id, of the rows that `gallery_ids` names.
+    """Returns the page. `images` maps the row ids from `gallery_ids` to JPEG bytes.
 
-    With `privacy.report_images` false, the page contains no image, no text and no id of a row. All text is escaped, and the
-    page's content security policy forbids scripts and every request.
+    If `privacy.report_images` is false, the page contains no images, texts or ids of rows. All text is escaped, and the page's
+    content security policy forbids scripts and all requests.
     """
     listed, shows_rows = contents.to_json(), contents.privacy.report_images
     return fill(
@@ -57,12 +57,12 @@ def render(contents: Contents, images: Mapping[str, bytes] | None = None) -> str
 
 
 def markdown(measured: Comparison) -> str:
-    """Returns the headline and the tables of before and after, labels and groups; empty if nothing was measured."""
+    """Returns the main results as sentences, and the tables of metrics and groups; empty if nothing was measured."""
     return fill("page.md", autoescape=False, measured=measured) if measured.change else ""
 
 
 def fill(file: str, *, autoescape: bool, **values: Any) -> str:
-    """Fills a template of this package. Templates can use `wording`, and the filters `readable` and `cell`."""
+    """Renders a template of this package. Templates can use `wording` (`metric_info`) and the filters `readable` and `cell`."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=autoescape,
@@ -85,7 +85,7 @@ def gallery_ids(contents: Contents) -> list[str]:
 
 
 def cell(text: object) -> str:
-    """Escapes text for a Markdown table or line: no pipe, markup, HTML or line break in it has a meaning."""
+    """Escapes text for one line or table cell of Markdown, where its pipes, markup, HTML and line breaks have no effect."""
     escaped = "".join(f"\\{mark}" if mark in r"\`*_[]|~#" else mark for mark in " ".join(str(text).split()))
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
@@ -102,8 +102,8 @@ def _curves(log: Sequence[Numbers]) -> list[dict[str, Any]]:
 
 
 def _speed(log: Sequence[Numbers], price: str | None) -> list[tuple[str, str]]:
-    """Summarises training: steps, losses, medians (which one slow step, a resume or a save, does not move), hours of steps, the
-    energy from the GPU power logged at each line, and the cost if a price is known."""
+    """Returns names and values that summarise training: steps, losses, speed, hours, energy (from the GPU power in each line of
+    the log), and the cost if a price is known. Speeds are medians, so that a few slow steps (a resume, a save) do not count."""
     points = {key: [value for _, value in charts.series(log, key)] for key in SPEED}
     lines = [(name, metric_info.plain(pick(points[key]))) for key, (name, pick) in SPEED.items() if points[key]]
     if losses := charts.series(log, "loss"):
@@ -118,10 +118,12 @@ def _speed(log: Sequence[Numbers], price: str | None) -> list[tuple[str, str]]:
     spent = {step: each * (step - start) for (step, each), start in zip(seconds, starts, strict=False)}
     hours = sum(spent.values()) / 3600
     if spent:
-        lines.append(("Hours of training steps", f"{hours:.2f}"))
+        lines.append(("Hours in training steps", f"{hours:.2f}"))
     if watts:
         energy = sum(took * watts.get(step, 0.0) for step, took in spent.items()) / 3.6e6
-        lines.append(("Energy of the GPU in them, from its power at each line", f"{energy:.3f}{metric_info.JOINED}kWh"))
+        lines.append(("GPU energy of training steps, from the logged power", f"{energy:.3f}{metric_info.JOINED}kWh"))
     with suppress(ValueError):  # not a number
-        lines += [("Their cost at the price given", f"{hours * float(price):.2f}")] if spent and price else []
+        lines += (
+            [("Cost of training steps at the given price", f"{hours * float(price):.2f}")] if spent and price else []
+        )
     return lines

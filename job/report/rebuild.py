@@ -1,4 +1,4 @@
-"""Rebuilds the report from what a job left in its output. Needs the page's libraries, but neither a GPU nor torch."""
+"""Rebuilds the report from the files of an output. It needs the libraries that render the page, but no GPU and no torch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from job.store import Missing, OwnedStore, Store
 
 
 def stored_contents(store: Store) -> Contents:
-    """Returns the contents of the report at an output. Raises DataError if no job got as far as a report."""
+    """Returns the contents of the report at an output. Raises DataError if no job has written a report there."""
     kept = read_json(store, layout.FACTS_KEY)
     if kept is None:
-        raise DataError(f"{store.url} holds no {layout.FACTS_KEY}: no job came as far as its report there")
+        raise DataError(f"{store.url} holds no {layout.FACTS_KEY}: no job has written a report there yet")
     return replace(
         from_json(Contents, kept),
         metrics=from_json(Comparison, read_json(store, layout.METRICS_KEY) or {}),
@@ -32,7 +32,7 @@ def stored_contents(store: Store) -> Contents:
 
 
 def rebuild(store: Store) -> str:
-    """Returns the page, with the images that were kept for it. Raises SpecError if the libraries are not installed."""
+    """Returns the page with its stored images. Raises SpecError if the libraries that render it are not installed."""
     keys = [entry.key for entry in store.list(layout.IMAGES)]
     images = {key.removeprefix(layout.IMAGES).removesuffix(".jpg"): store.read(key) for key in keys}
     return _page(stored_contents(store), images)
@@ -42,22 +42,23 @@ def _page(contents: Contents, images: dict[str, bytes]) -> str:
     try:
         from job.report.page import render
     except ImportError as error:
-        raise SpecError(f"job report needs {error.name}; install the train extra, which brings it") from error
+        raise SpecError(f"job report needs {error.name}; install the train extra, which includes it") from error
     return render(contents, images)
 
 
 SHOWN, WITHHELD = (f"Held-out images and texts {are} in the run's report." for are in ("are", "are not"))
-"""What the model cards say about the report."""
+"""What a model card says about the report. `withdraw_rows` replaces the first sentence with the second."""
 
 
 def shows_rows(store: Store) -> bool:
-    """Whether the report at an output was made with images and texts of rows."""
+    """Returns whether the report at an output shows images and texts of rows."""
     return bool(((read_json(store, layout.FACTS_KEY) or {}).get("privacy") or {}).get("report_images"))
 
 
 def withdraw_rows(store: OwnedStore, spec: JobSpec) -> None:
-    """Removes images and texts of rows from what was published, and corrects the statements about them. Leaves what is not the
-    job's own. If killed on the way, the next start repeats it: `evaluation/report.json`, which marks it done, comes last."""
+    """Removes images and texts of rows from a published output, and corrects what its files say about them. Files that the job
+    did not write are left alone. If the job is killed meanwhile, its next start does this again, because
+    `evaluation/report.json`, which marks it as done, is written last."""
     kept = (read_json(store, layout.FACTS_KEY) or {}) | {"privacy": {"report_images": False}, "occlusion": {}}
     store.delete([entry.key for entry in store.list(layout.IMAGES)])
     contents = replace(stored_contents(store), privacy=Privacy(report_images=False), occlusion={})

@@ -81,6 +81,11 @@ def test_a_field_in_the_wrong_section_is_pointed_to_the_right_one():
         ("dataset: {path: d, eval_path: e, eval_split: s}", "keep one"),
         ("dataset: {path: d, eval_path: e, eval_fraction: 0.5}", "remove one"),
         ("lora: {finetune_attention_modules: false, finetune_mlp_modules: false}", "nothing would be trained"),
+        (
+            "lora: {finetune_expert_modules: true}",
+            "experts are fused tensors, and merge and gate know adapters",
+        ),
+        ("lora: {target_modules: [fc1], finetune_connector: true}", "and name the connector's layers"),
         ("lora: {target_modules: '('}", "not a regular expression"),
         ("evaluation: {labels: {f: {column: c, values: [a], pattern: (b)}}}", "not both"),
         ("evaluation: {labels: {f: {column: c, pattern: b}}}", "has no group"),

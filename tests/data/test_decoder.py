@@ -77,8 +77,7 @@ def test_the_look_quarantines_such_a_row(tmp_path: Path):
     (tmp_path / "metadata.jsonl").write_text("".join(lines))
     rows = {"path": str(tmp_path), "max_bad_fraction": 0.5, "eval_rows": 1}
     spec = JobSpec.model_validate({"model": {"name_or_path": "x"}, "dataset": rows, "output": {"url": "x"}})
-    data = prepare(spec, tmp_path / "scratch")
-    (bad,) = data.quarantined
+    (bad,) = prepare(spec, tmp_path / "scratch").quarantined
     assert bad.row == 1
     assert bad.reason.startswith("DICOM: its decoder crashed with SIG")
     assert not decoder._children().waiting

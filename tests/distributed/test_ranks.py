@@ -209,7 +209,7 @@ def test_without_rank_0_the_others_end(demo: Path, tmp_path: Path):
 @pytest.fixture
 def pair() -> Iterator[list[Ranks]]:
     """Two ranks in one process."""
-    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
     port = free_port()
     server = TCPStore("127.0.0.1", port, 2, is_master=True, wait_for_workers=False)

@@ -1,4 +1,4 @@
-"""A run that is not as good as the spec demands is not published, and says by how much it is not."""
+"""A model that misses the spec's requirements is not published, and the job says by how much it misses them."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_bounds_are_held_against_the_value_or_the_whole_interval(demand: dict[st
 
 def test_the_sentence_names_metric_value_interval_and_bound() -> None:
     assert unmet({"rougeL": RequirementSpec(min_change=0.05)}, MEASURED) == [
-        "rougeL changed by +0.0300 (95 % interval -0.0100 to 0.0700, n = 40), under "
-        "evaluation.require.rougeL.min_change 0.05"
+        "rougeL changed by +0.0300 (95 % interval -0.0100 to 0.0700, n = 40), below "
+        "evaluation.require.rougeL.min_change = 0.05"
     ]
 
 

@@ -48,6 +48,7 @@ def test_the_result_has_the_agreed_keys_and_is_read_again_from_json(make_rows: C
 def test_every_value_lies_in_its_interval(make_rows: Callable[..., Any]) -> None:
     result = compare(make_rows(0.2), make_rows(0.9))
     for when in ("before", "after", "change"):
+        assert {"rougeL", "bleu", "loss", "finding_accuracy"} <= result[when].keys()
         for name, entry in result[when].items():
             assert entry["low"] <= entry["value"] <= entry["high"], (when, name)
 
@@ -60,7 +61,9 @@ def test_an_accuracy_of_one_is_not_said_to_be_certain(make_rows: Callable[..., A
 
 def test_nothing_changed_is_no_clear_change(make_rows: Callable[..., Any]) -> None:
     rows = make_rows(0.5)
-    for name, entry in compare(rows, rows)["change"].items():
+    change = compare(rows, rows)["change"]
+    assert {"rougeL", "bleu", "loss", "finding_accuracy"} <= change.keys()
+    for name, entry in change.items():
         assert entry["value"] == 0, name
         assert entry["low"] <= 0 <= entry["high"], name
         assert entry["p"] == 1, name

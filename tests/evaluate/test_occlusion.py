@@ -56,8 +56,8 @@ def test_the_report_shows_the_map_and_says_what_it_is(facts: dict[str, Any]) -> 
     Image.new("RGB", (20, 20), "white").save(content, "PNG")
     facts["occlusion"] = {identity: [[0.0, -1.0], [0.5, 1.0]]}
     page = render(contents_of(facts), {identity: content.getvalue()})
-    assert page.count("Where it looked") == 1
+    assert page.count("Where the model looked") == 1
     assert '<rect x="0" y="1" width="1" height="1" fill-opacity="0.35"/>' in page
-    assert "raised the answer's loss by 1 nats a token" in page
+    assert "raised the answer's loss by 1 nats per token" in page
     assert "It shows what the answer depends on, not whether it is right" in page
-    assert "Where it looked" not in render(contents_of(facts | {"privacy": {"report_images": False}}))
+    assert "Where the model looked" not in render(contents_of(facts | {"privacy": {"report_images": False}}))

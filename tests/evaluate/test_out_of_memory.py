@@ -40,11 +40,12 @@ def rows() -> Rows:
 
 @contextmanager
 def card(loaded: Loaded, fits: int) -> Iterator[list[int]]:
-    """A card on which so many rows fit; yields how many went through, call by call."""
-    through: list[int] = []
+    """A card on which `fits` rows fit at once, and that more are tried on; yields how many went through, call by call."""
+    through, refused = list[int](), list[int]()
 
     def pre_forward(_: Any, _arguments: Any, named: dict[str, Any]) -> None:
         if (count := named["attention_mask"].shape[0]) > fits:
+            refused.append(count)
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
         through.append(count)
 
@@ -53,6 +54,7 @@ def card(loaded: Loaded, fits: int) -> Iterator[list[int]]:
         yield through
     finally:
         hook.remove()
+    assert refused
 
 
 def test_answers_come_in_halves_and_are_the_same(asked: Loaded) -> None:

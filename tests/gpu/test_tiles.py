@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+import torch
+
 if not torch.cuda.is_available():
     pytest.skip("there is no NVIDIA GPU here", allow_module_level=True)
 
@@ -43,15 +45,16 @@ def test_attention_without_a_mask_is_as_near_to_the_truth_as_with_it(patches: in
     mask = _prepare_aspect_ratio_attention_mask(seen, patches, length, torch.bfloat16)
     shape = (3, heads, 4 * length, width)
     given = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    query, key, value = given
     weights = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
-        truth = right(*given, mask)
+        truth = right(query, key, value, mask)
 
     def apart(one: torch.Tensor) -> float:
         return float((one.double() - truth).norm() / truth.norm())
 
     def ours() -> torch.Tensor:
-        return mllama_attention.attention(None, *given, mllama_attention.tokens(mask), scaling=width**-0.5)[
+        return mllama_attention.attention(None, query, key, value, mllama_attention.tokens(mask), scaling=width**-0.5)[
             0
         ].transpose(1, 2)
 

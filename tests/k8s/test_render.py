@@ -58,7 +58,9 @@ def test_it_patches_as_kustomize_does(overlay: str):
 
 
 def test_every_component_is_of_the_kind_that_it_reads():
-    for file in (ROOT / "k8s" / "components").glob("*/kustomization.yaml"):
+    files = [*(ROOT / "k8s" / "components").glob("*/kustomization.yaml")]
+    assert files
+    for file in files:
         tree = yaml.load(file.read_text(), Loader=Strict)
         assert set(tree) == {"apiVersion", "kind", "patches"}, file
         assert tree["patches"] == [{"path": "patch.yaml", "target": {"kind": "Job", "name": "vision-lora"}}], file

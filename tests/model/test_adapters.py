@@ -18,7 +18,7 @@ from job.model.base_model import base_facts
 from job.model.collator import Collator
 from job.model.loaded import Loaded
 from job.model.lora_targets import parameters, targets
-from job.model.transformers_backend import adapted, linears
+from job.model.transformers_backend import adapted, linears, tables
 from tests.families import FAMILIES
 from tests.tiny import batch, job_spec, load_tiny, perturb, row
 
@@ -28,6 +28,19 @@ CHOICES = {
     "language only": {"finetune_vision_layers": False},
     "attention only": {"finetune_mlp_modules": False},
     "mlp only": {"finetune_attention_modules": False},
+}
+
+
+MERGER = ("model.visual.merger.linear_fc1", "model.visual.merger.linear_fc2")
+LLAVAS = ("model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2")
+CONNECTORS = {
+    "mllama": ("model.multi_modal_projector",),
+    "qwen2_5_vl": ("model.visual.merger.mlp.0", "model.visual.merger.mlp.2"),
+    "qwen3_vl": (*MERGER, *(name.replace("merger", "deepstack_merger_list.0") for name in MERGER)),
+    "qwen3_5": MERGER,
+    "gemma3": (),
+    "llava": LLAVAS,
+    "llava_next": LLAVAS,
 }
 
 
@@ -59,23 +72,51 @@ def test_gradients_reach_exactly_the_groups_asked_for(family: str, folder: Path,
     expected = {name for group in asked for name in groups[group]}
 
     loaded = perturb(load_tiny(folder, **CHOICES[choice]))
-    loaded.model(**Collator(loaded.processor, 2048)(batch())).loss.backward()
-    reached = {
-        name.removeprefix("base_model.model.").rpartition(".lora_")[0] or name
-        for name, weight in loaded.model.named_parameters()
-        if weight.grad is not None and weight.grad.any()
-    }
-    assert reached == {name for name in expected if not name.startswith(FAMILIES[family].unread)}
+    assert reached(loaded) == {name for name in expected if not name.startswith(FAMILIES[family].unread)}
     assert set(adapted(loaded.model)) == expected
     assert set(loaded.groups) == set(asked)
     assert foretold(folder, **CHOICES[choice]) == loaded.groups
     assert sum(loaded.groups.values()) == trainable(loaded)
 
 
+def reached(loaded: Loaded) -> set[str]:
+    """Names of the layers whose adapters get a gradient, and of all else that gets one."""
+    loaded.model(**Collator(loaded.processor, 2048)(batch())).loss.backward()
+    return {
+        name.removeprefix("base_model.model.").rpartition(".lora_")[0] or name
+        for name, weight in loaded.model.named_parameters()
+        if weight.grad is not None and weight.grad.any()
+    }
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("alone", [True, False], ids=["connector alone", "beside all"])
+def test_the_connector_is_adapted_where_it_is_asked_for(
+    family: str, folder: Path, alone: bool, recomputed: bool
+) -> None:
+    towers = {} if not alone else {"finetune_vision_layers": False, "finetune_language_layers": False}
+    asked = {"finetune_connector": True} | towers
+    if family == "gemma3":
+        for refusing in (foretold, load_tiny):
+            with pytest.raises(SpecError, match="nothing between vision tower and language model is a linear layer"):
+                refusing(folder, **asked)
+        return
+    loaded = perturb(load_tiny(folder, **asked))
+    if recomputed:
+        loaded.model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    others = set() if alone else {*adapted(load_tiny(folder).model)}
+    assert set(adapted(loaded.model)) == {*CONNECTORS[family], *others}
+    assert foretold(folder, **asked) == loaded.groups
+    assert "connector" in loaded.groups
+    assert reached(loaded) == {
+        name for name in {*CONNECTORS[family], *others} if not name.startswith(FAMILIES[family].unread)
+    }
+
+
 def foretold(folder: Path, **lora: Any) -> dict[str, int]:
     """What `check` prints, from the headers of the weight files."""
-    found = base_facts(folder).linears
-    return parameters(4, found, targets(job_spec(lora=lora).lora, found))
+    facts = base_facts(folder)
+    return parameters(4, facts.linears, targets(job_spec(lora=lora).lora, facts.linears, facts.tables))
 
 
 def trainable(loaded: Loaded) -> int:
@@ -184,9 +225,34 @@ def test_modules_that_match_nothing_stop_the_job(tiny: Callable[..., Path]) -> N
         load_tiny(tiny("llava"), target_modules=["query"])
 
 
+def test_headers_tell_embeddings_and_convolutions(folder: Path) -> None:
+    assert {*base_facts(folder).tables} == {*tables(AutoModelForImageTextToText.from_pretrained(folder))}
+
+
+@pytest.mark.parametrize(
+    ("known", "modules", "named"),
+    [
+        ("llava", ["q_proj", "embed_tokens"], "model.language_model.embed_tokens"),
+        ("qwen2_5_vl", ["qkv", "proj"], "model.visual.patch_embed.proj"),
+        ("qwen3_5", r".*\.linear_attn\..*", "model.language_model.layers.0.linear_attn.conv1d"),
+        ("gemma3", ["q_proj", "lm_head"], "lm_head"),
+    ],
+)
+def test_what_is_no_linear_layer_is_refused_by_headers_and_model_alike(
+    tiny: Callable[..., Path], known: str, modules: str | list[str], named: str
+) -> None:
+    for refusing in (foretold, load_tiny):
+        with pytest.raises(
+            SpecError, match=rf"lora\.target_modules: .* names {named}, an embedding, a convolution or a head"
+        ):
+            refusing(tiny(known), target_modules=modules)
+
+
 def test_the_same_seed_gives_the_same_adapters(tiny: Callable[..., Path]) -> None:
     one, other = (
         {name: weight for name, weight in load_tiny(tiny("llava")).model.named_parameters() if "lora_A" in name}
         for _ in range(2)
     )
+    assert one.keys() == other.keys()
+    assert any(weight.any() for weight in one.values())
     assert all(torch.equal(one[name], other[name]) for name in one)

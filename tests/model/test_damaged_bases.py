@@ -131,14 +131,15 @@ def test_a_template_that_ends_has_five_times_what_it_takes(
     monkeypatch.setattr(template, "_tried", set())
     monkeypatch.setattr(template, "SECONDS", template.SECONDS / 5)
     monkeypatch.setattr(template, "SECONDS_AGAIN", template.SECONDS_AGAIN / 5)
-    load_processor(job_spec().model, base)
+    assert str(load_processor(job_spec().model, base).chat_template) in template._tried
 
 
 def test_a_template_that_failed_is_not_tried_again(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (base / "chat_template.jinja").write_text(RECURSION)
     monkeypatch.setattr(template, "_tried", set())
     monkeypatch.setattr(template, "SECONDS_AGAIN", 1e-6)
-    load_processor(job_spec().model, base)
+    assert load_processor(job_spec().model, base).chat_template == RECURSION
+    assert template._tried == {RECURSION}
 
 
 @pytest.mark.parametrize("text", ["{{ 1 / 0 }}", RECURSION])

@@ -52,7 +52,7 @@ def seen(tiny: Callable[..., Path]) -> Callable[[dict[str, torch.Tensor]], Any]:
         mllama_attention.install(loaded.model.get_base_model())
         return theirs, ours
 
-    both.processor = loaded.processor
+    both.processor = loaded.processor  # type: ignore[attr-defined]
     return both
 
 

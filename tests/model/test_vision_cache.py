@@ -96,6 +96,8 @@ def test_a_broken_file_is_made_again(language_only: Any, tmp_path: Path) -> None
 def test_a_trained_tower_is_not_frozen(tiny: Callable[..., Path], family: str, tmp_path: Path) -> None:
     assert vision_cache(load_tiny(tiny(family)), tmp_path, 10**9, "none") is None
     assert vision_cache(load_tiny(tiny(family), finetune_vision_layers=False), tmp_path, 10**9, "all") is None
+    connected = load_tiny(tiny(family), finetune_vision_layers=False, finetune_connector=True)
+    assert vision_cache(connected, tmp_path, 10**9, "none") is None
 
 
 def test_a_batch_cut_in_two_is_two_batches(folder: Path, loaded: Any, family: str) -> None:

@@ -136,7 +136,7 @@ def test_the_headers_of_a_base_that_was_sharded_anew_are_those_of_the_new_files(
 
 
 def test_a_base_of_the_hub_that_scratch_has_no_room_for_is_not_fetched(
-    job: Job, tree: dict, demo: Path, tmp_path: Path
+    job: Job, tree: dict[str, Any], demo: Path, tmp_path: Path
 ):
     tree["model"] = {"name_or_path": "lab/tiny", "revision": "main"}
     tree["dataset"] = {"path": str(demo / "data")}

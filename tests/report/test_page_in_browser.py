@@ -75,6 +75,7 @@ def test_a_picture_of_the_page_is_kept_to_be_looked_at(browser: Any, page: str, 
     browser.open(page)
     shot = browser.devtools("Page.captureScreenshot", captureBeyondViewport=True)["data"]
     with Image.open(io.BytesIO(base64.b64decode(shot))) as picture:
+        CACHE.mkdir(parents=True, exist_ok=True)
         picture.convert("RGB").save(CACHE / f"report-{width}-{scheme}.png")
         assert width - 20 < picture.width <= width  # a desktop shows a scroll bar
         assert picture.height > 3000

@@ -21,6 +21,7 @@ class Cloud:
 
     def __init__(self, kind: str) -> None:
         self.kind, self.notice, self.asked, self.confused = kind, False, 0, ""
+        self.environment = dict[str, str]()
 
     def answer(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, str]:
         self.asked += 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from job.checkpoint import commit, prune, restore, steps
-from job.publish import make_sure
+from job.publish import ensure_published
 from job.store import OwnedStore, open_store
 from tests.s3 import ON_CEPH, address, point_at
 from tests.store.hostile import KINDS, table, try_all
@@ -69,6 +69,6 @@ def test_a_listing_that_lags_hides_no_checkpoint_and_stops_no_publishing(
     lagging.freeze()
     (tmp_path / "made" / "weights.dat").write_bytes(b"more than was listed")
     newer = successor.upload(tmp_path / "made" / "weights.dat", "adapter/weights.dat")
-    make_sure(successor, {"adapter/weights.dat": newer}, {})
-    with pytest.raises(Exception, match="adapter/weights.dat is not what was sent there"):
-        make_sure(successor, {"adapter/weights.dat": digest}, {})
+    ensure_published(successor, {"adapter/weights.dat": newer}, {})
+    with pytest.raises(Exception, match="adapter/weights.dat is not the file that was sent"):
+        ensure_published(successor, {"adapter/weights.dat": digest}, {})

@@ -93,7 +93,9 @@ def test_missing_objects_raise_missing(store: Store, tmp_path: Path) -> None:
 
 
 def test_deleting_what_is_not_there_is_no_error(store: Store) -> None:
+    store.write("b/kept", b"")
     store.delete(["a", "b/c"])
+    assert [entry.key for entry in store.list()] == ["b/kept"]
 
 
 def test_listing_is_sorted_and_by_prefix(store: Store) -> None:

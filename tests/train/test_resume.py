@@ -140,6 +140,8 @@ def test_stopped_again_and_again(
     left = re.findall(r"notice → commit: [\d.]+ s, at step (\d+), [01] micro-batches dropped", caplog.text)
     assert [int(step) for step in left] == saved
     assert again == numbers
+    assert any(value.any() for value in weights.values())
+    assert same.keys() == weights.keys()
     assert all(torch.equal(same[name], value) for name, value in weights.items())
 
 
