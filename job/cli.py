@@ -159,6 +159,37 @@ def report(output: str, to: Path | None) -> None:
 
 
 @main.command()
+@click.argument("output")
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
+@click.option(
+    "--weights", type=click.Choice(("merged", "adapter")), help="Default: merged, if published, else adapter."
+)
+@click.option("--instruction", help="The question. Default: that of the job.")
+@click.option("--base", help="Where the adapter's base model is. Default: model.name_or_path of the job.")
+@click.option(
+    "--json", "as_json", is_flag=True, help='Print {"image", "answer"} (or "error") for each image, one a line.'
+)
+def predict(output: str, images: tuple[str, ...], as_json: bool, **request: str | None) -> None:
+    """Answer about each IMAGE with the model published at OUTPUT.
+
+    An IMAGE is a file, DICOM included, or a URL. The model sees it as it saw those of the job, with the same settings.
+    """
+
+    def work(environment: Environment, preemption: Preemption) -> None:
+        with preemption.leave_at_once():
+            from job.predict import Request
+            from job.predict import predict as answers
+
+            for found in answers(output, images, Request(**request), environment):
+                if as_json:
+                    show(json.dumps(found, ensure_ascii=False))
+                elif "answer" in found:
+                    show(found["answer"] if len(images) == 1 else f"{found['image']}: {found['answer']}")
+
+    finish(work)
+
+
+@main.command()
 def schema() -> None:
     """Print the spec's JSON schema, for editors."""
     from job.config.schema import JobSpec

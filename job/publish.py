@@ -101,6 +101,7 @@ def report_contents(ctx: RunContext, staged: StagedIn, plan: Plan, results: Resu
         log=ctx.record.read_numbers(),
         max_new_tokens=spec.evaluation.max_new_tokens,
         left_out=tuple(left_out(staged.base)),
+        **(vars(exported.serving) if exported.serving else {}),
     )
 
 
@@ -156,6 +157,11 @@ def publish(ctx: RunContext, plan: Plan, staged: StagedIn, results: Results, exp
             "verdict": metrics and metrics["verdict"],
             "metrics": metrics and {name: metrics[name] for name in ("before", "after", "change")},
             "gate": contents.gate,
+            "measured_with": {
+                "precision": plan.precision,
+                "instruction": contents.instruction,
+                "image_bounds": contents.bounds,
+            },
             "lineage": contents.to_json()["lineage"] | {"stages": dict(record.stages)},
             "hub": pushed,
             "files": {key: {"size": digest.size, "sha256": digest.sha256} for key, digest in files.items()},

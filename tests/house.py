@@ -22,7 +22,7 @@ FLOORS = (
     ("report", "planning"),
     ("train",),
     ("publish",),
-    ("run", "render"),
+    ("run", "render", "predict"),
     ("cli",),
     ("__main__",),
     ("torchrun",),

@@ -71,6 +71,11 @@ def test_check_counts_parameters_of_a_local_base_without_torch(light, tree: dict
     assert "vision/attention" in result.stdout
 
 
+def test_help_of_every_command_is_there(light):
+    for command in ("run", "check", "predict", "report", "prefetch"):
+        assert f"job {command} [OPTIONS]" in light("-m", "job", command, "--help").stdout
+
+
 def test_status_and_schema_work(light, tmp_path: Path):
     assert light("-m", "job", "schema").returncode == 0
     result = light("-m", "job", "status", str(tmp_path / "nothing"))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image
 
+    from job.data.images import Bounds
     from job.data.sources import Source
 
 
@@ -60,3 +61,8 @@ class Data:
     """What the rows were read from, keyed by the spec field that names it."""
     leaked: set[str] = field(default_factory=set)
     """Ids of held-out rows that share a group or an image with training rows, or nearly an image."""
+
+    @property
+    def bounds(self) -> Bounds:
+        """What images are shrunk to."""
+        return self.sources["dataset.path"].files.bounds

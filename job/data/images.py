@@ -43,15 +43,29 @@ COMMON = str.maketrans("-_", "+/")
 
 class Bounds(NamedTuple):
     """Upper limits on image size in pixels: the longer side, the area, the shorter side, and the total area of a row's images.
-    Larger images are shrunk with their aspect ratio kept."""
+    Larger images are shrunk with their aspect ratio kept or, with a `grid`, to multiples of it as Qwen's processor would
+    (smart_resize), so that this processor gives an image that nobody shrank as many tokens."""
 
     side: float | None = None
     area: float | None = None
     short: float | None = None
     row: float | None = None
+    grid: int | None = None
+
+    def most(self, pictures: int = 1) -> int | None:
+        """Returns the largest area of one of a row's `pictures` images; None if areas have no limit."""
+        limits = [limit for limit in (self.area, self.row and self.row / max(pictures, 1)) if limit]
+        return int(min(limits)) if limits else None
 
     def size(self, width: int, height: int, pictures: int) -> tuple[int, int]:
         """Returns the size to shrink one of a row's `pictures` images to; unchanged if it is small enough."""
+        most = self.most(pictures)
+        if self.grid and most:
+            grid, factor = self.grid, math.sqrt(width * height / most)
+            if round(width / grid) * round(height / grid) * grid**2 <= most:
+                return width, height
+            high, wide = (max(math.floor(side / factor / grid), 1) * grid for side in (height, width))
+            return wide, high
         scales = [1.0]
         scales += [self.side / max(width, height)] if self.side else []
         scales += [math.sqrt(self.area / (width * height))] if self.area else []

@@ -17,6 +17,11 @@ MOST_CLASSES = 24
 JOINED = "\u00a0"  # keeps a number and its unit on one line
 
 
+def unwritten(things: Sequence[str]) -> str:
+    """Says what a server must be given (see `job.export.serving`)."""
+    return f"It was measured with what no published file can say: {'; '.join(things)}. job predict repeats all of it."
+
+
 @dataclass(frozen=True)
 class About:
     """`better` is 1 where more is better, -1 where less is, 0 where neither. `top` is the end of the metric's scale."""

@@ -103,10 +103,12 @@ def compare(
     read_merged: Callable[[str], Any],
     rows: Any,
     *,
+    processor: Any = None,
     let_go: Callable[[], None] = lambda: None,
     offload: Offload | None = None,
 ) -> Verdict:
-    """Measure the merged model, which `read_merged(precision)` loads, against base + adapter on `rows`.
+    """Measure the merged model, which `read_merged(precision)` loads, with the `processor` published with it (default: that of
+    `loaded`), against base + adapter on `rows`.
 
     Both are in the training precision; if that is 4bit, both are in 16 bits, in which merged weights are made and served. Both
     run on transformers: Unsloth's kernels round differently, which some models amplify beyond the effect of folding. One model
@@ -115,7 +117,8 @@ def compare(
     """
     reference = refer(spec, loaded, base, rows, let_go, offload)
     precision = served_precision(loaded.precision)
-    again = replace(loaded, model=read_merged(precision), precision=precision, backend="transformers")
+    served = processor or loaded.processor
+    again = replace(loaded, model=read_merged(precision), processor=served, precision=precision, backend="transformers")
     micro = micro_batches(spec, loaded)
     merged = answers(again, reference.batches, spec, micro)
     wrong = wrong_weights(reference.weights, samples(again.model))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from job.context import RunContext
     from job.data import Data
     from job.export.gate import Verdict
+    from job.export.serving import Serving
     from job.export.tensor_map import Base
     from job.model.base_model import BaseFacts
     from job.model.loaded import Loaded
@@ -36,13 +37,14 @@ class Exported:
     """Folders ready to publish, by the name they are published under: `adapter`, and whatever else the spec requests.
 
     `sent` are files of `merged` already in the output. `gate` holds the measurements of `merged`, and `losses` those of fewer
-    bits, as `loss_NAME`; `refused` says why only the adapter may be published.
+    bits, as `loss_NAME`; `serving` is what a server must be given; `refused` says why only the adapter may be published.
     """
 
     folders: dict[str, Path]
     sent: dict[str, Digest] = field(default_factory=dict)
     gate: Verdict | None = None
     losses: dict[str, float] = field(default_factory=dict)
+    serving: Serving | None = None
     refused: str | None = None
 
 
@@ -84,8 +86,8 @@ def export(ctx: RunContext, loaded: Loaded, data: Data, *, fold: bool, gate_room
 
     `gate_room`: bytes of a 16-bit model's weights that the GPU holds; None if all of them fit.
     """
+    from job.export.serving import serving, spoilt, write_settings
     from job.export.tensor_map import read_base
-    from job.model.generation import greedy
     from job.model.oom_retry import free_cached
     from job.model.transformers_backend import Offload
 
@@ -98,9 +100,10 @@ def export(ctx: RunContext, loaded: Loaded, data: Data, *, fold: bool, gate_room
         shutil.rmtree(adapter, ignore_errors=True)
         loaded.model.save_pretrained(adapter)
         loaded.processor.save_pretrained(adapter)
-        greedy(loaded.processor, loaded.folder).save_pretrained(adapter)
+        write_settings(adapter, loaded, spec, data.bounds)
+        served = serving(spec, loaded, data, folder)
         if not fold:
-            return Exported({"adapter": adapter})
+            return Exported({"adapter": adapter}, serving=served)
         base = read_base(loaded.folder, spec.model.trust_remote_code)
         offload = Offload(gate_room, folder / "offloaded") if gate_room is not None else None
         exported, verdict = merged(ctx, loaded, base, folder, data, offload)
@@ -110,8 +113,11 @@ def export(ctx: RunContext, loaded: Loaded, data: Data, *, fold: bool, gate_room
             f"merged {bytes_text(size)}",
             f"token agreement {agreed:.4f} where rounding alone leaves {rounded:.4f}",
         ]
+        exported = replace(exported, serving=served)
         if exported.refused is None:
             exported = smaller(spec, loaded, exported, data, offload)
+            wrong = spoilt(exported.folders["merged"], loaded, spec, data.bounds)
+            exported = replace(exported, refused=wrong)
         ctx.preemption.check()  # a library may have swallowed the notice
     return exported
 
@@ -121,12 +127,12 @@ def merged(
 ) -> tuple[Exported, Verdict]:
     """Merge, and judge the result from where it was written. Releases `loaded.model`."""
     from job.export.gate import compare, refuse
-    from job.export.merge import copy_rest, merge_to_folder, merge_to_store, recipe
+    from job.export.merge import merge_to_folder, merge_to_store, recipe
     from job.export.read_back import read_back
+    from job.export.serving import beside_weights
     from job.export.tensor_map import changes, read_adapter
-    from job.model.generation import greedy
     from job.model.oom_retry import free_cached
-    from job.model.transformers_backend import load_weights
+    from job.model.transformers_backend import load_processor, load_weights
 
     spec, store = ctx.spec, ctx.store
     adapter, into = folder / "adapter", folder / "merged"
@@ -139,11 +145,11 @@ def merged(
         shutil.rmtree(into, ignore_errors=True)
         sent = merge_to_store(todo, store, "merged")
         read_merged = partial(read_back, spec.model, into, base, store, "merged", sent, loaded.device, offload=offload)
-    copy_rest(base.folder, into)
-    greedy(loaded.processor, base.folder).save_pretrained(into)
+    processor = load_processor(spec.model, beside_weights(into, loaded, spec, data.bounds))
     free_cached()  # the pieces of the merge
     let_go = partial(release, loaded.model)
-    verdict = compare(spec, loaded, base, read_merged, rows_of(data), let_go=let_go, offload=offload)
+    rows = rows_of(data)
+    verdict = compare(spec, loaded, base, read_merged, rows, processor=processor, let_go=let_go, offload=offload)
     refused = None
     try:
         refuse(verdict, spec.export.gate)

@@ -39,11 +39,7 @@ def load_model(
 ) -> Loaded:
     """Load the base model in `folder` with fresh adapters, or those in `start`, through the named backend. `kept` says which
     activations stay on the GPU for the backward, which Unsloth needs at load time."""
-    import torch
-
-    # The default on Hopper. With a mask it gives NaN gradients at some lengths (github.com/pytorch/pytorch/issues/196678), and
-    # wrong numbers with float32 masks (pull 191612), at least in torch 2.11 to 2.13.
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    avoid_cudnn_attention()
     if backend == "unsloth":
         from job.model import unsloth_backend
 
@@ -56,6 +52,15 @@ def load_model(
 
     hold_stance(loaded.model)
     return loaded
+
+
+def avoid_cudnn_attention() -> None:
+    """Disable cuDNN's attention, the default on Hopper. With a mask it gives NaN gradients at some lengths
+    (github.com/pytorch/pytorch/issues/196678), and wrong numbers with float32 masks (pull 191612), at least in torch 2.11 to
+    2.13."""
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def to_training(loaded: Loaded) -> None:

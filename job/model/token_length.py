@@ -66,9 +66,10 @@ class TokenCounter:
             prompt = whole - bare + len(tokens_of(self.processor, render(self.processor, messages[:-1], prompt=True)))
         return Length(whole, prompt, whole - bare + len(sizes))
 
-    def room(self, tokens: int) -> dict[str, float | None]:
+    def room(self, tokens: int) -> dict[str, Any]:
         """Return what this processor keeps of an image, in pixels: the total `area` or the `short` side; and, if token counts
-        depend on size, the total area of a row's images (`row`) that takes `tokens` tokens."""
+        depend on size, the total area of a row's images (`row`) that takes `tokens` tokens. Qwen's sides are
+        multiples of `grid`."""
         pictures = self.processor.image_processor
         if shapes := getattr(
             pictures, "image_grid_pinpoints", None
@@ -84,7 +85,9 @@ class TokenCounter:
         side = int(min(area or 1024**2, 1024**2) ** 0.5)
         few, many = (len(tokens_of(self.processor, self.expansion((each, each)))) for each in (side // 2, side))
         row = tokens * (side**2 - (side // 2) ** 2) / (many - few) if many > few else None
-        return {"area": area, "short": short, "row": row}
+        room: dict[str, Any] = {"area": area, "short": short, "row": row}
+        qwen = area is not None and type(pictures).__name__.startswith("Qwen2VL")
+        return room | ({"grid": pictures.patch_size * pictures.merge_size} if qwen else {})
 
 
 def _refuse_unless_parts(processor: Any, messages: Messages, text: str, images: int) -> None:

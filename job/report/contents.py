@@ -10,7 +10,7 @@ from job.evaluate.records import Answer, Comparison, Maps, Sample
 
 Numbers = Mapping[str, float]
 """A line of `logs/metrics.jsonl`."""
-KEPT = ("name", "plan", "lineage", "gate", "occlusion", "data", "privacy", "base", "instruction")
+KEPT = ("name", "plan", "lineage", "gate", "occlusion", "data", "privacy", "base", "instruction", "unwritten")
 """The fields stored in `evaluation/report.json`. Other files of the output hold the rest."""
 PARENT = ("parent_adapter", "parent_sha256")
 """Fields that are stored only if the run started from an adapter."""
@@ -62,6 +62,7 @@ class Contents:
     `plan`, `gate` and `data` are nested names and values, which are listed as they are. Two entries have a further use: the
     report shows first why the job was `refused` (in `gate`), and its heading gives the number of rows to `train` on (in `data`).
     `left_out` names the settings of the base model's `generation_config.json` that would change answers, and are not used.
+    `system`, `date`, `unwritten` and `bounds` are those of `job.export.serving.Serving`.
     """
 
     name: str = ""
@@ -80,6 +81,10 @@ class Contents:
     log: Sequence[Numbers] = field(default_factory=list)
     max_new_tokens: int = 128
     left_out: Sequence[str] = ()
+    system: Any = None
+    date: str | None = None
+    unwritten: Sequence[str] = ()
+    bounds: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields in `KEPT` as JSON, which `from_json` reads again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -29,8 +30,7 @@ def render(contents: Contents, kind: str = "adapter") -> str:
     id."""
     base, family = contents.base.name_or_path, contents.base.model_type or ""
     licence = licence_of(base, family)
-    instruction = contents.instruction or "Describe this image."
-    code = _code(instruction, base, contents.lineage.base_revision, kind, contents.max_new_tokens)
+    code = _code(contents, kind)
     return page.fill(
         "model_card.md",
         autoescape=False,
@@ -59,7 +59,9 @@ def _front_matter(base: str, licence: Licence, measured: Comparison, kind: str) 
     return yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
 
 
-def _code(instruction: str, base: str, revision: str | None, kind: str, max_new_tokens: int) -> str:
+def _code(contents: Contents, kind: str) -> str:
+    """Returns a program that answers about a file as was measured."""
+    base, revision = contents.base.name_or_path, contents.lineage.base_revision
     pinned = f", revision={revision!r}" if revision else ""
     source = f"{base or 'BASE'!r}{pinned}" if kind == "adapter" else f"{kind!r}"
     libraries = "import torch\nfrom peft import PeftModel" if kind == "adapter" else "import torch"
@@ -69,20 +71,55 @@ def _code(instruction: str, base: str, revision: str | None, kind: str, max_new_
         adapted = """
 model.generation_config = GenerationConfig.from_pretrained("adapter")  # the base's own may stop elsewhere
 model = PeftModel.from_pretrained(model, "adapter")"""
+    shrunk, draft, resized = _shrinking(contents.bounds)
+    shown = {"type": "image", "image": "PICTURE"}
+    content = [shown, {"type": "text", "text": contents.instruction or "Describe this image."}]
+    system = [{"role": "system", "content": contents.system}] if contents.system else []
+    turns = "".join(f"\n    {turn!r}," for turn in [*system, {"role": "user", "content": content}])
+    dated = f"\n    date_string={contents.date!r}," if contents.date else ""
     return f"""{libraries}
+from PIL import Image, ImageOps
 from transformers import AutoModelForImageTextToText, AutoProcessor{config}
 
 model = AutoModelForImageTextToText.from_pretrained({source}, dtype="auto", device_map="auto"){adapted}
 processor = AutoProcessor.from_pretrained({kind!r})  # this folder
 
-question = [{{"type": "image", "path": "image.png"}}, {{"type": "text", "text": {instruction!r}}}]
+{shrunk}picture = Image.open("image.png"){draft}
+picture = ImageOps.exif_transpose(picture).convert("RGB"){resized}
+messages = [{turns.replace("'PICTURE'", "picture")}
+]
 inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": question}}],
+    messages,
     add_generation_prompt=True,
     tokenize=True,
     return_dict=True,
-    return_tensors="pt",
-).to(model.device)
+    return_tensors="pt",{dated}
+).to(model.device, dtype=model.dtype)
 with torch.inference_mode():
-    answer = model.generate(**inputs, max_new_tokens={max_new_tokens}, do_sample=False)
-print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+    answer = model.generate(**inputs, max_new_tokens={contents.max_new_tokens}, do_sample=False)
+print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())"""
+
+
+def _shrinking(bounds: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Returns the code of `job.data.images.Bounds.size` for one picture, what follows opening it, and what follows turning it;
+    all empty if nothing is shrunk."""
+    limits = {name: limit for name, limit in bounds.items() if limit}
+    if not limits:
+        return "", "", ""
+    areas = [limits[name] for name in ("area", "row") if name in limits]
+    if grid := limits.get("grid"):
+        most = int(min(areas))
+        code = f"""    if round(width / {grid}) * round(height / {grid}) * {grid}**2 <= {most}:
+        return width, height
+    factor = (width * height / {most}) ** 0.5
+    return tuple(max(int(side / factor / {grid}), 1) * {grid} for side in (width, height))"""
+    else:
+        scales = [f"({area!r} / (width * height)) ** 0.5" for area in areas]
+        scales += [f"{limits['side']!r} / max(width, height)"] if "side" in limits else []
+        scales += [f"{limits['short']!r} / min(width, height)"] if "short" in limits else []
+        code = f"""    scale = min(1, {", ".join(scales)})
+    return max(round(width * scale), 4), max(round(height * scale), 4)"""
+    size = "shrunk(*picture.size)"
+    head = f"def shrunk(width, height):  # as in training\n{code}\n\n\n"
+    resized = f"\npicture = picture.resize({size}, Image.Resampling.LANCZOS, reducing_gap=3.0)"
+    return head, f"\npicture.draft(None, {size})", resized

@@ -21,7 +21,7 @@ from job.export.merge import copy_rest, merge_to_folder, merge_to_store, recipe
 from job.export.read_back import read_back
 from job.export.tensor_map import Base, changes, read_adapter, read_base
 from job.model.loaded import Loaded
-from job.model.transformers_backend import Offload, adapted, load, load_weights
+from job.model.transformers_backend import Offload, adapted, load, load_processor, load_weights
 from job.store import open_store
 from job.store.protocol import Corrupt
 from tests.tiny import CPU, batch, job_spec, load_tiny, perturb, row
@@ -92,6 +92,17 @@ def test_a_right_merge_passes_and_differs_by_no_more_than_rounding(made: Made) -
 
 def is_vision(key: str) -> bool:
     return "vision" in key or "visual" in key
+
+
+def test_the_gate_sees_the_processor_that_is_published(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    made = export(tiny("qwen2_5_vl", torch.bfloat16), tmp_path, 0.05)
+    judge(made, made.merged, processor=load_processor(SPEC.model, made.merged))
+    file = made.merged / "processor_config.json"
+    settings = json.loads(file.read_text())
+    settings["image_processor"]["image_mean"] = [0.9, 0.1, 0.5]
+    file.write_text(json.dumps(settings))
+    with pytest.raises(GateRefused):
+        judge(made, made.merged, processor=load_processor(SPEC.model, made.merged))
 
 
 @pytest.mark.parametrize("half", ["vision", "language"])

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from job.data.conversations import conversation
+from job.data.images import Bounds
 from job.data.prepare import prepare
 from job.errors import DataError
-from job.model.collator import IGNORE, Collator, finished, render, tokens, without_end
+from job.model.collator import IGNORE, Collator, finished, render, replacement, tokens, without_end
 from job.model.families import family_of
 from job.model.image_layout import cut
 from job.model.loaded import Loaded
@@ -352,6 +355,18 @@ def test_a_ruler_knows_what_a_processor_keeps(family: str, loaded: Loaded) -> No
     if room["row"]:
         side = int(room["row"] ** 0.5)
         assert 8 <= ruler(row(1)["messages"], [(side, side)]).images <= 13
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
+def test_a_processor_with_the_limit_shrinks_to_the_tokens_of_training(loaded: Loaded, monkeypatch: Any) -> None:
+    processor = loaded.processor
+    monkeypatch.setitem(processor.image_processor.size, "longest_edge", 1 << 20)
+    bounds, sizes = Bounds(**TokenCounter(processor).room(60)), random.Random(0)
+    shapes = [(sizes.randint(40, 900), sizes.randint(40, 900)) for _ in range(80)]
+    seen = [replacement(processor, Image.new("RGB", bounds.size(*shape, 1))) for shape in shapes]
+    monkeypatch.setitem(processor.image_processor.size, "longest_edge", bounds.most())
+    assert [replacement(processor, Image.new("RGB", shape)) for shape in shapes] == seen
+    assert [replacement(processor, Image.new("RGB", bounds.size(*shape, 1))) for shape in shapes] == seen
 
 
 def test_a_loaders_process_makes_the_same_batches(loaded: Loaded) -> None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import random
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import yaml
 
+from job.data.images import Bounds
 from job.report import model_card
 from job.report.licences import LICENCES, UNKNOWN, licence_of
 from tests.evaluate.conftest import contents_of
@@ -153,3 +156,27 @@ def test_an_architecture_alone_does_not_claim_a_licence() -> None:
     licence = licence_of("/models/base", "mllama")
     assert licence.name == "see-base-model"
     assert "If its weights come from Meta" in licence.text
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        Bounds(side=512),
+        Bounds(area=1e5, row=5e4),
+        Bounds(area=4e5, row=123_456.7, grid=28),
+        Bounds(area=9e4, grid=32),
+        Bounds(short=336),
+    ],
+)
+def test_the_code_shrinks_as_training_did(bounds: Bounds) -> None:
+    code = code_of(model_card.render(replace(contents_of({}), bounds=bounds._asdict())))
+    names: dict[str, Any] = {}
+    exec(re.search(r"^def shrunk.*?\n\n\n", code, re.MULTILINE | re.DOTALL)[0], names)  # type: ignore[index]
+    sizes = random.Random(0)
+    for _ in range(500):
+        width, height = sizes.randint(4, 3000), sizes.randint(20, 800)
+        assert tuple(names["shrunk"](width, height)) == bounds.size(width, height, 1)
+
+
+def test_what_is_never_shrunk_is_opened_and_no_more() -> None:
+    assert "shrunk" not in model_card.render(replace(contents_of({}), bounds=Bounds()._asdict()))
