@@ -96,7 +96,7 @@ class Stage:
         moment = chance.uniform(0.1, 1.1) * getattr(self, "seconds", 0)
         began, cut = time.monotonic(), chance.uniform(0.2, 2.0) if way == "cut off" else 0.0
 
-        listings = Lagging(open_store(f"s3://{self.bucket}"), LAG) if name[-1] in "258" else None
+        listings = Lagging(open_store(f"s3://{self.bucket}"), LAG, f"{name}/") if name[-1] in "258" else None
 
         def between(request: Message) -> bytes | None:
             """Every connection to the store breaks for `cut` seconds, whatever it is in the middle of."""
