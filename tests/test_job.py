@@ -380,7 +380,7 @@ def test_a_model_that_is_not_as_good_as_demanded_is_not_published_until_the_dema
     result = job("run", JOB_SPEC=demanding(0.99))
     assert result.returncode == 76, result.stderr
     last = result.stderr.strip().splitlines()[-1]
-    assert re.search(r"rougeL changed by .+ interval .+ under evaluation.require.rougeL.min_change 0.99; only", last)
+    assert re.search(r"rougeL changed by .+ interval .+ below evaluation.require.rougeL.min_change = 0.99; only", last)
     assert "Refused." in (output / "report.html").read_text()
     assert (output / "adapter" / "adapter_model.safetensors").exists()
     assert not (output / "merged").exists()

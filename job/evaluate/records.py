@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from functools import cache
+from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 PerRow = Mapping[str, Sequence[float]]
@@ -177,6 +178,8 @@ class Comparison(Measured):
 
 def from_json(kind: type[T], tree: Any) -> T:
     """Read a dataclass from JSON, of earlier versions too: a missing or null key has its default, an unknown one is ignored."""
+    if get_origin(kind) is UnionType:  # `X | None`
+        kind = next(each for each in get_args(kind) if each is not NoneType)
     if is_dataclass(kind):
         types = _types(kind)
         known = {name: value for name, value in tree.items() if name in types and value is not None}

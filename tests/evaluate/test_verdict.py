@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import asdict
 from math import sqrt
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from job.evaluate.compare import compare
-from job.evaluate.records import Comparison, Gap, Settings
+from job.evaluate.records import Comparison, Gap, Settings, from_json
 from job.report.conclusion import conclusion, image_use, tag
 from job.report.page import markdown, render
 from tests.evaluate import verdict_proof
@@ -144,6 +145,7 @@ def test_a_model_that_does_not_need_the_images_is_not_called_better() -> None:
     assert found.verdict.said == "better"
     assert found.image_use.after.value == pytest.approx(1, abs=1e-6)
     assert "loss changes by +1.000" in image_use(found)
+    assert from_json(Comparison, json.loads(json.dumps(asdict(found)))) == found
 
 
 def test_the_share_of_the_gain_that_remains_without_the_right_images() -> None:
