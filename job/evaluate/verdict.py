@@ -9,6 +9,7 @@ answers as well with the images of other rows, is never called better.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -104,12 +105,13 @@ def image_use(
         _change(bootstrap.pair(mine, theirs), units, settings) if mine.counted.any() else Change()
         for mine, theirs in zip(own, other, strict=True)
     )
-    gain, without = (
-        _change(bootstrap.pair(*sides), units, settings).value if all(side.counted.any() for side in sides) else None
-        for sides in (own, other)
-    )
-    share = round(without / gain, 6) if gain is not None and without is not None and gain < 0 else None
-    return ImageUse(old, new, share)
+    gain, without = (_gain(bootstrap.pair(*sides)) for sides in (own, other))
+    return ImageUse(old, new, round(without / gain, 6) if gain < 0 and math.isfinite(without) else None)
+
+
+def _gain(pair: Pair) -> float:
+    """Return the change of a metric without its interval; NaN if no row has it both before and after."""
+    return float(pair.finish(pair.after.sum(axis=0)) - pair.finish(pair.before.sum(axis=0)))
 
 
 def _needs_images(used: ImageUse, confidence: float) -> bool:
