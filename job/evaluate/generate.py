@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +17,7 @@ from job.evaluate.records import Answer, from_json
 from job.model.collator import IGNORE, Collator, encode, render
 from job.model.decoding import generate
 from job.model.load import to_generation
-from job.model.loaded import Loaded
+from job.model.loaded import Loaded, logits_at
 from job.model.memory_model import last_cure
 from job.model.oom_retry import MicroBatches
 
@@ -179,17 +178,8 @@ def answer_logits(
     labels = inputs.pop("labels")[:, 1:].to(loaded.device)
     wanted = labels != IGNORE
     columns = wanted.any(dim=0).nonzero()[:, 0]
-    keep = {"logits_to_keep": columns} if _keeps_logits(loaded.model) else {}
-    logits = loaded.model(**to_device(inputs, loaded), **keep).logits
-    if logits.shape[1] != len(columns):
-        logits = logits[:, columns]
+    logits = logits_at(loaded.model, to_device(inputs, loaded), columns)
     return logits[wanted[:, columns]], labels[wanted], wanted.sum(dim=1).tolist()
-
-
-def _keeps_logits(model: Any) -> bool:
-    """Whether the base model's forward takes `logits_to_keep`, as those of transformers' language models do."""
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(type(bare).forward).parameters
 
 
 def to_device(batch: dict[str, torch.Tensor], loaded: Loaded) -> dict[str, torch.Tensor]:

@@ -49,8 +49,10 @@ def load_model(
 
         loaded = transformers_backend.load(spec, folder, device, start, precision)
     from job.model.patches.compile_stance import hold_stance
+    from job.model.patches.fla_autotune import without_autotuning
 
     hold_stance(loaded.model)
+    without_autotuning()
     return loaded
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,18 @@ class Loaded:
     precision: str
     device: torch.device
     groups: dict[str, int]
+
+
+def logits_at(model: Any, inputs: Mapping[str, Any], columns: torch.Tensor) -> torch.Tensor:
+    """Return the logits (rows, columns, vocabulary) of `inputs`, without labels, at these `columns` alone.
+
+    transformers' language models compute no others when told so by `logits_to_keep`. Those of a whole batch of 8 rows, with a
+    vocabulary of 248,000, and their gradients take 7 GB.
+    """
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    keeps = "logits_to_keep" in inspect.signature(type(bare).forward).parameters
+    logits: torch.Tensor = model(**inputs, **({"logits_to_keep": columns} if keeps else {})).logits
+    return logits if logits.shape[1] == len(columns) else logits[:, columns]
 
 
 def release(model: Any) -> None:

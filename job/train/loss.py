@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from job.model.collator import IGNORE
+from job.model.loaded import logits_at
 
 WEIGHTS = "row_weights"
 """Key of the row weights in a batch, shape (rows,); absent when the spec names no column for them."""
@@ -25,7 +26,8 @@ def token_loss(model: Any, inputs: dict[str, Any], divisor: torch.Tensor | float
         divisor = count_tokens([inputs])
     wanted = labels[:, 1:] != IGNORE
     seen = {name: value for name, value in inputs.items() if name not in ("labels", WEIGHTS)}
-    logits = model(**seen).logits[:, :-1][wanted].float()
+    columns = wanted.any(dim=0).nonzero()[:, 0]
+    logits = logits_at(model, seen, columns)[wanted[:, columns]].float()
     losses = cross_entropy(logits, labels[:, 1:][wanted], reduction="none")
     if weights is not None:
         losses = losses * weights[:, None].expand_as(wanted)[wanted]
