@@ -8,13 +8,14 @@ minute, nearly all of it writing the file.
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from processors import build_processor
-from shapes import FAMILIES, TEXT, VISION
+from shapes import FAMILIES, OTHERS, TEXT, VISION
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, GenerationConfig
 
 MLLAMA_TEXT_VOCABULARY = 128_256
@@ -105,7 +106,7 @@ def configuration(family: str, size: str, processor: Any) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("family", choices=(*FAMILIES, *OTHERS))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=("tiny", "full"), default="full")
     parser.add_argument("--seed", type=int, default=0)
@@ -113,7 +114,14 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     given = parser.parse_args()
     began = time.monotonic()
-    make_model(given.family, given.folder, given.size, given.seed, given.device, getattr(torch, given.dtype))
+    if given.family in OTHERS:
+        sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+        from tests.other_families import OTHERS as MAKERS
+
+        given.folder.mkdir(parents=True, exist_ok=True)
+        MAKERS[given.family].make(given.folder, full=given.size == "full")
+    else:
+        make_model(given.family, given.folder, given.size, given.seed, given.device, getattr(torch, given.dtype))
     written = sum(file.stat().st_size for file in given.folder.glob("*.safetensors"))
     print(f"{given.folder}: {given.family}, {given.size}, {written / 1e9:.3f} GB in {time.monotonic() - began:.1f} s")
 

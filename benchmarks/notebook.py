@@ -1,6 +1,7 @@
 """What a user would otherwise write: Unsloth's vision notebook, unchanged but for its data, and a clock.
 
     python benchmarks/notebook.py MODEL DATA OUT --vision true --epochs 3 [--micro 2 --accumulation 4]
+                                               [--precision 4bit|16bit]
 
 Run by throughput.py. Rows come in the job's own order and through its collator, which takes the loss over answers only (the
 notebook's takes it over the prompt too), so that losses can be compared step by step; the fresh adapter is saved to
@@ -61,12 +62,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--micro", type=int, default=2)
     parser.add_argument("--accumulation", type=int, default=4)
+    parser.add_argument("--precision", choices=("4bit", "16bit"), default="4bit")
     parser.add_argument("--generate", type=int, default=0, help="captions to generate one by one afterwards")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     imported = time.time() - BEGAN
     model, processor = FastVisionModel.from_pretrained(
-        str(given.model), load_in_4bit=True, use_gradient_checkpointing="unsloth"
+        str(given.model), load_in_4bit=given.precision == "4bit", use_gradient_checkpointing="unsloth"
     )
     model = FastVisionModel.get_peft_model(
         model,

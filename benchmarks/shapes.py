@@ -259,3 +259,30 @@ PIXELS: dict[str, dict[str, dict[str, int]]] = {
 }
 VISION["llava_next"], PIXELS["llava_next"] = VISION["llava"], PIXELS["llava"]
 PIXELS["qwen3_5"] = PIXELS["qwen3_vl"]
+
+INTERNVL: dict[str, Any] = {
+    "vocab_size": 151_674,
+    "hidden_size": 3584,
+    "intermediate_size": 18_944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32_768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
+"""Text model of InternVL3 8B. Its tower is transformers' default."""
+QWEN3_VL_MOE: dict[str, Any] = {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+}
+"""What Qwen3-VL 30B-A3B's text model has otherwise than Qwen3-VL 8B's."""
+GEMMA4: dict[str, Any] = {"vocab_size": 262_144}
+"""transformers' defaults: 30 layers of width 2304, 4.6 billion weights with the embeddings of each layer."""
+OTHERS = ("internvl", "gemma4", "qwen3_vl_moe")
+"""Families of tests/other_families.py that are made in full too."""

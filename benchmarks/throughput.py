@@ -1,9 +1,9 @@
 """The job and Unsloth's notebook side by side on one GPU: the same model, images, order, start and effective batch.
 
     python benchmarks/throughput.py MODEL [--case language|everywhere|generation] [--rows 48] [--epochs 3] [--folder FOLDER]
-                                          [--restart] [--alone] [--card GB]
+                                          [--precision 4bit|16bit] [--restart] [--alone] [--card GB]
 
-MODEL is a Llama 3.2 Vision checkpoint, real or made by models.py. Each flow is a process of its own, as a user starts it,
+MODEL is a checkpoint, real or made by models.py. Each flow is a process of its own, as a user starts it,
 with compile caches of its own. With --restart the job is then started once more as a scheduler would on a new node, from its
 last checkpoint and with nothing on scratch. With --alone the notebook is left out. The job is granted 48 GB of the GPU, as
 much as an A6000 has; --card says otherwise, and the notebook takes what it takes. The case `generation` has ROWS captions of
@@ -68,21 +68,31 @@ def caches(folder: Path) -> dict[str, str]:
     return {variable: str(folder / name) for variable, name in names.items()}
 
 
-def notebook(model: Path, data: Path, out: Path, case: str, epochs: int, generate: int = 0) -> dict[str, Any]:
+def notebook(
+    model: Path, data: Path, out: Path, case: str, epochs: int, precision: str, generate: int = 0
+) -> dict[str, Any]:
     command = [sys.executable, str(ROOT / "benchmarks" / "notebook.py"), str(model), str(data), str(out)]
     command += ["--vision", "true" if case == "everywhere" else "false", "--epochs", str(epochs)]
-    command += ["--generate", str(generate)]
+    command += ["--generate", str(generate), "--precision", precision]
     started(command, os.environ | caches(out.parent / "notebook-caches"), out.with_suffix(".log"))
     lines = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()] if epochs else []
     return {**json.loads((out / "facts.json").read_text()), "steps": lines}
 
 
 def job(
-    model: Path, data: Path, out: Path, case: str, epochs: int, start: Path | None, scratch: Path, generate: int = 0
+    model: Path,
+    data: Path,
+    out: Path,
+    case: str,
+    epochs: int,
+    start: Path | None,
+    scratch: Path,
+    precision: str,
+    generate: int = 0,
 ) -> dict[str, Any]:
     """One attempt of the job. `seconds` of a step count from the start of the process, as in the notebook's."""
     spec: dict[str, Any] = {
-        "model": {"name_or_path": str(model), "precision": "4bit"},
+        "model": {"name_or_path": str(model), "precision": precision},
         "lora": {"r": 16, "lora_alpha": 16, "finetune_vision_layers": case == "everywhere"},
         "dataset": {"path": str(data), "eval_fraction": 0},
         "training": {
@@ -146,6 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--case", choices=(*GOALS, "generation"), default="language")
+    parser.add_argument("--precision", choices=("4bit", "16bit"), default="4bit")
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--folder", type=Path)
@@ -172,20 +183,28 @@ def main() -> None:
         return
     peer, start = None, None
     if not given.alone:
-        peer = notebook(given.model, data, folder / f"notebook-{given.case}", given.case, given.epochs)
+        peer = notebook(given.model, data, folder / f"notebook-{given.case}", given.case, given.epochs, given.precision)
         start = folder / f"notebook-{given.case}" / "start"
     out = folder / f"job-{given.case}"
-    ours = job(given.model, data, out, given.case, given.epochs, start, folder / "scratch")
-    report(given.case, peer, ours, device, cold=given.folder is None or given.restart)
+    ours = job(given.model, data, out, given.case, given.epochs, start, folder / "scratch", given.precision)
+    report(label_of(given), peer, ours, device, cold=given.folder is None or given.restart)
     if given.restart:
         restart(given, data, out, start, folder, ours["steps"][0]["seconds"], device)
 
 
+def label_of(given: Any) -> str:
+    """Begins the names of a case's figures: which model, except for the first one, Llama 3.2 Vision in 4 bits."""
+    family = json.loads((given.model / "config.json").read_text())["model_type"]
+    return (
+        given.case if (family, given.precision) == ("mllama", "4bit") else f"{family} {given.precision}, {given.case}"
+    )
+
+
 def generation(given: Any, data: Path, folder: Path, device: str) -> None:
     """The job has generated the same captions once before: before training, which is one epoch here."""
-    peer = notebook(given.model, data, folder / "notebook-generation", "everywhere", 0, given.rows)
+    peer = notebook(given.model, data, folder / "notebook-generation", "everywhere", 0, given.precision, given.rows)
     out = folder / "job-generation"
-    ours = job(given.model, data, out, "everywhere", 1, None, folder / "scratch", given.rows)
+    ours = job(given.model, data, out, "everywhere", 1, None, folder / "scratch", given.precision, given.rows)
     for name, seconds in (("notebook", peer["generation"]), ("job", ours["generation"])):
         append("throughput", f"{given.rows} captions: {name}", seconds, "s", device=device)
     ratio = peer["generation"] / ours["generation"]
@@ -238,7 +257,7 @@ def report(case: str, peer: dict[str, Any] | None, ours: dict[str, Any], device:
 def beside(case: str, peer: dict[str, Any], ours: dict[str, Any], device: str) -> None:
     """Speed and losses, of both flows."""
     theirs, mine = speed(peer["steps"]), speed(ours["steps"])
-    goal = GOALS[case]
+    goal = GOALS[case.rpartition(" ")[2]]
     append("throughput", f"{case}: notebook", theirs, "samples/s", device=device)
     append(
         "throughput",
@@ -271,11 +290,12 @@ def restart(given: Any, data: Path, out: Path, start: Path | None, folder: Path,
     for later in manifests[1:]:
         later.unlink()
     first = int(manifests[0].parent.name.removeprefix("step-"))
-    again = job(given.model, data, out, given.case, given.epochs, start, folder / "scratch-of-a-new-node")
+    scratch = folder / "scratch-of-a-new-node"
+    again = job(given.model, data, out, given.case, given.epochs, start, scratch, given.precision)
     seconds = next(line["seconds"] for line in again["steps"] if line["step"] == first + 1)
     append(
         "throughput",
-        f"{given.case}: job, start to first step, on a new node",
+        f"{label_of(given)}: job, start to first step, on a new node",
         seconds,
         "s",
         goal=f"at most 60 % of cold, {0.6 * cold:.0f} s",

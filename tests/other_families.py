@@ -20,7 +20,7 @@ from tests.tiny import models, processors, shapes
 class Other(NamedTuple):
     """How to make one, and the sentence that refuses it, if it cannot work."""
 
-    make: Callable[[Path], Any]
+    make: Callable[..., Any]
     refused: str = ""
 
 
@@ -29,17 +29,19 @@ VISION = shapes.TINY_VISION | {"num_hidden_layers": 2, "num_attention_heads": 4}
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
-def save(folder: Path, config: Any, processor: Any, *ends: str) -> Path:
+def save(folder: Path, config: Any, processor: Any, *ends: str, full: bool = False) -> Path:
+    """Write model and processor: a tiny one in 32 bits, a full one in 16, made on the GPU where there is one."""
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config)
+    with torch.device("cuda" if full and torch.cuda.is_available() else "cpu"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16 if full else torch.float32)
     tokenizer = processor.tokenizer
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.convert_tokens_to_ids(list(ends)),
         pad_token_id=tokenizer.pad_token_id,
     )
-    assert sum(weight.numel() for weight in model.parameters()) < 1e6
-    model.save_pretrained(folder)
+    assert full or sum(weight.numel() for weight in model.parameters()) < 1e6
+    model.save_pretrained(folder, max_shard_size="5GB")
     processor.save_pretrained(folder)
     return folder
 
@@ -86,32 +88,41 @@ def qwen(*more: str, eos: str = "<|im_end|>", pad: str = "<|endoftext|>", **name
     )
 
 
-def text_config(tokenizer: Any, model_type: str | None = None, **more: Any) -> dict[str, Any]:
+def text_config(
+    tokenizer: Any, model_type: str | None = None, shape: dict[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:
+    """`shape` takes the place of `TEXT` and, where it has one, of the tokenizer's vocabulary."""
     known = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     known |= {"pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)}
-    return TEXT | known | ({"model_type": model_type} if model_type else {}) | more
+    return known | (shape or TEXT) | ({"model_type": model_type} if model_type else {}) | more
 
 
-def internvl(folder: Path) -> Path:
+def internvl(folder: Path, full: bool = False) -> Path:
     from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
 
     images = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
     tokenizer = qwen(**images, video_token="<video>")
-    size = {"height": 56, "width": 56}
+    side, tokens = (448, 256) if full else (56, 4)
+    size = {"height": side, "width": side}
     processor = InternVLProcessor(
-        GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=4),
+        GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=12 if full else 4),
         tokenizer,
         InternVLVideoProcessor(size=size),
-        image_seq_length=4,
+        image_seq_length=tokens,
         chat_template=chatml("<IMG_CONTEXT>\\n"),
     )
     config = CONFIG_MAPPING["internvl"](
-        text_config=text_config(tokenizer, "qwen2"),
-        vision_config=VISION | {"image_size": [56, 56], "patch_size": [14, 14]},  # lists, as published
+        text_config=text_config(tokenizer, "qwen2", shapes.INTERNVL if full else None),
+        vision_config={
+            **({} if full else VISION),
+            "image_size": [side, side],
+            "patch_size": [14, 14],
+        },  # lists, as published
         image_token_id=processor.image_token_id,
-        image_seq_length=4,
+        image_seq_length=tokens,
+        tie_word_embeddings=not full,
     )
-    return save(folder, config, processor, "<|im_end|>")
+    return save(folder, config, processor, "<|im_end|>", full=full)
 
 
 def mistral3(folder: Path) -> Path:
@@ -138,16 +149,19 @@ def mistral3(folder: Path) -> Path:
     return save(folder, config, processor, "</s>")
 
 
-def qwen_moe(family: str, dense: str, **experts: Any) -> Callable[[Path], Path]:
-    def make(folder: Path) -> Path:
-        processor = processors.build_processor(dense, "tiny", None)
-        like = models.configuration(dense, "tiny", processor).to_dict()
+def qwen_moe(family: str, dense: str, **experts: Any) -> Callable[..., Path]:
+    def make(folder: Path, full: bool = False) -> Path:
+        size = "full" if full else "tiny"
+        processor = processors.build_processor(dense, size, None)
+        like = models.configuration(dense, size, processor).to_dict()
         sections = {name: {**like[name]} for name in ("text_config", "vision_config")}
         for section in sections.values():
             section.pop("model_type")
-        sections["text_config"] |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32} | experts
+        few = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        sections["text_config"] |= (shapes.QWEN3_VL_MOE if full else few) | experts
+        sections["vision_config"]["out_hidden_size"] = sections["text_config"]["hidden_size"]
         tokens = {name: value for name, value in like.items() if name.endswith("_token_id")}
-        save(folder, CONFIG_MAPPING[family](**sections, **tokens), processor, *models.ENDS[dense])
+        save(folder, CONFIG_MAPPING[family](**sections, **tokens), processor, *models.ENDS[dense], full=full)
         # Qwen3.5's files hold a layer that predicts a second token.
         return with_unread(folder, r"^model\.language_model(?=\.layers\.3)", "mtp") if dense == "qwen3_5" else folder
 
@@ -259,7 +273,7 @@ def glm4v(folder: Path) -> Path:
     return save(folder, config, processor, "<|endoftext|>", "<|user|>")
 
 
-def gemma4(folder: Path) -> Path:
+def gemma4(folder: Path, full: bool = False) -> Path:
     from transformers import Gemma4AudioFeatureExtractor, Gemma4ImageProcessor, Gemma4Processor, Gemma4VideoProcessor
 
     tokenizer = gemma(
@@ -273,7 +287,7 @@ def gemma4(folder: Path) -> Path:
     )
     processor = Gemma4Processor(
         Gemma4AudioFeatureExtractor(),
-        Gemma4ImageProcessor(max_soft_tokens=70),
+        Gemma4ImageProcessor(max_soft_tokens=280 if full else 70),
         tokenizer,
         Gemma4VideoProcessor(),
         chat_template=turns("<|turn>{role}\\n", "<|image|>", "<turn|>\\n", "<bos>", "model"),
@@ -283,10 +297,13 @@ def gemma4(folder: Path) -> Path:
     like |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": len(tokenizer)}
     sounds: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     sounds |= {"output_proj_dims": 32, "subsampling_conv_channels": [4, 4]}
+    text = text_config(tokenizer, **like, initializer_range=0.03)
     config = CONFIG_MAPPING["gemma4"](
-        text_config=text_config(tokenizer, **like, initializer_range=0.03),
-        vision_config=VISION | {"num_key_value_heads": 4, "head_dim": 12, "position_embedding_size": 128},
-        audio_config=sounds,
+        text_config=text_config(tokenizer, None, shapes.GEMMA4) if full else text,
+        vision_config={}
+        if full
+        else VISION | {"num_key_value_heads": 4, "head_dim": 12, "position_embedding_size": 128},
+        audio_config=None if full else sounds,
         boi_token_id=tokenizer.boi_token_id,
         eoi_token_id=tokenizer.eoi_token_id,
         image_token_id=tokenizer.image_token_id,
@@ -295,7 +312,9 @@ def gemma4(folder: Path) -> Path:
         eoa_token_index=tokenizer.eoa_token_id,
         audio_token_id=tokenizer.audio_token_id,
     )
-    save(folder, config, processor, "<eos>", "<turn|>")
+    save(folder, config, processor, "<eos>", "<turn|>", full=full)
+    if full:
+        return folder
     # Published files hold keys and values of layers that share another's, too.
     return with_unread(folder, r"language_model\.layers\.1(?=\.self_attn\.(k|v)_)", "language_model.layers.3")
 

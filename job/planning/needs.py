@@ -38,8 +38,8 @@ LIBRARIES = {"cpu": 400_000_000, "cuda": 1_000_000_000}
 """Bytes that a process holds without any weights. CPU: peak RssAnon of a whole job with a 1 MB model, 402 MB. CUDA: stage in of a
 whole job on Unsloth, at least 1.0 GB."""
 ON_CUDA = 1_500_000_000
-"""Additional bytes once a model is on the GPU: 2.0 to 2.8 GB in total while held-out rows were answered (4B to 11B). About half of
-it came with importing and loading: 1.1 to 2.1 GB in total, which differs by 0.7 GB from start to start of the same job."""
+"""Additional bytes once a model is on the GPU: 2.0 to 2.8 GB in total while held-out rows were answered (4B to 11B). About half
+came with importing and loading: 1.1 to 2.1 GB in total, which differs by 0.7 GB from start to start of the same job."""
 WEIGHT_BYTES = {"32bit": 4, "16bit": 2}
 MOST_LOADERS, LOADER_BYTES = 4, 500_000_000
 """Loaders that `auto` starts on a GPU at most, and bytes of /dev/shm, which is memory, for each: two batches of eight four-tile

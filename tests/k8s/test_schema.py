@@ -23,6 +23,7 @@ def test_no_file_gives_a_key_twice():
 @pytest.mark.parametrize("build", [*BUILDS, "setup/namespace.yaml", "setup/kueue/clusterqueue.yaml"])
 def test_every_object_is_valid(build: str, release: str):
     trees = documents((K8S / build).read_text()) if build.endswith(".yaml") else built(build)
+    assert trees
     for tree in trees:
         check(tree, release)
 
