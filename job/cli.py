@@ -149,13 +149,45 @@ def report(output: str, to: Path | None) -> None:
                     raise SpecError(f"{output}: no job wrote {REPORT_KEY} there; name a file with --to FILE")
                 store.write(REPORT_KEY, page)
             else:
-                try:
-                    to.write_bytes(page)
-                except OSError as error:
-                    raise SpecError(f"--to: {to} cannot be written: {error.strerror}") from error
+                write_page(to, page)
             show(str(to or f"{store.url.rstrip('/')}/{REPORT_KEY}"))
 
     finish(work)
+
+
+@main.command()
+@click.argument("outputs", metavar="OUTPUT OUTPUT...", nargs=-1, required=True)
+@click.option("--metric", help="What the verdict is about. Default: the primary metric of the first run.")
+@click.option("--to", type=click.Path(path_type=Path, dir_okay=False), help="Write a page to this local file too.")
+def compare(outputs: tuple[str, ...], metric: str | None, to: Path | None) -> None:
+    """Compare runs that answered the same held-out rows, each with the first OUTPUT.
+
+    It is made from the stored answers and needs no GPU and no model.
+    """
+
+    def work(_environment: Environment, preemption: Preemption) -> None:
+        with preemption.leave_at_once():
+            from job.store import open_store
+
+            try:
+                from job.report.runs import compare_runs, page, text
+            except ImportError as error:
+                raise SpecError(
+                    f"job compare needs {error.name}; install the train extra, which includes it"
+                ) from error
+            found = compare_runs([open_store(output) for output in outputs], metric)
+            if to is not None:
+                write_page(to, page(found).encode())
+            show(text(found), nl=False)
+
+    finish(work)
+
+
+def write_page(to: Path, page: bytes) -> None:
+    try:
+        to.write_bytes(page)
+    except OSError as error:
+        raise SpecError(f"--to: {to} cannot be written: {error.strerror}") from error
 
 
 @main.command()

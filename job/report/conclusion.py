@@ -24,13 +24,13 @@ def conclusion(measured: Comparison) -> list[str]:
     title = metric_info.about(verdict.metric).title
     of = "samples" if verdict.units == verdict.rows else "patients or other units"
     said = {
-        "better": f"Better: {title} {_moved(measured)}.",
-        "worse": f"Worse: {title} {_moved(measured)}.",
-        "changed": f"Changed: {title} {_moved(measured)}.",
-        "no clear change": f"No clear change: {title} {_moved(measured)}.",
+        "better": f"Better: {title} {moved(measured)}.",
+        "worse": f"Worse: {title} {moved(measured)}.",
+        "changed": f"Changed: {title} {moved(measured)}.",
+        "no clear change": f"No clear change: {title} {moved(measured)}.",
         "unchanged": f"Unchanged: {title} is the same before and after in all {plain(verdict.rows)} samples.",
         "too few rows": f"Too few to judge by: only {plain(verdict.units)} held-out {of}.",
-        "unproven": f"Not shown to be better: {title} {_moved(measured)}, but {_doubts(measured)}."
+        "unproven": f"Not shown to be better: {title} {moved(measured)}, but {doubts(measured)}."
         if verdict.doubts and verdict.change.value is not None
         else f"Not judged: {f'only {plain(verdict.units)}' if verdict.units else 'no'} held-out {of} are new to the model.",
     }[verdict.said]
@@ -54,7 +54,8 @@ def image_use(measured: Comparison) -> str:
     )
 
 
-def _moved(measured: Comparison) -> str:
+def moved(measured: Comparison) -> str:
+    """Returns how far the metric of the verdict moved, with interval and p-value."""
     verdict, change = measured.verdict, measured.verdict.change
     kind, level = metric_info.about(verdict.metric).kind, metric_info.confidence(measured)
     return (
@@ -63,7 +64,8 @@ def _moved(measured: Comparison) -> str:
     )
 
 
-def _doubts(measured: Comparison) -> str:
+def doubts(measured: Comparison) -> str:
+    """Returns why a higher score is not called better; empty if nothing speaks against it."""
     verdict = measured.verdict
     known = {
         CONSTANT: "that is not clearly more than one answer to every sample would score "
