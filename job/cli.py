@@ -183,6 +183,31 @@ def compare(outputs: tuple[str, ...], metric: str | None, to: Path | None) -> No
     finish(work)
 
 
+@main.command()
+@click.argument("output")
+@click.argument("metrics", metavar="METRIC=FOLDER...", nargs=-1, required=True)
+def score(output: str, metrics: tuple[str, ...]) -> None:
+    """Score the answers stored at OUTPUT by metrics that need a model.
+
+    METRIC is bertscore, radgraph, chexbert or green; FOLDER holds its model, as in evaluation.extra_metrics. Changes nothing.
+    """
+
+    def work(environment: Environment, preemption: Preemption) -> None:
+        with preemption.leave_at_once():
+            from job.runtime.scratch import prepare_scratch
+            from job.store import open_store
+
+            try:
+                from job.report.score import asked_for, text
+                from job.report.score import score as scored
+            except ImportError as error:
+                raise SpecError(f"job score needs {error.name}; install the train extra, which includes it") from error
+            asked = asked_for(metrics)
+            show(text(scored(open_store(output), asked, prepare_scratch(environment, os.environ)), asked), nl=False)
+
+    finish(work)
+
+
 def write_page(to: Path, page: bytes) -> None:
     try:
         to.write_bytes(page)

@@ -282,6 +282,10 @@ class RequirementSpec(Section):
     """What must lie within the bounds: the measured value, or its whole confidence interval."""
 
 
+ExtraMetric = Literal["bertscore", "radgraph", "chexbert", "green"]
+"""Metrics that need a model of their own."""
+
+
 class EvaluationSpec(Section):
     """The evaluation before and after training."""
 
@@ -297,7 +301,7 @@ class EvaluationSpec(Section):
     train again."""
     groups: list[str] = Field(default_factory=list)
     """Columns to report on separately (modality, sex, site)."""
-    extra_metrics: dict[Literal["bertscore", "radgraph", "chexbert", "green"], str] = Field(default_factory=dict)
+    extra_metrics: dict[ExtraMetric, str] = Field(default_factory=dict)
     """Metrics that need their own model, each with that model's folder or `s3://` prefix: an encoder for bertscore
     (`bertscore: /models/roberta-large`), RadEval's model cache for the others. docs/evaluation.md says how to fill it."""
     bootstrap_samples: int = Field(1000, ge=100, le=100_000)

@@ -76,11 +76,8 @@ def extra_scores(
         for metric, named in asked.items():
             known, folder = f"{metric} of {named}", folders[metric]
             if known not in stored:
-                references = [row.reference for row in (*before, *after)]
-                generated = [row.generated for row in (*before, *after)]
-                ask = bertscore if metric == "bertscore" else radeval
                 try:
-                    stored[known] = ask(metric, folder, references, generated)
+                    stored[known] = pair_scores(metric, folder, [*before, *after])
                 except torch.OutOfMemoryError as error:
                     raise OutOfMemory(
                         f"evaluation.extra_metrics.{metric}: does not fit the GPU beside the tuned model; name a smaller one"
@@ -90,6 +87,12 @@ def extra_scores(
     values = {metric: stored[f"{metric} of {named}"] for metric, named in asked.items()}
     count = len(before)
     return {name: each[:count] for name, each in values.items()}, {name: each[count:] for name, each in values.items()}
+
+
+def pair_scores(metric: str, folder: Path, rows: Sequence[Answer]) -> list[float]:
+    """Return the value of `metric` for each row's text and its reference, by the model in `folder`."""
+    ask = bertscore if metric == "bertscore" else radeval
+    return ask(metric, folder, [row.reference for row in rows], [row.generated for row in rows])
 
 
 def bertscore(_metric: str, folder: Path, references: Sequence[str], generated: Sequence[str]) -> list[float]:
