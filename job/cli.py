@@ -92,6 +92,34 @@ def check(spec: str | None, data: bool, example: bool) -> None:
 
 
 @main.command()
+@click.argument("spec", required=False)
+@click.option("--rows", default=1000, type=click.IntRange(1), help="How many rows to choose from (default: 1000).")
+@click.option(
+    "--to", default="look.html", type=click.Path(path_type=Path, dir_okay=False), help="The page (default: look.html)."
+)
+@bundle_option
+def look(spec: str | None, rows: int, to: Path) -> None:
+    """Write a page of the rows of SPEC as the model will see them, the odd ones first.
+
+    It shows images and texts. It needs no GPU, and of the base model the processor alone is used.
+    """
+
+    def work(environment: Environment, preemption: Preemption) -> None:
+        with preemption.leave_at_once():
+            from job.config.loader import load_spec
+            from job.look import look as make_page
+            from job.prefetch import use_bundle
+            from job.runtime.scratch import prepare_scratch
+
+            loaded, scratch = load_spec(os.environ, spec), prepare_scratch(environment, os.environ)
+            use_bundle(loaded, environment.bundle, scratch)
+            write_page(to, make_page(loaded, scratch, environment, rows).encode())
+            show(str(to))
+
+    finish(work)
+
+
+@main.command()
 @click.argument("spec")
 @click.argument("folder")
 def prefetch(spec: str, folder: str) -> None:

@@ -40,7 +40,7 @@ from job.store.local import LocalStore
 if TYPE_CHECKING:
     import torch
 
-    from job.data import Data
+    from job.data import Data, Row
 
 
 @dataclass(frozen=True)
@@ -276,15 +276,22 @@ def torch_device() -> torch.device:
 
 def rendered(spec: JobSpec, processor: Any, data: Data) -> str:
     """Returns the first training row as the model sees it, with learned text between ⟦ and ⟧; without text if privacy says so."""
+    text, tokens, learned = as_seen(spec, processor, data.train[0])
+    if not spec.privacy.report_images:
+        return f"{tokens} tokens, {learned} of them learned (text not shown: privacy.report_images is false)"
+    return f"{text}\n{tokens} tokens, {learned} of them learned"
+
+
+def as_seen(spec: JobSpec, processor: Any, row: Row) -> tuple[str, int, int]:
+    """Returns a row's text as the model sees it, with learned text between ⟦ and ⟧, the number of its tokens, and of those that
+    are learned. Repeated tokens, such as those of images, are written once with their number."""
     from job.model.collator import IGNORE, Collator
 
     truncate = spec.dataset.over_length == "truncate"
     collator = Collator(processor, spec.training.max_length, spec.training.train_on_responses_only, truncate)
-    batch = collator([data.train[0]])
+    batch = collator([row])
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     learned = [label != IGNORE for label in labels]
-    if not spec.privacy.report_images:
-        return f"{len(ids)} tokens, {sum(learned)} of them learned (text not shown: privacy.report_images is false)"
     again = [near == token for near, token in zip([None, *ids], ids, strict=False)] + [False]
     image = [token if again[n] or again[n + 1] else None for n, token in enumerate(ids)]  # adjacent repeats
     pieces = list[str]()
@@ -293,4 +300,4 @@ def rendered(spec: JobSpec, processor: Any, data: Data) -> str:
         text = processor.tokenizer.decode(ids[places[0] : places[-1] + 1] if repeated is None else [repeated])
         text += f"×{len(places)}" if repeated is not None else ""
         pieces.append(f"⟦{text}⟧" if is_learned else text)
-    return f"{''.join(pieces)}\n{len(ids)} tokens, {sum(learned)} of them learned"
+    return "".join(pieces), len(ids), sum(learned)
