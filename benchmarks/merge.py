@@ -230,15 +230,16 @@ def judged(work: Path, loaded: Any, folder: Path) -> Facts:
 
     from job.errors import GateRefused
     from job.export.gate import compare, refuse
+    from job.export.read_back import read_folder
     from job.export.tensor_map import read_base
     from job.model.loaded import release
-    from job.model.transformers_backend import load_weights
 
     spec = spec_of(work)
     began = time.monotonic()
-    read = partial(load_weights, spec.model, folder, loaded.device)
+    base = read_base(work / "base")
+    read = partial(read_folder, spec.model, folder, base, loaded.device)
     let_go = partial(release, loaded.model)
-    verdict = compare(spec, loaded, read_base(work / "base"), read, rows_of(), let_go=let_go)
+    verdict = compare(spec, loaded, base, read, rows_of(), let_go=let_go)
     facts = {"seconds": time.monotonic() - began, **asdict(verdict), "wrong": verdict.wrong[:3]}
     if torch.cuda.is_available():
         facts["peak GPU GB"] = torch.cuda.max_memory_allocated() / 1e9

@@ -3,10 +3,10 @@ memory.
 
 Two questions are asked, because each alone can be fooled.
 
-**Are the weights right?** A sample of every weight of the merged model, as transformers loads it, is compared with base +
-adapter, folded here from the adapter in memory. Both sides round the same float32 sum once, so they agree to the bit and no
-noise can hide a fault: a LoRA that was left out, put in the wrong layer, scaled wrongly or read from a damaged file is named,
-however little it moves the logits.
+**Are the weights right?** Every file is compared whole with base + adapter, folded here from the adapter in memory
+(`job.export.verify`), and a sample of every weight of the merged model as transformers loads it. Both sides round the same
+float32 sum once, so they agree to the bit and no noise can hide a fault: a LoRA that was left out, put in the wrong layer,
+scaled wrongly or read from a damaged file, or a zeroed row, is named, however little it moves the logits.
 
 **Do the outputs agree?** Base + adapter, not folded, is compared with the merged model on held-out rows. This shows what the
 weights do not: a different configuration, processor or forward pass. But it cannot be exact. Folding rounds each adapted
@@ -33,8 +33,10 @@ from job.config.schema import GateSpec, JobSpec
 from job.data import Row
 from job.errors import GateRefused
 from job.export.logits import Answers, agreement, answers, logit_difference, loss, spread, spread_rows
+from job.export.read_back import Check
 from job.export.reference import Expected, adapters_of, beside, expected, jittered, samples, trained, trained_weights
 from job.export.tensor_map import Base
+from job.export.verify import from_memory, wrong_tensors
 from job.model.loaded import Loaded, release
 from job.model.lora_targets import group_of
 from job.model.memory_model import gate_batch, last_cure, served_precision
@@ -100,30 +102,32 @@ def compare(
     spec: JobSpec,
     loaded: Loaded,
     base: Base,
-    read_merged: Callable[[str], Any],
+    read_merged: Callable[[str, Check], Any],
     rows: Any,
     *,
     processor: Any = None,
     let_go: Callable[[], None] = lambda: None,
     offload: Offload | None = None,
 ) -> Verdict:
-    """Measure the merged model, which `read_merged(precision)` loads, with the `processor` published with it (default: that of
-    `loaded`), against base + adapter on `rows`.
+    """Measure the merged model, which `read_merged(precision, check)` loads after `check` saw each of its files, with the
+    `processor` published with it (default: that of `loaded`), against base + adapter on `rows`.
 
     Both are in the training precision; if that is 4bit, both are in 16 bits, in which merged weights are made and served. Both
     run on transformers: Unsloth's kernels round differently, which some models amplify beyond the effect of folding. One model
     at a time is in memory: `let_go` is called once `loaded.model` is no longer needed, before another is loaded. `offload`
     keeps part of a 16-bit model outside the GPU, for a base that was held in 4 bits.
     """
+    right, wrong = from_memory(base, loaded.model, loaded.device), list[str]()
     reference = refer(spec, loaded, base, rows, let_go, offload)
     precision = served_precision(loaded.precision)
+    model = read_merged(precision, lambda file, path: wrong.extend(wrong_tensors(right, file, path)))
     served = processor or loaded.processor
-    again = replace(loaded, model=read_merged(precision), processor=served, precision=precision, backend="transformers")
+    again = replace(loaded, model=model, processor=served, precision=precision, backend="transformers")
     micro = micro_batches(spec, loaded)
     merged = answers(again, reference.batches, spec, micro)
-    wrong = wrong_weights(reference.weights, samples(again.model))
+    wrong += wrong_weights(reference.weights, samples(again.model))
     release(again.model)
-    return judge(spec, reference, merged, wrong)
+    return judge(spec, reference, merged, list(dict.fromkeys(wrong)))
 
 
 def refer(

@@ -128,11 +128,11 @@ def merged(
     """Merge, and judge the result from where it was written. Releases `loaded.model`."""
     from job.export.gate import compare, refuse
     from job.export.merge import merge_to_folder, merge_to_store, recipe
-    from job.export.read_back import read_back
+    from job.export.read_back import read_back, read_folder
     from job.export.serving import beside_weights
     from job.export.tensor_map import changes, read_adapter
     from job.model.oom_retry import free_cached
-    from job.model.transformers_backend import load_processor, load_weights
+    from job.model.transformers_backend import load_processor
 
     spec, store = ctx.spec, ctx.store
     adapter, into = folder / "adapter", folder / "merged"
@@ -140,7 +140,7 @@ def merged(
     sent: dict[str, Digest] = {}
     if spec.export.scratch_copy:
         merge_to_folder(todo, into)
-        read_merged = partial(load_weights, spec.model, into, loaded.device, offload=offload)
+        read_merged = partial(read_folder, spec.model, into, base, loaded.device, offload=offload)
     else:
         shutil.rmtree(into, ignore_errors=True)
         sent = merge_to_store(todo, store, "merged")
