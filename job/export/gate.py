@@ -32,7 +32,7 @@ from torch import Tensor
 from job.config.schema import GateSpec, JobSpec
 from job.data import Row
 from job.errors import GateRefused
-from job.export.logits import Answers, agreement, answers, logit_difference, loss, spread, spread_rows
+from job.export.logits import Answers, agreement, answers, logit_difference, loss, share_along, spread, spread_rows
 from job.export.read_back import Check
 from job.export.reference import Expected, adapters_of, beside, expected, jittered, samples, trained, trained_weights
 from job.export.tensor_map import Base
@@ -47,6 +47,8 @@ MOST_WRONG = 0.01
 """Share of the sampled numbers that may differ: float32 sums on another kind of device occasionally round differently."""
 DRAWS = 2
 """Number of rounding draws, of which the worst counts: in a model that amplifies rounding, one can be half of another."""
+EATEN = 0.5
+"""Share of the adapter's effect by which merged weights may differ from base + adapter before a warning."""
 VISIBLE = 0.01
 """Adapters that move logits by less (a trial of a few steps) are indistinguishable from rounding."""
 
@@ -59,7 +61,9 @@ class Verdict:
     `max_mean_logit_difference` of it; `rounding_…` is the effect of rounding alone on both. Losses are nats per token of the
     true answers. `difference_from_trained` compares with the model as it was trained and measured: equal to
     `mean_logit_difference`, unless the base was held in 4 bits or Unsloth's kernels computed it. `weights` gives by group the
-    number of `adapted` tensors and their relative change; `wrong` names those that are not base + adapter.
+    number of `adapted` tensors and their relative change; `wrong` names those that are not base + adapter. `effect_kept` is the
+    share of the adapter's effect on the logits that the merged model has too: 1 if all of it, 0 if it is the base (None if the
+    adapter has no effect). `warning` says that rounding ate it.
     """
 
     rows: int
@@ -78,6 +82,8 @@ class Verdict:
     weights: dict[str, dict[str, float]]
     compared: int
     wrong: list[str]
+    effect_kept: float | None = None
+    warning: str | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +179,7 @@ def judge(spec: JobSpec, reference: Reference, merged: list[Answers], wrong: lis
     tuned, untuned, scale = reference.tuned, reference.untuned, reference.scale
     difference, largest = logit_difference(tuned, merged)
     before_merge = reference.trained
-    return Verdict(
+    verdict = Verdict(
         rows=sum(map(len, reference.batches)),
         tokens=sum(len(batch.targets) for batch in tuned),
         mean_logit_difference=difference / scale,
@@ -190,6 +196,20 @@ def judge(spec: JobSpec, reference: Reference, merged: list[Answers], wrong: lis
         weights=reference.groups,
         compared=len(reference.weights),
         wrong=wrong,
+        effect_kept=share_along(untuned, tuned, merged),
+    )
+    return replace(verdict, warning=eaten(verdict))
+
+
+def eaten(result: Verdict) -> str | None:
+    """Return a sentence if rounding to the files' dtype ate the adapter's effect, or drowned it; else None."""
+    effect, kept, difference = result.mean_effect_of_adapter, result.effect_kept, result.mean_logit_difference
+    if kept is None or difference <= EATEN * effect:
+        return None
+    return (
+        f"Rounding loses this adapter: it moves the logits by {effect:.2g} of their spread, and the merged weights, rounded to "
+        f"the precision of the base model's files, are {difference:.2g} from that and keep {kept:.0%} of its effect. Serve "
+        "adapter/ with the base model, or fold it into a float32 copy of the base model (model.name_or_path)."
     )
 
 

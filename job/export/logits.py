@@ -61,6 +61,17 @@ def logit_difference(one: list[Answers], other: list[Answers]) -> tuple[float, f
     )
 
 
+def share_along(start: list[Answers], end: list[Answers], found: list[Answers]) -> float | None:
+    """Share of the way from `start` to `end` that `found` has gone: ⟨found − start, end − start⟩ / |end − start|². Noise across
+    that direction does not count. None if the two are equal."""
+    dot = square = 0.0
+    for a, b, c in zip(start, end, found, strict=True):
+        way = b.logits.float() - a.logits.float()
+        dot += float(((c.logits.float() - a.logits.float()) * way).sum(dtype=torch.float64))
+        square += float(way.square().sum(dtype=torch.float64))
+    return dot / square if square else None
+
+
 def agreement(one: list[Answers], other: list[Answers], near: float) -> float:
     """Share of tokens at which the first choice of `other` is that of `one`, or within `near` of it by the logits of `one`."""
     lost = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import warnings
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from job.model.loaded import Loaded
     from job.model.transformers_backend import Offload
 
+log = logging.getLogger("job")
 
 INT4_GROUP = 128
 """Columns of a weight that share a scale in compressed-tensors' W4A16."""
@@ -113,6 +115,8 @@ def export(ctx: RunContext, loaded: Loaded, data: Data, *, fold: bool, gate_room
             f"merged {bytes_text(size)}",
             f"token agreement {agreed:.4f} where rounding alone leaves {rounded:.4f}",
         ]
+        if verdict.warning:
+            log.warning("merged/: %s", verdict.warning)
         exported = replace(exported, serving=served)
         if exported.refused is None:
             exported = smaller(spec, loaded, exported, data, offload)

@@ -84,11 +84,30 @@ def test_a_right_merge_passes_and_differs_by_no_more_than_rounding(made: Made) -
     assert sum(group["adapted"] for group in verdict.weights.values()) == len(adapted(made.loaded.model))
     assert set(verdict.weights) == set(made.loaded.groups)
     assert verdict.mean_logit_difference < 0.02 < verdict.mean_effect_of_adapter
+    assert (verdict.warning, verdict.effect_kept) == (None, pytest.approx(1, abs=0.02))
     assert 0.7 < verdict.mean_logit_difference / verdict.rounding_logit_difference < 1.2
     assert abs(verdict.loss_merged - verdict.loss_adapter) < 0.01 < abs(verdict.loss_base - verdict.loss_adapter) + 0.01
     assert Verdict(**json.loads(json.dumps(asdict(verdict)))) == verdict
     for name, weight in made.loaded.model.named_parameters():
         assert torch.equal(weight, before[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_adapter_that_rounding_eats_is_told_and_float32_keeps_it(
+    dtype: torch.dtype, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """An effect of 0.0003 of the logits' spread, of which bfloat16 keeps a twentieth."""
+    small = export(tiny("qwen3_vl", dtype), tmp_path, 0.00002)
+    verdict = judge(small, small.merged)
+    assert 0.0002 < verdict.mean_effect_of_adapter < 0.0005
+    if dtype == torch.float32:
+        assert (verdict.warning, verdict.effect_kept) == (None, pytest.approx(1, abs=0.05))
+    else:
+        assert verdict.effect_kept is not None
+        assert verdict.effect_kept < 0.2
+        assert f"keep {verdict.effect_kept:.0%} of its effect. Serve adapter/ with the base model" in str(
+            verdict.warning
+        )
 
 
 def is_vision(key: str) -> bool:
