@@ -32,7 +32,17 @@ from torch import Tensor
 from job.config.schema import GateSpec, JobSpec
 from job.data import Row
 from job.errors import GateRefused
-from job.export.logits import Answers, agreement, answers, logit_difference, loss, share_along, spread, spread_rows
+from job.export.logits import (
+    Answers,
+    agreement,
+    answers,
+    logit_difference,
+    loss,
+    loss_error,
+    share_along,
+    spread,
+    spread_rows,
+)
 from job.export.read_back import Check
 from job.export.reference import Expected, adapters_of, beside, expected, jittered, samples, trained, trained_weights
 from job.export.tensor_map import Base
@@ -63,7 +73,8 @@ class Verdict:
     `mean_logit_difference`, unless the base was held in 4 bits or Unsloth's kernels computed it. `weights` gives by group the
     number of `adapted` tensors and their relative change; `wrong` names those that are not base + adapter. `effect_kept` is the
     share of the adapter's effect on the logits that the merged model has too: 1 if all of it, 0 if it is the base (None if the
-    adapter has no effect). `warning` says that rounding ate it.
+    adapter has no effect). `warning` says that rounding ate it. `gain_error` is the standard error of the gain
+    `loss_base` − `loss_adapter`, None for one row.
     """
 
     rows: int
@@ -84,6 +95,7 @@ class Verdict:
     wrong: list[str]
     effect_kept: float | None = None
     warning: str | None = None
+    gain_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -197,6 +209,7 @@ def judge(spec: JobSpec, reference: Reference, merged: list[Answers], wrong: lis
         compared=len(reference.weights),
         wrong=wrong,
         effect_kept=share_along(untuned, tuned, merged),
+        gain_error=loss_error(untuned, before_merge or tuned),
     )
     return replace(verdict, warning=eaten(verdict))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from job.config.schema import JobSpec
 from job.data import Row
@@ -83,5 +85,21 @@ def agreement(one: list[Answers], other: list[Answers], near: float) -> float:
 
 def loss(answers: list[Answers]) -> float:
     """Mean cross-entropy of the true tokens, in nats."""
-    losses = [torch.nn.functional.cross_entropy(a.logits.float(), a.targets, reduction="sum") for a in answers]
-    return float(sum(losses)) / sum(len(a.targets) for a in answers)
+    return sum(_losses(answers)) / sum(len(a.targets) for a in answers)
+
+
+def loss_error(one: list[Answers], other: list[Answers]) -> float | None:
+    """Standard error of the difference between two models' losses on the same rows, as of a ratio of sums over rows (Cochran,
+    Sampling Techniques, 1977, equation 2.46); None for one row."""
+    tokens, rows = [len(a.targets) for a in one], len(one)
+    if rows < 2:
+        return None
+    gaps = [a - b for a, b in zip(_losses(one), _losses(other), strict=True)]
+    mean = sum(gaps) / sum(tokens)
+    rest = sum((gap - mean * count) ** 2 for gap, count in zip(gaps, tokens, strict=True))
+    return math.sqrt(rest * rows / (rows - 1)) / sum(tokens)
+
+
+def _losses(answers: list[Answers]) -> list[float]:
+    """Each row's summed cross-entropy."""
+    return [float(cross_entropy(a.logits.float(), a.targets, reduction="sum")) for a in answers]

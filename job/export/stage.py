@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,11 @@ from job.runtime.status import bytes_text
 from job.store import Digest
 
 if TYPE_CHECKING:
-    from job.config.schema import ExportSpec, JobSpec
+    from job.config.schema import ExportSpec, JobSpec, ModelSpec
     from job.context import RunContext
     from job.data import Data
+    from job.evaluate.stage import Results
+    from job.export.gain import Smaller
     from job.export.gate import Verdict
     from job.export.serving import Serving
     from job.export.tensor_map import Base
@@ -38,14 +41,15 @@ INT4_GROUP = 128
 class Exported:
     """Folders ready to publish, by the name they are published under: `adapter`, and whatever else the spec requests.
 
-    `sent` are files of `merged` already in the output. `gate` holds the measurements of `merged`, and `losses` those of fewer
-    bits, as `loss_NAME`; `serving` is what a server must be given; `refused` says why only the adapter may be published.
+    `sent` are files of `merged` already in the output. `gate` holds the measurements of `merged`, and `smaller` those of each
+    format in fewer bits, published or not; `serving` is what a server must be given; `refused` says why only the adapter may be
+    published.
     """
 
     folders: dict[str, Path]
     sent: dict[str, Digest] = field(default_factory=dict)
     gate: Verdict | None = None
-    losses: dict[str, float] = field(default_factory=dict)
+    smaller: dict[str, Smaller] = field(default_factory=dict)
     serving: Serving | None = None
     refused: str | None = None
 
@@ -82,9 +86,11 @@ def check_mergeable(spec: JobSpec, loaded: Loaded) -> None:
         rehearse(converter(loaded.model.config.model_type), loaded.folder)
 
 
-def export(ctx: RunContext, loaded: Loaded, data: Data, *, fold: bool, gate_room: int | None) -> Exported:
+def export(
+    ctx: RunContext, loaded: Loaded, data: Data, results: Results, *, fold: bool, gate_room: int | None
+) -> Exported:
     """Write the adapter to scratch and, with `fold`, the merged weights that the spec requests, to scratch or straight to the
-    output, measured against the adapter. `loaded.model` cannot be used afterwards.
+    output, measured against the adapter and the evaluation's `results`. `loaded.model` cannot be used afterwards.
 
     `gate_room`: bytes of a 16-bit model's weights that the GPU holds; None if all of them fit.
     """
@@ -119,7 +125,7 @@ def export(ctx: RunContext, loaded: Loaded, data: Data, *, fold: bool, gate_room
             log.warning("merged/: %s", verdict.warning)
         exported = replace(exported, serving=served)
         if exported.refused is None:
-            exported = smaller(spec, loaded, exported, data, offload)
+            exported = smaller(spec, loaded, exported, data, results, offload)
             wrong = spoilt(exported.folders["merged"], loaded, spec, data.bounds)
             exported = replace(exported, refused=wrong)
         ctx.preemption.check()  # a library may have swallowed the notice
@@ -162,32 +168,52 @@ def merged(
     return Exported({"adapter": adapter, "merged": into}, sent, verdict, refused=refused), verdict
 
 
-def smaller(spec: JobSpec, loaded: Loaded, exported: Exported, data: Data, offload: Offload | None) -> Exported:
-    """Write quantised merged weights if the spec requests them, and measure them on the gate's rows."""
+def smaller(
+    spec: JobSpec, loaded: Loaded, exported: Exported, data: Data, results: Results, offload: Offload | None
+) -> Exported:
+    """Write merged weights in fewer bits if the spec requests them, and measure what they keep of the adapter's gain. A format
+    that keeps too little of it is not among the folders that are published."""
+    from job.export.gain import judge, label_shares
     from job.export.gate import micro_batches
-    from job.export.gguf import converter, write_gguf
     from job.export.logits import answers, loss, spread_rows
-    from job.export.quantise import write_compressed, write_nf4
 
-    kinds: dict[str, Any] = {
+    assert exported.gate is not None
+    folders = dict(exported.folders)
+    measured: dict[str, Smaller] = {}
+    batches = spread_rows(rows_of(data), spec.export.gate.rows, gate_batch(spec))
+    for name, write in _formats(loaded, offload).items():
+        if getattr(spec.export, name):
+            folder = folders["merged"].with_name(name)
+            shutil.rmtree(folder, ignore_errors=True)
+            model = write(spec.model, folders["merged"], folder, loaded.device)
+            small = replace(loaded, model=model, precision="16bit", backend="transformers")
+            lost = loss(answers(small, batches, spec, micro_batches(spec, loaded)))
+            shares = label_shares(small, data, spec, results)
+            release(model)
+            measured[name] = judge(name, lost, shares, exported.gate, spec.export.gate)
+            if said := measured[name].refused or measured[name].note:
+                log.warning("%s", said)
+            if not measured[name].refused:
+                folders[name] = folder
+    return replace(exported, folders=folders, smaller=measured)
+
+
+def _formats(loaded: Loaded, offload: Offload | None) -> dict[str, Callable[..., Any]]:
+    """Return what writes each format in fewer bits and loads what it wrote."""
+    from job.export.gguf import converter, write_gguf
+    from job.export.quantise import write_compressed, write_nf4
+    from job.model.transformers_backend import load_weights
+
+    def gguf(spec: ModelSpec, merged: Path, into: Path, device: Any) -> Any:
+        write_gguf(converter(loaded.model.config.model_type), merged, into)
+        return load_weights(spec, merged, device, "16bit", offload)  # GGUF holds the same numbers in bfloat16
+
+    return {
         "merged_4bit": write_nf4,
         "merged_fp8": partial(write_compressed, "FP8_DYNAMIC", offload=offload),
         "merged_int4": partial(write_compressed, "W4A16", offload=offload),
+        "gguf": gguf,
     }
-    folders, losses = dict(exported.folders), dict[str, float]()
-    batches = spread_rows(rows_of(data), spec.export.gate.rows, gate_batch(spec))
-    for name, write in kinds.items():
-        if getattr(spec.export, name):
-            folders[name] = folders["merged"].with_name(name)
-            shutil.rmtree(folders[name], ignore_errors=True)
-            model = write(spec.model, folders["merged"], folders[name], loaded.device)
-            small = replace(loaded, model=model, precision="16bit", backend="transformers")
-            losses[f"loss_{name}"] = loss(answers(small, batches, spec, micro_batches(spec, loaded)))
-            release(model)
-    if spec.export.gguf:
-        folders["gguf"] = folders["merged"].with_name("gguf")
-        write_gguf(converter(loaded.model.config.model_type), folders["merged"], folders["gguf"])
-    return replace(exported, folders=folders, losses=losses)
 
 
 def rows_of(data: Data) -> Any:
