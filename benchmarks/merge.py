@@ -280,17 +280,15 @@ def fault(work: Path, *_: str) -> Facts:
 
 
 def gate4(work: Path, *_: str) -> Facts:
-    from functools import partial
-
     from job.export.gate import micro_batches
     from job.export.logits import answers, loss, spread_rows
-    from job.export.quantise import write_compressed, write_nf4
+    from job.export.quantise import write_fp8, write_nf4
     from job.model.loaded import release
 
     loaded = load(work, "4bit")
     facts = {"gate": judged(work, loaded, work / "merged")}
     spec = spec_of(work)
-    for name, write in (("nf4", write_nf4), ("fp8", partial(write_compressed, "FP8_DYNAMIC"))):
+    for name, write in (("nf4", write_nf4), ("fp8", write_fp8)):
         began = time.monotonic()
         try:
             model = write(spec.model, work / "merged", work / name, loaded.device)

@@ -373,7 +373,8 @@ class ExportSpec(Section):
     merged_fp8: bool = False
     """Also publish merged weights in FP8 for vLLM and SGLang. Needs the fp8 extra."""
     merged_int4: bool = False
-    """Also publish merged weights in INT4 (W4A16, groups of 128) for vLLM and SGLang. Needs the fp8 extra."""
+    """Also publish merged weights in INT4 (W4A16, groups of 128) for vLLM and SGLang, rounded by auto-round on training rows.
+    Needs the fp8 extra."""
     gguf: bool = False
     """Also publish GGUF files for llama.cpp, made by the converter in the folder that LLAMA_CPP names."""
     gate: GateSpec = GateSpec()

@@ -19,7 +19,7 @@ from job.runtime.status import bytes_text
 from job.store import Digest
 
 if TYPE_CHECKING:
-    from job.config.schema import ExportSpec, JobSpec, ModelSpec
+    from job.config.schema import ExportSpec, JobSpec
     from job.context import RunContext
     from job.data import Data
     from job.evaluate.stage import Results
@@ -181,11 +181,11 @@ def smaller(
     folders = dict(exported.folders)
     measured: dict[str, Smaller] = {}
     batches = spread_rows(rows_of(data), spec.export.gate.rows, gate_batch(spec))
-    for name, write in _formats(loaded, offload).items():
+    for name, write in _formats(spec, loaded, data, offload).items():
         if getattr(spec.export, name):
             folder = folders["merged"].with_name(name)
             shutil.rmtree(folder, ignore_errors=True)
-            model = write(spec.model, folders["merged"], folder, loaded.device)
+            model = write(folders["merged"], folder)
             small = replace(loaded, model=model, precision="16bit", backend="transformers")
             lost = loss(answers(small, batches, spec, micro_batches(spec, loaded)))
             shares = label_shares(small, data, spec, results)
@@ -198,20 +198,26 @@ def smaller(
     return replace(exported, folders=folders, smaller=measured)
 
 
-def _formats(loaded: Loaded, offload: Offload | None) -> dict[str, Callable[..., Any]]:
-    """Return what writes each format in fewer bits and loads what it wrote."""
+def _formats(spec: JobSpec, loaded: Loaded, data: Data, offload: Offload | None) -> dict[str, Callable[..., Any]]:
+    """Return what writes each format in fewer bits, from one folder to another, and returns the model that it wrote."""
     from job.export.gguf import converter, write_gguf
-    from job.export.quantise import write_compressed, write_nf4
+    from job.export.quantise import calibration_rows, write_fp8, write_int4, write_nf4
     from job.model.transformers_backend import load_weights
 
-    def gguf(spec: ModelSpec, merged: Path, into: Path, device: Any) -> Any:
+    model, device = spec.model, loaded.device
+
+    def int4(merged: Path, into: Path) -> Any:
+        calibration = calibration_rows(loaded, data.train, spec)
+        return write_int4(model, merged, into, device, loaded.processor, calibration, offload)
+
+    def gguf(merged: Path, into: Path) -> Any:
         write_gguf(converter(loaded.model.config.model_type), merged, into)
-        return load_weights(spec, merged, device, "16bit", offload)  # GGUF holds the same numbers in bfloat16
+        return load_weights(model, merged, device, "16bit", offload)  # GGUF holds the same numbers in bfloat16
 
     return {
-        "merged_4bit": write_nf4,
-        "merged_fp8": partial(write_compressed, "FP8_DYNAMIC", offload=offload),
-        "merged_int4": partial(write_compressed, "W4A16", offload=offload),
+        "merged_4bit": lambda merged, into: write_nf4(model, merged, into, device),
+        "merged_fp8": lambda merged, into: write_fp8(model, merged, into, device, offload),
+        "merged_int4": int4,
         "gguf": gguf,
     }
 
