@@ -112,7 +112,8 @@ def gate_facts(exported: Exported) -> dict[str, Any]:
         return {}
     smaller = {name: asdict(each) for name, each in exported.smaller.items()}
     losses = {f"loss_{name}": each.pop("loss") for name, each in smaller.items()}
-    return {**asdict(exported.gate), **losses, **({"smaller": smaller} if smaller else {})}
+    measured = {name: loss for name, loss in losses.items() if loss is not None}
+    return {**asdict(exported.gate), **measured, **({"smaller": smaller} if smaller else {})}
 
 
 def publish(ctx: RunContext, plan: Plan, staged: StagedIn, results: Results, exported: Exported) -> None:

@@ -33,9 +33,10 @@ CLEAR = 2.0
 @dataclass(frozen=True)
 class Smaller:
     """What was measured of merged weights in fewer bits: their `loss` on the gate's rows (nats per token), and the share of the
-    adapter's gain that they keep, by metric. `refused` says why they are not published, `note` why no share could be formed."""
+    adapter's gain that they keep, by metric. `refused` says why they are not published, `note` why no share could be formed.
+    Nothing else is known of files that are refused before they are measured."""
 
-    loss: float
+    loss: float | None = None
     gain_kept: dict[str, float] = field(default_factory=dict)
     refused: str | None = None
     note: str | None = None

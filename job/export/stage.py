@@ -173,7 +173,7 @@ def smaller(
 ) -> Exported:
     """Write merged weights in fewer bits if the spec requests them, and measure what they keep of the adapter's gain. A format
     that keeps too little of it is not among the folders that are published."""
-    from job.export.gain import judge, label_shares
+    from job.export.gain import Smaller, judge, label_shares
     from job.export.gate import micro_batches
     from job.export.logits import answers, loss, spread_rows
 
@@ -182,25 +182,31 @@ def smaller(
     measured: dict[str, Smaller] = {}
     batches = spread_rows(rows_of(data), spec.export.gate.rows, gate_batch(spec))
     for name, write in _formats(spec, loaded, data, offload).items():
-        if getattr(spec.export, name):
-            folder = folders["merged"].with_name(name)
-            shutil.rmtree(folder, ignore_errors=True)
+        if not getattr(spec.export, name):
+            continue
+        folder = folders["merged"].with_name(name)
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
             model = write(folders["merged"], folder)
+        except GateRefused as error:
+            measured[name] = Smaller(refused=str(error))
+        else:
             small = replace(loaded, model=model, precision="16bit", backend="transformers")
             lost = loss(answers(small, batches, spec, micro_batches(spec, loaded)))
             shares = label_shares(small, data, spec, results)
             release(model)
             measured[name] = judge(name, lost, shares, exported.gate, spec.export.gate)
-            if said := measured[name].refused or measured[name].note:
-                log.warning("%s", said)
-            if not measured[name].refused:
-                folders[name] = folder
+        if said := measured[name].refused or measured[name].note:
+            log.warning("%s", said)
+        if not measured[name].refused:
+            folders[name] = folder
     return replace(exported, folders=folders, smaller=measured)
 
 
 def _formats(spec: JobSpec, loaded: Loaded, data: Data, offload: Offload | None) -> dict[str, Callable[..., Any]]:
     """Return what writes each format in fewer bits, from one folder to another, and returns the model that it wrote."""
     from job.export.gguf import converter, write_gguf
+    from job.export.gguf_numbers import strange_numbers
     from job.export.quantise import calibration_rows, write_fp8, write_int4, write_nf4
     from job.model.transformers_backend import load_weights
 
@@ -211,7 +217,13 @@ def _formats(spec: JobSpec, loaded: Loaded, data: Data, offload: Offload | None)
         return write_int4(model, merged, into, device, loaded.processor, calibration, offload)
 
     def gguf(merged: Path, into: Path) -> Any:
-        write_gguf(converter(loaded.model.config.model_type), merged, into)
+        program = converter(loaded.model.config.model_type)
+        write_gguf(program, merged, into)
+        if strange := strange_numbers(program, merged, into):
+            raise GateRefused(
+                f"gguf/ is not published: {strange:,} of its numbers are not those of merged/; run again, or with other sources "
+                "in LLAMA_CPP, or set export.gguf to false"
+            )
         return load_weights(model, merged, device, "16bit", offload)  # GGUF holds the same numbers in bfloat16
 
     return {

@@ -30,6 +30,7 @@ from transformers import (
 
 from job.errors import SpecError
 from job.export.gguf import CONVERTER, rehearse, write_gguf
+from job.export.gguf_numbers import strange_numbers
 from tests.conftest import ROOT, job_environment
 from tests.export.llama_cpp import MARKER, logits
 from tests.export.published import CHANGES, make_published
@@ -56,6 +57,7 @@ IMAGES = 12
 def program(tmp_path: Path) -> Path:
     """The converter, in a folder that `LLAMA_CPP` can name."""
     (tmp_path / CONVERTER).write_text(KNOWS_THE_TOKENIZER)
+    (tmp_path / "gguf-py").symlink_to(Path(SOURCES) / "gguf-py")
     return tmp_path / CONVERTER
 
 
@@ -81,6 +83,7 @@ def test_llama_cpp_computes_what_the_merged_model_computes(family: str, tmp_path
         tensors[name] += torch.randn_like(tensors[name]) * tensors[name].std() * 0.1
     save_file(tensors, merged / "model.safetensors")
     write_gguf(program, merged, tmp_path / "gguf")
+    assert strange_numbers(program, merged, tmp_path / "gguf") == 0
     processor = AutoProcessor.from_pretrained(merged)
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -121,6 +124,26 @@ def test_llama_cpp_computes_what_the_merged_model_computes(family: str, tmp_path
     # It keeps proportions and fills with black what transformers stretches; docs/merging.md says so.
     narrow = picture(3, 100, 150)
     assert distance(computed(merged, narrow)[1], served(narrow)[1]) > FAR
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_files_with_numbers_that_the_merged_weights_do_not_have_are_seen(
+    family: str, tmp_path: Path, program: Path
+) -> None:
+    """A matrix is another's, or one of its rows is not zero as in the merged weights. Gemma's files have a matrix in float16."""
+    base = make_published(family, tmp_path / "base")
+    write_gguf(program, base, tmp_path / "gguf")
+    assert strange_numbers(program, base, tmp_path / "gguf") == 0
+    tensors = load_file(base / "model.safetensors")
+    key = next(key for key in tensors if key.endswith("layers.0.mlp.up_proj.weight"))
+    before = tensors[key].clone()
+    shutil.copytree(base, tmp_path / "merged")
+    for damage, least in ((lambda: before * 1.01, 1000), (lambda: torch.cat([before[:1] * 0, before[1:]]), 20)):
+        tensors[key] = damage()
+        save_file(tensors, tmp_path / "merged" / "model.safetensors")
+        found = strange_numbers(program, tmp_path / "merged", tmp_path / "gguf")
+        assert found > least
+    assert found <= before.shape[1]
 
 
 def test_a_base_that_the_converter_does_not_know_is_refused_before_training(tmp_path: Path) -> None:
