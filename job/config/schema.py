@@ -344,7 +344,7 @@ class GateSpec(Section):
     """Share of answer tokens at which both rank the same token first. A token within the logit bound of the first counts too."""
     rounding_allowance: float = Field(2.0, ge=0)
     """If a model amplifies rounding, both bounds widen to this multiple of what rounding alone does to it."""
-    min_gain_kept: float = Field(0.8, le=1)
+    min_gain_kept: float = Field(0.8, ge=0, le=1)
     """Share of the adapter's gain in loss, and in each label, that merged weights in fewer bits (`merged_4bit`, `merged_fp8`,
     `merged_int4`, `gguf`) must keep to be published. The other folders are published without them."""
 

@@ -11,7 +11,9 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,12 +31,18 @@ from transformers import (
 )
 
 from job.errors import SpecError
+from job.evaluate.records import Comparison
+from job.evaluate.stage import Results
+from job.export.gate import compare
 from job.export.gguf import CONVERTER, rehearse, write_gguf
 from job.export.gguf_numbers import strange_numbers
+from job.export.read_back import read_folder
+from job.export.stage import Exported, smaller
 from tests.conftest import ROOT, job_environment
 from tests.export.llama_cpp import MARKER, logits
 from tests.export.published import CHANGES, make_published
-from tests.tiny import QUESTION, picture
+from tests.export.test_gate import export
+from tests.tiny import CPU, QUESTION, batch, job_spec, picture
 
 SOURCES, BUILD = os.environ.get("LLAMA_CPP", ""), os.environ.get("LLAMA_CPP_BUILD", "")
 pytestmark = pytest.mark.skipif(
@@ -144,6 +152,30 @@ def test_files_with_numbers_that_the_merged_weights_do_not_have_are_seen(
         found = strange_numbers(program, tmp_path / "merged", tmp_path / "gguf")
         assert found > least
     assert found <= before.shape[1]
+
+
+ANOTHER = "import sys\nsys.argv[1] = sys.argv[1].replace('merged', 'base')\n"
+
+
+@pytest.mark.parametrize("other", ["", ANOTHER])
+def test_a_job_publishes_only_files_that_are_of_its_merged_weights(
+    other: str, tmp_path: Path, program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A converter that takes the base instead of the merged weights is seen."""
+    program.write_text(other + program.read_text())
+    monkeypatch.setenv("LLAMA_CPP", str(program.parent))
+    made = export(make_published("qwen2_5_vl", tmp_path / "base"), tmp_path, 0.05)
+    spec, rows = job_spec(evaluation={"batch_size": 2}, export={"gguf": True}), batch()
+    read = partial(read_folder, spec.model, made.merged, made.base, CPU)
+    verdict = compare(spec, made.loaded, made.base, read, rows)
+    exported, data = Exported({"merged": made.merged}, gate=verdict), SimpleNamespace(evaluation=rows, train=rows)
+    found = smaller(spec, made.loaded, exported, data, Results([], [], Comparison(), []), None)
+    assert ("gguf" in found.folders) == (not other)
+    if other:
+        assert "of its numbers are not those of merged/" in str(found.smaller["gguf"].refused)
+    else:
+        assert found.smaller["gguf"].loss == pytest.approx(verdict.loss_merged, rel=0.01)
+        assert "No share of the adapter's gain can be formed for gguf/" in str(found.smaller["gguf"].note)
 
 
 def test_a_base_that_the_converter_does_not_know_is_refused_before_training(tmp_path: Path) -> None:
