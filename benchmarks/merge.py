@@ -230,15 +230,16 @@ def judged(work: Path, loaded: Any, folder: Path) -> Facts:
 
     from job.errors import GateRefused
     from job.export.gate import compare, refuse
+    from job.export.read_back import read_folder
     from job.export.tensor_map import read_base
     from job.model.loaded import release
-    from job.model.transformers_backend import load_weights
 
     spec = spec_of(work)
     began = time.monotonic()
-    read = partial(load_weights, spec.model, folder, loaded.device)
+    base = read_base(work / "base")
+    read = partial(read_folder, spec.model, folder, base, loaded.device)
     let_go = partial(release, loaded.model)
-    verdict = compare(spec, loaded, read_base(work / "base"), read, rows_of(), let_go=let_go)
+    verdict = compare(spec, loaded, base, read, rows_of(), let_go=let_go)
     facts = {"seconds": time.monotonic() - began, **asdict(verdict), "wrong": verdict.wrong[:3]}
     if torch.cuda.is_available():
         facts["peak GPU GB"] = torch.cuda.max_memory_allocated() / 1e9
@@ -279,17 +280,15 @@ def fault(work: Path, *_: str) -> Facts:
 
 
 def gate4(work: Path, *_: str) -> Facts:
-    from functools import partial
-
     from job.export.gate import micro_batches
     from job.export.logits import answers, loss, spread_rows
-    from job.export.quantise import write_compressed, write_nf4
+    from job.export.quantise import write_fp8, write_nf4
     from job.model.loaded import release
 
     loaded = load(work, "4bit")
     facts = {"gate": judged(work, loaded, work / "merged")}
     spec = spec_of(work)
-    for name, write in (("nf4", write_nf4), ("fp8", partial(write_compressed, "FP8_DYNAMIC"))):
+    for name, write in (("nf4", write_nf4), ("fp8", write_fp8)):
         began = time.monotonic()
         try:
             model = write(spec.model, work / "merged", work / name, loaded.device)

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from job import layout
 from job.checkpoint.commit import sha256_of
@@ -88,7 +89,7 @@ def report_contents(ctx: RunContext, staged: StagedIn, plan: Plan, results: Resu
             "lora_alpha": spec.lora.lora_alpha,
         },
         lineage=lineage(ctx, staged),
-        gate={**asdict(exported.gate), **exported.losses} if exported.gate else {},
+        gate=gate_facts(exported),
         occlusion=results.maps,
         data=as_json(data.facts),
         privacy=Privacy(spec.privacy.report_images),
@@ -103,6 +104,16 @@ def report_contents(ctx: RunContext, staged: StagedIn, plan: Plan, results: Resu
         left_out=tuple(left_out(staged.base)),
         **(vars(exported.serving) if exported.serving else {}),
     )
+
+
+def gate_facts(exported: Exported) -> dict[str, Any]:
+    """Return what the gate measured of the merged weights, and of those in fewer bits."""
+    if exported.gate is None:
+        return {}
+    smaller = {name: asdict(each) for name, each in exported.smaller.items()}
+    losses = {f"loss_{name}": each.pop("loss") for name, each in smaller.items()}
+    measured = {name: loss for name, loss in losses.items() if loss is not None}
+    return {**asdict(exported.gate), **measured, **({"smaller": smaller} if smaller else {})}
 
 
 def publish(ctx: RunContext, plan: Plan, staged: StagedIn, results: Results, exported: Exported) -> None:

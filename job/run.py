@@ -49,7 +49,7 @@ def run(spec: JobSpec, environment: Environment, preemption: Preemption) -> None
         results = add_occlusion_maps(ctx, loaded, staged.data, results)
         with preemption.leave_at_once():
             fold = ctx.spec.export.merged and not results.unmet
-            exported = export(ctx, loaded, staged.data, fold=fold, gate_room=plan.gate_room)
+            exported = export(ctx, loaded, staged.data, results, fold=fold, gate_room=plan.gate_room)
             publish(ctx, plan, staged, results, exported)
         log.info("published: %s", spec.output.url)
 

@@ -348,6 +348,9 @@ class GateSpec(Section):
     """Share of answer tokens at which both rank the same token first. A token within the logit bound of the first counts too."""
     rounding_allowance: float = Field(2.0, ge=0)
     """If a model amplifies rounding, both bounds widen to this multiple of what rounding alone does to it."""
+    min_gain_kept: float = Field(0.8, ge=0, le=1)
+    """Share of the adapter's gain in loss, and in each label, that merged weights in fewer bits (`merged_4bit`, `merged_fp8`,
+    `merged_int4`, `gguf`) must keep to be published. The other folders are published without them."""
 
 
 class HubSpec(Section):
@@ -374,7 +377,8 @@ class ExportSpec(Section):
     merged_fp8: bool = False
     """Also publish merged weights in FP8 for vLLM and SGLang. Needs the fp8 extra."""
     merged_int4: bool = False
-    """Also publish merged weights in INT4 (W4A16, groups of 128) for vLLM and SGLang. Needs the fp8 extra."""
+    """Also publish merged weights in INT4 (W4A16, groups of 128) for vLLM and SGLang, rounded by auto-round on training rows.
+    Needs the fp8 extra."""
     gguf: bool = False
     """Also publish GGUF files for llama.cpp, made by the converter in the folder that LLAMA_CPP names."""
     gate: GateSpec = GateSpec()

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
+from job.config.schema import EvaluationSpec, LabelSpec
 from job.context import RunContext
 from job.data import Data
 from job.errors import Preempted
@@ -174,10 +175,7 @@ def compare(ctx: RunContext, data: Data, before: Answers, after: Answers) -> Res
     with ctx.record.stage("compare"), ctx.preemption.leave_at_once():
         measured = Comparison()
         if after:
-            labels = {
-                name: label if label.pattern else label.model_copy(update={"values": data.label_values[name]})
-                for name, label in asked.labels.items()
-            }
+            labels = label_specs(asked, data)
             settings = Settings(asked.bootstrap_samples, asked.confidence, spec.training.seed)
             measured = comparison.compare(
                 before,
@@ -192,6 +190,14 @@ def compare(ctx: RunContext, data: Data, before: Answers, after: Answers) -> Res
         results = Results(before, after, measured, unmet(asked.require, measured))
     ctx.record.update(measured=values(measured))
     return results
+
+
+def label_specs(asked: EvaluationSpec, data: Data) -> dict[str, LabelSpec]:
+    """Return the spec of each label, with the values that the data have if it is read by values."""
+    return {
+        name: label if label.pattern else label.model_copy(update={"values": data.label_values[name]})
+        for name, label in asked.labels.items()
+    }
 
 
 def add_occlusion_maps(ctx: RunContext, loaded: Loaded, data: Data, results: Results) -> Results:

@@ -3,10 +3,10 @@ memory.
 
 Two questions are asked, because each alone can be fooled.
 
-**Are the weights right?** A sample of every weight of the merged model, as transformers loads it, is compared with base +
-adapter, folded here from the adapter in memory. Both sides round the same float32 sum once, so they agree to the bit and no
-noise can hide a fault: a LoRA that was left out, put in the wrong layer, scaled wrongly or read from a damaged file is named,
-however little it moves the logits.
+**Are the weights right?** Every file is compared whole with base + adapter, folded here from the adapter in memory
+(`job.export.verify`), and a sample of every weight of the merged model as transformers loads it. Both sides round the same
+float32 sum once, so they agree to the bit and no noise can hide a fault: a LoRA that was left out, put in the wrong layer,
+scaled wrongly or read from a damaged file, or a zeroed row, is named, however little it moves the logits.
 
 **Do the outputs agree?** Base + adapter, not folded, is compared with the merged model on held-out rows. This shows what the
 weights do not: a different configuration, processor or forward pass. But it cannot be exact. Folding rounds each adapted
@@ -32,9 +32,21 @@ from torch import Tensor
 from job.config.schema import GateSpec, JobSpec
 from job.data import Row
 from job.errors import GateRefused
-from job.export.logits import Answers, agreement, answers, logit_difference, loss, spread, spread_rows
+from job.export.logits import (
+    Answers,
+    agreement,
+    answers,
+    logit_difference,
+    loss,
+    loss_error,
+    share_along,
+    spread,
+    spread_rows,
+)
+from job.export.read_back import Check
 from job.export.reference import Expected, adapters_of, beside, expected, jittered, samples, trained, trained_weights
 from job.export.tensor_map import Base
+from job.export.verify import from_memory, wrong_tensors
 from job.model.loaded import Loaded, release
 from job.model.lora_targets import group_of
 from job.model.memory_model import gate_batch, last_cure, served_precision
@@ -45,6 +57,8 @@ MOST_WRONG = 0.01
 """Share of the sampled numbers that may differ: float32 sums on another kind of device occasionally round differently."""
 DRAWS = 2
 """Number of rounding draws, of which the worst counts: in a model that amplifies rounding, one can be half of another."""
+EATEN = 0.5
+"""Share of the adapter's effect by which merged weights may differ from base + adapter before a warning."""
 VISIBLE = 0.01
 """Adapters that move logits by less (a trial of a few steps) are indistinguishable from rounding."""
 
@@ -57,7 +71,10 @@ class Verdict:
     `max_mean_logit_difference` of it; `rounding_…` is the effect of rounding alone on both. Losses are nats per token of the
     true answers. `difference_from_trained` compares with the model as it was trained and measured: equal to
     `mean_logit_difference`, unless the base was held in 4 bits or Unsloth's kernels computed it. `weights` gives by group the
-    number of `adapted` tensors and their relative change; `wrong` names those that are not base + adapter.
+    number of `adapted` tensors and their relative change; `wrong` names those that are not base + adapter. `effect_kept` is the
+    share of the adapter's effect on the logits that the merged model has too: 1 if all of it, 0 if it is the base (None if the
+    adapter has no effect). `warning` says that rounding ate it. `gain_error` is the standard error of the gain
+    `loss_base` − `loss_adapter`, None for one row.
     """
 
     rows: int
@@ -76,6 +93,9 @@ class Verdict:
     weights: dict[str, dict[str, float]]
     compared: int
     wrong: list[str]
+    effect_kept: float | None = None
+    warning: str | None = None
+    gain_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -100,30 +120,32 @@ def compare(
     spec: JobSpec,
     loaded: Loaded,
     base: Base,
-    read_merged: Callable[[str], Any],
+    read_merged: Callable[[str, Check], Any],
     rows: Any,
     *,
     processor: Any = None,
     let_go: Callable[[], None] = lambda: None,
     offload: Offload | None = None,
 ) -> Verdict:
-    """Measure the merged model, which `read_merged(precision)` loads, with the `processor` published with it (default: that of
-    `loaded`), against base + adapter on `rows`.
+    """Measure the merged model, which `read_merged(precision, check)` loads after `check` saw each of its files, with the
+    `processor` published with it (default: that of `loaded`), against base + adapter on `rows`.
 
     Both are in the training precision; if that is 4bit, both are in 16 bits, in which merged weights are made and served. Both
     run on transformers: Unsloth's kernels round differently, which some models amplify beyond the effect of folding. One model
     at a time is in memory: `let_go` is called once `loaded.model` is no longer needed, before another is loaded. `offload`
     keeps part of a 16-bit model outside the GPU, for a base that was held in 4 bits.
     """
+    right, wrong = from_memory(base, loaded.model, loaded.device), list[str]()
     reference = refer(spec, loaded, base, rows, let_go, offload)
     precision = served_precision(loaded.precision)
+    model = read_merged(precision, lambda file, path: wrong.extend(wrong_tensors(right, file, path)))
     served = processor or loaded.processor
-    again = replace(loaded, model=read_merged(precision), processor=served, precision=precision, backend="transformers")
+    again = replace(loaded, model=model, processor=served, precision=precision, backend="transformers")
     micro = micro_batches(spec, loaded)
     merged = answers(again, reference.batches, spec, micro)
-    wrong = wrong_weights(reference.weights, samples(again.model))
+    wrong += wrong_weights(reference.weights, samples(again.model))
     release(again.model)
-    return judge(spec, reference, merged, wrong)
+    return judge(spec, reference, merged, list(dict.fromkeys(wrong)))
 
 
 def refer(
@@ -169,7 +191,7 @@ def judge(spec: JobSpec, reference: Reference, merged: list[Answers], wrong: lis
     tuned, untuned, scale = reference.tuned, reference.untuned, reference.scale
     difference, largest = logit_difference(tuned, merged)
     before_merge = reference.trained
-    return Verdict(
+    verdict = Verdict(
         rows=sum(map(len, reference.batches)),
         tokens=sum(len(batch.targets) for batch in tuned),
         mean_logit_difference=difference / scale,
@@ -186,6 +208,21 @@ def judge(spec: JobSpec, reference: Reference, merged: list[Answers], wrong: lis
         weights=reference.groups,
         compared=len(reference.weights),
         wrong=wrong,
+        effect_kept=share_along(untuned, tuned, merged),
+        gain_error=loss_error(untuned, before_merge or tuned),
+    )
+    return replace(verdict, warning=eaten(verdict))
+
+
+def eaten(result: Verdict) -> str | None:
+    """Return a sentence if rounding to the files' dtype ate the adapter's effect, or drowned it; else None."""
+    effect, kept, difference = result.mean_effect_of_adapter, result.effect_kept, result.mean_logit_difference
+    if kept is None or difference <= EATEN * effect:
+        return None
+    return (
+        f"Rounding loses this adapter: it moves the logits by {effect:.2g} of their spread, and the merged weights, rounded to "
+        f"the precision of the base model's files, are {difference:.2g} from that and keep {kept:.0%} of its effect. Serve "
+        "adapter/ with the base model, or fold it into a float32 copy of the base model (model.name_or_path)."
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from job.config.schema import JobSpec
 from job.data import Row
@@ -62,6 +64,17 @@ def logit_difference(one: list[Answers], other: list[Answers]) -> tuple[float, f
     return total / count, largest
 
 
+def share_along(start: list[Answers], end: list[Answers], found: list[Answers]) -> float | None:
+    """Share of the way from `start` to `end` that `found` has gone: ⟨found − start, end − start⟩ / |end − start|². Noise across
+    that direction does not count. None if the two are equal."""
+    dot = square = 0.0
+    for a, b, c in zip(start, end, found, strict=True):
+        way = b.logits.float() - a.logits.float()
+        dot += float(((c.logits.float() - a.logits.float()) * way).sum(dtype=torch.float64))
+        square += float(way.square().sum(dtype=torch.float64))
+    return dot / square if square else None
+
+
 def agreement(one: list[Answers], other: list[Answers], near: float) -> float:
     """Share of tokens at which the first choice of `other` is that of `one`, or within `near` of it by the logits of `one`."""
     lost = [
@@ -73,5 +86,21 @@ def agreement(one: list[Answers], other: list[Answers], near: float) -> float:
 
 def loss(answers: list[Answers]) -> float:
     """Mean cross-entropy of the true tokens, in nats."""
-    losses = [torch.nn.functional.cross_entropy(a.logits.float(), a.targets, reduction="sum") for a in answers]
-    return float(sum(losses)) / sum(len(a.targets) for a in answers)
+    return sum(_losses(answers)) / sum(len(a.targets) for a in answers)
+
+
+def loss_error(one: list[Answers], other: list[Answers]) -> float | None:
+    """Standard error of the difference between two models' losses on the same rows, as of a ratio of sums over rows (Cochran,
+    Sampling Techniques, 1977, equation 2.46); None for one row."""
+    tokens, rows = [len(a.targets) for a in one], len(one)
+    if rows < 2:
+        return None
+    gaps = [a - b for a, b in zip(_losses(one), _losses(other), strict=True)]
+    mean = sum(gaps) / sum(tokens)
+    rest = sum((gap - mean * count) ** 2 for gap, count in zip(gaps, tokens, strict=True))
+    return math.sqrt(rest * rows / (rows - 1)) / sum(tokens)
+
+
+def _losses(answers: list[Answers]) -> list[float]:
+    """Each row's summed cross-entropy."""
+    return [float(cross_entropy(a.logits.float(), a.targets, reduction="sum")) for a in answers]

@@ -1,9 +1,9 @@
-"""Reads merged weights back from a store."""
+"""Reads merged weights back from where they were written."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,26 @@ from safetensors import safe_open
 from job.config.schema import ModelSpec
 from job.export.tensor_map import Base
 from job.model.patches import mllama_attention
-from job.model.transformers_backend import DTYPES, Offload, placement
+from job.model.transformers_backend import DTYPES, Offload, load_weights, placement
 from job.store import Digest, Store
+
+Check = Callable[[str, Path], None]
+"""Looks at a weight file, given its name and where it is, before it is loaded."""
+
+
+def read_folder(
+    spec: ModelSpec,
+    folder: Path,
+    base: Base,
+    device: torch.device,
+    precision: str,
+    check: Check,
+    offload: Offload | None = None,
+) -> Any:
+    """Load the model from a folder, each of its weight files checked before."""
+    for file in base.files:
+        check(file, folder / file)
+    return load_weights(spec, folder, device, precision, offload)
 
 
 def read_back(
@@ -26,10 +44,11 @@ def read_back(
     files: Mapping[str, Digest],
     device: torch.device,
     precision: str,
+    check: Check,
     offload: Offload | None = None,
 ) -> Any:
-    """Load the model from the weight files under `prefix/`, each checked against its digest. Scratch holds one file at a time,
-    and memory one copy of the weights.
+    """Load the model from the weight files under `prefix/`, each checked, and compared with its digest. Scratch holds one file
+    at a time, and memory one copy of the weights.
 
     The folder `rest` holds the configuration.
     """
@@ -37,7 +56,7 @@ def read_back(
 
     config = AutoConfig.from_pretrained(rest, trust_remote_code=spec.trust_remote_code)
     how = {"dtype": DTYPES[precision], "attn_implementation": spec.attn_implementation}
-    tensors = _tensors(rest, store, prefix, files)
+    tensors = _tensors(rest, store, prefix, files, check)
     if offload is None and base.names.keys() == base.slots.keys():
         with torch.device(device):
             model = AutoModelForImageTextToText.from_config(config, trust_remote_code=spec.trust_remote_code, **how)
@@ -54,13 +73,16 @@ def read_back(
     return model.eval()
 
 
-def _tensors(rest: Path, store: Store, prefix: str, files: Mapping[str, Digest]) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(
+    rest: Path, store: Store, prefix: str, files: Mapping[str, Digest], check: Check
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors of all files by their names there, on the CPU, each a view of a file that is deleted when the next one
     comes."""
     for file, digest in files.items():
         with tempfile.TemporaryDirectory(dir=rest.parent) as folder:
             part = Path(folder) / file
             store.download(f"{prefix}/{file}", part, sha256=digest.sha256)
+            check(file, part)
             with safe_open(part, "pt") as stream:
                 for key in stream.keys():  # noqa: SIM118 - it is no mapping
                     yield key, stream.get_tensor(key)

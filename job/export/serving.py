@@ -15,8 +15,8 @@ from job.config.schema import JobSpec
 from job.data import Data
 from job.data.conversations import conversation
 from job.data.images import Bounds
-from job.export.merge import WEIGHTS, copy_rest
-from job.model.base_model import json_object
+from job.export.merge import copy_rest
+from job.model.base_model import json_object, weight_files
 from job.model.collator import DATE, replacement
 from job.model.generation import greedy
 from job.model.loaded import Loaded
@@ -85,7 +85,7 @@ def spoilt(folder: Path, loaded: Loaded, spec: JobSpec, bounds: Bounds) -> str |
     with TemporaryDirectory(dir=folder.parent) as name:
         made = beside_weights(Path(name), loaded, spec, bounds)
         wanted = set(files_of(made))
-        there = {name for name in files_of(folder) if Path(name).suffix not in WEIGHTS} - {"README.md"}
+        there = set(files_of(folder)) - {"README.md", *(file.name for file in weight_files(loaded.folder))}
         _, changed, unread = cmpfiles(made, folder, wanted & there, shallow=False)
     what = {
         "missing": wanted - there,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from job.config.schema import ExportSpec, JobSpec
     from job.context import RunContext
     from job.data import Data
+    from job.evaluate.stage import Results
+    from job.export.gain import Smaller
     from job.export.gate import Verdict
     from job.export.serving import Serving
     from job.export.tensor_map import Base
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from job.model.loaded import Loaded
     from job.model.transformers_backend import Offload
 
+log = logging.getLogger("job")
 
 INT4_GROUP = 128
 """Columns of a weight that share a scale in compressed-tensors' W4A16."""
@@ -36,14 +41,15 @@ INT4_GROUP = 128
 class Exported:
     """Folders ready to publish, by the name they are published under: `adapter`, and whatever else the spec requests.
 
-    `sent` are files of `merged` already in the output. `gate` holds the measurements of `merged`, and `losses` those of fewer
-    bits, as `loss_NAME`; `serving` is what a server must be given; `refused` says why only the adapter may be published.
+    `sent` are files of `merged` already in the output. `gate` holds the measurements of `merged`, and `smaller` those of each
+    format in fewer bits, published or not; `serving` is what a server must be given; `refused` says why only the adapter may be
+    published.
     """
 
     folders: dict[str, Path]
     sent: dict[str, Digest] = field(default_factory=dict)
     gate: Verdict | None = None
-    losses: dict[str, float] = field(default_factory=dict)
+    smaller: dict[str, Smaller] = field(default_factory=dict)
     serving: Serving | None = None
     refused: str | None = None
 
@@ -80,9 +86,11 @@ def check_mergeable(spec: JobSpec, loaded: Loaded) -> None:
         rehearse(converter(loaded.model.config.model_type), loaded.folder)
 
 
-def export(ctx: RunContext, loaded: Loaded, data: Data, *, fold: bool, gate_room: int | None) -> Exported:
+def export(
+    ctx: RunContext, loaded: Loaded, data: Data, results: Results, *, fold: bool, gate_room: int | None
+) -> Exported:
     """Write the adapter to scratch and, with `fold`, the merged weights that the spec requests, to scratch or straight to the
-    output, measured against the adapter. `loaded.model` cannot be used afterwards.
+    output, measured against the adapter and the evaluation's `results`. `loaded.model` cannot be used afterwards.
 
     `gate_room`: bytes of a 16-bit model's weights that the GPU holds; None if all of them fit.
     """
@@ -113,9 +121,11 @@ def export(ctx: RunContext, loaded: Loaded, data: Data, *, fold: bool, gate_room
             f"merged {bytes_text(size)}",
             f"token agreement {agreed:.4f} where rounding alone leaves {rounded:.4f}",
         ]
+        if verdict.warning:
+            log.warning("merged/: %s", verdict.warning)
         exported = replace(exported, serving=served)
         if exported.refused is None:
-            exported = smaller(spec, loaded, exported, data, offload)
+            exported = smaller(spec, loaded, exported, data, results, offload)
             wrong = spoilt(exported.folders["merged"], loaded, spec, data.bounds)
             exported = replace(exported, refused=wrong)
         ctx.preemption.check()  # a library may have swallowed the notice
@@ -128,11 +138,11 @@ def merged(
     """Merge, and judge the result from where it was written. Releases `loaded.model`."""
     from job.export.gate import compare, refuse
     from job.export.merge import merge_to_folder, merge_to_store, recipe
-    from job.export.read_back import read_back
+    from job.export.read_back import read_back, read_folder
     from job.export.serving import beside_weights
     from job.export.tensor_map import changes, read_adapter
     from job.model.oom_retry import free_cached
-    from job.model.transformers_backend import load_processor, load_weights
+    from job.model.transformers_backend import load_processor
 
     spec, store = ctx.spec, ctx.store
     adapter, into = folder / "adapter", folder / "merged"
@@ -140,7 +150,7 @@ def merged(
     sent: dict[str, Digest] = {}
     if spec.export.scratch_copy:
         merge_to_folder(todo, into)
-        read_merged = partial(load_weights, spec.model, into, loaded.device, offload=offload)
+        read_merged = partial(read_folder, spec.model, into, base, loaded.device, offload=offload)
     else:
         shutil.rmtree(into, ignore_errors=True)
         sent = merge_to_store(todo, store, "merged")
@@ -158,32 +168,70 @@ def merged(
     return Exported({"adapter": adapter, "merged": into}, sent, verdict, refused=refused), verdict
 
 
-def smaller(spec: JobSpec, loaded: Loaded, exported: Exported, data: Data, offload: Offload | None) -> Exported:
-    """Write quantised merged weights if the spec requests them, and measure them on the gate's rows."""
+def smaller(
+    spec: JobSpec, loaded: Loaded, exported: Exported, data: Data, results: Results, offload: Offload | None
+) -> Exported:
+    """Write merged weights in fewer bits if the spec requests them, and measure what they keep of the adapter's gain. A format
+    that keeps too little of it is not among the folders that are published."""
+    from job.export.gain import Smaller, judge, label_shares
     from job.export.gate import micro_batches
-    from job.export.gguf import converter, write_gguf
     from job.export.logits import answers, loss, spread_rows
-    from job.export.quantise import write_compressed, write_nf4
 
-    kinds: dict[str, Any] = {
-        "merged_4bit": write_nf4,
-        "merged_fp8": partial(write_compressed, "FP8_DYNAMIC", offload=offload),
-        "merged_int4": partial(write_compressed, "W4A16", offload=offload),
-    }
-    folders, losses = dict(exported.folders), dict[str, float]()
+    assert exported.gate is not None
+    folders = dict(exported.folders)
+    measured: dict[str, Smaller] = {}
     batches = spread_rows(rows_of(data), spec.export.gate.rows, gate_batch(spec))
-    for name, write in kinds.items():
-        if getattr(spec.export, name):
-            folders[name] = folders["merged"].with_name(name)
-            shutil.rmtree(folders[name], ignore_errors=True)
-            model = write(spec.model, folders["merged"], folders[name], loaded.device)
+    for name, write in _formats(spec, loaded, data, offload).items():
+        if not getattr(spec.export, name):
+            continue
+        folder = folders["merged"].with_name(name)
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            model = write(folders["merged"], folder)
+        except GateRefused as error:
+            measured[name] = Smaller(refused=str(error))
+        else:
             small = replace(loaded, model=model, precision="16bit", backend="transformers")
-            losses[f"loss_{name}"] = loss(answers(small, batches, spec, micro_batches(spec, loaded)))
+            lost = loss(answers(small, batches, spec, micro_batches(spec, loaded)))
+            shares = label_shares(small, data, spec, results)
             release(model)
-    if spec.export.gguf:
-        folders["gguf"] = folders["merged"].with_name("gguf")
-        write_gguf(converter(loaded.model.config.model_type), folders["merged"], folders["gguf"])
-    return replace(exported, folders=folders, losses=losses)
+            measured[name] = judge(name, lost, shares, exported.gate, spec.export.gate)
+        if said := measured[name].refused or measured[name].note:
+            log.warning("%s", said)
+        if not measured[name].refused:
+            folders[name] = folder
+    return replace(exported, folders=folders, smaller=measured)
+
+
+def _formats(spec: JobSpec, loaded: Loaded, data: Data, offload: Offload | None) -> dict[str, Callable[..., Any]]:
+    """Return what writes each format in fewer bits, from one folder to another, and returns the model that it wrote."""
+    from job.export.gguf import converter, write_gguf
+    from job.export.gguf_numbers import strange_numbers
+    from job.export.quantise import calibration_rows, write_fp8, write_int4, write_nf4
+    from job.model.transformers_backend import load_weights
+
+    model, device = spec.model, loaded.device
+
+    def int4(merged: Path, into: Path) -> Any:
+        calibration = calibration_rows(loaded, data.train, spec)
+        return write_int4(model, merged, into, device, loaded.processor, calibration, offload)
+
+    def gguf(merged: Path, into: Path) -> Any:
+        program = converter(loaded.model.config.model_type)
+        write_gguf(program, merged, into)
+        if strange := strange_numbers(program, merged, into):
+            raise GateRefused(
+                f"gguf/ is not published: {strange:,} of its numbers are not those of merged/; run again, or with other sources "
+                "in LLAMA_CPP, or set export.gguf to false"
+            )
+        return load_weights(model, merged, device, "16bit", offload)  # GGUF holds the same numbers in bfloat16
+
+    return {
+        "merged_4bit": lambda merged, into: write_nf4(model, merged, into, device),
+        "merged_fp8": lambda merged, into: write_fp8(model, merged, into, device, offload),
+        "merged_int4": int4,
+        "gguf": gguf,
+    }
 
 
 def rows_of(data: Data) -> Any:

@@ -36,6 +36,8 @@ ON_THEIR_WAY = 0.7
 observed, but copies in flight could explain it."""
 
 
+CALIBRATION_ROWS = 128
+"""Training rows that calibrate INT4 at most."""
 GATE_ROWS = 8
 """Micro-batch size of the gate and of occlusion maps: without generation, more rows gain little and leave less room for
 weights that do not all fit."""

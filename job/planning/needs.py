@@ -21,6 +21,7 @@ from job.model.families import family_of
 from job.model.lora_targets import group_of
 from job.model.memory_model import (
     ANSWER,
+    CALIBRATION_ROWS,
     NF4_BYTES,
     OPTIMIZER_BYTES,
     Kept,
@@ -52,6 +53,9 @@ SENT_AT_ONCE = 2
 """Files, sent straight to the output (`job.export.merge`)."""
 ANSWERS = 4
 """Sets of logits that the gate holds: base + adapter, base, as trained, and merged or with rounding (`job.export.gate`)."""
+LAYER_INPUTS = 4
+"""Copies of a layer's inputs in 16 bits that calibration of INT4 keeps for each row: llm-compressor's, and auto-round's inputs,
+outputs and outputs once quantised."""
 DECODER_BYTES = 180_000_000
 """Bytes of an idle process that decodes DICOM (`benchmarks/decoding.py`). Each loader has one, or the job itself."""
 GROUP_SCALES = 2 / 128
@@ -229,7 +233,15 @@ def _export_memory(spec: JobSpec, facts: Facts, base: BaseFacts, training: Train
     small = sizes.get("merged_4bit", 0)  # safetensors writes a file from memory
     small = max(small, base.largest * (spec.export.merged_fp8 or spec.export.merged_int4))
     converter = LIBRARIES["cpu"] * spec.export.gguf
-    return pieces + max(logits, small, converter)
+    return pieces + max(logits, small + _calibration_memory(spec, facts, base), converter)
+
+
+def _calibration_memory(spec: JobSpec, facts: Facts, base: BaseFacts) -> int:
+    """Returns what the training rows that calibrate INT4 likely hold."""
+    rows = min(facts.data.train, CALIBRATION_ROWS) if facts.data else CALIBRATION_ROWS
+    tokens, _ = facts.longest_row(spec.training.max_length)
+    width = int(base.config.get("text_config", base.config).get("hidden_size", 0))
+    return rows * tokens * width * 2 * LAYER_INPUTS * spec.export.merged_int4
 
 
 def memory_range(sure: int, likely: int = 0) -> Range:

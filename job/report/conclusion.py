@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from job.evaluate import metric_info
 from job.evaluate.metric_info import number, plain
 from job.evaluate.records import Comparison
@@ -52,6 +55,16 @@ def image_use(measured: Comparison) -> str:
     return (
         f"{said}, and {number(min(1.0, max(0.0, used.gain_without)), 'share')} of the gain in loss from tuning remains."
     )
+
+
+def smaller(gate: Mapping[str, Any], folder: str | None = None) -> list[str]:
+    """Returns a sentence on what each format in fewer bits, or only `folder`, keeps of the adapter's gain."""
+    found = []
+    for name, measured in (gate.get("smaller") or {}).items():
+        kept = [f"{share:.0%} ({metric_info.about(metric).title})" for metric, share in measured["gain_kept"].items()]
+        said = measured["refused"] or measured["note"] or f"{name}/ keeps {' and '.join(kept)} of the adapter's gain"
+        found += [f"{said}."] if folder in (None, name) else []
+    return found
 
 
 def moved(measured: Comparison) -> str:

@@ -13,12 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from job.evaluate.generate import to_device
+from job.export import quantise
+from job.export.gate import compare
 from job.export.merge import copy_rest
-from job.export.quantise import write_compressed, write_nf4
+from job.export.quantise import calibration_rows, write_fp8, write_int4, write_nf4
+from job.export.read_back import read_folder
+from job.export.stage import Exported, smaller
 from job.model.collator import Collator
 from job.model.loaded import Loaded
 from job.model.transformers_backend import adapted, load_weights
 from tests.export.test_gate import SPEC, Made, export, is_vision, judge, made, merge
+from tests.export.trained import make_trained, make_wide
 from tests.tiny import CPU, batch, load_tiny, models, perturb
 
 __all__ = ["made"]
@@ -87,7 +92,7 @@ def test_merged_weights_in_4_bits_load_again(in_4_bits: Loaded, tmp_path: Path) 
 def test_merged_weights_in_fp8_touch_the_language_layers_only_and_load_again(
     family: str, made: Made, tmp_path: Path
 ) -> None:
-    model = write_compressed("FP8_DYNAMIC", SPEC.model, made.merged, tmp_path / "fp8", CPU)
+    model = write_fp8(SPEC.model, made.merged, tmp_path / "fp8", CPU)
     whole, small = (load_file(folder / "model.safetensors") for folder in (made.merged, tmp_path / "fp8"))
     layers = {name for name in adapted(made.loaded.model) if not is_vision(name)}
     keys = {key for key, weight in small.items() if weight.dtype == torch.float8_e4m3fn}
@@ -108,16 +113,17 @@ def difference(loaded: Loaded, model: Any) -> float:
     return float((right - found).abs().mean() / right.std())
 
 
+@pytest.mark.parametrize("tuned", [True, False])
 def test_merged_weights_in_int4_touch_the_language_layers_only_and_load_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tuned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of a model whose widths are multiples of the 128 columns that share a scale."""
-    rope = models.TEXT["qwen2_5_vl"]["tiny"]["rope_parameters"] | {"mrope_section": [4, 6, 6]}
-    wide = {"hidden_size": 128, "intermediate_size": 256, "rope_parameters": rope}
-    for part, sizes in ((models.TEXT, wide), (models.VISION, {"out_hidden_size": 128})):
-        monkeypatch.setitem(part["qwen2_5_vl"], "tiny", part["qwen2_5_vl"]["tiny"] | sizes)
-    made = export(models.make_model("qwen2_5_vl", tmp_path / "base", dtype=torch.bfloat16), tmp_path, 0.05)
-    model = write_compressed("W4A16", SPEC.model, made.merged, tmp_path / "int4", CPU)
+    monkeypatch.setattr(quantise, "STEPS", 2)
+    made = export(make_wide(tmp_path / "base"), tmp_path, 0.05)
+    rows = calibration_rows(made.loaded, batch(), SPEC) if tuned else []
+    processor = made.loaded.processor
+    model = write_int4(SPEC.model, made.merged, tmp_path / "int4", CPU, processor, rows)
+    assert [each.message for each in caplog.records if each.name == "job"] == []
     whole, small = (load_file(folder / "model.safetensors") for folder in (made.merged, tmp_path / "int4"))
     layers = {f"{name}.weight" for name in adapted(made.loaded.model) if not is_vision(name)}
     keys = {key for key, name in made.base.names.items() if name in layers}
@@ -133,3 +139,58 @@ def test_merged_weights_in_int4_touch_the_language_layers_only_and_load_again(
     save_file(rounded, tmp_path / "rounded" / "model.safetensors", metadata={"format": "pt"})
     same = load_weights(SPEC.model, tmp_path / "rounded", CPU, "32bit")
     assert difference(replace(made.loaded, model=same), model) < 0.05  # bfloat16's own rounding of activations
+
+
+def test_auto_round_comes_closer_than_rounding_to_the_nearest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of layers of every kind: linear attention too, with layers that are too small to quantise."""
+    text, vision = models.TEXT["qwen3_5"], models.VISION["qwen3_5"]
+    wide = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "linear_value_head_dim": 32}
+    monkeypatch.setitem(text, "tiny", text["tiny"] | wide)
+    monkeypatch.setitem(vision, "tiny", vision["tiny"] | {"out_hidden_size": 128})
+    monkeypatch.setattr(quantise, "STEPS", 20)
+    made = export(models.make_model("qwen3_5", tmp_path / "base", dtype=torch.bfloat16), tmp_path, 0.01)
+    rows = calibration_rows(made.loaded, batch(), SPEC)
+
+    def lost(name: str, rows: list[dict[str, torch.Tensor]]) -> float:
+        model = write_int4(SPEC.model, made.merged, tmp_path / name, CPU, made.loaded.processor, rows)
+        return difference(made.loaded, model)
+
+    assert lost("tuned", rows) < 0.2 < 0.4 < lost("nearest", [])
+    assert [each.message for each in caplog.records if each.name == "job"] == []
+
+
+def test_rows_do_not_calibrate_llama_whose_cross_attention_auto_round_confuses(tiny: Callable[..., Path]) -> None:
+    assert calibration_rows(load_tiny(tiny("mllama")), batch(), SPEC) == []
+    assert len(calibration_rows(load_tiny(tiny("qwen3_vl")), batch(), SPEC)) == 3
+
+
+def test_a_model_that_auto_round_cannot_handle_is_rounded_to_the_nearest_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = export(make_wide(tmp_path / "base"), tmp_path, 0.05)
+    rows = [{"input_ids": torch.zeros(1, 4)}]  # no integers
+    write_int4(SPEC.model, made.merged, tmp_path / "int4", CPU, made.loaded.processor, rows)
+    assert "merged_int4/ is rounded to the nearest, since auto-round failed:" in caplog.text
+    write_int4(SPEC.model, made.merged, tmp_path / "plain", CPU, made.loaded.processor, [])
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("int4", "plain"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_each_format_keeps_the_gain_or_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibration rows are training rows, and a bound of 1 is one that only the whole gain meets."""
+    monkeypatch.setattr(quantise, "STEPS", 20)
+    trained = make_trained(tmp_path, merged_fp8=True, merged_int4=True, gate={"min_gain_kept": 1})
+    made = merge(trained.loaded, tmp_path)
+    read = partial(read_folder, trained.spec.model, made.merged, made.base, CPU)
+    verdict = compare(trained.spec, trained.loaded, made.base, read, trained.data.evaluation)
+    exported = Exported({"merged": made.merged}, gate=verdict)
+    found = smaller(trained.spec, trained.loaded, exported, trained.data, trained.results, None)
+    assert found.smaller.keys() == {"merged_fp8", "merged_int4"}
+    for name, measured in found.smaller.items():
+        assert measured.gain_kept.keys() == {"loss", "finding_accuracy"}
+        assert measured.gain_kept["loss"] > 0.8, (name, measured)
+        assert (name in found.folders) == (min(measured.gain_kept.values()) >= 1) == (measured.refused is None)
+    assert found.smaller["merged_fp8"].gain_kept["finding_accuracy"] == 1

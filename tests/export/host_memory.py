@@ -20,6 +20,8 @@ from job.context import RunContext
 from job.data import Data
 from job.data.prepare import prepare
 from job.evaluate.generate import answer_losses
+from job.evaluate.records import Comparison
+from job.evaluate.stage import Results
 from job.export.stage import Exported, export
 from job.runtime.preemption import Preemption
 from job.runtime.status import Record
@@ -99,7 +101,7 @@ def limited_export(
         attempt = RunContext(spec, store, lease, scratch, record, Preemption(), 1)
         resource.setrlimit(resource.RLIMIT_DATA, (counted() + int(MARGIN[scratch_copy] * size), resource.RLIM_INFINITY))
         try:
-            return export(attempt, loaded, data, fold=True, gate_room=None)
+            return export(attempt, loaded, data, Results([], [], Comparison(), []), fold=True, gate_room=None)
         finally:
             resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             kept.clear()

@@ -14,9 +14,10 @@ FORMATS = ROOT / "build" / "formats"
 
 
 @pytest.mark.skipif(not FORMATS.exists(), reason="make test brings bitsandbytes and llmcompressor")
-def test_merged_weights_in_fewer_bits_are_right_and_load_again() -> None:
+@pytest.mark.parametrize("chosen", ["int4 or auto_round", "not (int4 or auto_round)"])
+def test_merged_weights_in_fewer_bits_are_right_and_load_again(chosen: str) -> None:
     """In a process of its own: whatever imports peft would wait seconds for these libraries."""
-    command = [sys.executable, "-m", "pytest", "tests/export/fewer_bits.py"]
+    command = [sys.executable, "-m", "pytest", "tests/export/fewer_bits.py", "-k", chosen]
     paths = f"{FORMATS}:{os.environ.get('PYTHONPATH', '')}"
     ended = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False

@@ -18,10 +18,11 @@ from job.config.schema import JobSpec
 from job.errors import GateRefused
 from job.export.gate import Verdict, compare, refuse
 from job.export.merge import copy_rest, merge_to_folder, merge_to_store, recipe
-from job.export.read_back import read_back
+from job.export.read_back import Check, read_back, read_folder
 from job.export.tensor_map import Base, changes, read_adapter, read_base
+from job.export.verify import from_memory, wrong_tensors
 from job.model.loaded import Loaded
-from job.model.transformers_backend import Offload, adapted, load, load_processor, load_weights
+from job.model.transformers_backend import Offload, adapted, load, load_processor
 from job.store import open_store
 from job.store.protocol import Corrupt
 from tests.tiny import CPU, batch, job_spec, load_tiny, perturb, row
@@ -67,7 +68,7 @@ def altered(made: Made, into: Path, alter: Callable[[dict[str, torch.Tensor], di
 
 
 def measure(made: Made, folder: Path, spec: JobSpec = SPEC, **how: Any) -> Verdict:
-    return compare(spec, made.loaded, made.base, partial(load_weights, spec.model, folder, CPU), ROWS, **how)
+    return compare(spec, made.loaded, made.base, partial(read_folder, spec.model, folder, made.base, CPU), ROWS, **how)
 
 
 def judge(made: Made, folder: Path, spec: JobSpec = SPEC, **how: Any) -> Verdict:
@@ -83,11 +84,30 @@ def test_a_right_merge_passes_and_differs_by_no_more_than_rounding(made: Made) -
     assert sum(group["adapted"] for group in verdict.weights.values()) == len(adapted(made.loaded.model))
     assert set(verdict.weights) == set(made.loaded.groups)
     assert verdict.mean_logit_difference < 0.02 < verdict.mean_effect_of_adapter
+    assert (verdict.warning, verdict.effect_kept) == (None, pytest.approx(1, abs=0.02))
     assert 0.7 < verdict.mean_logit_difference / verdict.rounding_logit_difference < 1.2
     assert abs(verdict.loss_merged - verdict.loss_adapter) < 0.01 < abs(verdict.loss_base - verdict.loss_adapter) + 0.01
     assert Verdict(**json.loads(json.dumps(asdict(verdict)))) == verdict
     for name, weight in made.loaded.model.named_parameters():
         assert torch.equal(weight, before[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_adapter_that_rounding_eats_is_told_and_float32_keeps_it(
+    dtype: torch.dtype, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """An effect of 0.0003 of the logits' spread, of which bfloat16 keeps a twentieth."""
+    small = export(tiny("qwen3_vl", dtype), tmp_path, 0.00002)
+    verdict = judge(small, small.merged)
+    assert 0.0002 < verdict.mean_effect_of_adapter < 0.0005
+    if dtype == torch.float32:
+        assert (verdict.warning, verdict.effect_kept) == (None, pytest.approx(1, abs=0.05))
+    else:
+        assert verdict.effect_kept is not None
+        assert verdict.effect_kept < 0.2
+        assert f"keep {verdict.effect_kept:.0%} of its effect. Serve adapter/ with the base model" in str(
+            verdict.warning
+        )
 
 
 def is_vision(key: str) -> bool:
@@ -157,6 +177,87 @@ def test_one_wrong_weight_is_named(family: str, made: Made, tmp_path: Path, dama
         judge(made, altered(made, tmp_path / "altered", alter))
 
 
+def embedding(key: str) -> bool:
+    return "embed_tokens" in key
+
+
+def adapted_weight(key: str) -> bool:
+    return key.endswith("layers.0.mlp.down_proj.weight") and not is_vision(key)
+
+
+def zero_a_row(weight: torch.Tensor) -> None:
+    weight[-1] = 0
+
+
+def flip_one_number(weight: torch.Tensor) -> None:
+    weight.view(-1)[7] *= -1
+
+
+def double_one_in_200(weight: torch.Tensor) -> None:
+    weight.view(-1)[::200] *= 2
+
+
+def swap_rows(weight: torch.Tensor) -> None:
+    weight[:2] = weight[:2].flip(0)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl"], scope="module")
+@pytest.mark.parametrize("where", [embedding, adapted_weight])
+@pytest.mark.parametrize("damage", [zero_a_row, flip_one_number, double_one_in_200, swap_rows])
+def test_a_few_wrong_numbers_of_any_tensor_are_refused(
+    family: str, made: Made, tmp_path: Path, where: Any, damage: Any
+) -> None:
+    keys: list[str] = []
+
+    def alter(weights: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> None:
+        keys.append(next(filter(where, weights)))
+        before = weights[keys[0]].clone()
+        damage(weights[keys[0]])
+        assert not torch.equal(before, weights[keys[0]])
+
+    verdict = measure(made, altered(made, tmp_path / "altered", alter))
+    assert verdict.wrong == [made.base.names[keys[0]]]
+    with pytest.raises(GateRefused, match=r"1 of \d+ weights are not base \+ adapter"):
+        refuse(verdict, SPEC.export.gate)
+
+
+@pytest.mark.parametrize("family", ["llava"], scope="module")
+@pytest.mark.parametrize("damage", ["swapped", "cut off", "longer", "another header"])
+def test_a_file_whose_parts_are_elsewhere_is_refused(family: str, made: Made, tmp_path: Path, damage: str) -> None:
+    file = tmp_path / "model.safetensors"
+    content = bytearray((made.merged / file.name).read_bytes())
+    one, other = (
+        slot
+        for key, slot in made.base.slots.items()
+        if key.endswith(("layers.0.mlp.gate_proj.weight", "layers.0.mlp.up_proj.weight")) and not is_vision(key)
+    )
+    if damage == "swapped":
+        halves = content[one.start : one.end], content[other.start : other.end]
+        content[other.start : other.end], content[one.start : one.end] = halves
+    elif damage == "another header":
+        content[:] = content.replace(b"gate_proj", b"gAte_proj", 1)
+    file.write_bytes(content[:-1] if damage == "cut off" else content + b" " * (damage == "longer"))
+    wrong = wrong_tensors(from_memory(made.base, made.loaded.model, CPU), file.name, file)
+    assert len(wrong) == (2 if damage == "swapped" else 1)
+    assert damage == "swapped" or wrong == [file.name]
+
+
+@pytest.mark.parametrize("family", ["llava"], scope="module")
+def test_a_sum_that_another_device_rounds_otherwise_is_no_fault(family: str, made: Made, tmp_path: Path) -> None:
+    right = from_memory(made.base, made.loaded.model, CPU)
+    key = next(key for key in right.changes if adapted_weight(key))
+
+    def found(every: int) -> list[str]:
+        def next_to(weights: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> None:
+            weights[key].view(torch.int16).view(-1)[::every] += 1
+
+        folder = altered(made, tmp_path / str(every), next_to)
+        return wrong_tensors(right, "model.safetensors", folder / "model.safetensors")
+
+    assert found(150) == []
+    assert found(50) == [made.base.names[key]]
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl"], scope="module")
 def test_a_model_that_says_something_else_with_the_right_weights_is_refused(
     family: str, made: Made, tmp_path: Path
@@ -201,8 +302,8 @@ def test_a_model_of_which_a_part_waits_outside_gets_the_same_verdict(
     offload = Offload(size // 2, tmp_path / "offloaded")
     parts = []
 
-    def read(precision: str) -> Any:
-        model = load_weights(SPEC.model, made.merged, CPU, precision, offload)
+    def read(precision: str, check: Check) -> Any:
+        model = read_folder(SPEC.model, made.merged, made.base, CPU, precision, check, offload)
         parts.append({weight.device.type for weight in model.parameters()})
         norms = [module for name, module in model.named_modules() if "norm" in name.rpartition(".")[2]]
         parts.append({weight.device.type for norm in norms for weight in norm.parameters()})
@@ -242,4 +343,4 @@ def test_weights_are_read_back_from_the_store_that_they_were_sent_to(family: str
     content[-5] ^= 1
     path.write_bytes(content)
     with pytest.raises(Corrupt):
-        read("32bit")
+        read("32bit", lambda file, path: None)

@@ -11,7 +11,9 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,11 +31,18 @@ from transformers import (
 )
 
 from job.errors import SpecError
+from job.evaluate.records import Comparison
+from job.evaluate.stage import Results
+from job.export.gate import compare
 from job.export.gguf import CONVERTER, rehearse, write_gguf
+from job.export.gguf_numbers import strange_numbers
+from job.export.read_back import read_folder
+from job.export.stage import Exported, smaller
 from tests.conftest import ROOT, job_environment
 from tests.export.llama_cpp import MARKER, logits
 from tests.export.published import CHANGES, make_published
-from tests.tiny import QUESTION, picture
+from tests.export.test_gate import export
+from tests.tiny import CPU, QUESTION, batch, job_spec, picture
 
 SOURCES, BUILD = os.environ.get("LLAMA_CPP", ""), os.environ.get("LLAMA_CPP_BUILD", "")
 pytestmark = pytest.mark.skipif(
@@ -56,6 +65,7 @@ IMAGES = 12
 def program(tmp_path: Path) -> Path:
     """The converter, in a folder that `LLAMA_CPP` can name."""
     (tmp_path / CONVERTER).write_text(KNOWS_THE_TOKENIZER)
+    (tmp_path / "gguf-py").symlink_to(Path(SOURCES) / "gguf-py")
     return tmp_path / CONVERTER
 
 
@@ -81,6 +91,7 @@ def test_llama_cpp_computes_what_the_merged_model_computes(family: str, tmp_path
         tensors[name] += torch.randn_like(tensors[name]) * tensors[name].std() * 0.1
     save_file(tensors, merged / "model.safetensors")
     write_gguf(program, merged, tmp_path / "gguf")
+    assert strange_numbers(program, merged, tmp_path / "gguf") == 0
     processor = AutoProcessor.from_pretrained(merged)
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -121,6 +132,50 @@ def test_llama_cpp_computes_what_the_merged_model_computes(family: str, tmp_path
     # It keeps proportions and fills with black what transformers stretches; docs/merging.md says so.
     narrow = picture(3, 100, 150)
     assert distance(computed(merged, narrow)[1], served(narrow)[1]) > FAR
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_files_with_numbers_that_the_merged_weights_do_not_have_are_seen(
+    family: str, tmp_path: Path, program: Path
+) -> None:
+    """A matrix is another's, or one of its rows is not zero as in the merged weights. Gemma's files have a matrix in float16."""
+    base = make_published(family, tmp_path / "base")
+    write_gguf(program, base, tmp_path / "gguf")
+    assert strange_numbers(program, base, tmp_path / "gguf") == 0
+    tensors = load_file(base / "model.safetensors")
+    key = next(key for key in tensors if key.endswith("layers.0.mlp.up_proj.weight"))
+    before = tensors[key].clone()
+    shutil.copytree(base, tmp_path / "merged")
+    for damage, least in ((lambda: before * 1.01, 1000), (lambda: torch.cat([before[:1] * 0, before[1:]]), 20)):
+        tensors[key] = damage()
+        save_file(tensors, tmp_path / "merged" / "model.safetensors")
+        found = strange_numbers(program, tmp_path / "merged", tmp_path / "gguf")
+        assert found > least
+    assert found <= before.shape[1]
+
+
+ANOTHER = "import sys\nsys.argv[1] = sys.argv[1].replace('merged', 'base')\n"
+
+
+@pytest.mark.parametrize("other", ["", ANOTHER])
+def test_a_job_publishes_only_files_that_are_of_its_merged_weights(
+    other: str, tmp_path: Path, program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A converter that takes the base instead of the merged weights is seen."""
+    program.write_text(other + program.read_text())
+    monkeypatch.setenv("LLAMA_CPP", str(program.parent))
+    made = export(make_published("qwen2_5_vl", tmp_path / "base"), tmp_path, 0.05)
+    spec, rows = job_spec(evaluation={"batch_size": 2}, export={"gguf": True}), batch()
+    read = partial(read_folder, spec.model, made.merged, made.base, CPU)
+    verdict = compare(spec, made.loaded, made.base, read, rows)
+    exported, data = Exported({"merged": made.merged}, gate=verdict), SimpleNamespace(evaluation=rows, train=rows)
+    found = smaller(spec, made.loaded, exported, data, Results([], [], Comparison(), []), None)
+    assert ("gguf" in found.folders) == (not other)
+    if other:
+        assert "of its numbers are not those of merged/" in str(found.smaller["gguf"].refused)
+    else:
+        assert found.smaller["gguf"].loss == pytest.approx(verdict.loss_merged, rel=0.01)
+        assert "No share of the adapter's gain can be formed for gguf/" in str(found.smaller["gguf"].note)
 
 
 def test_a_base_that_the_converter_does_not_know_is_refused_before_training(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a penalty": (rewrite("generation_config.json", repetition_penalty=1.3), "generation_config.json is not the base"),
     "another end": (rewrite("generation_config.json", eos_token_id=[0]), "generation_config.json is not the base"),
     "another shape": (rewrite("config.json", hidden_size=3), "config.json is not the base"),
+    "weights too many": (lambda folder: (folder / "old.safetensors").touch(), "old.safetensors is not of the base"),
     "one too many": (lambda folder: (folder / "added.json").write_text("{}"), "added.json is not of the base"),
 }
 

@@ -23,11 +23,12 @@ from job.export.fold import Lora, changed
 from job.export.gate import Verdict, compare, refuse
 from job.export.merge import copy_rest, merge_to_folder, recipe
 from job.export.quantise import write_nf4
+from job.export.read_back import read_folder
 from job.export.tensor_map import changes, read_adapter, read_base
 from job.model.load import load_model
 from job.model.loaded import Loaded, release
 from job.model.oom_retry import free_cached
-from job.model.transformers_backend import Offload, load_weights
+from job.model.transformers_backend import Offload
 from tests.tiny import batch, job_spec, make_model, perturb
 
 FAMILIES = ("mllama", "qwen2_5_vl", "gemma3")
@@ -57,9 +58,10 @@ def merged(loaded: Loaded, into: Path) -> Path:
 
 def judge(loaded: Loaded, folder: Path, spec: JobSpec, offload: Offload | None = None) -> Verdict:
     """The gate as the job asks it: afterwards `loaded` is gone."""
-    read = partial(load_weights, spec.model, folder, GPU, offload=offload)
+    base = read_base(loaded.folder)
+    read = partial(read_folder, spec.model, folder, base, GPU, offload=offload)
     let_go = partial(release, loaded.model)
-    verdict = compare(spec, loaded, read_base(loaded.folder), read, batch(), let_go=let_go, offload=offload)
+    verdict = compare(spec, loaded, base, read, batch(), let_go=let_go, offload=offload)
     refuse(verdict, spec.export.gate)
     return verdict
 

@@ -184,6 +184,15 @@ def test_one_model_at_a_time_is_in_memory_during_the_export(tree: Spec):
     assert need(found, "export").memory.most < 1.1 * need(found, "load").memory.most
 
 
+def test_rows_that_calibrate_int4_are_foreseen(tree: Spec):
+    config = {"text_config": {"hidden_size": 4096}}
+    facts = replace(FACTS, device=CPU, base=replace(BASE, config=config))
+    plain, small = (
+        need(plan(tree, facts, export={"merged_int4": asked}), "export").memory.most for asked in (False, True)
+    )
+    assert 0.5 * GB < small - plain < 20 * GB
+
+
 def test_every_rank_of_a_node_holds_the_model(tree: Spec):
     one = need(plan(tree, replace(FACTS, device=CPU)), "load").memory.least
     two = need(plan(tree, replace(FACTS, device=CPU, world=2, on_this_node=2)), "load").memory.least

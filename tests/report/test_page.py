@@ -15,6 +15,7 @@ from PIL import Image
 
 from job.evaluate.records import Comparison, from_json
 from job.evaluate.stage import pictures
+from job.report import model_card
 from job.report import page as report
 from job.train import callbacks, eval_callback, gpu_stats
 from tests.evaluate.conftest import contents_of
@@ -136,6 +137,16 @@ def test_links_within_the_page_lead_somewhere(facts: dict[str, Any]) -> None:
 
 def test_the_same_facts_give_the_same_page(facts: dict[str, Any]) -> None:
     assert report.render(contents_of(facts)) == report.render(contents_of(json.loads(json.dumps(facts))))
+
+
+def test_an_adapter_that_rounding_ate_is_said_on_the_page_and_in_the_card_of_what_was_rounded(
+    facts: dict[str, Any],
+) -> None:
+    said = "Rounding loses this adapter: the merged weights keep 5% of its effect."
+    contents = contents_of({**facts, "gate": {"warning": said, "rows": 4}})
+    assert f"<strong>The merged weights.</strong> {said}" in report.render(contents)
+    assert f"- **{said}**" in model_card.render(contents, "merged")
+    assert said not in model_card.render(contents, "adapter")
 
 
 def test_a_refused_merge_is_said_first(facts: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from job.data.facts import DataFacts
 from job.evaluate import answer_cache
 from job.evaluate.records import Answer, Comparison, from_json
 from job.evaluate.stage import compare, jsonl, stored_rows
+from job.export.gain import Smaller
 from job.export.gate import Verdict
 from job.export.stage import Exported
 from job.layout import FACTS_KEY, METRICS_KEY, RESULT_KEY, answers_key
@@ -120,7 +121,9 @@ def published(tmp_path: Path) -> Store:
             store.write(answers_key(when), jsonl(answers, "run"))
         results = compare(ctx, data, before, after)
         staged = StagedIn(facts, data, tmp_path / "base", tmp_path / "adapter", "transformers")
-        exported = Exported({"adapter": tmp_path / "adapter"}, {}, verdict, {"loss_merged_fp8": 1.25})
+        exported = Exported(
+            {"adapter": tmp_path / "adapter"}, {}, verdict, {"merged_fp8": Smaller(1.25, {"loss": 0.95})}
+        )
         publish(ctx, plan, staged, results, exported)
     return inner
 
