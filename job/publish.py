@@ -88,7 +88,7 @@ def report_contents(ctx: RunContext, staged: StagedIn, plan: Plan, results: Resu
             "lora_alpha": spec.lora.lora_alpha,
         },
         lineage=lineage(ctx, staged),
-        gate={**asdict(exported.gate), **exported.losses} if exported.gate else {},
+        gate=_gate(exported),
         occlusion=results.maps,
         data=as_json(data.facts),
         privacy=Privacy(spec.privacy.report_images),
@@ -103,6 +103,13 @@ def report_contents(ctx: RunContext, staged: StagedIn, plan: Plan, results: Resu
         left_out=tuple(left_out(staged.base)),
         **(vars(exported.serving) if exported.serving else {}),
     )
+
+
+def _gate(exported: Exported) -> dict[str, object]:
+    if exported.gate is None:
+        return {}
+    served = {f"served_{name}": asdict(found) for name, found in exported.served.items()}
+    return {**asdict(exported.gate), **exported.losses, **served}
 
 
 def publish(ctx: RunContext, plan: Plan, staged: StagedIn, results: Results, exported: Exported) -> None:

@@ -22,7 +22,7 @@ FLOORS = (
     ("report", "planning"),
     ("train",),
     ("publish",),
-    ("run", "render", "predict"),
+    ("run", "render", "predict", "serve"),
     ("cli",),
     ("__main__",),
     ("torchrun",),

@@ -15,6 +15,7 @@ from job.config.schema import JobSpec
 from job.data import Data
 from job.data.conversations import conversation
 from job.data.images import Bounds
+from job.export.engines import PROCESSORS
 from job.export.merge import WEIGHTS, copy_rest
 from job.model.base_model import json_object
 from job.model.collator import DATE, replacement
@@ -23,8 +24,6 @@ from job.model.loaded import Loaded
 from job.model.transformers_backend import load_processor
 from job.store import files_of
 
-PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-"""Files with an image processor's settings: its own, and since transformers 5 those of the whole processor."""
 SIZES = ((2000, 2000), (3000, 1300), (1300, 3000), (700, 500))
 """Pictures that show whether a processor shrinks as training did."""
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.errors import GateRefused, SpecError
+from job.layout import answers_key
+from job.model.families import family_of
 from job.model.loaded import release
 from job.model.lora_targets import group_of
 from job.model.memory_model import gate_batch
@@ -20,7 +24,8 @@ if TYPE_CHECKING:
     from job.config.schema import ExportSpec, JobSpec
     from job.context import RunContext
     from job.data import Data
-    from job.export.gate import Verdict
+    from job.export.gate import Reference, Verdict
+    from job.export.questions import Agreement
     from job.export.serving import Serving
     from job.export.tensor_map import Base
     from job.model.base_model import BaseFacts
@@ -37,7 +42,8 @@ class Exported:
     """Folders ready to publish, by the name they are published under: `adapter`, and whatever else the spec requests.
 
     `sent` are files of `merged` already in the output. `gate` holds the measurements of `merged`, and `losses` those of fewer
-    bits, as `loss_NAME`; `serving` is what a server must be given; `refused` says why only the adapter may be published.
+    bits, as `loss_NAME`; `serving` is what a server must be given, and `served` how one answered from each folder; `refused`
+    says why only the adapter may be published.
     """
 
     folders: dict[str, Path]
@@ -45,6 +51,7 @@ class Exported:
     gate: Verdict | None = None
     losses: dict[str, float] = field(default_factory=dict)
     serving: Serving | None = None
+    served: dict[str, Agreement] = field(default_factory=dict)
     refused: str | None = None
 
 
@@ -54,6 +61,9 @@ def check_export(spec: ExportSpec, base: BaseFacts) -> None:
 
     if spec.gguf:
         converter(base.model_type)
+    found = {server.name: server for server in family_of(base.model_type).servers}
+    if spec.serve.engine is not None and found and "vLLM" not in found:
+        raise SpecError(f"export.serve.engine: vLLM does not serve {base.model_type}; remove it")
     for name, layer in base.linears.items() if spec.merged_int4 else ():
         if (group_of(name) or "").startswith("language") and layer.in_features % INT4_GROUP:
             raise SpecError(
@@ -63,11 +73,12 @@ def check_export(spec: ExportSpec, base: BaseFacts) -> None:
 
 
 def check_mergeable(spec: JobSpec, loaded: Loaded) -> None:
-    """Check that each adapter of the loaded model maps to the base's files, and that llama.cpp's converter knows those files.
-    Raises SpecError, before hours are spent."""
+    """Check that each adapter of the loaded model maps to the base's files, that llama.cpp's converter knows those files, and
+    that the server to ask is there. Raises SpecError, before hours are spent."""
     from peft import get_peft_model_state_dict
 
     from job.export.gguf import converter, rehearse
+    from job.export.served import interpreter, server_version
     from job.export.tensor_map import changes, read_base
 
     if spec.export.merged:
@@ -76,6 +87,8 @@ def check_mergeable(spec: JobSpec, loaded: Loaded) -> None:
             warnings.simplefilter("ignore")
             tensors = get_peft_model_state_dict(loaded.model)
         changes(base, loaded.model.peft_config["default"].to_dict(), tensors)
+    if spec.export.serve.engine is not None:
+        server_version(spec.export.serve, interpreter(spec.export.serve, os.environ))
     if spec.export.gguf:
         rehearse(converter(loaded.model.config.model_type), loaded.folder)
 
@@ -106,7 +119,8 @@ def export(ctx: RunContext, loaded: Loaded, data: Data, *, fold: bool, gate_room
             return Exported({"adapter": adapter}, serving=served)
         base = read_base(loaded.folder, spec.model.trust_remote_code)
         offload = Offload(gate_room, folder / "offloaded") if gate_room is not None else None
-        exported, verdict = merged(ctx, loaded, base, folder, data, offload)
+        kept: list[Reference] = []
+        exported, verdict = merged(ctx, loaded, base, folder, data, offload, kept.append)
         size = sum((base.folder / file).stat().st_size for file in base.files)
         agreed, rounded = verdict.token_agreement, verdict.rounding_token_agreement
         facts += [
@@ -115,17 +129,27 @@ def export(ctx: RunContext, loaded: Loaded, data: Data, *, fold: bool, gate_room
         ]
         exported = replace(exported, serving=served)
         if exported.refused is None:
-            exported = smaller(spec, loaded, exported, data, offload)
             wrong = spoilt(exported.folders["merged"], loaded, spec, data.bounds)
             exported = replace(exported, refused=wrong)
+        if exported.refused is None and spec.export.serve.engine is not None:
+            exported = asked(ctx, loaded, exported, data, kept[0])
+        if exported.refused is None:
+            exported = smaller(spec, loaded, exported, data, offload)
         ctx.preemption.check()  # a library may have swallowed the notice
     return exported
 
 
 def merged(
-    ctx: RunContext, loaded: Loaded, base: Base, folder: Path, data: Data, offload: Offload | None
+    ctx: RunContext,
+    loaded: Loaded,
+    base: Base,
+    folder: Path,
+    data: Data,
+    offload: Offload | None,
+    keep: Callable[[Reference], None],
 ) -> tuple[Exported, Verdict]:
-    """Merge, and judge the result from where it was written. Releases `loaded.model`."""
+    """Merge, and judge the result from where it was written. Releases `loaded.model`; `keep` is called with what was measured on
+    base + adapter."""
     from job.export.gate import compare, refuse
     from job.export.merge import merge_to_folder, merge_to_store, recipe
     from job.export.read_back import read_back
@@ -149,13 +173,39 @@ def merged(
     free_cached()  # the pieces of the merge
     let_go = partial(release, loaded.model)
     rows = rows_of(data)
-    verdict = compare(spec, loaded, base, read_merged, rows, processor=processor, let_go=let_go, offload=offload)
+    verdict = compare(
+        spec, loaded, base, read_merged, rows, processor=processor, let_go=let_go, offload=offload, keep=keep
+    )
     refused = None
     try:
         refuse(verdict, spec.export.gate)
     except GateRefused as error:
         refused = str(error)
     return Exported({"adapter": adapter, "merged": into}, sent, verdict, refused=refused), verdict
+
+
+def asked(ctx: RunContext, loaded: Loaded, exported: Exported, data: Data, reference: Reference) -> Exported:
+    """Ask a server about the gate's rows, from `merged/` and, if it can serve the family's adapters, from `adapter/`."""
+    from job.evaluate.records import Answer
+    from job.evaluate.stage import stored_rows
+    from job.export.questions import rows_to_ask
+    from job.export.served import ask_server, folders_to_serve, refuse_served
+
+    spec, serving = ctx.spec, exported.serving
+    served: dict[str, Agreement] = {}
+    assert serving is not None
+    after = stored_rows(ctx.store, answers_key("after"), Answer) if loaded.precision != "4bit" else []
+    rows = rows_to_ask(
+        reference, loaded, spec, data, {answer.id: (answer.generated, answer.tokens) for answer in after}
+    )
+    try:
+        for folder in folders_to_serve(spec, loaded, exported.folders):
+            name = folder.folder.name
+            served[name] = ask_server(spec, loaded, serving, reference, rows, folder)
+            refuse_served(served[name], name, spec, reference)
+    except GateRefused as error:
+        return replace(exported, served=served, refused=str(error))
+    return replace(exported, served=served)
 
 
 def smaller(spec: JobSpec, loaded: Loaded, exported: Exported, data: Data, offload: Offload | None) -> Exported:

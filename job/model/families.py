@@ -9,13 +9,17 @@ Layout = Literal["rows", "patches", "pictures", "list"]
 
 
 class Server(NamedTuple):
-    """`versions` lists the versions that load the family; when empty, none does and `note` says why."""
+    """`versions` lists the versions that load the family; when empty, none does and `note` says why. `tried` is the version that
+    `make test-serve` found to answer as was measured, and `adapters` whether it did so from adapter/ too, the tower's LoRA
+    included."""
 
     name: str
     versions: str
     command: str
     note: str
     source: str
+    tried: str = ""
+    adapters: bool = False
 
 
 TIMELINE = "https://huggingface.co/docs/transformers/models_timeline"
@@ -24,15 +28,15 @@ SGLANG_MODELS = "https://docs.sglang.io/supported_models/text_generation/multimo
 TGI_MODELS = "https://huggingface.co/docs/text-generation-inference/supported_models"
 GGML = "https://github.com/ggml-org/llama.cpp/"
 CONVERT = "convert_hf_to_gguf.py merged, and again with --mmproj; llama-server -m … --mmproj …"
-TRANSFORMERS = Server("transformers", "5.17", "the code above", "", TIMELINE)
+TRANSFORMERS = Server("transformers", "5.17", "the code above", "", TIMELINE, "5.17")
 VLLM = Server("vLLM", "", "vllm serve ./merged", "", VLLM_MODELS)
 SGLANG = Server("SGLang", "0.5 and newer", "python -m sglang.launch_server --model-path ./merged", "", SGLANG_MODELS)
 TGI = Server("TGI", "3.3.7", "text-generation-launcher --model-id ./merged", "archived; 3.3.7 is its last", TGI_MODELS)
 LLAMA_CPP = Server("llama.cpp", "since November 2025", CONVERT, "", f"{GGML}blob/master/docs/multimodal.md")
 
 
-def vllm(versions: str) -> Server:
-    return VLLM._replace(versions=versions)
+def vllm(versions: str, note: str = "", *, tried: bool = False) -> Server:
+    return VLLM._replace(versions=versions, note=note, tried="0.32" if tried else "", adapters=tried and not note)
 
 
 def no_llama_cpp(note: str, source: str = LLAMA_CPP.source) -> Server:
@@ -77,6 +81,7 @@ class Family:
 
 APACHE, LLAMA = "apache-2.0", "llama-community"
 NO_CLIP = "its converter takes LLaVA models with a Pixtral tower only"
+NO_CLIP_LORA = "0.32 ends at an adapter of the tower, whose class token it does not count; serve merged weights"
 NO_MLLAMA = "its converter does not know MllamaForConditionalGeneration"
 NO_ENCODER_DECODER = "dropped in 0.11 with the other encoder-decoder models"
 VLLM_ONCE = vllm("up to 0.10.2")._replace(
@@ -103,7 +108,7 @@ FAMILIES = {
         QWEN_VL,
         name="Qwen2.5-VL",
         kept=((9, 4), (13, 4)),
-        servers=(TRANSFORMERS, vllm("0.7.2 and newer"), SGLANG, TGI, LLAMA_CPP),
+        servers=(TRANSFORMERS, vllm("0.7.2 and newer", tried=True), SGLANG, TGI, LLAMA_CPP),
         named=(
             (r"qwen2[._]5-vl-3b", "qwen-research"),
             (r"qwen2[._]5-vl-72b", "qwen"),
@@ -120,7 +125,7 @@ FAMILIES = {
         QWEN_VL,
         name="Qwen3-VL",
         kept=((11, 4), (11, 2)),
-        servers=(TRANSFORMERS, vllm("0.11.0 and newer"), SGLANG, LLAMA_CPP),
+        servers=(TRANSFORMERS, vllm("0.11.0 and newer", tried=True), SGLANG, LLAMA_CPP),
         named=((r"qwen3-vl", APACHE),),
         maker=("Qwen3-VL", APACHE),
     ),
@@ -139,7 +144,7 @@ FAMILIES = {
         layout="pictures",
         tiles=1,
         kept=((15, 4), (9, 2)),
-        servers=(TRANSFORMERS, vllm("0.8.0 and newer"), SGLANG, TGI, LLAMA_CPP),
+        servers=(TRANSFORMERS, vllm("0.8.0 and newer", tried=True), SGLANG, TGI, LLAMA_CPP),
         named=((r"medgemma", "health-ai-developer-foundations"), (r"^(?!.*gemma-?4).*gemma", "gemma")),
         maker=("Google's Gemma 3", "gemma"),
     ),
@@ -152,7 +157,7 @@ FAMILIES = {
         layout="list",
         tiles=1,
         kept=((10, 4), (9, 6)),
-        servers=(TRANSFORMERS, vllm("0.4.2 and newer"), SGLANG, no_llama_cpp(NO_CLIP)),
+        servers=(TRANSFORMERS, vllm("0.4.2 and newer", NO_CLIP_LORA, tried=True), SGLANG, no_llama_cpp(NO_CLIP)),
     ),
     "llava_next": Family("LLaVA-NeXT", whole=True, loss_divides=True, tiles=5, servers=(TRANSFORMERS,)),
 }
