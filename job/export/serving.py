@@ -18,7 +18,7 @@ from job.data.images import Bounds
 from job.export.engines import PROCESSORS
 from job.export.merge import WEIGHTS, copy_rest
 from job.model.base_model import json_object
-from job.model.collator import DATE, replacement
+from job.model.collator import DATE, adds_first_token, replacement
 from job.model.generation import greedy
 from job.model.loaded import Loaded
 from job.model.transformers_backend import load_processor
@@ -109,6 +109,8 @@ def serving(spec: JobSpec, loaded: Loaded, data: Data, scratch: Path) -> Serving
         unwritten.append("the system prompt")
     if date is not None:
         unwritten.append(f"the date in the system turn ({date}), where the chat template writes today's")
+    if adds_first_token(loaded.processor):
+        unwritten.append("the tokenizer's first token, which a server adds only if add_special_tokens is true")
     return Serving(system, date, tuple(unwritten), shrunk._asdict())
 
 
