@@ -11,7 +11,7 @@ from typing import NamedTuple, NoReturn
 from job.config.environment import Environment
 from job.config.schema import JobSpec
 from job.errors import DataError, SpecError
-from job.export.engines import MODEL, MODULE, Served, llama_cpp, sglang, vllm
+from job.export.engines import MODEL, MODULE, Served, llama_cpp, serves, sglang, vllm
 from job.layout import ADAPTER, FACTS_KEY, MERGED, RESULT_KEY
 from job.model.families import Server, family_of
 from job.output.ownership import read_json, stored_spec
@@ -80,7 +80,7 @@ def _commands(found: Published, weights: str, folder: Path, environment: Environ
     program = (python, *MODULE) if python else ("vllm",)
     for engine, name in ENGINES.items():
         server = servers.get(name)
-        if server is None or (adapter and not server.adapters) or (weights == GGUF) != (engine == "llama.cpp"):
+        if server is None or (adapter and not serves(server, folder)) or (weights == GGUF) != (engine == "llama.cpp"):
             continue
         words = {"vllm": lambda: vllm(served, program), "sglang": lambda: sglang(served)}
         yield Command(engine, weights, server, words.get(engine, lambda: llama_cpp(folder))())

@@ -1,6 +1,6 @@
 """Ask a real vLLM about tiny models: what a right export is worth, and whether each of many faults is refused.
 
-    python -m tests.serve_proof [FAMILY ...] [--faults NAME ...]
+    python -m tests.serve_proof [FAMILY | FAMILY-language ...] [--faults [NAME ...]]
 
 The vLLM of JOB_SERVE_PYTHON, or of build/vllm, loads each family's `merged/` and `adapter/`, whose adapters have something to say
 in tower and language model; what it answers is compared as `export.serve` does. Then one thing at a time is wrong with the
@@ -42,6 +42,8 @@ from job.store import open_store
 from tests.test_predict import make_data
 from tests.tiny import CPU, make_model, perturb, shapes
 
+CASES = (*shapes.SERVED, "gemma3-language", "llava-language")
+"""Families, and those whose language model alone is adapted, since vLLM does not serve adapters of their tower."""
 PYTHON = Path(__file__).parents[1] / "build" / "vllm" / "bin" / "python"
 STEPS = 40
 SYSTEM = "You are a helpful assistant. Name the side."
@@ -60,8 +62,8 @@ class Case:
     folder: Path
 
     def served(self, folder: Path) -> Served:
-        merged, adapter = gate.folders_to_serve(self.spec, self.loaded, {"merged": folder, "adapter": folder})
-        return merged if (folder / "config.json").exists() else adapter
+        merged, *adapter = gate.folders_to_serve(self.spec, self.loaded, {"merged": folder, "adapter": folder})
+        return merged if (folder / "config.json").exists() else adapter[0]
 
     def ask(self, folder: Path, command: gate.MakeCommand) -> tuple[Agreement | None, str]:
         """What a server answers from the folder, and why it is refused."""
@@ -78,7 +80,12 @@ def spec_of(folder: Path) -> dict[str, Any]:
     """The spec of a whole job that starts from an adapter, and asks a server before it publishes."""
     return {
         "model": {"name_or_path": str(folder / "base")},
-        "lora": {"r": 8, "lora_alpha": 16, "init_adapter": str(folder / "start")},
+        "lora": {
+            "r": 8,
+            "lora_alpha": 16,
+            "init_adapter": str(folder / "start"),
+            "finetune_vision_layers": not folder.name.endswith("-language"),
+        },
         "dataset": {
             "path": str(folder / "data"),
             "eval_rows": 8,
@@ -92,9 +99,9 @@ def spec_of(folder: Path) -> dict[str, Any]:
     }
 
 
-def run_job(family: str, folder: Path) -> str:
+def run_job(folder: Path) -> str:
     """Run the job from adapters that have something to say in tower and language model. Returns its last line."""
-    make_model(family, folder / "base", "served")
+    make_model(folder.name.partition("-")[0], folder / "base", "served")
     make_data(folder / "data")
     tree = spec_of(folder)
     loaded = perturb(load(load_spec({}, yaml.safe_dump(tree)), folder / "base", CPU), 0.05)
@@ -145,6 +152,14 @@ def template(old: str, new: str) -> Callable[[Path, Case], None]:
         file = folder / "chat_template.jinja"
         assert old in file.read_text()
         file.write_text(file.read_text().replace(old, new))
+
+    return spoil
+
+
+def both(*faults: Callable[[Path, Case], None]) -> Callable[[Path, Case], None]:
+    def spoil(folder: Path, case: Case) -> None:
+        for fault in faults:
+            fault(folder, case)
 
     return spoil
 
@@ -228,9 +243,12 @@ MERGED: dict[str, Callable[[Path, Case], None]] = {
     "another mean of pictures": settings(
         "processor_config.json", lambda tree: tree["image_processor"].update(image_mean=[0.1, 0.2, 0.3])
     ),
-    "wrong stop token": settings("generation_config.json", lambda tree: tree.update(eos_token_id=[0])),
-    "a word as stop token": settings("generation_config.json", lambda tree: tree.update(eos_token_id=[13])),
-    "a penalty on repeats": settings("generation_config.json", lambda tree: tree.update(repetition_penalty=1.5)),
+    "wrong stop token": both(
+        settings("generation_config.json", lambda tree: tree.update(eos_token_id=[0])),
+        settings("tokenizer_config.json", lambda tree: tree.update(eos_token="<|vision_end|>")),
+    ),
+    "a full stop as stop token": settings("generation_config.json", lambda tree: tree.update(eos_token_id=[13])),
+    "a penalty on repeats": settings("generation_config.json", lambda tree: tree.update(repetition_penalty=4.0)),
     "answers of 4 tokens": settings("generation_config.json", lambda tree: tree.update(max_new_tokens=4)),
     "no processor file": missing("processor_config.json"),
     "no tokenizer": missing("tokenizer.json"),
@@ -291,8 +309,8 @@ def spoilt(case: Case, fault: Fault) -> tuple[Agreement | None, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", default=shapes.SERVED)
-    parser.add_argument("--faults", nargs="*", help="Names of faults, or their beginnings. Default: all.")
+    parser.add_argument("families", nargs="*", default=CASES)
+    parser.add_argument("--faults", nargs="*", help="Beginnings of faults, or none. Default: all.")
     parser.add_argument(
         "--again", action="store_true", help="Only the faults, with what an earlier run left in the folder."
     )
@@ -305,12 +323,13 @@ def main() -> None:
         began = time.monotonic()
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        said = run_job(folder.name, folder)
+        said = run_job(folder)
         published = json.loads((folder / "output" / "evaluation" / "report.json").read_text())["gate"]
         for name in ("merged", "adapter"):
             found = published.get(f"served_{name}")
             refused = "" if "published: " in said else said
-            tell(name, f"{folder.name}: nothing", found and Agreement(**found), refused, time.monotonic() - began)
+            if found or refused:
+                tell(name, f"{folder.name}: nothing", found and Agreement(**found), refused, time.monotonic() - began)
             bad += bool(refused)
     if given.faults == []:
         sys.exit(bad > 0)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from job.model.base_model import ADAPTER_FILES, json_object
+from job.model.families import Server
 from job.model.header import read_header
 from job.model.lora_targets import group_of
 
@@ -73,13 +74,23 @@ def _length(served: Served) -> int:
     return min(served.length, most or served.length)
 
 
+def serves(server: Server, adapter: Path) -> bool:
+    """Whether a server serves this adapter whole."""
+    return server.lora == "tower" or (server.lora == "language" and not adapts_tower(adapter))
+
+
+def adapts_tower(adapter: Path) -> bool:
+    """Whether an adapter reaches beyond the language model."""
+    layers = read_header(adapter / ADAPTER_FILES[1], "OUTPUT")[0]
+    return not all((group_of(layer.partition(".lora_")[0]) or "").startswith("language") for layer in layers)
+
+
 def _lora(folder: Path) -> list[str]:
     config = json_object(folder / ADAPTER_FILES[0])
     most = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     rank = next((rank for rank in RANKS if rank >= most), most)
-    groups = {group_of(name) or "" for name in read_header(folder / ADAPTER_FILES[1])[0]}
-    tower = any(not group.startswith("language") for group in groups)
-    return ["--max-lora-rank", str(rank), *(["--enable-tower-connector-lora"] if tower else [])]
+    tower = ["--enable-tower-connector-lora"] if adapts_tower(folder) else []
+    return ["--max-lora-rank", str(rank), *tower]
 
 
 def _limits(folder: Path) -> list[str]:

@@ -153,7 +153,7 @@ def ask_all(
         heard.append(_heard(row.choices, found, allowed))
         if row.greedy is not None:
             (free,) = ask({**options, **FREELY, "messages": row.request})["choices"]
-            greedy.append((_text(loaded, free["token_ids"]) == row.greedy, _departs(row, free, loaded, allowed)))
+            greedy.append((_is_measured(row, free, loaded), _departs(row, free, loaded, allowed)))
     served, tuned, base = (list(itertools.chain(*each)) for each in list(zip(*heard, strict=True))[:3])
     return Agreement(
         rows=len(rows),
@@ -219,7 +219,7 @@ def _departs(row: Asked, said: Mapping[str, Any], loaded: Loaded, allowed: float
     """Tell whether a greedy answer is another one than was measured, or ends elsewhere, other than by a near tie: at the first
     token that differs, the server's log-probability of the measured one is within `allowed` of that of its own."""
     ends, right, ids = loaded.model.generation_config.eos_token_id, str(row.greedy), list[int]()
-    if _text(loaded, said["token_ids"]) == right:
+    if _is_measured(row, said, loaded):
         return bool((said["finish_reason"] == "stop") != row.ended)
 
     def text(*more: int) -> str:
@@ -243,8 +243,16 @@ def _departs(row: Asked, said: Mapping[str, Any], loaded: Loaded, allowed: float
     return True
 
 
+def _is_measured(row: Asked, said: Mapping[str, Any], loaded: Loaded) -> bool:
+    """Tell whether a greedy answer is the measured one. Servers write broken characters in other ways, so those that have any
+    are compared by tokens."""
+    if CUT in str(row.greedy):
+        return _text(loaded, said["token_ids"]) == row.greedy
+    return bool((said["message"]["content"] or "").strip() == row.greedy)
+
+
 def _text(loaded: Loaded, ids: Sequence[int]) -> str:
-    """Decode as the measured answers were. A server that streams writes broken characters otherwise."""
+    """Decode as the measured answers were."""
     return str(loaded.processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 

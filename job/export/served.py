@@ -21,7 +21,7 @@ import torch
 from job.config.environment import Environment
 from job.config.schema import JobSpec, ServeSpec
 from job.errors import GateRefused, SpecError
-from job.export.engines import MODEL, MODULE, Served, vllm
+from job.export.engines import MODEL, MODULE, Served, serves, vllm
 from job.export.gate import Reference
 from job.export.questions import Agreement, Asked, ask_all
 from job.export.server import running
@@ -67,11 +67,12 @@ def server_version(serve: ServeSpec, python: str) -> str:
 
 
 def folders_to_serve(spec: JobSpec, loaded: Loaded, folders: Mapping[str, Path]) -> Iterator[Served]:
-    """Yield what a server is to load: merged weights, and the adapter if vLLM serves adapters of this family's tower."""
+    """Yield what a server is to load: merged weights, and the adapter if vLLM is known to serve it whole."""
     precision = served_precision(loaded.precision)
     length = spec.training.max_length + spec.evaluation.max_new_tokens
     yield Served(folders[MERGED], precision, length)
-    if any(server.name == "vLLM" and server.adapters for server in family_of(loaded.model.config.model_type).servers):
+    servers = family_of(loaded.model.config.model_type).servers
+    if any(server.name == "vLLM" and serves(server, folders[ADAPTER]) for server in servers):
         yield Served(folders[ADAPTER], precision, length, str(loaded.folder))
 
 

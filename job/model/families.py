@@ -10,8 +10,8 @@ Layout = Literal["rows", "patches", "pictures", "list"]
 
 class Server(NamedTuple):
     """`versions` lists the versions that load the family; when empty, none does and `note` says why. `tried` is the version that
-    `make test-serve` found to answer as was measured, and `adapters` whether it did so from adapter/ too, the tower's LoRA
-    included."""
+    `make test-serve` found to answer as was measured, and `lora` the adapters that it then served so: of the language model
+    alone, or of the tower too."""
 
     name: str
     versions: str
@@ -19,7 +19,7 @@ class Server(NamedTuple):
     note: str
     source: str
     tried: str = ""
-    adapters: bool = False
+    lora: Literal["", "language", "tower"] = ""
 
 
 TIMELINE = "https://huggingface.co/docs/transformers/models_timeline"
@@ -31,12 +31,17 @@ CONVERT = "convert_hf_to_gguf.py merged, and again with --mmproj; llama-server -
 TRANSFORMERS = Server("transformers", "5.17", "the code above", "", TIMELINE, "5.17")
 VLLM = Server("vLLM", "", "vllm serve ./merged", "", VLLM_MODELS)
 SGLANG = Server("SGLang", "0.5 and newer", "python -m sglang.launch_server --model-path ./merged", "", SGLANG_MODELS)
+NO_TOWER_LORA = "0.32 silently leaves out the LoRA of this tower, or ends at it: serve merged weights"
+"""It calls the layers vision_tower.vision_model.encoder…, and transformers 5, with PEFT, vision_tower.encoder…. It also leaves
+CLIP's class token out of its count of the tower's tokens."""
 TGI = Server("TGI", "3.3.7", "text-generation-launcher --model-id ./merged", "archived; 3.3.7 is its last", TGI_MODELS)
 LLAMA_CPP = Server("llama.cpp", "since November 2025", CONVERT, "", f"{GGML}blob/master/docs/multimodal.md")
 
 
-def vllm(versions: str, note: str = "", *, tried: bool = False) -> Server:
-    return VLLM._replace(versions=versions, note=note, tried="0.32" if tried else "", adapters=tried and not note)
+def vllm(versions: str, lora: Literal["", "language", "tower"] = "") -> Server:
+    """`lora` says that `make test-serve` tries this family."""
+    tried, note = ("0.32" if lora else ""), (NO_TOWER_LORA if lora == "language" else "")
+    return VLLM._replace(versions=versions, note=note, tried=tried, lora=lora)
 
 
 def no_llama_cpp(note: str, source: str = LLAMA_CPP.source) -> Server:
@@ -81,7 +86,6 @@ class Family:
 
 APACHE, LLAMA = "apache-2.0", "llama-community"
 NO_CLIP = "its converter takes LLaVA models with a Pixtral tower only"
-NO_CLIP_LORA = "0.32 ends at an adapter of the tower, whose class token it does not count; serve merged weights"
 NO_MLLAMA = "its converter does not know MllamaForConditionalGeneration"
 NO_ENCODER_DECODER = "dropped in 0.11 with the other encoder-decoder models"
 VLLM_ONCE = vllm("up to 0.10.2")._replace(
@@ -108,7 +112,7 @@ FAMILIES = {
         QWEN_VL,
         name="Qwen2.5-VL",
         kept=((9, 4), (13, 4)),
-        servers=(TRANSFORMERS, vllm("0.7.2 and newer", tried=True), SGLANG, TGI, LLAMA_CPP),
+        servers=(TRANSFORMERS, vllm("0.7.2 and newer", "tower"), SGLANG, TGI, LLAMA_CPP),
         named=(
             (r"qwen2[._]5-vl-3b", "qwen-research"),
             (r"qwen2[._]5-vl-72b", "qwen"),
@@ -125,7 +129,7 @@ FAMILIES = {
         QWEN_VL,
         name="Qwen3-VL",
         kept=((11, 4), (11, 2)),
-        servers=(TRANSFORMERS, vllm("0.11.0 and newer", tried=True), SGLANG, LLAMA_CPP),
+        servers=(TRANSFORMERS, vllm("0.11.0 and newer", "tower"), SGLANG, LLAMA_CPP),
         named=((r"qwen3-vl", APACHE),),
         maker=("Qwen3-VL", APACHE),
     ),
@@ -144,7 +148,7 @@ FAMILIES = {
         layout="pictures",
         tiles=1,
         kept=((15, 4), (9, 2)),
-        servers=(TRANSFORMERS, vllm("0.8.0 and newer", tried=True), SGLANG, TGI, LLAMA_CPP),
+        servers=(TRANSFORMERS, vllm("0.8.0 and newer", "language"), SGLANG, TGI, LLAMA_CPP),
         named=((r"medgemma", "health-ai-developer-foundations"), (r"^(?!.*gemma-?4).*gemma", "gemma")),
         maker=("Google's Gemma 3", "gemma"),
     ),
@@ -157,7 +161,7 @@ FAMILIES = {
         layout="list",
         tiles=1,
         kept=((10, 4), (9, 6)),
-        servers=(TRANSFORMERS, vllm("0.4.2 and newer", NO_CLIP_LORA, tried=True), SGLANG, no_llama_cpp(NO_CLIP)),
+        servers=(TRANSFORMERS, vllm("0.4.2 and newer", "language"), SGLANG, no_llama_cpp(NO_CLIP)),
     ),
     "llava_next": Family("LLaVA-NeXT", whole=True, loss_divides=True, tiles=5, servers=(TRANSFORMERS,)),
 }
