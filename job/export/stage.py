@@ -63,7 +63,7 @@ def check_export(spec: ExportSpec, base: BaseFacts) -> None:
         converter(base.model_type)
     found = {server.name: server for server in family_of(base.model_type).servers}
     if spec.serve.engine is not None and found and "vLLM" not in found:
-        raise SpecError(f"export.serve.engine: vLLM does not serve {base.model_type}; remove it")
+        raise SpecError(f"export.serve.engine: no vLLM is known to serve {base.model_type}; remove it")
     for name, layer in base.linears.items() if spec.merged_int4 else ():
         if (group_of(name) or "").startswith("language") and layer.in_features % INT4_GROUP:
             raise SpecError(
