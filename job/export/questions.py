@@ -73,6 +73,7 @@ class Agreement:
     greedy: int
     greedy_equal: int
     greedy_departed: int
+    server: str = ""
 
 
 def rows_to_ask(

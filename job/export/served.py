@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def refuse_served(found: Agreement, what: str, spec: JobSpec, reference: Referen
         reasons.append(f"{found.greedy_departed} of {found.greedy} greedy answers are others, or end elsewhere")
     if reasons:
         raise GateRefused(
-            f"a server does not answer from {what}/ as was measured: {'; '.join(reasons)}; only the adapter is kept"
+            f"{found.server} does not answer from {what}/ as was measured: {'; '.join(reasons)}; only the adapter is kept"
         )
 
 
@@ -125,7 +126,7 @@ def ask_server(
         options["add_special_tokens"] = True
     try:
         with running(words, served.folder.parent / "server", serve.seconds, os.environ) as ask:
-            return ask_all(ask, rows, options, loaded, spec, reference)
+            return replace(ask_all(ask, rows, options, loaded, spec, reference), server=f"vLLM {version}")
     except GateRefused as error:
         raise GateRefused(f"vLLM {version} on {what}/: {error}; only the adapter is kept") from error
 
