@@ -310,7 +310,7 @@ def spoilt(case: Case, fault: Fault) -> tuple[Agreement | None, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", default=CASES)
-    parser.add_argument("--faults", nargs="*", help="Beginnings of faults, or none. Default: all.")
+    parser.add_argument("--faults", nargs="*", help='As "merged: half" or "adapter", or none. Default: all.')
     parser.add_argument(
         "--again", action="store_true", help="Only the faults, with what an earlier run left in the folder."
     )
@@ -335,7 +335,7 @@ def main() -> None:
         sys.exit(bad > 0)
     case = make_case(folders[0])
     for fault in FAULTS:
-        if given.faults is None or fault.what.startswith(tuple(given.faults)):
+        if given.faults is None or f"{fault.kind}: {fault.what}".startswith(tuple(given.faults)):
             began = time.monotonic()
             found, said = spoilt(case, fault)
             tell(fault.kind, fault.what, found, said, time.monotonic() - began)

@@ -13,6 +13,7 @@ import torch
 from job.config.schema import JobSpec
 from job.data import Data, Row
 from job.data.originals import originals
+from job.errors import GateRefused
 from job.export.gate import VISIBLE, Reference, near
 from job.export.logits import Answers
 from job.model.collator import IGNORE, Collator, image_token
@@ -149,6 +150,8 @@ def ask_all(
     for row in rows:
         known = {"messages": [*row.request, row.answer], "max_tokens": 1, "prompt_logprobs": 1}
         said = ask({**options, **known, "add_generation_prompt": False})
+        if not (said.get("prompt_token_ids") and said.get("prompt_logprobs")):
+            raise GateRefused("the server tells no tokens of a prompt; use vLLM 0.32 or newer")
         found = _at_places(row, said["prompt_token_ids"], said["prompt_logprobs"], image)
         others += found is None
         heard.append(_heard(row.choices, found, allowed))

@@ -37,9 +37,8 @@ KEPT = 0.1
 """How far from 1 the served share of the adapter's effect may be."""
 DEPARTED = 0.25
 """Share of greedy answers that may depart. Rounding changes few; a wrong template, stop token or generation setting most."""
-FOR_THE_GATE = ("--enforce-eager", "--max-num-seqs", "4", "--distributed-executor-backend", "uni")
-"""Options for a server that is asked one by one and not for long: without compilation, and without a process for the one
-device."""
+FOR_THE_GATE = ("--enforce-eager", "--max-num-seqs", "4")
+"""Options for a server that is asked one by one and not for long: without minutes of compilation."""
 FREE = 0.9
 """Share of the GPU's free memory that the server may take."""
 MakeCommand = Callable[[Served, tuple[str, ...]], list[str]]
