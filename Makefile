@@ -5,7 +5,7 @@ DEMO = build/demo
 # One more than there are cores, at most four: tests on a cluster mostly wait.
 WORKERS ?= $(shell n=$$(nproc); [ $$n -lt 3 ] && echo $$((n + 1)) || echo 4)
 
-.PHONY: demo test check lint clean kill-proof fence-proof resume-proof verdict-proof fuzz hostile-stores disk-proof test-gpu test-image test-slurm test-gguf test-store bench-store bench-gpu bench-scaling bench-whole-job bench-release whole-job test-families bench
+.PHONY: demo test check lint clean kill-proof fence-proof resume-proof verdict-proof fuzz hostile-stores disk-proof test-gpu test-image test-slurm test-gguf test-serve test-store bench-store bench-gpu bench-scaling bench-whole-job bench-release whole-job test-families bench
 
 demo:
 	@.ci/venv train
@@ -116,6 +116,12 @@ $(LLAMA_CPP):
 	@$(PYTHON_VENV) -m pip download -q --no-deps --no-binary :all: -d build llama-cpp-python==0.3.36
 	@tar -xzf build/llama_cpp_python-0.3.36.tar.gz -C build/llama-cpp --strip-components 1
 	@rm build/llama_cpp_python-0.3.36.tar.gz
+
+# A real vLLM on the CPU, in an environment of its own (3.5 GB), asked about tiny models of FAMILIES, and about faults.
+test-serve:
+	@.ci/venv train dev
+	@.ci/vllm
+	@OMP_NUM_THREADS=2 $(PYTHON_VENV) -m tests.serve_proof $(FAMILIES)
 
 # The store's tests on a real Ceph, over http and https; as root on Debian.
 test-store:

@@ -1,6 +1,6 @@
 """Models of a real architecture with random weights, made without a download.
 
-    python benchmarks/models.py FAMILY FOLDER [--size tiny|full] [--device cpu|cuda] [--dtype bfloat16|float32]
+    python benchmarks/models.py FAMILY FOLDER [--size tiny|served|full] [--device cpu|cuda] [--dtype bfloat16|float32]
 
 `full` has the published model's shape, every layer of it; `tiny` has the same architecture under a million parameters,
 for tests. Both are saved with a processor as ordinary checkpoint folders. On an H100 a full one takes about half a
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from processors import build_processor
+from safetensors import safe_open
+from safetensors.torch import save_file
 from shapes import FAMILIES, OTHERS, TEXT, VISION
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, GenerationConfig
 
@@ -54,7 +56,17 @@ def make_model(
     model = build_model(family, size, processor, device, dtype)
     model.save_pretrained(folder, max_shard_size="5GB")
     processor.save_pretrained(folder)
+    if size == "served" and family in ("gemma3", "llava"):
+        _as_published(folder / "model.safetensors")
     return folder
+
+
+def _as_published(file: Path) -> None:
+    """Name the tower's weights as published checkpoints do, and as vLLM reads them; transformers 5 saves shorter names."""
+    with safe_open(file, "pt") as stream:
+        tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 - it is no mapping
+    short, long = "vision_tower.", "vision_tower.vision_model."
+    save_file({key.replace(short, long): tensor for key, tensor in tensors.items()}, file, {"format": "pt"})
 
 
 def build_model(family: str, size: str, processor: Any, device: str, dtype: torch.dtype) -> Any:
@@ -108,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", choices=(*FAMILIES, *OTHERS))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--size", choices=("tiny", "full"), default="full")
+    parser.add_argument("--size", choices=("tiny", "served", "full"), default="full")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")

@@ -73,7 +73,7 @@ def build_processor(family: str, size: str, text_vocabulary: int | None) -> Any:
     if family == "mllama":
         tokenizer = _llama3(text_vocabulary)
     elif family == "gemma3":
-        tokenizer = _gemma()
+        tokenizer = _gemma(newlines=4 if size == "served" else 1)
     elif family in ("llava", "llava_next"):
         tokenizer = _llama2()
     else:
@@ -171,8 +171,12 @@ def _with_byte_fallback(specials: list[str]) -> Learnt:
     return {token: number for number, token in enumerate(tokens)}, merges
 
 
-def _gemma() -> Any:
+def _gemma(newlines: int) -> Any:
+    """`newlines`: the longest run of them that is one token. The published vocabulary has longer ones; vLLM needs four."""
     vocabulary, merges = _with_byte_fallback(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"])
+    for run in range(2, newlines + 1):
+        vocabulary["\n" * run] = len(vocabulary)
+        merges += [("\n" * part, "\n" * (run - part)) for part in range(1, run)]
     return GemmaTokenizer(
         vocab=vocabulary,
         merges=merges,

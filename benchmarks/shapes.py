@@ -286,3 +286,17 @@ GEMMA4: dict[str, Any] = {"vocab_size": 262_144}
 """transformers' defaults: 30 layers of width 2304, 4.6 billion weights with the embeddings of each layer."""
 OTHERS = ("internvl", "gemma4", "qwen3_vl_moe")
 """Families of tests/other_families.py that are made in full too."""
+
+SERVED = ("qwen2_5_vl", "qwen3_vl", "gemma3", "llava")
+"""Families with the size `served`: the tiny one, with heads of 32, the smallest that vLLM's attention takes on a CPU."""
+for family in SERVED:
+    tiny = TEXT[family]["tiny"]
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "query_pre_attn_scalar": 32}
+    TEXT[family]["served"] = tiny | {name: size for name, size in heads.items() if name in tiny}
+    if sections := tiny.get("rope_parameters", {}).get("mrope_section"):
+        rope = tiny["rope_parameters"] | {"mrope_section": [2 * section for section in sections]}
+        TEXT[family]["served"] |= {"rope_parameters": rope}
+    VISION[family]["served"], PIXELS[family]["served"] = dict(VISION[family]["tiny"]), PIXELS[family]["tiny"]
+# As published, a token of Gemma's stands for 16 patches, which vLLM counts on.
+VISION["gemma3"]["served"] |= {"image_size": 112}
+PIXELS["gemma3"]["served"] = {"height": 112, "width": 112}

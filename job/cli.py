@@ -275,6 +275,34 @@ def predict(output: str, images: tuple[str, ...], as_json: bool, **request: str 
 
 
 @main.command()
+@click.argument("output")
+@click.option(
+    "--engine", type=click.Choice(("vllm", "sglang", "llama.cpp")), help="With --run. Default: the first printed."
+)
+@click.option(
+    "--weights", type=click.Choice(("merged", "adapter", "gguf")), help="With --run. Default: the first printed."
+)
+@click.option("--base", help="Where the adapter's base model is. Default: model.name_or_path of the job.")
+@click.option("--run", "started", is_flag=True, help="Start the server instead of printing commands.")
+def serve(output: str, engine: str | None, weights: str | None, base: str | None, started: bool) -> None:
+    """Print the command of each server that loads the model published at OUTPUT.
+
+    vLLM is taken from the Python that JOB_SERVE_PYTHON names, if it is set.
+    """
+
+    def work(environment: Environment, preemption: Preemption) -> None:
+        with preemption.leave_at_once():
+            from job.serve import commands, describe, start
+
+            found, made = commands(output, base, environment)
+            if started:
+                start(made, engine, weights)
+            show(describe(found, made))
+
+    finish(work)
+
+
+@main.command()
 def schema() -> None:
     """Print the spec's JSON schema, for editors."""
     from job.config.schema import JobSpec

@@ -113,7 +113,8 @@ def gate_facts(exported: Exported) -> dict[str, Any]:
     smaller = {name: asdict(each) for name, each in exported.smaller.items()}
     losses = {f"loss_{name}": each.pop("loss") for name, each in smaller.items()}
     measured = {name: loss for name, loss in losses.items() if loss is not None}
-    return {**asdict(exported.gate), **measured, **({"smaller": smaller} if smaller else {})}
+    served = {f"served_{name}": asdict(found) for name, found in exported.served.items()}
+    return {**asdict(exported.gate), **measured, **({"smaller": smaller} if smaller else {}), **served}
 
 
 def publish(ctx: RunContext, plan: Plan, staged: StagedIn, results: Results, exported: Exported) -> None:

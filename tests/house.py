@@ -22,7 +22,7 @@ FLOORS = (
     ("report", "planning"),
     ("train",),
     ("publish",),
-    ("run", "render", "predict", "look"),
+    ("run", "render", "predict", "look", "serve"),
     ("cli",),
     ("__main__",),
     ("torchrun",),

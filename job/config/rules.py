@@ -136,8 +136,9 @@ def _export(export: ExportSpec) -> Iterator[str]:
     for name in ("merged_4bit", "merged_fp8", "merged_int4", "gguf"):
         if getattr(export, name):
             yield f"export: {name} needs merged weights on scratch; {why}"
-    if export.hub.merged_repo:
-        yield f"export: hub.merged_repo needs merged weights on scratch; {why}"
+    for name, asked in {"hub.merged_repo": export.hub.merged_repo, "serve.engine": export.serve.engine}.items():
+        if asked:
+            yield f"export: {name} needs merged weights on scratch; {why}"
 
 
 def _evaluation(spec: JobSpec) -> Iterator[str]:

@@ -364,6 +364,19 @@ class HubSpec(Section):
     """Create private repositories, and refuse one that is already public."""
 
 
+class ServeSpec(Section):
+    """A server that must answer the gate's rows from the folders to publish as was measured."""
+
+    engine: Literal["vllm"] | None = None
+    """The server to start on `merged/`, and on `adapter/` where it can serve one. Null starts none."""
+    python: str | None = None
+    """The Python of an environment in which it is installed, apart from the job's own. Default: `JOB_SERVE_PYTHON`."""
+    min_agreement: float = Field(0.98, gt=0, le=1)
+    """Share of the tokens of the true answers at which the server must rank the token first that the job ranked first."""
+    seconds: float = Field(1800, gt=0)
+    """Seconds in which each server must have started and answered."""
+
+
 class ExportSpec(Section):
     """What is published besides the adapter, and where."""
 
@@ -383,6 +396,8 @@ class ExportSpec(Section):
     """Also publish GGUF files for llama.cpp, made by the converter in the folder that LLAMA_CPP names."""
     gate: GateSpec = GateSpec()
     """Bounds beyond which merged weights are refused."""
+    serve: ServeSpec = ServeSpec()
+    """A server that must answer from these folders as was measured."""
     hub: HubSpec = HubSpec()
     """Hub repositories to push to as well."""
 
@@ -453,6 +468,8 @@ NEITHER = frozenset(
         "training.dataloader_num_workers",
         "training.vision_cache_gb",
         "export.scratch_copy",
+        "export.serve.python",
+        "export.serve.seconds",
         "evaluation.batch_size",
         "evaluation.cache",
         "evaluation.eval_samples",

@@ -44,13 +44,15 @@ COMMON = str.maketrans("-_", "+/")
 class Bounds(NamedTuple):
     """Upper limits on image size in pixels: the longer side, the area, the shorter side, and the total area of a row's images.
     Larger images are shrunk with their aspect ratio kept or, with a `grid`, to multiples of it as Qwen's processor would
-    (smart_resize), so that this processor gives an image that nobody shrank as many tokens."""
+    (smart_resize), so that this processor gives an image that nobody shrank as many tokens. `resample` is the number of the
+    filter in Pillow, that of the processor; None is Lanczos."""
 
     side: float | None = None
     area: float | None = None
     short: float | None = None
     row: float | None = None
     grid: int | None = None
+    resample: int | None = None
 
     def most(self, pictures: int = 1) -> int | None:
         """Returns the largest area of one of a row's `pictures` images; None if areas have no limit."""
@@ -72,6 +74,10 @@ class Bounds(NamedTuple):
         scales += [self.short / min(width, height)] if self.short else []
         scales += [math.sqrt(self.row / max(pictures, 1) / (width * height))] if self.row else []
         scale, least = min(scales), min(MIN_SIDE, width, height)
+        if (
+            self.short and scale == self.short / min(width, height) < 1
+        ):  # as processors do, which cut the longer side off
+            return int(self.short * width / min(width, height)), int(self.short * height / min(width, height))
         return (width, height) if scale >= 1 else (max(round(width * scale), least), max(round(height * scale), least))
 
 
@@ -252,7 +258,8 @@ def _decoded(
 
         found = [montage(found)]
     before = found[0].width * found[0].height
-    found = [shrink(picture, files.bounds.size(*picture.size, pictures)) for picture in found]
+    bounds = files.bounds
+    found = [shrink(picture, bounds.size(*picture.size, pictures), bounds.resample) for picture in found]
     if files.cache and len(found) == 1 and (costly or before >= WORTH_KEEPING * found[0].width * found[0].height):
         files.cache.put(_key(parts, pictures), found[0], hashlib.sha256(b"".join(data)).hexdigest())
     return data, found
@@ -296,7 +303,8 @@ def decode(data: bytes, spec: DatasetSpec, bounds: Bounds = AS_IT_IS, pictures: 
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             check_size(*image.size, spec)
-            image.draft(None, bounds.size(*image.size, pictures))  # a JPEG decodes at a half, a quarter or an eighth
+            if bounds.resample is None:  # a JPEG decodes at a half, a quarter or an eighth, but with other pixels
+                image.draft(None, bounds.size(*image.size, pictures))
             image.load()
             return as_rgb(ImageOps.exif_transpose(image))
     except BadRow:

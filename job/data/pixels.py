@@ -59,9 +59,13 @@ def stretch(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return ((values - low) * (255 / max(high - low, 1e-9)) + 0.5).astype(np.uint8)
 
 
-def shrink(picture: Picture, size: tuple[int, int]) -> Picture:
+def shrink(picture: Picture, size: tuple[int, int], resample: int | None = None) -> Picture:
+    """Resizes with the filter `resample` of a processor, as a server does that is given the whole picture, or with Lanczos."""
     if size == picture.size:
         return picture
-    small = picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    if resample is None:
+        small = picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    else:
+        small = picture.resize(size, Image.Resampling(resample))
     small.info = picture.info
     return small

@@ -126,6 +126,7 @@ def compare(
     processor: Any = None,
     let_go: Callable[[], None] = lambda: None,
     offload: Offload | None = None,
+    keep: Callable[[Reference], None] = lambda reference: None,
 ) -> Verdict:
     """Measure the merged model, which `read_merged(precision, check)` loads after `check` saw each of its files, with the
     `processor` published with it (default: that of `loaded`), against base + adapter on `rows`.
@@ -133,10 +134,12 @@ def compare(
     Both are in the training precision; if that is 4bit, both are in 16 bits, in which merged weights are made and served. Both
     run on transformers: Unsloth's kernels round differently, which some models amplify beyond the effect of folding. One model
     at a time is in memory: `let_go` is called once `loaded.model` is no longer needed, before another is loaded. `offload`
-    keeps part of a 16-bit model outside the GPU, for a base that was held in 4 bits.
+    keeps part of a 16-bit model outside the GPU, for a base that was held in 4 bits. `keep` is called with what was measured on
+    base + adapter.
     """
     right, wrong = from_memory(base, loaded.model, loaded.device), list[str]()
     reference = refer(spec, loaded, base, rows, let_go, offload)
+    keep(reference)
     precision = served_precision(loaded.precision)
     model = read_merged(precision, lambda file, path: wrong.extend(wrong_tensors(right, file, path)))
     served = processor or loaded.processor

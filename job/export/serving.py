@@ -15,16 +15,15 @@ from job.config.schema import JobSpec
 from job.data import Data
 from job.data.conversations import conversation
 from job.data.images import Bounds
+from job.export.engines import PROCESSORS
 from job.export.merge import copy_rest
 from job.model.base_model import json_object, weight_files
-from job.model.collator import DATE, replacement
+from job.model.collator import DATE, adds_first_token, replacement
 from job.model.generation import greedy
 from job.model.loaded import Loaded
 from job.model.transformers_backend import load_processor
 from job.store import files_of
 
-PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-"""Files with an image processor's settings: its own, and since transformers 5 those of the whole processor."""
 SIZES = ((2000, 2000), (3000, 1300), (1300, 3000), (700, 500))
 """Pictures that show whether a processor shrinks as training did."""
 
@@ -110,6 +109,8 @@ def serving(spec: JobSpec, loaded: Loaded, data: Data, scratch: Path) -> Serving
         unwritten.append("the system prompt")
     if date is not None:
         unwritten.append(f"the date in the system turn ({date}), where the chat template writes today's")
+    if adds_first_token(loaded.processor):
+        unwritten.append("the tokenizer's first token, which a server adds only if add_special_tokens is true")
     return Serving(system, date, tuple(unwritten), shrunk._asdict())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.errors import GateRefused, SpecError
+from job.layout import answers_key
+from job.model.families import family_of
 from job.model.loaded import release
 from job.model.lora_targets import group_of
 from job.model.memory_model import gate_batch
@@ -24,7 +27,8 @@ if TYPE_CHECKING:
     from job.data import Data
     from job.evaluate.stage import Results
     from job.export.gain import Smaller
-    from job.export.gate import Verdict
+    from job.export.gate import Reference, Verdict
+    from job.export.questions import Agreement
     from job.export.serving import Serving
     from job.export.tensor_map import Base
     from job.model.base_model import BaseFacts
@@ -42,8 +46,8 @@ class Exported:
     """Folders ready to publish, by the name they are published under: `adapter`, and whatever else the spec requests.
 
     `sent` are files of `merged` already in the output. `gate` holds the measurements of `merged`, and `smaller` those of each
-    format in fewer bits, published or not; `serving` is what a server must be given; `refused` says why only the adapter may be
-    published.
+    format in fewer bits, published or not; `serving` is what a server must be given, and `served` how one answered from each
+    folder; `refused` says why only the adapter may be published.
     """
 
     folders: dict[str, Path]
@@ -51,6 +55,7 @@ class Exported:
     gate: Verdict | None = None
     smaller: dict[str, Smaller] = field(default_factory=dict)
     serving: Serving | None = None
+    served: dict[str, Agreement] = field(default_factory=dict)
     refused: str | None = None
 
 
@@ -60,6 +65,9 @@ def check_export(spec: ExportSpec, base: BaseFacts) -> None:
 
     if spec.gguf:
         converter(base.model_type)
+    found = {server.name: server for server in family_of(base.model_type).servers}
+    if spec.serve.engine is not None and found and "vLLM" not in found:
+        raise SpecError(f"export.serve.engine: no vLLM is known to serve {base.model_type}; remove it")
     for name, layer in base.linears.items() if spec.merged_int4 else ():
         if (group_of(name) or "").startswith("language") and layer.in_features % INT4_GROUP:
             raise SpecError(
@@ -69,11 +77,12 @@ def check_export(spec: ExportSpec, base: BaseFacts) -> None:
 
 
 def check_mergeable(spec: JobSpec, loaded: Loaded) -> None:
-    """Check that each adapter of the loaded model maps to the base's files, and that llama.cpp's converter knows those files.
-    Raises SpecError, before hours are spent."""
+    """Check that each adapter of the loaded model maps to the base's files, that llama.cpp's converter knows those files, and
+    that the server to ask is there. Raises SpecError, before hours are spent."""
     from peft import get_peft_model_state_dict
 
     from job.export.gguf import converter, rehearse
+    from job.export.served import interpreter, server_version
     from job.export.tensor_map import changes, read_base
 
     if spec.export.merged:
@@ -82,6 +91,8 @@ def check_mergeable(spec: JobSpec, loaded: Loaded) -> None:
             warnings.simplefilter("ignore")
             tensors = get_peft_model_state_dict(loaded.model)
         changes(base, loaded.model.peft_config["default"].to_dict(), tensors)
+    if spec.export.serve.engine is not None:
+        server_version(spec.export.serve, interpreter(spec.export.serve, os.environ))
     if spec.export.gguf:
         rehearse(converter(loaded.model.config.model_type), loaded.folder)
 
@@ -114,7 +125,9 @@ def export(
             return Exported({"adapter": adapter}, serving=served)
         base = read_base(loaded.folder, spec.model.trust_remote_code)
         offload = Offload(gate_room, folder / "offloaded") if gate_room is not None else None
-        exported, verdict = merged(ctx, loaded, base, folder, data, offload)
+        kept: list[Reference] = []
+        keep = kept.append if spec.export.serve.engine is not None else lambda _: None  # its logits are gigabytes
+        exported, verdict = merged(ctx, loaded, base, folder, data, offload, keep)
         size = sum((base.folder / file).stat().st_size for file in base.files)
         agreed, rounded = verdict.token_agreement, verdict.rounding_token_agreement
         facts += [
@@ -125,17 +138,27 @@ def export(
             log.warning("merged/: %s", verdict.warning)
         exported = replace(exported, serving=served)
         if exported.refused is None:
-            exported = smaller(spec, loaded, exported, data, results, offload)
             wrong = spoilt(exported.folders["merged"], loaded, spec, data.bounds)
             exported = replace(exported, refused=wrong)
+        if exported.refused is None and spec.export.serve.engine is not None:
+            exported = asked(ctx, loaded, exported, data, kept[0])
+        if exported.refused is None:
+            exported = smaller(spec, loaded, exported, data, results, offload)
         ctx.preemption.check()  # a library may have swallowed the notice
     return exported
 
 
 def merged(
-    ctx: RunContext, loaded: Loaded, base: Base, folder: Path, data: Data, offload: Offload | None
+    ctx: RunContext,
+    loaded: Loaded,
+    base: Base,
+    folder: Path,
+    data: Data,
+    offload: Offload | None,
+    keep: Callable[[Reference], None],
 ) -> tuple[Exported, Verdict]:
-    """Merge, and judge the result from where it was written. Releases `loaded.model`."""
+    """Merge, and judge the result from where it was written. Releases `loaded.model`; `keep` is called with what was measured on
+    base + adapter."""
     from job.export.gate import compare, refuse
     from job.export.merge import merge_to_folder, merge_to_store, recipe
     from job.export.read_back import read_back, read_folder
@@ -159,13 +182,39 @@ def merged(
     free_cached()  # the pieces of the merge
     let_go = partial(release, loaded.model)
     rows = rows_of(data)
-    verdict = compare(spec, loaded, base, read_merged, rows, processor=processor, let_go=let_go, offload=offload)
+    verdict = compare(
+        spec, loaded, base, read_merged, rows, processor=processor, let_go=let_go, offload=offload, keep=keep
+    )
     refused = None
     try:
         refuse(verdict, spec.export.gate)
     except GateRefused as error:
         refused = str(error)
     return Exported({"adapter": adapter, "merged": into}, sent, verdict, refused=refused), verdict
+
+
+def asked(ctx: RunContext, loaded: Loaded, exported: Exported, data: Data, reference: Reference) -> Exported:
+    """Ask a server about the gate's rows, from `merged/` and, if it can serve the family's adapters, from `adapter/`."""
+    from job.evaluate.records import Answer
+    from job.evaluate.stage import stored_rows
+    from job.export.questions import rows_to_ask
+    from job.export.served import ask_server, folders_to_serve, refuse_served
+
+    spec, serving = ctx.spec, exported.serving
+    served: dict[str, Agreement] = {}
+    assert serving is not None
+    after = stored_rows(ctx.store, answers_key("after"), Answer) if loaded.precision != "4bit" else []
+    rows = rows_to_ask(
+        reference, loaded, spec, data, {answer.id: (answer.generated, answer.tokens) for answer in after}
+    )
+    try:
+        for folder in folders_to_serve(spec, loaded, exported.folders):
+            name = folder.folder.name
+            served[name] = ask_server(spec, loaded, serving, reference, rows, folder)
+            refuse_served(served[name], name, spec, reference)
+    except GateRefused as error:
+        return replace(exported, served=served, refused=str(error))
+    return replace(exported, served=served)
 
 
 def smaller(

@@ -215,6 +215,20 @@ def adds_bos(processor: Any, text: str) -> bool:
     return bos is None or not text.startswith(bos)
 
 
+def adds_first_token(processor: Any) -> bool:
+    """Whether the tokenizer puts a first token before a conversation that the template does not write. A server then adds it
+    only if a request asks for special tokens."""
+    question = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    text = render(processor, question, prompt=True)
+    ids: list[int] = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokens(processor, text) != ids
+
+
+def image_token(processor: Any) -> int:
+    """Return the id of the token that images are expanded to."""
+    return int(processor.tokenizer.convert_tokens_to_ids(processor.image_token))
+
+
 def encode(processor: Any, texts: list[str], images: list[list[Any]], *, side: str) -> dict[str, torch.Tensor]:
     """Encode texts with their images as batched tensors, padded on `side`."""
     return _encode(processor, texts, images, side=side)[0]

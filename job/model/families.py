@@ -9,13 +9,17 @@ Layout = Literal["rows", "patches", "pictures", "list"]
 
 
 class Server(NamedTuple):
-    """`versions` lists the versions that load the family; when empty, none does and `note` says why."""
+    """`versions` lists the versions that load the family; when empty, none does and `note` says why. `tried` is the version that
+    `make test-serve` found to answer as was measured, and `lora` the adapters that it then served so: of the language model
+    alone, or of the tower too."""
 
     name: str
     versions: str
     command: str
     note: str
     source: str
+    tried: str = ""
+    lora: Literal["", "language", "tower"] = ""
 
 
 TIMELINE = "https://huggingface.co/docs/transformers/models_timeline"
@@ -24,15 +28,20 @@ SGLANG_MODELS = "https://docs.sglang.io/supported_models/text_generation/multimo
 TGI_MODELS = "https://huggingface.co/docs/text-generation-inference/supported_models"
 GGML = "https://github.com/ggml-org/llama.cpp/"
 CONVERT = "convert_hf_to_gguf.py merged, and again with --mmproj; llama-server -m … --mmproj …"
-TRANSFORMERS = Server("transformers", "5.17", "the code above", "", TIMELINE)
+TRANSFORMERS = Server("transformers", "5.17", "the code above", "", TIMELINE, "5.17")
 VLLM = Server("vLLM", "", "vllm serve ./merged", "", VLLM_MODELS)
 SGLANG = Server("SGLang", "0.5 and newer", "python -m sglang.launch_server --model-path ./merged", "", SGLANG_MODELS)
+NO_TOWER_LORA = "0.32 silently leaves out the LoRA of this tower, or ends at it: serve merged weights"
+"""It calls the layers vision_tower.vision_model.encoder…, and transformers 5, with PEFT, vision_tower.encoder…. It also leaves
+CLIP's class token out of its count of the tower's tokens."""
 TGI = Server("TGI", "3.3.7", "text-generation-launcher --model-id ./merged", "archived; 3.3.7 is its last", TGI_MODELS)
 LLAMA_CPP = Server("llama.cpp", "since November 2025", CONVERT, "", f"{GGML}blob/master/docs/multimodal.md")
 
 
-def vllm(versions: str) -> Server:
-    return VLLM._replace(versions=versions)
+def vllm(versions: str, lora: Literal["", "language", "tower"] = "") -> Server:
+    """`lora` says that `make test-serve` tries this family."""
+    tried, note = ("0.32" if lora else ""), (NO_TOWER_LORA if lora == "language" else "")
+    return VLLM._replace(versions=versions, note=note, tried=tried, lora=lora)
 
 
 def no_llama_cpp(note: str, source: str = LLAMA_CPP.source) -> Server:
@@ -103,7 +112,7 @@ FAMILIES = {
         QWEN_VL,
         name="Qwen2.5-VL",
         kept=((9, 4), (13, 4)),
-        servers=(TRANSFORMERS, vllm("0.7.2 and newer"), SGLANG, TGI, LLAMA_CPP),
+        servers=(TRANSFORMERS, vllm("0.7.2 and newer", "tower"), SGLANG, TGI, LLAMA_CPP),
         named=(
             (r"qwen2[._]5-vl-3b", "qwen-research"),
             (r"qwen2[._]5-vl-72b", "qwen"),
@@ -120,7 +129,7 @@ FAMILIES = {
         QWEN_VL,
         name="Qwen3-VL",
         kept=((11, 4), (11, 2)),
-        servers=(TRANSFORMERS, vllm("0.11.0 and newer"), SGLANG, LLAMA_CPP),
+        servers=(TRANSFORMERS, vllm("0.11.0 and newer", "tower"), SGLANG, LLAMA_CPP),
         named=((r"qwen3-vl", APACHE),),
         maker=("Qwen3-VL", APACHE),
     ),
@@ -139,7 +148,7 @@ FAMILIES = {
         layout="pictures",
         tiles=1,
         kept=((15, 4), (9, 2)),
-        servers=(TRANSFORMERS, vllm("0.8.0 and newer"), SGLANG, TGI, LLAMA_CPP),
+        servers=(TRANSFORMERS, vllm("0.8.0 and newer", "language"), SGLANG, TGI, LLAMA_CPP),
         named=((r"medgemma", "health-ai-developer-foundations"), (r"^(?!.*gemma-?4).*gemma", "gemma")),
         maker=("Google's Gemma 3", "gemma"),
     ),
@@ -152,7 +161,7 @@ FAMILIES = {
         layout="list",
         tiles=1,
         kept=((10, 4), (9, 6)),
-        servers=(TRANSFORMERS, vllm("0.4.2 and newer"), SGLANG, no_llama_cpp(NO_CLIP)),
+        servers=(TRANSFORMERS, vllm("0.4.2 and newer", "language"), SGLANG, no_llama_cpp(NO_CLIP)),
     ),
     "llava_next": Family("LLaVA-NeXT", whole=True, loss_divides=True, tiles=5, servers=(TRANSFORMERS,)),
 }

@@ -69,12 +69,14 @@ class TokenCounter:
     def room(self, tokens: int) -> dict[str, Any]:
         """Return what this processor keeps of an image, in pixels: the total `area` or the `short` side; and, if token counts
         depend on size, the total area of a row's images (`row`) that takes `tokens` tokens. Qwen's sides are
-        multiples of `grid`."""
+        multiples of `grid`. `resample` is its filter."""
         pictures = self.processor.image_processor
+        resample = getattr(pictures, "resample", None)
+        own = {"resample": int(resample)} if resample else {}
         if shapes := getattr(
             pictures, "image_grid_pinpoints", None
         ):  # LLaVA-NeXT uses as many tokens for a small image
-            return {"area": max(high * wide for high, wide in shapes), "short": None, "row": None}
+            return {"area": max(high * wide for high, wide in shapes), "short": None, "row": None} | own
         size = dict(getattr(pictures, "size", None) or {})
         tiles = getattr(pictures, "max_image_tiles", getattr(pictures, "max_patches", 0))
         high, wide = size.get("height") or 0, size.get("width") or 0
@@ -85,7 +87,7 @@ class TokenCounter:
         side = int(min(area or 1024**2, 1024**2) ** 0.5)
         few, many = (len(tokens_of(self.processor, self.expansion((each, each)))) for each in (side // 2, side))
         row = tokens * (side**2 - (side // 2) ** 2) / (many - few) if many > few else None
-        room: dict[str, Any] = {"area": area, "short": short, "row": row}
+        room: dict[str, Any] = {"area": area, "short": short, "row": row} | own
         qwen = area is not None and type(pictures).__name__.startswith("Qwen2VL")
         return room | ({"grid": pictures.patch_size * pictures.merge_size} if qwen else {})
 

@@ -56,6 +56,8 @@ ANSWERS = 4
 LAYER_INPUTS = 4
 """Copies of a layer's inputs in 16 bits that calibration of INT4 keeps for each row: llm-compressor's, and auto-round's inputs,
 outputs and outputs once quantised."""
+SERVER_BYTES = 3_000_000_000
+"""Bytes of a vLLM beside its weights: two processes of 1 GB, seen on a CPU, and 1 GiB of keys and values. Not seen on a GPU."""
 DECODER_BYTES = 180_000_000
 """Bytes of an idle process that decodes DICOM (`benchmarks/decoding.py`). Each loader has one, or the job itself."""
 GROUP_SCALES = 2 / 128
@@ -221,8 +223,8 @@ def _step_memory(spec: JobSpec, facts: Facts, base: BaseFacts, training: Trainin
 
 
 def _export_memory(spec: JobSpec, facts: Facts, base: BaseFacts, training: Training, scratch_copy: bool) -> int:
-    """Returns what the export likely holds beside the one model: pinned pieces of the merge, the gate's logits, and a file being
-    quantised."""
+    """Returns what the export likely holds beside the one model: pinned pieces of the merge, the gate's logits with a server that
+    is compared with them, and a file being quantised. The server's weights take the place of the job's own."""
     item = base.bytes / base.parameters if base.parameters else 0
     layers = [layer.out_features * layer.in_features for name, layer in base.linears.items() if name != "lm_head"]
     pieces = PIECES * max(PIECE, int(item * max(layers, default=0))) * (1 if scratch_copy else SENT_AT_ONCE)
@@ -233,7 +235,8 @@ def _export_memory(spec: JobSpec, facts: Facts, base: BaseFacts, training: Train
     small = sizes.get("merged_4bit", 0)  # safetensors writes a file from memory
     small = max(small, base.largest * (spec.export.merged_fp8 or spec.export.merged_int4))
     converter = LIBRARIES["cpu"] * spec.export.gguf
-    return pieces + max(logits, small + _calibration_memory(spec, facts, base), converter)
+    server = SERVER_BYTES * (spec.export.serve.engine is not None)
+    return pieces + max(logits + server, small + _calibration_memory(spec, facts, base), converter)
 
 
 def _calibration_memory(spec: JobSpec, facts: Facts, base: BaseFacts) -> int:

@@ -111,8 +111,9 @@ def _memory_cure(facts: Facts, precision: str) -> str:
 
 def _over_scratch(spec: JobSpec) -> list[str]:
     """Returns the fields of `export` that need merged weights on scratch and are set."""
-    pushed = ["hub.merged_repo"] if spec.export.hub.merged_repo is not None else []
-    return [name for name in SMALLER if getattr(spec.export, name)] + pushed
+    export = spec.export
+    others = {"hub.merged_repo": export.hub.merged_repo is not None, "serve.engine": export.serve.engine is not None}
+    return [name for name in SMALLER if getattr(export, name)] + [name for name, asked in others.items() if asked]
 
 
 def _scratch_cure(spec: JobSpec, stage: str, scratch_copy: bool) -> str:

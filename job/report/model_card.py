@@ -104,6 +104,7 @@ def _shrinking(bounds: Mapping[str, Any]) -> tuple[str, str, str]:
     """Returns the code of `job.data.images.Bounds.size` for one picture, what follows opening it, and what follows turning it;
     all empty if nothing is shrunk."""
     limits = {name: limit for name, limit in bounds.items() if limit}
+    resample = limits.pop("resample", None)
     if not limits:
         return "", "", ""
     areas = [limits[name] for name in ("area", "row") if name in limits]
@@ -117,9 +118,15 @@ def _shrinking(bounds: Mapping[str, Any]) -> tuple[str, str, str]:
         scales = [f"({area!r} / (width * height)) ** 0.5" for area in areas]
         scales += [f"{limits['side']!r} / max(width, height)"] if "side" in limits else []
         scales += [f"{limits['short']!r} / min(width, height)"] if "short" in limits else []
-        code = f"""    scale = min(1, {", ".join(scales)})
+        by_short = ""
+        if short := limits.get("short"):
+            by_short = f"""
+    if scale == {short!r} / min(width, height) < 1:
+        return tuple(int({short!r} * side / min(width, height)) for side in (width, height))"""
+        code = f"""    scale = min(1, {", ".join(scales)}){by_short}
     return max(round(width * scale), 4), max(round(height * scale), 4)"""
     size = "shrunk(*picture.size)"
     head = f"def shrunk(width, height):  # as in training\n{code}\n\n\n"
-    resized = f"\npicture = picture.resize({size}, Image.Resampling.LANCZOS, reducing_gap=3.0)"
-    return head, f"\npicture.draft(None, {size})", resized
+    how = "Image.Resampling.LANCZOS, reducing_gap=3.0" if resample is None else f"Image.Resampling({resample})"
+    draft = f"\npicture.draft(None, {size})" if resample is None else ""
+    return head, draft, f"\npicture = picture.resize({size}, {how})"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from job.config.loader import validate
-from job.config.schema import ExportSpec
+from job.config.schema import ExportSpec, ServeSpec
 from job.errors import SpecError
 from job.export.gguf import converter, write_gguf
+from job.export.served import interpreter, server_version
 from job.export.stage import check_export
 from job.model.base_model import BaseFacts, base_facts
 from job.model.lora_targets import Linear
@@ -92,3 +94,23 @@ def test_the_converter_makes_one_file_for_the_model_and_one_for_its_tower(tmp_pa
 def test_choices_that_cannot_hold_together_are_told(tree: dict[str, Any], export: dict[str, Any], says: str) -> None:
     with pytest.raises(SpecError, match=says):
         validate(tree | {"export": export})
+
+
+def test_a_server_that_is_not_there_is_refused_before_training(tmp_path: Path) -> None:
+    serve = ServeSpec(engine="vllm")
+    with pytest.raises(
+        SpecError, match="export.serve.python: name the Python of an environment with vllm, here or in JOB_SERVE"
+    ):
+        interpreter(serve, {})
+    assert interpreter(serve, {"JOB_SERVE_PYTHON": "/a/python"}) == "/a/python"
+    assert interpreter(ServeSpec(python="/b/python"), {"JOB_SERVE_PYTHON": "/a/python"}) == "/b/python"
+    for python in (str(tmp_path / "none"), sys.executable):
+        with pytest.raises(SpecError, match="is no Python with vllm; name one, or remove export.serve.engine"):
+            server_version(serve, python)
+    (tmp_path / "python").write_text("#!/bin/sh\necho 0.32.0\n")
+    (tmp_path / "python").chmod(0o755)
+    assert server_version(serve, str(tmp_path / "python")) == "0.32.0"
+    check_export(ExportSpec(serve=serve), base("qwen3_vl"))
+    check_export(ExportSpec(serve=serve), base("a_new_one"))
+    with pytest.raises(SpecError, match="no vLLM is known to serve qwen3_5; remove it"):
+        check_export(ExportSpec(serve=serve), base("qwen3_5"))

@@ -155,6 +155,9 @@ def test_weights_that_smaller_formats_are_made_from_stay_on_scratch(tree: Spec):
     found = plan(tree, small, export={"merged_4bit": True})
     assert found.foreseen.scratch_copy is True
     assert "leave out export.merged_4bit, point JOB_SCRATCH at a larger disk" in refused(found)
+    asked = plan(tree, small, export={"serve": {"engine": "vllm"}})
+    assert "leave out export.serve.engine, point JOB_SCRATCH at a larger disk" in refused(asked)
+    assert need(asked, "export").memory.most - need(plan(tree, small), "export").memory.most > 2e9
 
 
 def test_what_an_earlier_attempt_wrote_is_not_needed_again(tree: Spec):
