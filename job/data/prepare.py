@@ -22,7 +22,7 @@ from job.data.images import AS_IT_IS, Bounds, load
 from job.data.near_duplicates import near_pairs
 from job.data.pixels import BadRow
 from job.data.sources import Source, open_source
-from job.data.split import hold_out, units
+from job.data.split import first_alike, hold_out, units
 from job.data.validate import ValidatedRow, validate_rows
 from job.errors import DataError
 from job.output.identity import Identity
@@ -58,12 +58,15 @@ def prepare(
         counts = counts.with_held_out(theirs)
         bad = bad + [replace(row, of="evaluation") for row in bad_held]
         numbers = [group_numbers(side, dataset.group_column) for side in (seen, held)]
-        shared = set.intersection(*({key for row in side for key in row.keys} for side in (seen, held)))
+        shared = set.intersection(*({key for row in side for key in row.compared} for side in (seen, held)))
     else:
         seen, held, numbers = _split(seen, spec)
     if not seen:
         raise DataError("dataset: no rows are left to train on")
     near = _near(seen, held)
+    grouped = bool(dataset.group_column or source.table.patients)
+    together = [*seen, *held]
+    alike, pair = first_alike(row.compared[0] for row in together) if grouped else (0, None)
     train = _rows(source, seen, numbers[0], spec)
     evaluation = _spread(_rows(other, held, numbers[1], spec), spec.evaluation.max_rows)
     part = 1 if counts.looked_at is None else counts.looked_at / counts.rows
@@ -79,7 +82,9 @@ def prepare(
         near_duplicates=len(near),
         instruction=None if source.reading.messages or not fixed(dataset) else dataset.instruction,
         train_sha256=hashlib.sha256("".join(row.digest for row in seen).encode()).hexdigest() if most is None else None,
-        grouped=bool(dataset.group_column or source.table.patients),
+        grouped=grouped,
+        alike_groups=alike,
+        alike_rows=pair and (together[pair[0]].place, together[pair[1]].place),
     )
     values = {
         name: label.values or sorted({row.labels[name] for row in seen + held} - {""})
@@ -88,7 +93,7 @@ def prepare(
     identity = Identity(*(b"".join(row.identity for row in side) for side in (seen, held))) if whole else None
     sources = {each.field: each for each in (source, other)}
     leaked = {pair.evaluation for pair in near} | {
-        f"row-{row.place}" for row in held if shared and shared & set(row.keys)
+        f"row-{row.place}" for row in held if shared and shared & set(row.compared)
     }
     return Data(train, evaluation, bad, facts, values, near, identity, sources, leaked)
 
@@ -111,7 +116,7 @@ def _open_both(spec: JobSpec, scratch: Path, bounds: Bounds) -> tuple[Source, So
 
 def group_numbers(rows: Sequence[ValidatedRow], by_column: str | None) -> list[int]:
     """Returns the group of each row: by the column's value or, without a column, by shared images."""
-    return units([row.keys[:1] if by_column else row.keys for row in rows])
+    return units([row.compared[:1] if by_column else row.compared for row in rows])
 
 
 def _split(rows: list[ValidatedRow], spec: JobSpec) -> tuple[list[ValidatedRow], list[ValidatedRow], list[list[int]]]:

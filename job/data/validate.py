@@ -25,6 +25,7 @@ from job.data.layouts import split_of
 from job.data.near_duplicates import Bits, perceptual_hash
 from job.data.pixels import BadRow
 from job.data.sources import Source
+from job.data.split import same_name
 from job.data.tables import PATIENT
 from job.errors import DataError
 from job.output.identity import row_identity
@@ -63,6 +64,11 @@ class ValidatedRow(NamedTuple):
     """Whether it names an image by an absolute path."""
     other_split: str
     """The split that its own split column names, if that is not the one being read; else empty."""
+
+    @property
+    def compared(self) -> list[str]:
+        """Its keys as rows are compared by them: one patient may be spelled in several ways."""
+        return [same_name(key) for key in self.keys]
 
 
 def validate_rows(
@@ -153,7 +159,10 @@ def _examine(
         asked = [part["text"] for message in messages[:-1] for part in message["content"]]
         keys = (hashlib.sha256("\0".join(asked).encode("utf-8", "surrogatepass")).hexdigest(),)
     if dataset.group_column:
-        keys = (_needed(values, dataset.group_column), *keys)
+        group = _needed(values, dataset.group_column)
+        if not same_name(group):
+            raise BadRow(f"no {dataset.group_column}")
+        keys = (group, *keys)
     elif values.get(PATIENT):
         keys = (values[PATIENT], *keys)
     stratum = _needed(values, dataset.stratify_column) if dataset.stratify_column else ""

@@ -64,14 +64,19 @@ def prepared(tree: dict[str, Any], tmp_path: Path):
 def test_facts_are_written_under_these_keys(prepared):
     data = prepared()
     digest = data.facts.train_sha256
-    wanted = SEEN | {"tokens": TOKENS, "images": IMAGES} | SPLIT | {"train_sha256": digest, "grouped": False}
+    wanted = (
+        SEEN
+        | {"tokens": TOKENS, "images": IMAGES}
+        | SPLIT
+        | {"train_sha256": digest, "grouped": False, "alike_groups": 0}
+    )
     assert len(digest) == 64
     assert json.dumps(as_json(data.facts)) == json.dumps(wanted)
 
 
 def test_what_a_quick_look_does_not_know_is_left_out(prepared):
     images = IMAGES | {"count": 7, "largest": [8, 8]}
-    wanted = SEEN | {"images": images, "looked_at": 8} | SPLIT | {"grouped": False}
+    wanted = SEEN | {"images": images, "looked_at": 8} | SPLIT | {"grouped": False, "alike_groups": 0}
     assert json.dumps(as_json(prepared(8, None).facts)) == json.dumps(wanted)
 
 
