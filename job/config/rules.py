@@ -8,7 +8,17 @@ from collections.abc import Iterator
 
 import regex
 
-from job.config.schema import METRICS, DatasetSpec, EvaluationSpec, ExportSpec, JobSpec, LoraSpec, ModelSpec, deciding
+from job.config.schema import (
+    FIELD,
+    METRICS,
+    DatasetSpec,
+    EvaluationSpec,
+    ExportSpec,
+    JobSpec,
+    LoraSpec,
+    ModelSpec,
+    deciding,
+)
 from job.store.urls import unusable
 
 MOST_REPEATED = 10_000
@@ -94,10 +104,20 @@ def _dataset(data: DatasetSpec) -> Iterator[str]:
     if data.messages_column is not None:
         for field in sorted({"answer", "answer_column", "instruction", "instruction_column"} & given):
             yield f"dataset: {field} has no effect with messages_column; remove one"
+    if data.messages_column is None and (told := _told(data)):
+        yield f"dataset: {told}, which is also the text to learn, so every prompt would hold its answer; remove it there"
     if data.dicom.series.description is not None:
         yield from _not_an_expression("dataset.dicom.series.description", data.dicom.series.description)
     if data.answer is not None and not re.search(r"\{\w", data.answer):
         yield "dataset.answer: names no column in braces, so every row would have the same answer; add one, as in {findings}"
+
+
+def _told(data: DatasetSpec) -> str:
+    """Say which field of the prompt names the whole answer's columns; empty if none does."""
+    learned = set(FIELD.findall(data.answer)) if data.answer else {data.answer_column}
+    if data.instruction_column is not None:
+        return f"instruction_column is {data.instruction_column}" if learned == {data.instruction_column} else ""
+    return f"instruction has {{{min(learned)}}}" if learned and learned <= set(FIELD.findall(data.instruction)) else ""
 
 
 def _training(spec: JobSpec) -> Iterator[str]:

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 CountOrZero = Annotated[int, Field(ge=0, le=2**31 - 1)]
+FIELD = re.compile(r"(?<!\{)\{([^\W\d][\w .-]*)\}(?!\})")
+"""A column in a template."""
 HUB_ID = r"^[\w.-]+/[\w.-]+$"
 RADIOGRAPHER = "You are an expert radiographer. Describe accurately what you see in this image."
 

@@ -16,7 +16,7 @@ from numbers import Number
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from job.config.schema import DatasetSpec
+from job.config.schema import FIELD, DatasetSpec
 from job.data.pixels import BadRow
 from job.errors import DataError
 
@@ -25,7 +25,6 @@ SPLIT = ("split", "data_split", "dataset_split", "partition", "subset")
 """Names, in any case, of columns that say which split a row belongs to."""
 SYSTEM = "system"
 """The column beside a conversation that holds its system turn."""
-FIELD = re.compile(r"(?<!\{)\{([^\W\d][\w .-]*)\}(?!\})")
 HALF = re.compile("[\\ud800-\\udfff]")
 """Half a character, such as an emoji cut in two: JSON can hold it, but no tokenizer accepts it."""
 MOST_CHARACTERS = 1_000_000
@@ -138,6 +137,12 @@ def conversation(instruction: str, answer: str, system_prompt: str | None, image
 
 def last_answer(messages: list[Message]) -> str:
     return "".join(part["text"] for part in messages[-1]["content"])
+
+
+def prompt_text(messages: list[Message]) -> str:
+    """Returns the texts of user and system turns."""
+    said = [message for message in messages if message["role"] != "assistant"]
+    return "\n".join(part["text"] for message in said for part in message["content"] if not _is_image(part))
 
 
 def repeat_images(messages: list[Message], counts: list[int]) -> list[Message]:

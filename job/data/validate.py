@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from job.config.schema import JobSpec
+from job.config.schema import DatasetSpec, JobSpec
 from job.data import BadRows
 from job.data.burned_in import BurnedIn
-from job.data.conversations import Message, as_text, read_sample, repeat_images
+from job.data.conversations import Message, as_text, last_answer, prompt_text, read_sample, repeat_images
 from job.data.decoder import dismiss
 from job.data.facts import ImageFacts, QuarantinedRow, SplitFacts, TokenFacts
+from job.data.given_away import given_away, stated_answer, words
 from job.data.images import is_absolute, load_anew
 from job.data.layouts import split_of
 from job.data.near_duplicates import Bits, perceptual_hash
@@ -62,6 +63,8 @@ class ValidatedRow(NamedTuple):
     """See `job.output.identity.row_identity`."""
     absolute: bool
     """Whether it names an image by an absolute path."""
+    stated: str
+    """The answer that its own prompt states (see `given_away.stated_answer`), if any."""
     other_split: str
     """The split that its own split column names, if that is not the one being read; else empty."""
 
@@ -110,9 +113,27 @@ def validate_rows(
                 else:
                     good.append(found)
     decoders = dismiss()
+    good, bad = _without_given_away(good, bad, source, dataset)
     _refuse_unusable(source, spec, good, bad, burned, total)
     facts = replace(_facts(good, bad, spec, there), split_column=source.reading.split, decoders=decoders)
     return good, bad, facts if total == there else replace(facts, looked_at=total)
+
+
+def _without_given_away(
+    good: list[ValidatedRow], bad: list[QuarantinedRow], source: Source, dataset: DatasetSpec
+) -> tuple[list[ValidatedRow], list[QuarantinedRow]]:
+    """Moves rows whose prompt gives the answer away from the good rows to the bad ones."""
+
+    def compared(count: int) -> list[tuple[str, str]]:
+        some = [row.place for row in good[:: -(-len(good) // count)]]
+        samples = [read_sample(source.read(row), dataset, source.reading) for row in source.rows_at(some)]
+        return [(words(prompt_text(each.messages)), words(last_answer(each.messages))) for each in samples]
+
+    found = set(given_away({row.place: row.stated for row in good if row.stated}, len(good), compared))
+    if not found:
+        return good, bad
+    added = [QuarantinedRow(place, "the answer is already in the instruction or history") for place in sorted(found)]
+    return [row for row in good if row.place not in found], sorted([*bad, *added], key=lambda each: each.row)
 
 
 def _refuse_unusable(
@@ -176,7 +197,20 @@ def _examine(
     absolute = any(map(is_absolute, sample.images))
     other = _other_split(values.get(source.reading.split or ""), dataset.split)
     return ValidatedRow(
-        index, keys, hashes, sizes, labels, stratum, tokens, burned_in, digest, lossy, identity, absolute, other
+        index,
+        keys,
+        hashes,
+        sizes,
+        labels,
+        stratum,
+        tokens,
+        burned_in,
+        digest,
+        lossy,
+        identity,
+        absolute,
+        stated_answer(messages),
+        other,
     )
 
 
