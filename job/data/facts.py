@@ -20,11 +20,12 @@ class QuarantinedRow:
 
 @dataclass(frozen=True)
 class NearPair:
-    """A held-out row and a training row with near-duplicate images, by their ids."""
+    """A held-out row and a training row with near-duplicate images, by their ids. `likeness` is 1 for the same image (see
+    `job.data.near_duplicates`)."""
 
     evaluation: str
     train: str
-    bits_apart: int
+    likeness: float
 
 
 @dataclass(frozen=True)

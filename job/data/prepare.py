@@ -133,12 +133,11 @@ def _split(rows: list[ValidatedRow], spec: JobSpec) -> tuple[list[ValidatedRow],
 def _near(train: list[ValidatedRow], held: list[ValidatedRow]) -> list[NearPair]:
     """Finds held-out rows with a near-duplicate of a training image. Exact copies are included if a group column or the user put
     them on both sides."""
-    places = [[(row.place, bits) for row in side for bits in row.hashes] for side in (held, train)]
+    places = [[row.place for row in side for _ in row.thumbnails] for side in (held, train)]
     if not all(places):
         return []
-    ours, theirs = (np.stack([bits for _, bits in side]) for side in places)
-    found = [(places[0][a][0], places[1][b][0], apart) for a, b, apart in near_pairs(ours, theirs)]
-    return [NearPair(f"row-{a}", f"row-{b}", apart) for a, b, apart in found]
+    ours, theirs = (np.stack([each for row in side for each in row.thumbnails]) for side in (held, train))
+    return [NearPair(f"row-{places[0][a]}", f"row-{places[1][b]}", alike) for a, b, alike in near_pairs(ours, theirs)]
 
 
 def _rows(source: Source, seen: list[ValidatedRow], numbers: list[int], spec: JobSpec) -> Dataset:

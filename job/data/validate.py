@@ -23,7 +23,7 @@ from job.data.facts import ImageFacts, QuarantinedRow, SplitFacts, TokenFacts
 from job.data.given_away import given_away, stated_answer, words
 from job.data.images import is_absolute, load_anew
 from job.data.layouts import split_of
-from job.data.near_duplicates import Bits, perceptual_hash
+from job.data.near_duplicates import Thumbnail, thumbnail
 from job.data.pixels import BadRow
 from job.data.sources import Source
 from job.data.split import same_name
@@ -43,13 +43,13 @@ WAITING = 16
 
 
 class ValidatedRow(NamedTuple):
-    """A good row: its index, its keys (the group column's value if there is one, then a digest of each image), the perceptual
-    hash and size of each image, its labels, its stratum, its tokens (0 if not counted), and whether text is burned into its
+    """A good row: its index, its keys (the group column's value if there is one, then a digest of each image), thumbnail
+    and size of each image, its labels, its stratum, its tokens (0 if not counted), and whether text is burned into its
     pixels (`yes`, `maybe`, `masked`, or nothing)."""
 
     place: int
     keys: tuple[str, ...]
-    hashes: tuple[Bits, ...]
+    thumbnails: tuple[Thumbnail, ...]
     sizes: tuple[tuple[int, int], ...]
     labels: dict[str, str]
     stratum: str
@@ -189,7 +189,7 @@ def _examine(
     stratum = _needed(values, dataset.stratify_column) if dataset.stratify_column else ""
     labels = {name: as_text(values.get(label.column)) for name, label in spec.evaluation.labels.items()}
     tokens = _length(messages, sizes, spec, measure) if measure else 0
-    hashes = tuple(perceptual_hash(picture) for each in shown for picture in each)
+    thumbnails = tuple(thumbnail(picture) for each in shown for picture in each)
     burned_in = max((str(picture.info.get("burned_in", "")) for each in shown for picture in each), default="")
     text = json.dumps([keys, messages])
     digest, lossy = hashlib.sha256(text.encode()).hexdigest(), "\\ufffd" in text
@@ -199,7 +199,7 @@ def _examine(
     return ValidatedRow(
         index,
         keys,
-        hashes,
+        thumbnails,
         sizes,
         labels,
         stratum,

@@ -11,7 +11,7 @@ import pytest
 from job.config.loader import validate
 from job.data import Data
 from job.data.decoder import dismiss
-from job.data.facts import as_json, as_jsonl
+from job.data.facts import NearPair, as_json, as_jsonl
 from job.data.prepare import prepare
 from tests.data.test_data import Ten, folder_of, png, rows_of
 
@@ -42,7 +42,7 @@ SPLIT = {
     "train": 9,
     "evaluation": 2,
     "quarantined": 2,
-    "near_duplicates": 2,
+    "near_duplicates": 0,
     "instruction": "Look.",
 }
 
@@ -86,7 +86,7 @@ def test_quarantined_rows_and_near_duplicates_are_a_line_each(prepared):
         '{"row": 7, "reason": "image of an unknown format"}',
         '{"row": 2, "reason": "image of an unknown format", "of": "evaluation"}',
     ]
-    assert as_jsonl(data.near).decode().splitlines() == [
-        '{"evaluation": "row-0", "train": "row-0", "bits_apart": 0}',
-        '{"evaluation": "row-1", "train": "row-1", "bits_apart": 0}',
-    ]
+    assert (
+        as_jsonl([NearPair("row-0", "row-3", 0.975)])
+        == b'{"evaluation": "row-0", "train": "row-3", "likeness": 0.975}\n'
+    )
