@@ -2,14 +2,14 @@
 
 The spec chooses one of two ways to read a label from text:
 
-- `values`: the set of values that occur as whole words, ignoring case. The longest value wins where two overlap, so "pleural
-  effusion" is not also an "effusion". A text is right when that set is exactly the reference label: a caption that lists every
-  finding is not right, and neither is one that lists none.
+- `values`: the values that occur as whole words, in singular or plural, ignoring case. The longest value wins where two overlap,
+  so "pleural effusion" is not also an "effusion". A text is right when it states exactly the reference label as present: a
+  caption that lists every finding is not right, and neither is one that lists none.
 - `pattern`: the first group of the first match of a regular expression, compared ignoring case.
 
-With neither, the values are those that occur as reference labels. A value negated in English does not count as stated: "no
-effusion or nodule", "an effusion is not seen" (`negation`). Values may themselves be negations ("no acute finding"). Negation
-in other languages is not understood, though a pattern can express it. A pattern's match is never checked for negation.
+With neither, the values are those that occur as reference labels. What an English text denies or leaves open it does not state:
+"no effusion or nodule", "an effusion cannot be excluded" (`negation`). Values may themselves be negations ("no acute finding").
+Other languages are not understood, though a pattern can express them. A pattern's match is never checked for negation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 import regex
 
 from job.config.schema import LabelSpec
-from job.evaluate.negation import affirmed
+from job.evaluate.negation import STRENGTH, Stated, assertions
 from job.evaluate.records import Answer
 
 log = logging.getLogger("job")
@@ -30,6 +30,7 @@ log = logging.getLogger("job")
 NONE = "(none)"
 SEVERAL = "(several)"
 OTHER = "(other)"
+UNCERTAIN = "(uncertain)"
 PATTERN_SECONDS = 1.0
 """Timeout of a pattern on one text. Nested repetitions can take forever on the wrong text, and Python's own `re` cannot be
 stopped."""
@@ -39,21 +40,60 @@ def reader(spec: LabelSpec, references: Sequence[str]) -> tuple[dict[str, str], 
     """Return the labels that can be right, by folded spelling, spelled as in spec or data; and a function that reads one from
     text.
 
-    `references` are the rows' reference labels. The function returns one of the labels, or NONE, SEVERAL, or OTHER for
+    `references` are the rows' reference labels. The function returns one of the labels, or NONE, SEVERAL, UNCERTAIN, or OTHER for
     anything else a pattern matched: never text of the caption itself, so that a table of labels holds only what spec and data
     name.
     """
-    spelled = {_folded(value): value.strip() for value in [*sorted(references), *(spec.values or ())] if value.strip()}
-    longest_first = sorted(spelled.values(), key=len, reverse=True)
-    words = "|".join(r"\s+".join(re.escape(word) for word in value.split()) for value in longest_first)
-    expression = re.compile(rf"(?<!\w)({words})(?!\w)" if words else r"(?!)()", re.IGNORECASE)
+    spelled = spellings(spec, references)
+    find = finder(spec, references)
 
     def read(text: str) -> str:
-        found = affirmed(expression, text) if spec.pattern is None else _matched(spec.pattern, text)
-        stated = {spelled.get(_folded(value), OTHER) for value in found}
-        return SEVERAL if len(stated) > 1 else next(iter(stated), NONE)
+        if spec.pattern is not None:
+            stated = {spelled.get(_folded(value), OTHER) for value in _matched(spec.pattern, text)}
+            return next(iter(stated), NONE)
+        found = find(text)
+        present = [value for value, said in found.items() if said == "present"]
+        return (
+            SEVERAL if len(present) > 1 else next(iter(present), UNCERTAIN if "uncertain" in found.values() else NONE)
+        )
 
     return spelled, read
+
+
+def spellings(spec: LabelSpec, references: Sequence[str]) -> dict[str, str]:
+    """Return the labels that can be right, by folded spelling."""
+    return {_folded(value): value.strip() for value in [*sorted(references), *(spec.values or ())] if value.strip()}
+
+
+def finder(spec: LabelSpec, references: Sequence[str]) -> Callable[[str], dict[str, Stated]]:
+    """Return a function that finds which labels a text mentions, in singular or plural, and how it states each."""
+    spelled = spellings(spec, references)
+    forms = {form: value for folded, value in spelled.items() for form in _forms(folded)} | spelled
+    words = "|".join(r"\s+".join(map(re.escape, form.split())) for form in sorted(forms, key=len, reverse=True))
+    expression = re.compile(rf"(?<!\w)({words})(?!\w)" if words else r"(?!)()", re.IGNORECASE)
+
+    def find(text: str) -> dict[str, Stated]:
+        found: dict[str, Stated] = {}
+        for mention, said in assertions(expression, text).items():
+            value = forms[_folded(mention)]
+            if STRENGTH[said] >= STRENGTH.get(found.get(value, ""), -1):
+                found[value] = said
+        return found
+
+    return find
+
+
+PLURALS = dict(pair.split() for pair in ("sis ses", "y ies", "um a", "us i", "a ae", "x xes", "ch ches", "ss sses")) | {
+    "": "s"
+}
+
+
+def _forms(value: str) -> list[str]:
+    """Return the English plurals that a value may have, and what it may be the plural of."""
+    found = [value.removesuffix(one) + many for one, many in PLURALS.items() if value.endswith(one)]
+    return found + [
+        value.removesuffix(many) + one for one, many in PLURALS.items() if many != "a" and value.endswith(many)
+    ]
 
 
 def _matched(pattern: str, text: str) -> set[str]:
