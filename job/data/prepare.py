@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from job.config.schema import JobSpec
+from job.config.schema import JobSpec, uncertain_key
 from job.data import Data, Row
-from job.data.conversations import as_text, fixed, last_answer, read_sample, repeat_images
+from job.data.conversations import as_text, fixed, labels_of, last_answer, read_sample, repeat_images
 from job.data.facts import DataFacts, NearPair
 from job.data.floats import in_both
 from job.data.images import AS_IT_IS, Bounds, load
@@ -87,7 +87,7 @@ def prepare(
         alike_rows=pair and (together[pair[0]].place, together[pair[1]].place),
     )
     values = {
-        name: label.values or sorted({row.labels[name] for row in seen + held} - {""})
+        name: label.values or sorted({value for row in seen + held for value in _values(row, name)} - {""})
         for name, label in spec.evaluation.labels.items()
     }
     identity = Identity(*(b"".join(row.identity for row in side) for side in (seen, held))) if whole else None
@@ -98,11 +98,21 @@ def prepare(
     return Data(train, evaluation, bad, facts, values, near, identity, sources, leaked)
 
 
+def _values(row: ValidatedRow, name: str) -> list[str]:
+    parts = (row.labels.get(name, ""), row.labels.get(uncertain_key(name), ""))
+    return [value for part in parts for value in (part if isinstance(part, list) else [part])]
+
+
 def _open_both(spec: JobSpec, scratch: Path, bounds: Bounds) -> tuple[Source, Source]:
     """Opens training rows and the user's held-out rows; returns the same source twice if the user holds none out."""
     dataset = spec.dataset
     labels = spec.evaluation.labels.items()
     also = {f"evaluation.labels.{name}.column is {label.column}": label.column for name, label in labels}
+    also |= {
+        f"evaluation.labels.{name}.uncertain_column is {label.uncertain_column}": label.uncertain_column
+        for name, label in labels
+        if label.uncertain_column
+    }
     also |= {f"evaluation.groups has {column}": column for column in spec.evaluation.groups}
     source = open_source(dataset, dataset.path, dataset.split, scratch, bounds=bounds, also=also, privacy=spec.privacy)
     if not (dataset.eval_path or dataset.eval_split):
@@ -175,7 +185,7 @@ def _one(place: int, unit: int, row: dict[str, Any], spec: JobSpec, source: Sour
         "messages": messages,
         "images": [picture for each in images for picture in each],
         "reference": last_answer(messages),
-        "labels": {name: as_text(values.get(label.column)) for name, label in evaluation.labels.items()},
+        "labels": labels_of(values, evaluation.labels),
         "groups": {column: as_text(values.get(column)) or None for column in evaluation.groups},
         "unit": unit,
     }

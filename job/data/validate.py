@@ -17,7 +17,7 @@ import numpy as np
 from job.config.schema import DatasetSpec, JobSpec
 from job.data import BadRows
 from job.data.burned_in import BurnedIn
-from job.data.conversations import Message, as_text, last_answer, prompt_text, read_sample, repeat_images
+from job.data.conversations import Message, as_text, labels_of, last_answer, prompt_text, read_sample, repeat_images
 from job.data.decoder import dismiss
 from job.data.facts import ImageFacts, QuarantinedRow, SplitFacts, TokenFacts
 from job.data.given_away import given_away, stated_answer, words
@@ -51,7 +51,7 @@ class ValidatedRow(NamedTuple):
     keys: tuple[str, ...]
     thumbnails: tuple[Thumbnail, ...]
     sizes: tuple[tuple[int, int], ...]
-    labels: dict[str, str]
+    labels: dict[str, str | list[str]]
     stratum: str
     tokens: int
     burned_in: str
@@ -187,7 +187,7 @@ def _examine(
     elif values.get(PATIENT):
         keys = (values[PATIENT], *keys)
     stratum = _needed(values, dataset.stratify_column) if dataset.stratify_column else ""
-    labels = {name: as_text(values.get(label.column)) for name, label in spec.evaluation.labels.items()}
+    labels = labels_of(values, spec.evaluation.labels)
     tokens = _length(messages, sizes, spec, measure) if measure else 0
     thumbnails = tuple(thumbnail(picture) for each in shown for picture in each)
     burned_in = max((str(picture.info.get("burned_in", "")) for each in shown for picture in each), default="")

@@ -17,11 +17,11 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import regex
 
-from job.config.schema import LabelSpec
+from job.config.schema import LabelSpec, uncertain_key
 from job.evaluate.negation import STRENGTH, Stated, assertions
 from job.evaluate.records import Answer
 
@@ -49,7 +49,7 @@ def reader(spec: LabelSpec, references: Sequence[str]) -> tuple[dict[str, str], 
 
     def read(text: str) -> str:
         if spec.pattern is not None:
-            stated = {spelled.get(_folded(value), OTHER) for value in _matched(spec.pattern, text)}
+            stated = {spelled.get(folded(value), OTHER) for value in _matched(spec.pattern, text)}
             return next(iter(stated), NONE)
         found = find(text)
         present = [value for value, said in found.items() if said == "present"]
@@ -61,8 +61,20 @@ def reader(spec: LabelSpec, references: Sequence[str]) -> tuple[dict[str, str], 
 
 
 def spellings(spec: LabelSpec, references: Sequence[str]) -> dict[str, str]:
-    """Return the labels that can be right, by folded spelling."""
-    return {_folded(value): value.strip() for value in [*sorted(references), *(spec.values or ())] if value.strip()}
+    """Return the labels that can be right, by folded spelling: the spec's values, or else those of the data."""
+    known = spec.values if spec.values and spec.pattern is None else [*sorted(references), *(spec.values or ())]
+    return {folded(value): value.strip() for value in known if value.strip()}
+
+
+def truth(row: Answer, name: str) -> tuple[list[str], list[str]] | None:
+    """Return the values that are present and those that the truth leaves open, of a label of which rows may have several; None if
+    the row has no such label."""
+    present, doubted = row.labels.get(name), row.labels.get(uncertain_key(name))
+    return (present, doubted if isinstance(doubted, list) else []) if isinstance(present, list) else None
+
+
+def has_several(rows: Sequence[Answer], name: str) -> bool:
+    return any(isinstance(row.labels.get(name), list) for row in rows)
 
 
 def finder(spec: LabelSpec, references: Sequence[str]) -> Callable[[str], dict[str, Stated]]:
@@ -75,7 +87,7 @@ def finder(spec: LabelSpec, references: Sequence[str]) -> Callable[[str], dict[s
     def find(text: str) -> dict[str, Stated]:
         found: dict[str, Stated] = {}
         for mention, said in assertions(expression, text).items():
-            value = forms[_folded(mention)]
+            value = forms[folded(mention)]
             if STRENGTH[said] >= STRENGTH.get(found.get(value, ""), -1):
                 found[value] = said
         return found
@@ -116,13 +128,36 @@ def stated_and_right(
 ) -> tuple[tuple[str, ...], list[tuple[str, str] | None]]:
     """Return the classes and, for each row, (reference label, label stated by the generated text); None for a row without a
     label."""
+    if has_several(rows, name):
+        return _several(rows, name, spec)
     references = [str(row.labels.get(name) or "").strip() for row in rows]
     spelled, read = reader(spec, references)
-    pairs = [
-        (spelled[_folded(reference)], read(row.generated)) if reference else None
-        for row, reference in zip(rows, references, strict=True)
-    ]
+    known = [spelled.get(folded(reference)) for reference in references]
+    pairs = [(one, read(row.generated)) if one else None for row, one in zip(rows, known, strict=True)]
     return tuple(sorted(spelled.values())), pairs
+
+
+def _several(
+    rows: Sequence[Answer], name: str, spec: LabelSpec
+) -> tuple[tuple[str, ...], list[tuple[str, str] | None]]:
+    """Return the same with all findings of a row as one label: "effusion, possible edema"."""
+    known = [truth(row, name) for row in rows]
+    spelled = spellings(spec, [value for each in known if each for part in each for value in part])
+    find = finder(spec, list(spelled.values()))
+
+    def joined(present: Iterable[str], doubted: Iterable[str]) -> str:
+        parts = (
+            sorted({spelled[key] for value in part if (key := folded(value)) in spelled}) for part in (present, doubted)
+        )
+        sure, open_ = parts
+        return ", ".join([*sure, *(f"possible {value}" for value in open_ if value not in sure)]) or NONE
+
+    def stated(text: str) -> str:
+        found = find(text)
+        return joined(*([value for value, said in found.items() if said == kind] for kind in ("present", "uncertain")))
+
+    pairs = [(joined(*each), stated(row.generated)) if each else None for row, each in zip(rows, known, strict=True)]
+    return tuple(sorted({pair[0] for pair in pairs if pair})), pairs
 
 
 def confusion(pairs: Sequence[tuple[str, str] | None]) -> dict[str, dict[str, int]]:
@@ -140,5 +175,5 @@ def commonest_share(pairs: Sequence[tuple[str, str] | None]) -> float | None:
     return max(counts.values()) / counts.total() if counts else None
 
 
-def _folded(value: str) -> str:
+def folded(value: str) -> str:
     return " ".join(value.casefold().split())
