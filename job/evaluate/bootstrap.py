@@ -73,7 +73,7 @@ def measure(pairs: Mapping[str, Pair], units: NDArray[np.intp], settings: Settin
         drawn = list(zip(measured, values(resampled), values(left_out), strict=True))
         if one.proportion:
             spans = _proportion_spans(one, units, settings.confidence) or [
-                *(_share_span(each, units, settings.confidence) for each in (one.before, one.after)),
+                *(share_span(each, units, settings.confidence) for each in (one.before, one.after)),
                 bca(*drawn[2], settings.confidence),
             ]
             sizes = [int(each[:, 1].sum()) for each in (one.before, one.after)]
@@ -223,7 +223,8 @@ def _proportion_spans(one: Pair, units: NDArray[np.intp], confidence: float) -> 
     ]
 
 
-def _share_span(sums: Floats, units: NDArray[np.intp], confidence: float) -> Span:
+def share_span(sums: Floats, units: NDArray[np.intp], confidence: float) -> Span:
+    """Return Wilson's interval of a share, from (rows, 2) sums of rows that are right and of rows that count."""
     among = sums[:, 1] > 0
     if not among.any():
         return math.nan, math.nan

@@ -15,6 +15,7 @@ from job.config.loader import validate
 from job.config.schema import LabelSpec, RequirementSpec
 from job.data.prepare import prepare
 from job.errors import SpecError
+from job.evaluate import bootstrap
 from job.evaluate.acceptance import unmet
 from job.evaluate.compare import compare
 from job.evaluate.label_metrics import stated_and_right
@@ -118,6 +119,27 @@ def test_rows_of_a_patient_widen_the_intervals():
     spec = {"findings": LabelSpec(column="findings", values=["edema"])}
     wide, narrow = (compare(each, each, spec, [], SETTINGS).after["edema_sensitivity"] for each in (rows, alone))
     assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
+
+
+def test_intervals_hold_the_true_rate():
+    """400 draws of 80 patients with one to four rows each, which are alike within a patient in truth and in answers."""
+    draw = np.random.default_rng(0)
+
+    def rows_of_patients(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        unit = np.repeat(np.arange(count), draw.integers(1, 5, count))
+        true = draw.random(len(unit)) < draw.beta(1, 2, count)[unit]
+        said = draw.random(len(unit)) < np.where(true, draw.beta(4, 1, count)[unit], draw.beta(1, 8, count)[unit])
+        return unit, true, said
+
+    _, true, said = rows_of_patients(200_000)
+    for right, among in ((said & true).sum() / true.sum(), True), ((said & true).sum() / said.sum(), False):
+        held = 0
+        for _ in range(400):
+            unit, there, stated = rows_of_patients(80)
+            sums = np.stack([there & stated, there if among else stated], axis=-1).astype(float)
+            low, high = bootstrap.share_span(sums, unit, 0.95)
+            held += low <= right <= high
+        assert 0.925 <= held / 400 <= 0.98
 
 
 def test_values_restrict_what_counts():
