@@ -5,7 +5,7 @@ DEMO = build/demo
 # One more than there are cores, at most four: tests on a cluster mostly wait.
 WORKERS ?= $(shell n=$$(nproc); [ $$n -lt 3 ] && echo $$((n + 1)) || echo 4)
 
-.PHONY: demo test check lint clean kill-proof fence-proof resume-proof verdict-proof fuzz hostile-stores disk-proof test-gpu test-image test-slurm test-gguf test-serve test-store bench-store bench-gpu bench-scaling bench-whole-job bench-release whole-job test-families bench
+.PHONY: demo test check lint clean kill-proof fence-proof resume-proof verdict-proof near-duplicates reader-test fuzz hostile-stores disk-proof test-gpu test-image test-slurm test-gguf test-serve test-store bench-store bench-gpu bench-scaling bench-whole-job bench-release whole-job test-families bench
 
 demo:
 	@.ci/venv train
@@ -38,6 +38,16 @@ fence-proof:
 verdict-proof:
 	@.ci/venv train dev
 	@OMP_NUM_THREADS=1 $(PYTHON_VENV) -m tests.evaluate.verdict_proof $(or $(N),2000)
+
+# Copies that are found across the split, and different films taken for copies, among FILMS.
+near-duplicates:
+	@.ci/venv train dev
+	@OMP_NUM_THREADS=1 $(PYTHON_VENV) benchmarks/near_duplicates.py --films $(or $(FILMS),10000)
+
+# How many findings are read right from sentences, of those that the rules were tuned to and of those kept aside.
+reader-test:
+	@.ci/venv train dev
+	@$(PYTHON_VENV) -m tests.evaluate.reader_test
 
 resume-proof:
 	@.ci/venv train dev

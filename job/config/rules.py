@@ -8,7 +8,18 @@ from collections.abc import Iterator
 
 import regex
 
-from job.config.schema import METRICS, DatasetSpec, EvaluationSpec, ExportSpec, JobSpec, LoraSpec, ModelSpec, deciding
+from job.config.schema import (
+    FIELD,
+    METRICS,
+    DatasetSpec,
+    EvaluationSpec,
+    ExportSpec,
+    JobSpec,
+    LoraSpec,
+    ModelSpec,
+    deciding,
+    rates,
+)
 from job.store.urls import unusable
 
 MOST_REPEATED = 10_000
@@ -94,10 +105,20 @@ def _dataset(data: DatasetSpec) -> Iterator[str]:
     if data.messages_column is not None:
         for field in sorted({"answer", "answer_column", "instruction", "instruction_column"} & given):
             yield f"dataset: {field} has no effect with messages_column; remove one"
+    if data.messages_column is None and (told := _told(data)):
+        yield f"dataset: {told}, which is also the text to learn, so every prompt would hold its answer; remove it there"
     if data.dicom.series.description is not None:
         yield from _not_an_expression("dataset.dicom.series.description", data.dicom.series.description)
     if data.answer is not None and not re.search(r"\{\w", data.answer):
         yield "dataset.answer: names no column in braces, so every row would have the same answer; add one, as in {findings}"
+
+
+def _told(data: DatasetSpec) -> str:
+    """Say which field of the prompt names the whole answer's columns; empty if none does."""
+    learned = set(FIELD.findall(data.answer)) if data.answer else {data.answer_column}
+    if data.instruction_column is not None:
+        return f"instruction_column is {data.instruction_column}" if learned == {data.instruction_column} else ""
+    return f"instruction has {{{min(learned)}}}" if learned and learned <= set(FIELD.findall(data.instruction)) else ""
 
 
 def _training(spec: JobSpec) -> Iterator[str]:
@@ -120,6 +141,8 @@ def _labels(evaluation: EvaluationSpec) -> Iterator[str]:
     for name, label in evaluation.labels.items():
         if label.values is not None and label.pattern is not None:
             yield f"evaluation.labels.{name}: give values or pattern, not both"
+        if label.pattern is not None and (label.separator or label.uncertain_column):
+            yield f"evaluation.labels.{name}: a pattern finds one value; remove separator and uncertain_column"
         if label.pattern is not None:
             yield from _pattern_problem(f"evaluation.labels.{name}.pattern", label.pattern)
 
@@ -150,12 +173,17 @@ def _evaluation(spec: JobSpec) -> Iterator[str]:
     elif not held:
         yield "evaluation: eval_steps needs held-out rows, and dataset.eval_fraction is 0"
     known = {*METRICS, *evaluation.extra_metrics}
-    known |= {*(f"{name}_{kind}" for name in evaluation.labels for kind in ("accuracy", "macro_f1"))}
+    kinds = ("accuracy", "macro_f1", "micro_f1", "uncertain_f1")
+    known |= {
+        f"{name}_{kind}" for name, label in evaluation.labels.items() for kind in kinds[: 2 if label.pattern else None]
+    }
     if evaluation.primary_metric and evaluation.primary_metric not in known:
         yield f"evaluation.primary_metric: no metric {evaluation.primary_metric}; the metrics are {', '.join(sorted(known))}"
+    bounded = known | {name for label in evaluation.labels.values() for name in rates(label.values or ())}
+    open_ended = any(not label.pattern and not label.values for label in evaluation.labels.values())
     for metric, demand in evaluation.require.items():
-        if metric not in known:
-            yield f"evaluation.require.{metric}: no such metric; the metrics are {', '.join(sorted(known))}"
+        if metric not in bounded and not (open_ended and metric.endswith(tuple(rates([""])))):
+            yield f"evaluation.require.{metric}: no such metric; the metrics are {', '.join(sorted(bounded))}"
         if demand.model_dump(exclude={"judged_by"}, exclude_none=True) == {}:
             yield f"evaluation.require.{metric}: sets no bound; give min_change, max_change, min_value or max_value"
     if evaluation.require and not held:

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 CountOrZero = Annotated[int, Field(ge=0, le=2**31 - 1)]
+FIELD = re.compile(r"(?<!\{)\{([^\W\d][\w .-]*)\}(?!\})")
+"""A column in a template."""
 HUB_ID = r"^[\w.-]+/[\w.-]+$"
 RADIOGRAPHER = "You are an expert radiographer. Describe accurately what you see in this image."
 
@@ -256,15 +260,39 @@ class LabelSpec(Section):
     """A fact that a caption states, and how to extract it from the text."""
 
     column: str
-    """Column with the true value."""
-    values: list[str] | None = None
-    """Values to look for. An answer is right if it states the true one and no other. Default: all values of the column."""
+    """Column with the true value, or with several: a list, or text with a `separator`. An empty list means none of them; an empty
+    cell means that the truth is not known."""
+    separator: str | None = Field(None, min_length=1)
+    """What separates several values in a cell of the column: `;`."""
+    uncertain_column: str | None = None
+    """Column with the values that the truth leaves open, in the same form. Only where a row may have several."""
+    values: list[str] | None = Field(None, min_length=1)
+    """Values to look for; no others count, neither in texts nor in the column. An answer is right if it states the true one
+    and no other. Default: all values of the column."""
     pattern: str | None = None
     """A regular expression to use instead; its first group is the value."""
 
 
+def uncertain_key(label: str) -> str:
+    """Return the key of the values of a label that the truth leaves open."""
+    return f"{label} (uncertain)"
+
+
 _WORDING = ("rougeL", "rouge1", "rouge2", "bleu", "chrf", "exact_match", "token_f1", "length_ratio")
 METRICS = (*_WORDING, "empty", "repeated", "loss", "perplexity")
+
+
+RATES = ("sensitivity", "specificity", "ppv", "npv")
+"""Metrics of each value of a label of which rows may have several."""
+
+
+def slug(value: str) -> str:
+    """Return the beginning of the names of a value's metrics: `pleural_effusion`."""
+    return re.sub(r"\W+", "_", value.casefold()).strip("_")
+
+
+def rates(values: Iterable[str]) -> list[str]:
+    return [f"{slug(value)}_{rate}" for value in values for rate in RATES]
 
 
 class RequirementSpec(Section):
@@ -296,9 +324,10 @@ class EvaluationSpec(Section):
     batch_size: Count | Literal["auto"] = "auto"
     """Rows generated at once. `auto` takes as many as fit in GPU memory, up to 32; a batch takes hardly longer than one row."""
     labels: dict[str, LabelSpec] = Field(default_factory=dict)
-    """Facts to score: `finding: {column: finding}` gives `finding_accuracy` and `finding_macro_f1`. Like all fields
-    of this section that do not choose the step, it may change on a finished run: the job then evaluates again and does not
-    train again."""
+    """Facts to score: `finding: {column: finding}` gives `finding_accuracy` and `finding_macro_f1`. Where rows have
+    several values, there are also `finding_micro_f1` and, for each value, `pneumothorax_sensitivity`, `_specificity`, `_ppv` and
+    `_npv`. Like all fields of this section that do not choose the step, it may change on a finished run: the job then evaluates
+    again and does not train again."""
     groups: list[str] = Field(default_factory=list)
     """Columns to report on separately (modality, sex, site)."""
     extra_metrics: dict[ExtraMetric, str] = Field(default_factory=dict)

@@ -36,7 +36,7 @@ class Row(TypedDict):
     messages: list[dict[str, Any]]
     images: list[Image]
     reference: str
-    labels: dict[str, str]
+    labels: dict[str, str | list[str]]
     groups: dict[str, str | None]
     unit: int
     weight: NotRequired[float]

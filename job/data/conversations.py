@@ -16,7 +16,7 @@ from numbers import Number
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from job.config.schema import DatasetSpec
+from job.config.schema import FIELD, DatasetSpec, LabelSpec, uncertain_key
 from job.data.pixels import BadRow
 from job.errors import DataError
 
@@ -25,7 +25,6 @@ SPLIT = ("split", "data_split", "dataset_split", "partition", "subset")
 """Names, in any case, of columns that say which split a row belongs to."""
 SYSTEM = "system"
 """The column beside a conversation that holds its system turn."""
-FIELD = re.compile(r"(?<!\{)\{([^\W\d][\w .-]*)\}(?!\})")
 HALF = re.compile("[\\ud800-\\udfff]")
 """Half a character, such as an emoji cut in two: JSON can hold it, but no tokenizer accepts it."""
 MOST_CHARACTERS = 1_000_000
@@ -140,6 +139,12 @@ def last_answer(messages: list[Message]) -> str:
     return "".join(part["text"] for part in messages[-1]["content"])
 
 
+def prompt_text(messages: list[Message]) -> str:
+    """Returns the texts of user and system turns."""
+    said = [message for message in messages if message["role"] != "assistant"]
+    return "\n".join(part["text"] for message in said for part in message["content"] if not _is_image(part))
+
+
 def repeat_images(messages: list[Message], counts: list[int]) -> list[Message]:
     """Repeats image part number i `counts[i]` times, because a multi-frame file may yield several images."""
     left = iter(counts)
@@ -163,6 +168,33 @@ def as_text(value: Any) -> str:
     if value is None or value != value or (isinstance(value, float) and math.isinf(value)):
         return ""
     return HALF.sub("?", str(value).strip())
+
+
+def several(value: Any, separator: str | None) -> list[str] | None:
+    """Returns the values of a cell that may hold several: a list (some tables write it as JSON or as Python does), or text with a
+    separator. None if it is neither, or empty text."""
+    if (
+        isinstance(value, str)
+        and value[:1] == "["
+        and isinstance(read := _from_json(value) or _from_python(value), list)
+    ):
+        value = read
+    if isinstance(value, list):
+        return [text for each in value if (text := as_text(each))]
+    text = as_text(value)
+    return [part for each in text.split(separator) if (part := each.strip())] if separator and text else None
+
+
+def labels_of(values: Mapping[str, Any], labels: Mapping[str, LabelSpec]) -> dict[str, str | list[str]]:
+    """Returns the true labels of a row, by name. Those of which it may have several are lists."""
+    found: dict[str, str | list[str]] = {}
+    for name, label in labels.items():
+        value = values.get(label.column)
+        parts = None if label.pattern else several(value, label.separator)
+        found[name] = as_text(value) if parts is None else parts
+        if parts is not None and label.uncertain_column:
+            found[uncertain_key(name)] = several(values.get(label.uncertain_column), label.separator) or []
+    return found
 
 
 def fill(template: str, row: dict[str, Any]) -> str:

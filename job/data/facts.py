@@ -20,11 +20,12 @@ class QuarantinedRow:
 
 @dataclass(frozen=True)
 class NearPair:
-    """A held-out row and a training row with near-duplicate images, by their ids."""
+    """A held-out row and a training row with near-duplicate images, by their ids. `likeness` is 1 for the same image (see
+    `job.data.near_duplicates`)."""
 
     evaluation: str
     train: str
-    bits_apart: int
+    likeness: float
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,10 @@ class DataFacts(SplitFacts):
     """The instruction that all rows share, if they do."""
     train_sha256: str | None = None
     grouped: bool = False
+    alike_groups: int = 0
+    """Groups (patients) that equal another one but for leading zeros or a `.0`."""
+    alike_rows: tuple[int, int] | None = None
+    """The first two rows of such groups."""
 
 
 BOTH = ("burned_in_yes", "burned_in_maybe", "burned_in_masked", "over_length", "without_images", "lossy", "absolute")

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from job.config.schema import JobSpec
+from job.config.schema import JobSpec, uncertain_key
 from job.data import Data, Row
-from job.data.conversations import as_text, fixed, last_answer, read_sample, repeat_images
+from job.data.conversations import as_text, fixed, labels_of, last_answer, read_sample, repeat_images
 from job.data.facts import DataFacts, NearPair
 from job.data.floats import in_both
 from job.data.images import AS_IT_IS, Bounds, load
 from job.data.near_duplicates import near_pairs
 from job.data.pixels import BadRow
 from job.data.sources import Source, open_source
-from job.data.split import hold_out, units
+from job.data.split import first_alike, hold_out, units
 from job.data.validate import ValidatedRow, validate_rows
 from job.errors import DataError
 from job.output.identity import Identity
@@ -58,12 +58,15 @@ def prepare(
         counts = counts.with_held_out(theirs)
         bad = bad + [replace(row, of="evaluation") for row in bad_held]
         numbers = [group_numbers(side, dataset.group_column) for side in (seen, held)]
-        shared = set.intersection(*({key for row in side for key in row.keys} for side in (seen, held)))
+        shared = set.intersection(*({key for row in side for key in row.compared} for side in (seen, held)))
     else:
         seen, held, numbers = _split(seen, spec)
     if not seen:
         raise DataError("dataset: no rows are left to train on")
     near = _near(seen, held)
+    grouped = bool(dataset.group_column or source.table.patients)
+    together = [*seen, *held]
+    alike, pair = first_alike(row.compared[0] for row in together) if grouped else (0, None)
     train = _rows(source, seen, numbers[0], spec)
     evaluation = _spread(_rows(other, held, numbers[1], spec), spec.evaluation.max_rows)
     part = 1 if counts.looked_at is None else counts.looked_at / counts.rows
@@ -79,18 +82,25 @@ def prepare(
         near_duplicates=len(near),
         instruction=None if source.reading.messages or not fixed(dataset) else dataset.instruction,
         train_sha256=hashlib.sha256("".join(row.digest for row in seen).encode()).hexdigest() if most is None else None,
-        grouped=bool(dataset.group_column or source.table.patients),
+        grouped=grouped,
+        alike_groups=alike,
+        alike_rows=pair and (together[pair[0]].place, together[pair[1]].place),
     )
     values = {
-        name: label.values or sorted({row.labels[name] for row in seen + held} - {""})
+        name: label.values or sorted({value for row in seen + held for value in _values(row, name)} - {""})
         for name, label in spec.evaluation.labels.items()
     }
     identity = Identity(*(b"".join(row.identity for row in side) for side in (seen, held))) if whole else None
     sources = {each.field: each for each in (source, other)}
     leaked = {pair.evaluation for pair in near} | {
-        f"row-{row.place}" for row in held if shared and shared & set(row.keys)
+        f"row-{row.place}" for row in held if shared and shared & set(row.compared)
     }
     return Data(train, evaluation, bad, facts, values, near, identity, sources, leaked)
+
+
+def _values(row: ValidatedRow, name: str) -> list[str]:
+    parts = (row.labels.get(name, ""), row.labels.get(uncertain_key(name), ""))
+    return [value for part in parts for value in (part if isinstance(part, list) else [part])]
 
 
 def _open_both(spec: JobSpec, scratch: Path, bounds: Bounds) -> tuple[Source, Source]:
@@ -98,6 +108,11 @@ def _open_both(spec: JobSpec, scratch: Path, bounds: Bounds) -> tuple[Source, So
     dataset = spec.dataset
     labels = spec.evaluation.labels.items()
     also = {f"evaluation.labels.{name}.column is {label.column}": label.column for name, label in labels}
+    also |= {
+        f"evaluation.labels.{name}.uncertain_column is {label.uncertain_column}": label.uncertain_column
+        for name, label in labels
+        if label.uncertain_column
+    }
     also |= {f"evaluation.groups has {column}": column for column in spec.evaluation.groups}
     source = open_source(dataset, dataset.path, dataset.split, scratch, bounds=bounds, also=also, privacy=spec.privacy)
     if not (dataset.eval_path or dataset.eval_split):
@@ -111,7 +126,7 @@ def _open_both(spec: JobSpec, scratch: Path, bounds: Bounds) -> tuple[Source, So
 
 def group_numbers(rows: Sequence[ValidatedRow], by_column: str | None) -> list[int]:
     """Returns the group of each row: by the column's value or, without a column, by shared images."""
-    return units([row.keys[:1] if by_column else row.keys for row in rows])
+    return units([row.compared[:1] if by_column else row.compared for row in rows])
 
 
 def _split(rows: list[ValidatedRow], spec: JobSpec) -> tuple[list[ValidatedRow], list[ValidatedRow], list[list[int]]]:
@@ -128,12 +143,11 @@ def _split(rows: list[ValidatedRow], spec: JobSpec) -> tuple[list[ValidatedRow],
 def _near(train: list[ValidatedRow], held: list[ValidatedRow]) -> list[NearPair]:
     """Finds held-out rows with a near-duplicate of a training image. Exact copies are included if a group column or the user put
     them on both sides."""
-    places = [[(row.place, bits) for row in side for bits in row.hashes] for side in (held, train)]
+    places = [[row.place for row in side for _ in row.thumbnails] for side in (held, train)]
     if not all(places):
         return []
-    ours, theirs = (np.stack([bits for _, bits in side]) for side in places)
-    found = [(places[0][a][0], places[1][b][0], apart) for a, b, apart in near_pairs(ours, theirs)]
-    return [NearPair(f"row-{a}", f"row-{b}", apart) for a, b, apart in found]
+    ours, theirs = (np.stack([each for row in side for each in row.thumbnails]) for side in (held, train))
+    return [NearPair(f"row-{places[0][a]}", f"row-{places[1][b]}", alike) for a, b, alike in near_pairs(ours, theirs)]
 
 
 def _rows(source: Source, seen: list[ValidatedRow], numbers: list[int], spec: JobSpec) -> Dataset:
@@ -171,7 +185,7 @@ def _one(place: int, unit: int, row: dict[str, Any], spec: JobSpec, source: Sour
         "messages": messages,
         "images": [picture for each in images for picture in each],
         "reference": last_answer(messages),
-        "labels": {name: as_text(values.get(label.column)) for name, label in evaluation.labels.items()},
+        "labels": labels_of(values, evaluation.labels),
         "groups": {column: as_text(values.get(column)) or None for column in evaluation.groups},
         "unit": unit,
     }

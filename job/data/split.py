@@ -3,8 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import unicodedata
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+
+POINT_ZERO = re.compile(r"\.0+$")
+LEADING_ZEROS = re.compile(r"(?<![\d.])0+(?=\d)")
+
+
+def same_name(name: str) -> str:
+    """Returns the form in which names of groups are compared: NFKC, case folded, with single blanks, without characters that are
+    not seen (category Cf, such as zero-width spaces)."""
+    if name.isascii() and name.isalnum():
+        return name.lower()
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+    return " ".join("".join(letter for letter in folded if unicodedata.category(letter) != "Cf").split())
+
+
+def first_alike(names: Iterable[str]) -> tuple[int, tuple[int, int] | None]:
+    """Counts the names (as `same_name` returns them) that equal an earlier one but for leading zeros or a `.0`: 7, 007 and 7.0.
+    Returns also the first two places with such names, None if there are none."""
+    seen: dict[str, dict[str, int]] = {}
+    for place, name in enumerate(names):
+        bare = LEADING_ZEROS.sub("", POINT_ZERO.sub("", name))
+        seen.setdefault(bare, {}).setdefault(name, place)
+    several = [list(places.values()) for places in seen.values() if len(places) > 1]
+    return sum(len(places) - 1 for places in several), (several[0][0], several[0][1]) if several else None
 
 
 def hold_out(

@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from job.config.schema import JobSpec
+from job.config.schema import DatasetSpec, JobSpec
 from job.data import BadRows
 from job.data.burned_in import BurnedIn
-from job.data.conversations import Message, as_text, read_sample, repeat_images
+from job.data.conversations import Message, as_text, labels_of, last_answer, prompt_text, read_sample, repeat_images
 from job.data.decoder import dismiss
 from job.data.facts import ImageFacts, QuarantinedRow, SplitFacts, TokenFacts
+from job.data.given_away import given_away, stated_answer, words
 from job.data.images import is_absolute, load_anew
 from job.data.layouts import split_of
-from job.data.near_duplicates import Bits, perceptual_hash
+from job.data.near_duplicates import Thumbnail, thumbnail
 from job.data.pixels import BadRow
 from job.data.sources import Source
+from job.data.split import same_name
 from job.data.tables import PATIENT
 from job.errors import DataError
 from job.output.identity import row_identity
@@ -41,15 +43,15 @@ WAITING = 16
 
 
 class ValidatedRow(NamedTuple):
-    """A good row: its index, its keys (the group column's value if there is one, then a digest of each image), the perceptual
-    hash and size of each image, its labels, its stratum, its tokens (0 if not counted), and whether text is burned into its
+    """A good row: its index, its keys (the group column's value if there is one, then a digest of each image), thumbnail
+    and size of each image, its labels, its stratum, its tokens (0 if not counted), and whether text is burned into its
     pixels (`yes`, `maybe`, `masked`, or nothing)."""
 
     place: int
     keys: tuple[str, ...]
-    hashes: tuple[Bits, ...]
+    thumbnails: tuple[Thumbnail, ...]
     sizes: tuple[tuple[int, int], ...]
-    labels: dict[str, str]
+    labels: dict[str, str | list[str]]
     stratum: str
     tokens: int
     burned_in: str
@@ -61,8 +63,15 @@ class ValidatedRow(NamedTuple):
     """See `job.output.identity.row_identity`."""
     absolute: bool
     """Whether it names an image by an absolute path."""
+    stated: str
+    """The answer that its own prompt states (see `given_away.stated_answer`), if any."""
     other_split: str
     """The split that its own split column names, if that is not the one being read; else empty."""
+
+    @property
+    def compared(self) -> list[str]:
+        """Its keys as rows are compared by them: one patient may be spelled in several ways."""
+        return [same_name(key) for key in self.keys]
 
 
 def validate_rows(
@@ -104,9 +113,27 @@ def validate_rows(
                 else:
                     good.append(found)
     decoders = dismiss()
+    good, bad = _without_given_away(good, bad, source, dataset)
     _refuse_unusable(source, spec, good, bad, burned, total)
     facts = replace(_facts(good, bad, spec, there), split_column=source.reading.split, decoders=decoders)
     return good, bad, facts if total == there else replace(facts, looked_at=total)
+
+
+def _without_given_away(
+    good: list[ValidatedRow], bad: list[QuarantinedRow], source: Source, dataset: DatasetSpec
+) -> tuple[list[ValidatedRow], list[QuarantinedRow]]:
+    """Moves rows whose prompt gives the answer away from the good rows to the bad ones."""
+
+    def compared(count: int) -> list[tuple[str, str]]:
+        some = [row.place for row in good[:: -(-len(good) // count)]]
+        samples = [read_sample(source.read(row), dataset, source.reading) for row in source.rows_at(some)]
+        return [(words(prompt_text(each.messages)), words(last_answer(each.messages))) for each in samples]
+
+    found = set(given_away({row.place: row.stated for row in good if row.stated}, len(good), compared))
+    if not found:
+        return good, bad
+    added = [QuarantinedRow(place, "the answer is already in the instruction or history") for place in sorted(found)]
+    return [row for row in good if row.place not in found], sorted([*bad, *added], key=lambda each: each.row)
 
 
 def _refuse_unusable(
@@ -153,13 +180,16 @@ def _examine(
         asked = [part["text"] for message in messages[:-1] for part in message["content"]]
         keys = (hashlib.sha256("\0".join(asked).encode("utf-8", "surrogatepass")).hexdigest(),)
     if dataset.group_column:
-        keys = (_needed(values, dataset.group_column), *keys)
+        group = _needed(values, dataset.group_column)
+        if not same_name(group):
+            raise BadRow(f"no {dataset.group_column}")
+        keys = (group, *keys)
     elif values.get(PATIENT):
         keys = (values[PATIENT], *keys)
     stratum = _needed(values, dataset.stratify_column) if dataset.stratify_column else ""
-    labels = {name: as_text(values.get(label.column)) for name, label in spec.evaluation.labels.items()}
+    labels = labels_of(values, spec.evaluation.labels)
     tokens = _length(messages, sizes, spec, measure) if measure else 0
-    hashes = tuple(perceptual_hash(picture) for each in shown for picture in each)
+    thumbnails = tuple(thumbnail(picture) for each in shown for picture in each)
     burned_in = max((str(picture.info.get("burned_in", "")) for each in shown for picture in each), default="")
     text = json.dumps([keys, messages])
     digest, lossy = hashlib.sha256(text.encode()).hexdigest(), "\\ufffd" in text
@@ -167,7 +197,20 @@ def _examine(
     absolute = any(map(is_absolute, sample.images))
     other = _other_split(values.get(source.reading.split or ""), dataset.split)
     return ValidatedRow(
-        index, keys, hashes, sizes, labels, stratum, tokens, burned_in, digest, lossy, identity, absolute, other
+        index,
+        keys,
+        thumbnails,
+        sizes,
+        labels,
+        stratum,
+        tokens,
+        burned_in,
+        digest,
+        lossy,
+        identity,
+        absolute,
+        stated_answer(messages),
+        other,
     )
 
 

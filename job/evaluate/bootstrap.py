@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from job.evaluate.records import Change, Estimate, Measured, Settings
-from job.evaluate.text_metrics import Floats, Sums
+from job.evaluate.sums import Floats, Sums
 
 AT_ONCE = 500
 """How many resamples are held in memory at a time."""
@@ -70,13 +70,18 @@ def measure(pairs: Mapping[str, Pair], units: NDArray[np.intp], settings: Settin
             return [old, new, new - old]
 
         measured = [float(value) for value in values([before.sum(axis=0), after.sum(axis=0)])]
+        drawn = list(zip(measured, values(resampled), values(left_out), strict=True))
         if one.proportion:
-            spans = _proportion_spans(one, units, settings.confidence)
+            spans = _proportion_spans(one, units, settings.confidence) or [
+                *(share_span(each, units, settings.confidence) for each in (one.before, one.after)),
+                bca(*drawn[2], settings.confidence),
+            ]
+            sizes = [int(each[:, 1].sum()) for each in (one.before, one.after)]
+            sizes.append(min(sizes))
         else:
-            drawn = zip(measured, values(resampled), values(left_out), strict=True)
             spans = [bca(*each, settings.confidence) for each in drawn]
-        rows = int(one.counted.sum())
-        old, new, change = (estimate(value, span, rows) for value, span in zip(measured, spans, strict=True))
+            sizes = [int(one.counted.sum())] * 3
+        old, new, change = (estimate(*each) for each in zip(measured, spans, sizes, strict=True))
         p = permutation_p(abs(measured[2]), np.abs(values(swapped)[2]))
         moved = int((one.before != one.after).any(axis=1).sum())
         result.before[name], result.after[name], result.change[name] = (
@@ -204,13 +209,27 @@ def effective_rows(values: Floats, units: NDArray[np.intp]) -> float:
 
 
 def _proportion_spans(one: Pair, units: NDArray[np.intp], confidence: float) -> list[Span]:
-    before, after, units = one.before[one.counted, 0], one.after[one.counted, 0], units[one.counted]
+    """Return the intervals of a share before and after and of its change; nothing if the share is among other rows before than
+    after."""
+    among = one.before[:, 1] > 0
+    if (among != (one.after[:, 1] > 0)).any() or not among.any():
+        return []
+    before, after, units = one.before[among, 0], one.after[among, 0], units[among]
     gained, lost = float((after > before).mean()), float((after < before).mean())
     return [
         wilson(float(before.mean()), effective_rows(before, units), confidence),
         wilson(float(after.mean()), effective_rows(after, units), confidence),
         bonett_price(gained, lost, effective_rows(after - before, units), confidence),
     ]
+
+
+def share_span(sums: Floats, units: NDArray[np.intp], confidence: float) -> Span:
+    """Return Wilson's interval of a share, from (rows, 2) sums of rows that are right and of rows that count."""
+    among = sums[:, 1] > 0
+    if not among.any():
+        return math.nan, math.nan
+    values = sums[among, 0]
+    return wilson(float(values.mean()), effective_rows(values, units[among]), confidence)
 
 
 def _resampled(tables: Sequence[Floats], settings: Settings) -> list[Floats]:

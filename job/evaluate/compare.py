@@ -14,8 +14,10 @@ from job.errors import DataError
 from job.evaluate import bootstrap, metric_info
 from job.evaluate import label_metrics as label_fields
 from job.evaluate.bootstrap import Pair
+from job.evaluate.findings import codes, finding_tables
 from job.evaluate.records import Answer, Comparison, Gap, Group, LabelTable, Method, PerRow, Settings
-from job.evaluate.text_metrics import Floats, sample_scores, signatures
+from job.evaluate.sums import Floats
+from job.evaluate.text_metrics import sample_scores, signatures
 from job.evaluate.verdict import chosen_metric, image_use, verdict
 
 MOST_GROUPS = 12
@@ -62,7 +64,10 @@ def compare(
         **vars(bootstrap.measure(pairs, units, settings)),
         groups={column: _by_group(pairs, units, names[column], settings) for column in groups},
         gaps=_flagged(gaps, 1 - settings.confidence),
-        labels={name: _label_table(name, spec, before_rows, after_rows) for name, spec in labels.items()},
+        labels={
+            name: _label_table(name, spec, before_rows, after_rows, units, settings.confidence)
+            for name, spec in labels.items()
+        },
         image_use=used,
         verdict=verdict(metric, pairs.get(metric), after_rows, labels, units, also_trained, settings, used),
         settings=Method(**vars(settings), rows=len(before_rows), units=int(units.max()) + 1, scorers=signatures()),
@@ -154,15 +159,33 @@ def _flagged(gaps: dict[str, dict[str, Gap]], alpha: float) -> dict[str, dict[st
     return result
 
 
-def _label_table(name: str, spec: LabelSpec, before: Sequence[Answer], after: Sequence[Answer]) -> LabelTable:
+def _label_table(
+    name: str,
+    spec: LabelSpec,
+    before: Sequence[Answer],
+    after: Sequence[Answer],
+    units: NDArray[np.intp],
+    confidence: float,
+) -> LabelTable:
     classes, pairs_before = label_fields.stated_and_right(before, name, spec)
     pairs_after = label_fields.stated_and_right(after, name, spec)[1]
-    others = {stated for pair in (*pairs_before, *pairs_after) if pair for stated in pair} - set(classes)
-    return LabelTable(
+    read = label_fields.stated_and_right([replace(row, generated=row.reference) for row in after], name, spec)[1]
+    right = [pair[0] == pair[1] for pair in read if pair]
+    table = LabelTable(
         values=list(spec.values) if spec.values is not None else None,
         pattern=spec.pattern,
+        commonest_share=label_fields.commonest_share(pairs_after),
+        ceiling=round(sum(right) / len(right), 6) if right else None,
+    )
+    if label_fields.has_several(after, name):
+        texts = {"before": [row.generated for row in before], "after": [row.generated for row in after]}
+        said = {when: codes(after, name, spec, each)[2] for when, each in texts.items()}
+        findings, true, ceiling = codes(after, name, spec, [row.reference for row in after])
+        return replace(table, findings=finding_tables(findings, true, said, ceiling, units, confidence))
+    others = {stated for pair in (*pairs_before, *pairs_after) if pair for stated in pair} - set(classes)
+    return replace(
+        table,
         classes=list(classes),
         stated=[*classes, *sorted(others)],
-        commonest_share=label_fields.commonest_share(pairs_after),
         confusion={"before": label_fields.confusion(pairs_before), "after": label_fields.confusion(pairs_after)},
     )

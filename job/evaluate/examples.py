@@ -9,7 +9,8 @@ import numpy as np
 from job.config.schema import LabelSpec
 from job.evaluate.label_metrics import stated_and_right
 from job.evaluate.records import Answer, Comparison
-from job.evaluate.text_metrics import Floats, rouge
+from job.evaluate.sums import Floats
+from job.evaluate.text_metrics import rouge
 
 EACH = 4
 PARTS = {
@@ -40,7 +41,7 @@ def chosen(before: Sequence[Answer], after: Sequence[Answer], measured: Comparis
 def labels_read(measured: Comparison) -> dict[str, LabelSpec]:
     """Return how each label was read."""
     return {
-        name: LabelSpec(column=name, values=label.values or label.classes, pattern=label.pattern)
+        name: LabelSpec(column=name, values=label.values or label.classes or None, pattern=label.pattern)
         for name, label in measured.labels.items()
     }
 

@@ -2,14 +2,14 @@
 
 The spec chooses one of two ways to read a label from text:
 
-- `values`: the set of values that occur as whole words, ignoring case. The longest value wins where two overlap, so "pleural
-  effusion" is not also an "effusion". A text is right when that set is exactly the reference label: a caption that lists every
-  finding is not right, and neither is one that lists none.
+- `values`: the values that occur as whole words, in singular or plural, ignoring case. The longest value wins where two overlap,
+  so "pleural effusion" is not also an "effusion". A text is right when it states exactly the reference label as present: a
+  caption that lists every finding is not right, and neither is one that lists none.
 - `pattern`: the first group of the first match of a regular expression, compared ignoring case.
 
-With neither, the values are those that occur as reference labels. A value negated in English does not count as stated: "no
-effusion or nodule", "an effusion is not seen" (`negation`). Values may themselves be negations ("no acute finding"). Negation
-in other languages is not understood, though a pattern can express it. A pattern's match is never checked for negation.
+With neither, the values are those that occur as reference labels. What an English text denies or leaves open it does not state:
+"no effusion or nodule", "an effusion cannot be excluded" (`negation`). Values may themselves be negations ("no acute finding").
+Other languages are not understood, though a pattern can express them. A pattern's match is never checked for negation.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import regex
 
-from job.config.schema import LabelSpec
-from job.evaluate.negation import affirmed
+from job.config.schema import LabelSpec, uncertain_key
+from job.evaluate.negation import STRENGTH, Stated, assertions
 from job.evaluate.records import Answer
 
 log = logging.getLogger("job")
@@ -30,6 +30,7 @@ log = logging.getLogger("job")
 NONE = "(none)"
 SEVERAL = "(several)"
 OTHER = "(other)"
+UNCERTAIN = "(uncertain)"
 PATTERN_SECONDS = 1.0
 """Timeout of a pattern on one text. Nested repetitions can take forever on the wrong text, and Python's own `re` cannot be
 stopped."""
@@ -39,21 +40,72 @@ def reader(spec: LabelSpec, references: Sequence[str]) -> tuple[dict[str, str], 
     """Return the labels that can be right, by folded spelling, spelled as in spec or data; and a function that reads one from
     text.
 
-    `references` are the rows' reference labels. The function returns one of the labels, or NONE, SEVERAL, or OTHER for
+    `references` are the rows' reference labels. The function returns one of the labels, or NONE, SEVERAL, UNCERTAIN, or OTHER for
     anything else a pattern matched: never text of the caption itself, so that a table of labels holds only what spec and data
     name.
     """
-    spelled = {_folded(value): value.strip() for value in [*sorted(references), *(spec.values or ())] if value.strip()}
-    longest_first = sorted(spelled.values(), key=len, reverse=True)
-    words = "|".join(r"\s+".join(re.escape(word) for word in value.split()) for value in longest_first)
-    expression = re.compile(rf"(?<!\w)({words})(?!\w)" if words else r"(?!)()", re.IGNORECASE)
+    spelled = spellings(spec, references)
+    find = finder(spec, references)
 
     def read(text: str) -> str:
-        found = affirmed(expression, text) if spec.pattern is None else _matched(spec.pattern, text)
-        stated = {spelled.get(_folded(value), OTHER) for value in found}
-        return SEVERAL if len(stated) > 1 else next(iter(stated), NONE)
+        if spec.pattern is not None:
+            stated = {spelled.get(folded(value), OTHER) for value in _matched(spec.pattern, text)}
+            return next(iter(stated), NONE)
+        found = find(text)
+        present = [value for value, said in found.items() if said == "present"]
+        return (
+            SEVERAL if len(present) > 1 else next(iter(present), UNCERTAIN if "uncertain" in found.values() else NONE)
+        )
 
     return spelled, read
+
+
+def spellings(spec: LabelSpec, references: Sequence[str]) -> dict[str, str]:
+    """Return the labels that can be right, by folded spelling: the spec's values, or else those of the data."""
+    known = spec.values if spec.values and spec.pattern is None else [*sorted(references), *(spec.values or ())]
+    return {folded(value): value.strip() for value in known if value.strip()}
+
+
+def truth(row: Answer, name: str) -> tuple[list[str], list[str]] | None:
+    """Return the values that are present and those that the truth leaves open, of a label of which rows may have several; None if
+    the row has no such label."""
+    present, doubted = row.labels.get(name), row.labels.get(uncertain_key(name))
+    return (present, doubted if isinstance(doubted, list) else []) if isinstance(present, list) else None
+
+
+def has_several(rows: Sequence[Answer], name: str) -> bool:
+    return any(isinstance(row.labels.get(name), list) for row in rows)
+
+
+def finder(spec: LabelSpec, references: Sequence[str]) -> Callable[[str], dict[str, Stated]]:
+    """Return a function that finds which labels a text mentions, in singular or plural, and how it states each."""
+    spelled = spellings(spec, references)
+    forms = {form: value for folded, value in spelled.items() for form in _forms(folded)} | spelled
+    words = "|".join(r"\s+".join(map(re.escape, form.split())) for form in sorted(forms, key=len, reverse=True))
+    expression = re.compile(rf"(?<!\w)({words})(?!\w)" if words else r"(?!)()", re.IGNORECASE)
+
+    def find(text: str) -> dict[str, Stated]:
+        found: dict[str, Stated] = {}
+        for mention, said in assertions(expression, text).items():
+            value = forms[folded(mention)]
+            if STRENGTH[said] >= STRENGTH.get(found.get(value, ""), -1):
+                found[value] = said
+        return found
+
+    return find
+
+
+PLURALS = dict(pair.split() for pair in ("sis ses", "y ies", "um a", "us i", "a ae", "x xes", "ch ches", "ss sses")) | {
+    "": "s"
+}
+
+
+def _forms(value: str) -> list[str]:
+    """Return the English plurals that a value may have, and what it may be the plural of."""
+    found = [value.removesuffix(one) + many for one, many in PLURALS.items() if value.endswith(one)]
+    return found + [
+        value.removesuffix(many) + one for one, many in PLURALS.items() if many != "a" and value.endswith(many)
+    ]
 
 
 def _matched(pattern: str, text: str) -> set[str]:
@@ -76,13 +128,36 @@ def stated_and_right(
 ) -> tuple[tuple[str, ...], list[tuple[str, str] | None]]:
     """Return the classes and, for each row, (reference label, label stated by the generated text); None for a row without a
     label."""
+    if has_several(rows, name):
+        return _several(rows, name, spec)
     references = [str(row.labels.get(name) or "").strip() for row in rows]
     spelled, read = reader(spec, references)
-    pairs = [
-        (spelled[_folded(reference)], read(row.generated)) if reference else None
-        for row, reference in zip(rows, references, strict=True)
-    ]
+    known = [spelled.get(folded(reference)) for reference in references]
+    pairs = [(one, read(row.generated)) if one else None for row, one in zip(rows, known, strict=True)]
     return tuple(sorted(spelled.values())), pairs
+
+
+def _several(
+    rows: Sequence[Answer], name: str, spec: LabelSpec
+) -> tuple[tuple[str, ...], list[tuple[str, str] | None]]:
+    """Return the same with all findings of a row as one label: "effusion, possible edema"."""
+    known = [truth(row, name) for row in rows]
+    spelled = spellings(spec, [value for each in known if each for part in each for value in part])
+    find = finder(spec, list(spelled.values()))
+
+    def joined(present: Iterable[str], doubted: Iterable[str]) -> str:
+        parts = (
+            sorted({spelled[key] for value in part if (key := folded(value)) in spelled}) for part in (present, doubted)
+        )
+        sure, open_ = parts
+        return ", ".join([*sure, *(f"possible {value}" for value in open_ if value not in sure)]) or NONE
+
+    def stated(text: str) -> str:
+        found = find(text)
+        return joined(*([value for value, said in found.items() if said == kind] for kind in ("present", "uncertain")))
+
+    pairs = [(joined(*each), stated(row.generated)) if each else None for row, each in zip(rows, known, strict=True)]
+    return tuple(sorted({pair[0] for pair in pairs if pair})), pairs
 
 
 def confusion(pairs: Sequence[tuple[str, str] | None]) -> dict[str, dict[str, int]]:
@@ -100,5 +175,5 @@ def commonest_share(pairs: Sequence[tuple[str, str] | None]) -> float | None:
     return max(counts.values()) / counts.total() if counts else None
 
 
-def _folded(value: str) -> str:
+def folded(value: str) -> str:
     return " ".join(value.casefold().split())

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from job.config.schema import rates
 from job.evaluate.records import Change, Comparison, Estimate, Gap, LabelTable
 
 FEW = 10
@@ -53,6 +54,15 @@ EXTRA = {
     "chexbert": About("CheXbert", "share", 1, "all five main findings labelled as in the reference", 1),
     "green": About("GREEN", "fraction", 1, "a language model's count of clinically significant errors", 1),
 }
+OF_LABELS: dict[str, tuple[str, Literal["share", "fraction"], str]] = {
+    "_macro_f1": ("macro-F1", "fraction", "F1 of each class, averaged with equal weight"),
+    "_micro_f1": ("micro-F1", "fraction", "F1 over all findings together"),
+    "_uncertain_f1": ("uncertain F1", "fraction", "F1 of what is left open, over all findings together"),
+    "_sensitivity": ("sensitivity", "share", "stated as present, of the rows in which it is"),
+    "_specificity": ("specificity", "share", "not mentioned or denied, of the rows in which it is absent"),
+    "_ppv": ("PPV", "share", "present, of the rows that state it"),
+    "_npv": ("NPV", "share", "absent, of the rows that do not mention or deny it"),
+}
 OF_WORDS = ("rougeL", "rouge1", "rouge2", "bleu", "chrf", "exact_match", "token_f1")
 """Metrics that compare the words of an answer with those of the reference."""
 ABBREVIATIONS = {
@@ -81,8 +91,15 @@ def about(metric: str) -> About:
     if metric.endswith("_accuracy"):
         label = readable(metric.removesuffix("_accuracy"))
         return About(f"{label} correct", "share", 1, "the text states exactly the reference label", 1)
-    label = readable(metric.removesuffix("_macro_f1"))
-    return About(f"{label} macro-F1", "fraction", 1, "F1 of each class, averaged with equal weight", 1)
+    for suffix, (title, kind, meaning) in OF_LABELS.items():
+        if metric.endswith(suffix):
+            return About(f"{readable(metric.removesuffix(suffix))} {title}", kind, 1, meaning, 1)
+    return About(readable(metric), "number", 0, "")
+
+
+def overall(measured: Iterable[str]) -> list[str]:
+    """Return the metrics that are not about a single finding."""
+    return [name for name in measured if not name.endswith(tuple(rates([""])))]
 
 
 def too_few(measured: Comparison) -> str:

@@ -21,11 +21,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class HeldOutRow:
-    """The fields of a held-out row that come from the data. Rows of one `unit` (a patient, say) belong together."""
+    """The fields of a held-out row that come from the data. Rows of one `unit` (a patient, say) belong together. A label of which
+    a row may have several is a list; those that the truth leaves open are under `schema.uncertain_key`."""
 
     id: str
     reference: str
-    labels: dict[str, str | None] = field(default_factory=dict)
+    labels: dict[str, str | list[str] | None] = field(default_factory=dict)
     groups: dict[str, str | None] = field(default_factory=dict)
     unit: int | None = None
 
@@ -103,9 +104,22 @@ class Gap:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """One value of a label of which rows may have several: what its metrics' names begin with, its prevalence, the share of
+    reference texts that are read as the data say, and {"before" or "after": {truth: {stated: rows}}}."""
+
+    slug: str = ""
+    prevalence: Estimate = field(default_factory=Estimate)
+    ceiling: float | None = None
+    confusion: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class LabelTable:
     """How a label was read (see `LabelSpec`), its classes, all that was `stated`, the accuracy of always answering the
-    commonest, and {"before" or "after": {reference: {stated: rows}}}."""
+    commonest, {"before" or "after": {reference: {stated: rows}}}, and the `ceiling`: the accuracy of the reference texts, the
+    most that a model can reach that writes as they do. Where rows may have several values, `findings` takes the place of the
+    confusion."""
 
     values: list[str] | None = None
     pattern: str | None = None
@@ -113,6 +127,8 @@ class LabelTable:
     stated: list[str] = field(default_factory=list)
     commonest_share: float | None = None
     confusion: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
+    ceiling: float | None = None
+    findings: dict[str, Finding] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,10 @@ from job.config.schema import LabelSpec
 from job.evaluate import bootstrap, metric_info
 from job.evaluate import label_metrics as label_fields
 from job.evaluate.bootstrap import Pair
+from job.evaluate.findings import constant_findings
 from job.evaluate.records import Answer, Change, ImageUse, Settings, Verdict
-from job.evaluate.text_metrics import Sums, bag_f1, label_sums, losses, sample_scores, words
+from job.evaluate.sums import Sums
+from job.evaluate.text_metrics import bag_f1, label_sums, losses, sample_scores, words
 
 CANDIDATES = 12
 """How many of the references, and of the tuned model's answers, are tried as the one answer to every row."""
@@ -79,6 +81,12 @@ def constant_answer(metric: str, after: Sequence[Answer], labels: Mapping[str, L
     references.
     """
     for name, spec in labels.items():
+        if (
+            label_fields.has_several(after, name)
+            and metric.startswith(f"{name}_")
+            and metric.endswith(("_accuracy", "_f1"))
+        ):
+            return constant_findings(metric, after, name, spec)
         if metric in (f"{name}_accuracy", f"{name}_macro_f1"):
             classes, pairs = label_fields.stated_and_right(after, name, spec)
             counts = Counter(pair[0] for pair in pairs if pair)

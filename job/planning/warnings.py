@@ -68,6 +68,9 @@ def _data_warnings(spec: JobSpec, data: DataFacts) -> list[str]:
         "dataset.group_column is not set: rows of one patient may be on both sides of the split": not (
             data.grouped or dataset.group_column or own
         ),
+        f"{data.alike_groups} groups of rows are named like another one but for leading zeros or a .0 (first: rows "
+        f"{listed(list(map(str, data.alike_rows or ())))}) and count as different patients; if they are not, write them alike in "
+        f"{f'column {dataset.group_column}' if dataset.group_column else 'the DICOM files'}": data.alike_groups,
         f"dataset.path is named after a {named} split, and its rows are trained on": named and named != split,
         f"{listed(data.left_out)}: named after a split other than {dataset.split}, and not read; "
         "to evaluate on one, name it in dataset.eval_split": data.left_out and not own,

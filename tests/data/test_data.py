@@ -201,6 +201,36 @@ def test_blanks_make_no_other_patient_and_nan_is_none(tmp_path: Path, prepared):
     assert data.train[0]["messages"][0]["content"][1]["text"] == "Look."
 
 
+SPELLINGS = (str, str.upper, lambda name: f"{name}\u200b", lambda name: f" {name.replace(' ', '  ')}")
+
+
+def test_a_patient_in_several_spellings_is_on_one_side(tmp_path: Path, prepared):
+    rows = [{**row, "patient": SPELLINGS[n % 4](f"é patient {n // 4}")} for n, row in enumerate(rows_of(80))]
+    folder_of(rows, tmp_path / "data")
+    data = prepared(group_column="patient", eval_fraction=0.4)
+    sides = [{int(row["id"].removeprefix("row-")) // 4 for row in part} for part in (data.train, data.evaluation)]
+    assert all(sides)
+    assert not sides[0] & sides[1]
+    assert len({row["unit"] for row in data.train}) == len(sides[0])
+    assert data.facts.alike_groups == 0
+
+
+def test_a_patient_that_no_one_can_read_is_none(tmp_path: Path, prepared):
+    folder_of([{**row, "patient": ["\u200b", "a", "b"][n % 3]} for n, row in enumerate(rows_of(9))], tmp_path / "data")
+    data = prepared(group_column="patient", max_bad_fraction=0.5)
+    assert data.facts.reasons == {"no patient": 3}
+
+
+def test_a_patient_of_the_users_held_out_rows_is_found_in_any_spelling(tmp_path: Path, prepared):
+    folder_of([{**row, "patient": f"P {n}"} for n, row in enumerate(rows_of(6))], tmp_path / "data")
+    pictures = {f"{n}.png": png(100 + n) for n in range(4)}
+    held = [{**row, "patient": ["p  1", "p 2.0", "p 02", "q"][n]} for n, row in enumerate(rows_of(4))]
+    folder_of(held, tmp_path / "held", pictures)
+    data = prepared(group_column="patient", eval_path=str(tmp_path / "held"))
+    assert (data.facts.same_in_both, data.leaked) == (1, {"row-0"})
+    assert (data.facts.alike_groups, data.facts.alike_rows) == (2, (2, 1))
+
+
 def test_the_same_picture_is_never_on_both_sides(tmp_path: Path, prepared):
     folder_of(rows_of(60), tmp_path / "data", {f"{n}.png": png(n % 10) for n in range(60)})
     data = prepared(eval_fraction=0.4)

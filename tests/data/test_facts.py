@@ -11,7 +11,7 @@ import pytest
 from job.config.loader import validate
 from job.data import Data
 from job.data.decoder import dismiss
-from job.data.facts import as_json, as_jsonl
+from job.data.facts import NearPair, as_json, as_jsonl
 from job.data.prepare import prepare
 from tests.data.test_data import Ten, folder_of, png, rows_of
 
@@ -42,7 +42,7 @@ SPLIT = {
     "train": 9,
     "evaluation": 2,
     "quarantined": 2,
-    "near_duplicates": 2,
+    "near_duplicates": 0,
     "instruction": "Look.",
 }
 
@@ -64,14 +64,19 @@ def prepared(tree: dict[str, Any], tmp_path: Path):
 def test_facts_are_written_under_these_keys(prepared):
     data = prepared()
     digest = data.facts.train_sha256
-    wanted = SEEN | {"tokens": TOKENS, "images": IMAGES} | SPLIT | {"train_sha256": digest, "grouped": False}
+    wanted = (
+        SEEN
+        | {"tokens": TOKENS, "images": IMAGES}
+        | SPLIT
+        | {"train_sha256": digest, "grouped": False, "alike_groups": 0}
+    )
     assert len(digest) == 64
     assert json.dumps(as_json(data.facts)) == json.dumps(wanted)
 
 
 def test_what_a_quick_look_does_not_know_is_left_out(prepared):
     images = IMAGES | {"count": 7, "largest": [8, 8]}
-    wanted = SEEN | {"images": images, "looked_at": 8} | SPLIT | {"grouped": False}
+    wanted = SEEN | {"images": images, "looked_at": 8} | SPLIT | {"grouped": False, "alike_groups": 0}
     assert json.dumps(as_json(prepared(8, None).facts)) == json.dumps(wanted)
 
 
@@ -81,7 +86,7 @@ def test_quarantined_rows_and_near_duplicates_are_a_line_each(prepared):
         '{"row": 7, "reason": "image of an unknown format"}',
         '{"row": 2, "reason": "image of an unknown format", "of": "evaluation"}',
     ]
-    assert as_jsonl(data.near).decode().splitlines() == [
-        '{"evaluation": "row-0", "train": "row-0", "bits_apart": 0}',
-        '{"evaluation": "row-1", "train": "row-1", "bits_apart": 0}',
-    ]
+    assert (
+        as_jsonl([NearPair("row-0", "row-3", 0.975)])
+        == b'{"evaluation": "row-0", "train": "row-3", "likeness": 0.975}\n'
+    )

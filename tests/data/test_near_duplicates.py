@@ -8,47 +8,49 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance
+from PIL import Image
 
-from examples.radiographs import draw_cases, draw_images
 from job.config.loader import validate
-from job.data.near_duplicates import BITS, near_pairs, perceptual_hash
+from job.data.near_duplicates import near_pairs, thumbnail
 from job.data.prepare import prepare
+from tests.data.films import CHANGES, draw_films
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-def radiographs(count: int) -> list[Image.Image]:
-    chance = np.random.default_rng(1)
-    return [Image.fromarray(image) for image in draw_images(draw_cases(count, chance), chance)]
+def thumbnails(pictures: list[Image.Image]) -> np.ndarray:
+    return np.stack([thumbnail(picture) for picture in pictures])
 
 
-def hashes(pictures: list[Image.Image]) -> np.ndarray:
-    return np.stack([perceptual_hash(picture) for picture in pictures])
+@pytest.fixture(scope="module")
+def films() -> list[Image.Image]:
+    return draw_films(250, np.random.default_rng(1))
 
 
-def test_copies_are_found_and_others_are_not():
-    drawn = radiographs(60)
-    copies = [ImageEnhance.Contrast(picture.resize((300, 300))).enhance(0.9) for picture in drawn[:20]]
-    pairs = near_pairs(hashes(copies), hashes(drawn))
-    assert len(pairs) >= 19
-    assert all(a == b for a, b, _ in pairs)
-    assert near_pairs(hashes(drawn[:30]), hashes(drawn[30:])) == []
+@pytest.mark.parametrize("change", CHANGES)
+def test_copies_are_found(films: list[Image.Image], change: str):
+    """A sample of what `make near-duplicates` measures."""
+    copies = [CHANGES[change](film) for film in films[:40]]
+    right = sum(a == b for a, b, _ in near_pairs(thumbnails(copies), thumbnails(films)))
+    back = sum(a == b for a, b, _ in near_pairs(thumbnails(films[:40]), thumbnails([*copies, *films[40:]])))
+    assert min(right, back) >= 36
 
 
-def test_pairs_are_those_that_counting_bits_finds(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("job.data.near_duplicates.PRODUCTS", 1000)
-    some, others = (np.random.default_rng(n).choice([-1, 1], (40 + n, BITS)).astype(np.int8) for n in (0, 100))
-    apart = (some[:, None] != others[None]).sum(axis=2)
-    most = int(np.quantile(apart.min(axis=1), 0.5))
-    found = near_pairs(some, others, most)
-    assert [a for a, _, _ in found] == np.flatnonzero(apart.min(axis=1) <= most).tolist()
-    assert all(apart[a, b] == bits == apart[a].min() for a, b, bits in found)
+def test_different_films_are_no_copies(films: list[Image.Image]):
+    assert near_pairs(thumbnails(films[:125]), thumbnails(films[125:])) == []
+    assert near_pairs(thumbnails(films[:6]), thumbnails(films[6:12])) == []
+
+
+def test_a_blank_picture_is_no_copy_of_another(films: list[Image.Image]):
+    blank = [Image.new("RGB", (300, 200), colour) for colour in ("black", "grey", "white")]
+    assert near_pairs(thumbnails(blank), thumbnails(blank)) == []
+    found = near_pairs(thumbnails([*blank, films[0]]), thumbnails([*blank, *films[:9]]))
+    assert found == [(3, 3, 1.0)]
 
 
 def test_held_out_rows_of_the_user_are_compared_too(tree: dict[str, Any], tmp_path: Path):
-    drawn = radiographs(12)
-    for name, pictures in (("data", drawn), ("held", [drawn[3].resize((224, 224)), *radiographs(14)[12:]])):
+    drawn = draw_films(14, np.random.default_rng(2))
+    for name, pictures in (("data", drawn[:12]), ("held", [drawn[3].resize((224, 224)), *drawn[12:]])):
         (tmp_path / name).mkdir()
         rows = []
         for n, picture in enumerate(pictures):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.data.split import hold_out, units
+from job.data.split import first_alike, hold_out, same_name, units
 
 GROUPS = st.lists(st.text(max_size=4), min_size=1, max_size=60)
 
@@ -73,3 +73,24 @@ def test_another_row_changes_few_choices_of_a_count():
 
 def test_rows_with_a_picture_in_common_are_one_unit():
     assert units([["a"], ["b", "c"], ["d"], ["c", "a"], ["d"], []]) == [0, 0, 2, 0, 2, 5]
+
+
+@pytest.mark.parametrize(
+    "spelled", ["Müller 7", "MÜLLER 7", "mu\u0308ller  7", "Mü\u200bller\u00a07", " müller\t7 ", "Müller \uff17\ufeff"]
+)
+def test_names_are_compared_as_people_read_them(spelled):
+    assert same_name(spelled) == "müller 7"
+
+
+@given(st.text(max_size=8))
+def test_a_compared_name_stays_as_it_is(name):
+    assert same_name(same_name(name)) == same_name(name)
+
+
+@pytest.mark.parametrize("other", ["8", "7a", "7.5", "70", "7.01", "a7", "-7"])
+def test_other_names_are_not_alike(other):
+    assert first_alike(["7", other]) == (0, None)
+
+
+def test_names_that_differ_by_zeros_are_alike():
+    assert first_alike(["1", "7", "p-07", "007", "7.0", "7", "p-7"]) == (3, (1, 3))

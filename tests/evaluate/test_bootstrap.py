@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from job.evaluate import bootstrap, text_metrics
+from job.evaluate import bootstrap, sums, text_metrics
 from job.evaluate.bootstrap import Pair
 from job.evaluate.records import Settings
 from tests.evaluate.conftest import answers_of
@@ -23,7 +23,7 @@ def means(before: Any, after: Any) -> Pair:
     both = []
     for values in (before, after):
         rows = np.stack([np.asarray(values, float), np.ones(len(values))], axis=-1)
-        both.append(text_metrics.Sums(rows, np.ones(len(values), bool), text_metrics.ratio))
+        both.append(sums.Sums(rows, np.ones(len(values), bool), sums.ratio))
     return bootstrap.pair(*both)
 
 
@@ -110,8 +110,8 @@ def test_memory_is_bounded_by_drawing_in_parts(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_row_without_the_metric_on_one_side_is_left_out_of_both() -> None:
     pair = bootstrap.pair(
-        text_metrics.Sums(np.array([[1.0, 1], [0, 0], [3, 1]]), np.array([True, False, True]), text_metrics.ratio),
-        text_metrics.Sums(np.array([[2.0, 1], [9, 1], [0, 0]]), np.array([True, True, False]), text_metrics.ratio),
+        sums.Sums(np.array([[1.0, 1], [0, 0], [3, 1]]), np.array([True, False, True]), sums.ratio),
+        sums.Sums(np.array([[2.0, 1], [9, 1], [0, 0]]), np.array([True, True, False]), sums.ratio),
     )
     result = asdict(bootstrap.measure({"mean": pair}, np.arange(3), Settings(100, 0.95, 0)))
     assert (result["before"]["mean"]["value"], result["after"]["mean"]["value"], result["change"]["mean"]["n"]) == (

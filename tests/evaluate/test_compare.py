@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from job.errors import DataError
-from job.evaluate import bootstrap, text_metrics
+from job.evaluate import bootstrap, sums
 from job.evaluate import compare as statistics
 from job.evaluate.records import Comparison, Settings, from_json
 from tests.evaluate.conftest import answers_of
@@ -134,9 +134,7 @@ def test_groups_that_mean_nothing_are_flagged_at_the_stated_rate() -> None:
     draw, runs, flagged = np.random.default_rng(0), 300, 0
     names = np.array(list("abcd") * 10)
     for seed in range(runs):
-        right = text_metrics.Sums(
-            np.stack([draw.random(40) < 0.6, np.ones(40)], axis=-1), np.ones(40, bool), text_metrics.ratio, True
-        )
+        right = sums.Sums(np.stack([draw.random(40) < 0.6, np.ones(40)], axis=-1), np.ones(40, bool), sums.ratio, True)
         gap = statistics._gap(bootstrap.pair(right, right), np.arange(40), names, Settings(200, 0.95, seed))
         assert gap is not None
         flagged += statistics._flagged({"x": {"y": gap}}, 0.05)["x"]["y"].flagged

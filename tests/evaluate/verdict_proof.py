@@ -17,9 +17,9 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from job.evaluate import bootstrap, compare, metric_info, text_metrics
+from job.evaluate import bootstrap, compare, metric_info
 from job.evaluate.records import Settings
-from job.evaluate.text_metrics import Floats, Sums
+from job.evaluate.sums import Floats, Sums, ratio
 
 ALPHA = 0.05
 EFFECT = 0.5
@@ -37,19 +37,17 @@ class Tally:
 
 def accuracy(latent: Floats, _: np.random.Generator) -> Sums:
     right = (latent > 0.3).astype(float)
-    return Sums(np.stack([right, np.ones(len(right))], axis=-1), np.ones(len(right), bool), text_metrics.ratio, True)
+    return Sums(np.stack([right, np.ones(len(right))], axis=-1), np.ones(len(right), bool), ratio, True)
 
 
 def rouge_l(latent: Floats, _: np.random.Generator) -> Sums:
     score = 1 / (1 + np.exp(1.5 - latent))
-    return Sums(np.stack([score, np.ones(len(score))], axis=-1), np.ones(len(score), bool), text_metrics.ratio)
+    return Sums(np.stack([score, np.ones(len(score))], axis=-1), np.ones(len(score), bool), ratio)
 
 
 def loss(latent: Floats, draw: np.random.Generator) -> Sums:
     tokens = draw.integers(5, 80, len(latent)).astype(float)
-    return Sums(
-        np.stack([np.exp(-0.5 * latent) * tokens, tokens], axis=-1), np.ones(len(latent), bool), text_metrics.ratio
-    )
+    return Sums(np.stack([np.exp(-0.5 * latent) * tokens, tokens], axis=-1), np.ones(len(latent), bool), ratio)
 
 
 METRICS: dict[str, Callable[[Floats, np.random.Generator], Sums]] = {

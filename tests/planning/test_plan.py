@@ -210,6 +210,14 @@ def test_a_split_without_patients_is_warned_about(tree):
     assert not any("group_column" in warning for warning in grouped.warnings)
 
 
+def test_patients_that_zeros_tell_apart_are_warned_about(tree):
+    alike = replace(FACTS, data=replace(DATA, grouped=True, alike_groups=2, alike_rows=(3, 17)))
+    found = plan(tree, alike, dataset={"path": "d", "group_column": "patient"})
+    assert any(
+        "2 groups of rows" in warning and "rows 3, 17) and count as diff" in warning for warning in found.warnings
+    )
+
+
 def test_weights_that_do_not_fit_are_warned_about(tree):
     small = replace(FACTS, device=Device("cuda", "small card", 10**5))
     shrink = "and small card has 100.0 kB; shrink images with dataset.image_max_side, "
