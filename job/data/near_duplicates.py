@@ -41,7 +41,7 @@ class Look:
     least: float
 
 
-FIRST, SECOND = Look(14, 1.5, 0.6), Look(28, 1.0, 0.72)
+FIRST, SECOND = Look(14, 1.5, 0.6), Look(40, 0.6, 0.72)
 SPAN = 0.875
 """Part of a picture's side that the grid covers, so that crops and turns rarely reach beyond the picture."""
 
@@ -108,14 +108,13 @@ def _grid(details: Floats, look: Look, variant: tuple[bool, float, float]) -> Fl
     return np.asarray(above * (1 - bottom) + below * bottom)
 
 
-def _whitening(sample: Floats) -> tuple[Floats, Floats]:
-    """Returns mean and whitening matrix of values (n, k). The covariance is shrunk towards a multiple of the identity, the more
+def _spread(sample: Floats) -> tuple[Floats, Floats]:
+    """Returns mean and covariance of values (n, k). The covariance is shrunk towards a multiple of the identity, the more
     the fewer pictures there are."""
     mean = sample.mean(axis=0)
-    centred = sample - mean
-    values, vectors = np.linalg.eigh(centred.T @ centred / len(sample))
-    ridge = values.mean() * (0.05 + sample.shape[1] / len(sample) / 4)
-    return mean, np.asarray((vectors * (values.clip(0) + ridge) ** -0.5) @ vectors.T, np.float32)
+    covariance = (sample - mean).T @ (sample - mean) / len(sample)
+    ridge = np.trace(covariance) / len(covariance) * (0.05 + sample.shape[1] / len(sample) / 4)
+    return mean, covariance + ridge * np.eye(len(covariance), dtype=np.float32)
 
 
 def _unit(values: Floats) -> Floats:
@@ -128,7 +127,9 @@ def _first(
     """Returns for each query the nearest picture, the variant in which it is (those of inverted pictures follow the others), and
     the likeness."""
     plain = VARIANTS[0]
-    mean, whiten = _whitening(_grid(sample, FIRST, plain))
+    mean, covariance = _spread(_grid(sample, FIRST, plain))
+    values, vectors = np.linalg.eigh(covariance)
+    whiten = np.asarray((vectors * values**-0.5) @ vectors.T, np.float32)
     bank = np.concatenate([_unit((_grid(_details(part), FIRST, plain) - mean) @ whiten) for part in _parts(known)]).T
     nearest, variant, likeness = [], [], []
     for part in _parts(queries):
@@ -136,9 +137,9 @@ def _first(
         at, by = np.zeros(len(part), int), np.zeros(len(part), int)
         details = _details(part)
         for number, each in enumerate(VARIANTS):
-            values = _grid(details, FIRST, each)
+            seen = _grid(details, FIRST, each)
             for inverted, sign in enumerate((1, -1)):
-                alike = _unit((sign * values - mean) @ whiten) @ bank
+                alike = _unit((sign * seen - mean) @ whiten) @ bank
                 place = alike.argmax(axis=1)
                 top = alike[np.arange(len(part)), place]
                 better = top > best
@@ -155,13 +156,15 @@ def _second(queries: NDArray[np.uint8], known: NDArray[np.uint8], variant: NDArr
     likeness = np.zeros(len(queries), np.float32)
     if not len(queries):
         return likeness
-    mean, whiten = _whitening(_grid(sample, SECOND, VARIANTS[0]))
+    mean, covariance = _spread(_grid(sample, SECOND, VARIANTS[0]))
     for number in np.unique(variant):
         rows = np.flatnonzero(variant == number)
         sign = -1 if number >= len(VARIANTS) else 1
         ours = sign * _grid(_details(queries[rows]), SECOND, VARIANTS[number % len(VARIANTS)]) - mean
         theirs = _grid(_details(known[rows]), SECOND, VARIANTS[0]) - mean
-        likeness[rows] = (_unit(ours @ whiten) * _unit(theirs @ whiten)).sum(axis=1)
+        one, other = (np.linalg.solve(covariance, each.T).T for each in (ours, theirs))
+        size = np.sqrt((ours * one).sum(axis=1) * (theirs * other).sum(axis=1))
+        likeness[rows] = (one * theirs).sum(axis=1) / size
     return likeness
 
 
