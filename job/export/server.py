@@ -135,7 +135,7 @@ def _last_lines(log: Path) -> str:
     """Return the end of the log: its last lines that say anything, and the last error before them."""
     lines = [" ".join(line.split()) for line in log.read_text(errors="replace").splitlines()]
     lines = [line for line in lines if line]
-    errors = [line for line in lines[:-TOLD] if "Error: " in line]
+    errors = [line for line in lines[:-TOLD] if "Error: " in line and "WARNING" not in line]
     return f"the end of its log: {' | '.join([*errors[-1:], *lines[-TOLD:]]) or 'nothing'}"
 
 
