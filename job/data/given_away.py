@@ -16,8 +16,8 @@ from job.data.conversations import Message, last_answer, prompt_text
 
 LEAST_WORDS = 4
 """Of 121 questions as in VQA data sets, none states an answer of so many words (tests/data/test_given_away.py)."""
-MOST_ROWS = 0.5
-"""Share of the rows from which on short answers count."""
+MOST_ROWS, LEAST_ROWS = 0.5, 10
+"""Share and number of the rows from which on short answers count."""
 SHARED = 0.05
 """Share of rows with other answers whose prompts also hold an answer, from which on it is part of the task."""
 COMPARED = 200
@@ -67,7 +67,7 @@ def given_away(
         part_of_task[said] = sum(f" {said} " in prompt for prompt in prompts) >= SHARED * max(len(prompts), 1)
     left = {row: said for row, said in stated.items() if not part_of_task[said]}
     short = {row for row, said in left.items() if is_short(said)}
-    return sorted(left if len(short) >= MOST_ROWS * total else left.keys() - short)
+    return sorted(left if len(short) >= max(MOST_ROWS * total, LEAST_ROWS) else left.keys() - short)
 
 
 def _folded(text: str) -> str:
