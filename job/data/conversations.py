@@ -186,12 +186,18 @@ def several(value: Any, separator: str | None) -> list[str] | None:
 
 
 def labels_of(values: Mapping[str, Any], labels: Mapping[str, LabelSpec]) -> dict[str, str | list[str]]:
-    """Returns the true labels of a row, by name. Those of which it may have several are lists."""
+    """Returns the true labels of a row, by name. Those of which it may have several are lists. Raises BadRow for single text
+    beside an `uncertain_column`."""
     found: dict[str, str | list[str]] = {}
     for name, label in labels.items():
         value = values.get(label.column)
         parts = None if label.pattern else several(value, label.separator)
         found[name] = as_text(value) if parts is None else parts
+        if parts is None and label.uncertain_column and found[name]:
+            raise BadRow(
+                f"column {label.column} holds text and no list; say in evaluation.labels.{name}.separator what separates its "
+                "values, or remove uncertain_column"
+            )
         if parts is not None and label.uncertain_column:
             found[uncertain_key(name)] = several(values.get(label.uncertain_column), label.separator) or []
     return found

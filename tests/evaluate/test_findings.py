@@ -14,7 +14,7 @@ import pytest
 from job.config.loader import validate
 from job.config.schema import LabelSpec, RequirementSpec
 from job.data.prepare import prepare
-from job.errors import SpecError
+from job.errors import DataError, SpecError
 from job.evaluate import bootstrap
 from job.evaluate.acceptance import unmet
 from job.evaluate.compare import compare
@@ -226,6 +226,13 @@ def test_what_the_truth_leaves_open_is_read(tree: dict[str, Any], tmp_path: Path
     data = prepare(validate(tree), tmp_path / "scratch")
     assert data.train[0]["labels"] == {"f": ["edema"], "f (uncertain)": ["mass", "nodule"]}
     assert data.label_values == {"f": ["edema", "mass", "nodule"]}
+
+
+def test_single_text_beside_an_uncertain_column_is_refused(tree: dict[str, Any], tmp_path: Path):
+    folder_of([{**each, "found": "edema", "open": "mass"} for each in rows_of(4)], tmp_path / "data")
+    tree["evaluation"] = {"labels": {"f": {"column": "found", "uncertain_column": "open"}}}
+    with pytest.raises(DataError, match="column found holds text and no list; say in evaluation.labels.f.separator"):
+        prepare(validate(tree), tmp_path / "scratch")
 
 
 def test_bounds_on_findings_are_accepted_in_a_spec_and_others_are_not(tree: dict[str, Any]):
