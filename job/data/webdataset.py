@@ -3,6 +3,7 @@ from its place in the archive when its row is used."""
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import tarfile
@@ -56,7 +57,7 @@ def index_shards(shards: Iterable[tuple[str, Path]], field: str) -> Iterator[str
         rows: dict[str, dict[str, Any]] = {}
         names, place = set[str](), 0
         try:
-            with tarfile.open(file, "r:") as archive:
+            with Bounded(file) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
                 for member in archive:
                     place = member.offset
                     if member.size < 0:  # it would be read again and again
@@ -71,8 +72,8 @@ def index_shards(shards: Iterable[tuple[str, Path]], field: str) -> Iterator[str
                         _add(rows.setdefault(found[1], {}), found[2], member, archive, name)
                     archive.members = []  # type: ignore[attr-defined]  # or it would keep every header
                 place = archive.offset
-            with file.open("rb") as stream:
-                check_end(stream, place)
+            with file.open("rb") as whole:
+                check_end(whole, place)
         except (tarfile.TarError, OSError, EOFError, OverflowError) as error:
             raise DataError(
                 f"{field}: {name} is not a plain tar archive that can be read to its end: at byte {place}: {error}; copy or "
@@ -81,6 +82,19 @@ def index_shards(shards: Iterable[tuple[str, Path]], field: str) -> Iterator[str
         for key, row in rows.items():
             pictures = [row[ending] for ending in sorted(row) if _kind(ending) in IMAGES]
             yield as_line(row.pop(".json", {}) | row | {"__key__": key} | ({"image": pictures} if pictures else {}))
+
+
+class Bounded(io.BufferedReader):
+    """A file of which no more than a text and a block are read at a time: `tarfile` reads a long name whole, whatever length its
+    header gives."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(io.FileIO(file))
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > LARGEST_TEXT + tarfile.BLOCKSIZE:
+            raise tarfile.ReadError(f"a header names {size / 1e6:.0f} MB of text, over {LARGEST_TEXT / 1e6:.0f}")
+        return super().read(size)
 
 
 def check_end(stream: BinaryIO, place: int) -> None:

@@ -74,7 +74,17 @@ def test_giants_among_small_values_are_refused_before_they_are_unpacked(tmp_path
     assert re.search(r"DataError: dataset.path: .*/a.parquet has 1.2 GB in one row group.*fewer rows", done.stderr)
 
 
-@pytest.mark.parametrize(("kind", "reason"), [(tarfile.REGTYPE, "a text of"), (tarfile.GNUTYPE_SPARSE, "sparse")])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (tarfile.REGTYPE, "a text of"),
+        (tarfile.GNUTYPE_SPARSE, "sparse"),
+        (tarfile.GNUTYPE_LONGNAME, "a header names 70 MB of text"),
+        (tarfile.GNUTYPE_LONGLINK, "a header names 70 MB of text"),
+        (tarfile.XHDTYPE, "a header names 70 MB of text"),
+        (tarfile.XGLTYPE, "a header names 70 MB of text"),
+    ],
+)
 def test_texts_and_sparse_files_in_shards_are_refused_by_their_headers(tmp_path: Path, kind: bytes, reason: str):
     member = tarfile.TarInfo("a.txt")
     member.size, member.type = 70_000_000, kind
