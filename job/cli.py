@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -225,15 +226,22 @@ def score(output: str, metrics: tuple[str, ...]) -> None:
             from job.runtime.scratch import prepare_scratch
             from job.store import open_store
 
-            try:
+            with needing_train_extra("score"):
                 from job.report.score import asked_for, text
                 from job.report.score import score as scored
-            except ImportError as error:
-                raise SpecError(f"job score needs {error.name}; install the train extra, which includes it") from error
             asked = asked_for(metrics)
             show(text(scored(open_store(output), asked, prepare_scratch(environment, os.environ)), asked), nl=False)
 
     finish(work)
+
+
+@contextmanager
+def needing_train_extra(command: str) -> Iterator[None]:
+    """Raise SpecError for a library that the block imports and that is not installed."""
+    try:
+        yield
+    except ImportError as error:
+        raise SpecError(f"job {command} needs {error.name}; install the train extra, which includes it") from error
 
 
 def write_page(to: Path, page: bytes) -> None:

@@ -128,7 +128,7 @@ def make_case(folder: Path) -> Case:
 
 
 def weights(change: Callable[[Weights, Weights], None]) -> Callable[[Path, Case], None]:
-    """A fault of the weights (first argument), with the base's or, for an adapter, none (second) at hand."""
+    """A fault of the weights (first argument), given the base's weights (second), which an adapter has none of."""
 
     def spoil(folder: Path, case: Case) -> None:
         (file,) = folder.glob("*.safetensors")

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from job.config.schema import JobSpec
+from job.config.schema import ExtraMetric
 from job.context import RunContext
 from job.data import Data
 from job.errors import OutOfMemory, SpecError
@@ -44,10 +44,11 @@ LAYERS = {("bert", 12): 9, ("bert", 24): 18, ("roberta", 12): 10, ("roberta", 24
 0.3.13)."""
 
 
-def model_folders(spec: JobSpec, scratch: Path) -> dict[str, Path]:
-    """Return the folder of each requested metric's model. Raises SpecError when a model or its package is missing."""
+def model_folders(asked: Mapping[ExtraMetric, str], scratch: Path) -> dict[str, Path]:
+    """Return the folder of each metric's model; `asked` says where it is. Raises SpecError when a model or its package is
+    missing."""
     found: dict[str, Path] = {}
-    for metric, named in spec.evaluation.extra_metrics.items():
+    for metric, named in asked.items():
         field = f"evaluation.extra_metrics.{metric}"
         if metric in RADEVAL and importlib.util.find_spec("radeval") is None:
             raise SpecError(f"{field}: the package radeval is not installed; install the radiology extra, or remove it")
@@ -72,7 +73,7 @@ def extra_scores(
     run = run_of(ctx.spec, data.identity)
     stored = own_json(ctx.store, EXTRA_KEY, run)
     with ctx.record.stage("score") as facts, ctx.preemption.leave_at_once():
-        folders = model_folders(ctx.spec, ctx.scratch)
+        folders = model_folders(asked, ctx.scratch)
         for metric, named in asked.items():
             known, folder = f"{metric} of {named}", folders[metric]
             if known not in stored:

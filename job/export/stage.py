@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.errors import GateRefused, SpecError
-from job.layout import answers_key
 from job.model.families import family_of
 from job.model.loaded import release
 from job.model.lora_targets import group_of
@@ -141,7 +140,7 @@ def export(
             wrong = spoilt(exported.folders["merged"], loaded, spec, data.bounds)
             exported = replace(exported, refused=wrong)
         if exported.refused is None and spec.export.serve.engine is not None:
-            exported = asked(ctx, loaded, exported, data, kept[0])
+            exported = asked(spec, loaded, exported, data, results, kept[0])
         if exported.refused is None:
             exported = smaller(spec, loaded, exported, data, results, offload)
         ctx.preemption.check()  # a library may have swallowed the notice
@@ -193,17 +192,17 @@ def merged(
     return Exported({"adapter": adapter, "merged": into}, sent, verdict, refused=refused), verdict
 
 
-def asked(ctx: RunContext, loaded: Loaded, exported: Exported, data: Data, reference: Reference) -> Exported:
+def asked(
+    spec: JobSpec, loaded: Loaded, exported: Exported, data: Data, results: Results, reference: Reference
+) -> Exported:
     """Ask a server about the gate's rows, from `merged/` and, if it can serve the family's adapters, from `adapter/`."""
-    from job.evaluate.records import Answer
-    from job.evaluate.stage import stored_rows
     from job.export.questions import rows_to_ask
     from job.export.served import ask_server, folders_to_serve, refuse_served
 
-    spec, serving = ctx.spec, exported.serving
+    serving = exported.serving
     served: dict[str, Agreement] = {}
     assert serving is not None
-    after = stored_rows(ctx.store, answers_key("after"), Answer) if loaded.precision != "4bit" else []
+    after = results.after if loaded.precision != "4bit" else []
     rows = rows_to_ask(
         reference, loaded, spec, data, {answer.id: (answer.generated, answer.tokens) for answer in after}
     )

@@ -88,9 +88,9 @@ def survey(
     base = _base(spec, scratch, notes, here=fetch or bundled)
     if spec.model.revision is None and not (bundled or is_local(name := spec.model.name_or_path) or "://" in name):
         notes.append("model.revision is not set: another attempt may find other weights on the hub; pin a commit")
-    extra = spec.evaluation.extra_metrics.values()
-    if extra and (fetch or bundled or all(map(is_local, extra))):
-        model_folders(spec, scratch)
+    extra = spec.evaluation.extra_metrics
+    if extra and (fetch or bundled or all(map(is_local, extra.values()))):
+        model_folders(extra, scratch)
     known = base_facts(base) if base else None
     adapter = _adapter(spec, scratch, known, notes, here=fetch or bundled)
     if importlib.util.find_spec("datasets") is None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
-from job.config.schema import ExtraMetric, JobSpec
+from job.config.schema import ExtraMetric
 from job.errors import DataError, SpecError
 from job.evaluate.compare import compare
 from job.evaluate.extra import model_folders, pair_scores
@@ -17,18 +17,18 @@ from job.report.rebuild import stored_contents
 from job.store import Store
 
 
-def asked_for(arguments: tuple[str, ...]) -> dict[str, str]:
+def asked_for(arguments: tuple[str, ...]) -> dict[ExtraMetric, str]:
     """Read `METRIC=FOLDER` arguments. Raises SpecError for anything else, or a metric that is not known."""
-    found = dict[str, str]()
+    found = dict[ExtraMetric, str]()
     for each in arguments:
         metric, given, folder = each.partition("=")
         if not given or not folder or metric not in get_args(ExtraMetric):
             raise SpecError(f"METRIC=FOLDER: {each} is none; METRIC is one of {', '.join(get_args(ExtraMetric))}")
-        found[metric] = folder
+        found[cast(ExtraMetric, metric)] = folder
     return found
 
 
-def score(store: Store, metrics: Mapping[str, str], scratch: Path) -> Comparison:
+def score(store: Store, metrics: Mapping[ExtraMetric, str], scratch: Path) -> Comparison:
     """Return the comparison of the run's answers before and after training by these `metrics`, which map to the folders of their
     models, and its other metrics. Nothing is written to the output.
 
@@ -39,7 +39,7 @@ def score(store: Store, metrics: Mapping[str, str], scratch: Path) -> Comparison
         raise DataError(f"{store.url} holds no answers before and after training, so there is nothing to score")
     rows = [*contents.before, *contents.after]
     try:
-        folders = model_folders(_asking(spec, metrics), scratch)
+        folders = model_folders(metrics, scratch)
         values = {metric: pair_scores(metric, folder, rows) for metric, folder in folders.items()}
     except SpecError as error:
         raise SpecError(str(error).replace("evaluation.extra_metrics.", "METRIC=FOLDER: ")) from error
@@ -54,11 +54,6 @@ def score(store: Store, metrics: Mapping[str, str], scratch: Path) -> Comparison
     )
 
 
-def _asking(spec: JobSpec, metrics: Mapping[str, str]) -> JobSpec:
-    evaluation = spec.evaluation.model_copy(update={"extra_metrics": dict(metrics)})
-    return spec.model_copy(update={"evaluation": evaluation})
-
-
-def text(measured: Comparison, metrics: Mapping[str, str]) -> str:
+def text(measured: Comparison, metrics: Mapping[ExtraMetric, str]) -> str:
     """Return the table of these metrics as Markdown."""
     return fill("score.md", autoescape=False, measured=measured, metrics=list(metrics))

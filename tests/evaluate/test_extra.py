@@ -75,10 +75,10 @@ def test_what_is_no_whole_encoder_is_refused_before_anything_is_trained(
 ) -> None:
     folder = Path(shutil.copytree(encoder, tmp_path / "encoder"))
     spec = job_spec(evaluation={"extra_metrics": {"bertscore": str(folder)}})
-    assert extra.model_folders(spec, tmp_path) == {"bertscore": folder}
+    assert extra.model_folders(spec.evaluation.extra_metrics, tmp_path) == {"bertscore": folder}
     damage(folder)
     with pytest.raises(SpecError, match=f"^evaluation.extra_metrics.bertscore: .*{reason}"):
-        extra.model_folders(spec, tmp_path)
+        extra.model_folders(spec.evaluation.extra_metrics, tmp_path)
 
 
 RADEVAL = """
@@ -126,7 +126,7 @@ def test_a_missing_model_is_refused_with_its_field(metric: str, tmp_path: Path, 
     with pytest.raises(
         SpecError, match=f"evaluation.extra_metrics.{metric}: .*none is not here; name .*, or remove it"
     ):
-        extra.model_folders(spec, tmp_path)
+        extra.model_folders(spec.evaluation.extra_metrics, tmp_path)
 
 
 def test_an_encoder_that_is_not_whole_is_refused_before_training(encoder: Path, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_an_encoder_that_is_not_whole_is_refused_before_training(encoder: Path, 
     weights.write_bytes(weights.read_bytes()[:-100])
     spec = job_spec(evaluation={"extra_metrics": {"bertscore": str(half)}})
     with pytest.raises(SpecError, match="evaluation.extra_metrics.bertscore: .*not all of it"):
-        extra.model_folders(spec, tmp_path)
+        extra.model_folders(spec.evaluation.extra_metrics, tmp_path)
     shutil.copy(encoder / "model.safetensors", weights)
     (half / "config.json").write_text('{"model_type": "bert", "hidden_size": "many"}')
     with pytest.raises(SpecError, match="evaluation.extra_metrics.bertscore: .* is not a usable encoder"):
@@ -144,7 +144,7 @@ def test_an_encoder_that_is_not_whole_is_refused_before_training(encoder: Path, 
 
 def test_a_missing_package_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="the package radeval is not installed; install the radiology extra"):
-        extra.model_folders(job_spec(evaluation={"extra_metrics": {"radgraph": str(tmp_path)}}), tmp_path)
+        extra.model_folders({"radgraph": str(tmp_path)}, tmp_path)
 
 
 def test_values_are_computed_once_and_measured_like_any_other(encoder: Path, tmp_path: Path) -> None:
