@@ -16,7 +16,7 @@ from job.errors import DataError, NoHub, SpecError
 from job.layout import ADAPTER, MERGED, RESULT_KEY
 from job.model.base_model import ADAPTER_FILES, fetch_base
 from job.model.header import read_header
-from job.output.ownership import read_json, stored_spec
+from job.output.ownership import published_folders, read_published
 from job.prefetch import use_bundle
 from job.runtime.scratch import prepare_scratch
 from job.runtime.staging import local_path
@@ -77,14 +77,11 @@ def predict(output: str, images: Sequence[str], request: Request, environment: E
 
 def look_up(output: str, request: Request) -> Published:
     """Read what the output says of its model. Raises DataError and SpecError as `predict` does."""
-    store = open_store(output)
-    result, spec = read_json(store, RESULT_KEY), stored_spec(store)
-    if result is None or spec is None:
-        raise DataError(f"{output} holds no published model: there is no {RESULT_KEY}")
+    result, spec = read_published(open_store(output), output)
     said = result.get("measured_with")
     if said is None:
         raise DataError(f"{output}: {RESULT_KEY} does not say how pictures were prepared; publish it with this version")
-    there = [name for name in (MERGED, ADAPTER) if any(key.startswith(f"{name}/") for key in result["files"])]
+    there = published_folders(result, (MERGED, ADAPTER))
     weights = request.weights or there[0]
     if weights not in there:
         raise SpecError(f"--weights {weights}: {output} has only {' and '.join(there)}; leave the option out")

@@ -12,9 +12,9 @@ from job.config.environment import Environment
 from job.config.schema import JobSpec
 from job.errors import DataError, SpecError
 from job.export.engines import MODEL, MODULE, Served, llama_cpp, serves, sglang, vllm
-from job.layout import ADAPTER, FACTS_KEY, MERGED, RESULT_KEY
+from job.layout import ADAPTER, FACTS_KEY, MERGED
 from job.model.families import Server, family_of
-from job.output.ownership import read_json, stored_spec
+from job.output.ownership import published_folders, read_json, read_published
 from job.runtime.scratch import prepare_scratch
 from job.runtime.staging import local_path
 from job.store import open_store
@@ -48,10 +48,11 @@ class Published(NamedTuple):
 def look_up(output: str, base: str | None) -> Published:
     """Read what the output says of its model. Raises DataError if it holds no published model."""
     store = open_store(output)
-    result, facts, spec = read_json(store, RESULT_KEY), read_json(store, FACTS_KEY), stored_spec(store)
-    if result is None or facts is None or spec is None:
-        raise DataError(f"{output} holds no published model: there is no {RESULT_KEY}")
-    there = [name for name in (MERGED, ADAPTER, GGUF) if any(key.startswith(f"{name}/") for key in result["files"])]
+    result, spec = read_published(store, output)
+    facts = read_json(store, FACTS_KEY)
+    if facts is None:
+        raise DataError(f"{output} holds no {FACTS_KEY}, which its job wrote; restore it")
+    there = published_folders(result, (MERGED, ADAPTER, GGUF))
     precision = (result.get("measured_with") or {}).get("precision", "16bit")
     source = base or spec.model.name_or_path
     return Published(spec, there, facts["base"]["model_type"], precision, facts.get("unwritten") or [], source)

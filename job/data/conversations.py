@@ -173,12 +173,9 @@ def as_text(value: Any) -> str:
 def several(value: Any, separator: str | None) -> list[str] | None:
     """Returns the values of a cell that may hold several: a list (some tables write it as JSON or as Python does), or text with a
     separator. None if it is neither, or empty text."""
-    if (
-        isinstance(value, str)
-        and value[:1] == "["
-        and isinstance(read := _from_json(value) or _from_python(value), list)
-    ):
-        value = read
+    if isinstance(value, str) and value[:1] == "[":
+        read = _from_json(value) or _from_python(value)
+        value = read if isinstance(read, list) else value
     if isinstance(value, list):
         return [text for each in value if (text := as_text(each))]
     text = as_text(value)

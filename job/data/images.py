@@ -74,9 +74,8 @@ class Bounds(NamedTuple):
         scales += [self.short / min(width, height)] if self.short else []
         scales += [math.sqrt(self.row / max(pictures, 1) / (width * height))] if self.row else []
         scale, least = min(scales), min(MIN_SIDE, width, height)
-        if (
-            self.short and scale == self.short / min(width, height) < 1
-        ):  # as processors do, which cut the longer side off
+        # As processors do, the longer side is cut off, not rounded.
+        if self.short and scale == self.short / min(width, height) < 1:
             return int(self.short * width / min(width, height)), int(self.short * height / min(width, height))
         return (width, height) if scale >= 1 else (max(round(width * scale), least), max(round(height * scale), least))
 

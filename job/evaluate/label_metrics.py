@@ -53,9 +53,8 @@ def reader(spec: LabelSpec, references: Sequence[str]) -> tuple[dict[str, str], 
             return next(iter(stated), NONE)
         found = find(text)
         present = [value for value, said in found.items() if said == "present"]
-        return (
-            SEVERAL if len(present) > 1 else next(iter(present), UNCERTAIN if "uncertain" in found.values() else NONE)
-        )
+        without = UNCERTAIN if "uncertain" in found.values() else NONE
+        return SEVERAL if len(present) > 1 else next(iter(present), without)
 
     return spelled, read
 
@@ -146,10 +145,9 @@ def _several(
     find = finder(spec, list(spelled.values()))
 
     def joined(present: Iterable[str], doubted: Iterable[str]) -> str:
-        parts = (
+        sure, open_ = (
             sorted({spelled[key] for value in part if (key := folded(value)) in spelled}) for part in (present, doubted)
         )
-        sure, open_ = parts
         return ", ".join([*sure, *(f"possible {value}" for value in open_ if value not in sure)]) or NONE
 
     def stated(text: str) -> str:

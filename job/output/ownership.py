@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -319,6 +319,19 @@ def stored_spec(store: Store) -> JobSpec | None:
             f"output.url: {store.url} holds a run of another version of this program, whose spec.yaml does not fit this one "
             f"({problems}). Choose another output, run that version, or set output.on_conflict to restart, which deletes that run"
         ) from error
+
+
+def read_published(store: Store, output: str) -> tuple[dict[str, Any], JobSpec]:
+    """Return RESULT.json and the spec of the model published at `output`. Raises DataError if there is none."""
+    result, spec = read_json(store, RESULT_KEY), stored_spec(store)
+    if result is None or spec is None:
+        raise DataError(f"{output} holds no published model: there is no {RESULT_KEY}")
+    return result, spec
+
+
+def published_folders(result: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """Return which of these folders RESULT.json lists files of."""
+    return [name for name in names if any(key.startswith(f"{name}/") for key in result["files"])]
 
 
 def _conflict(store: Store, spec: JobSpec) -> str:
