@@ -53,6 +53,12 @@ class Clock(TrainerCallback):
                 stream.write(json.dumps(line) + "\n")
 
 
+def without_experts(config: Any) -> dict[str, Any]:
+    """Leave the fused experts of a mixture alone, as the job does by default."""
+    text = config.get_text_config()
+    return {"target_parameters": []} if getattr(text, "num_experts", None) else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
@@ -81,6 +87,7 @@ def main() -> None:
         lora_dropout=0,
         bias="none",
         random_state=3407,
+        **without_experts(model.config),
     )
     model.save_pretrained(given.out / "start")
     lines = [json.loads(line) for line in (given.data / "metadata.jsonl").read_text().splitlines()]

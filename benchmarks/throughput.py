@@ -2,13 +2,16 @@
 
     python benchmarks/throughput.py MODEL [--case language|everywhere|generation] [--rows 48] [--epochs 3] [--folder FOLDER]
                                           [--precision 4bit|16bit] [--restart] [--alone] [--card GB]
+                                          [--notebooks-layers] [--uncompiled]
 
 MODEL is a checkpoint, real or made by models.py. Each flow is a process of its own, as a user starts it,
 with compile caches of its own. With --restart the job is then started once more as a scheduler would on a new node, from its
-last checkpoint and with nothing on scratch. With --alone the notebook is left out. The job is granted 48 GB of the GPU, as
-much as an A6000 has; --card says otherwise, and the notebook takes what it takes. The case `generation` has ROWS captions of
-64 tokens generated: one by one as in the notebook, and by the job's measurement behind training, which also takes the loss of
-each.
+last checkpoint and with nothing on scratch. With --alone the notebook is left out. With --notebooks-layers the job
+adapts the layers that the notebook chose, for families where it would choose others. With --uncompiled the notebook runs
+without torch.compile, whose first step takes minutes in some families. Neither flow adapts the experts of a mixture. The job is
+granted 48 GB of the GPU, as much as an A6000 has; --card says otherwise, and the notebook takes what it takes. The case
+`generation` has ROWS captions of 64 tokens generated: one by one as in the notebook, and by the job's measurement behind
+training, which also takes the loss of each.
 """
 
 from __future__ import annotations
@@ -69,12 +72,23 @@ def caches(folder: Path) -> dict[str, str]:
 
 
 def notebook(
-    model: Path, data: Path, out: Path, case: str, epochs: int, precision: str, generate: int = 0
+    model: Path,
+    data: Path,
+    out: Path,
+    case: str,
+    epochs: int,
+    precision: str,
+    generate: int = 0,
+    *,
+    compiled: bool = True,
 ) -> dict[str, Any]:
     command = [sys.executable, str(ROOT / "benchmarks" / "notebook.py"), str(model), str(data), str(out)]
     command += ["--vision", "true" if case == "everywhere" else "false", "--epochs", str(epochs)]
     command += ["--generate", str(generate), "--precision", precision]
-    started(command, os.environ | caches(out.parent / "notebook-caches"), out.with_suffix(".log"))
+    settings = os.environ | caches(out.parent / "notebook-caches")
+    if not compiled:
+        settings["UNSLOTH_COMPILE_DISABLE"] = "1"
+    started(command, settings, out.with_suffix(".log"))
     lines = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()] if epochs else []
     return {**json.loads((out / "facts.json").read_text()), "steps": lines}
 
@@ -89,6 +103,8 @@ def job(
     scratch: Path,
     precision: str,
     generate: int = 0,
+    *,
+    their_layers: bool = False,
 ) -> dict[str, Any]:
     """One attempt of the job. `seconds` of a step count from the start of the process, as in the notebook's."""
     spec: dict[str, Any] = {
@@ -112,6 +128,8 @@ def job(
         spec["evaluation"] = {"max_rows": generate, "batch_size": 16, "max_new_tokens": TOKENS}
     if start is not None:
         spec["lora"]["init_adapter"] = str(start)
+    if start is not None and their_layers:
+        spec["lora"]["target_modules"] = json.loads((start / "adapter_config.json").read_text())["target_modules"]
     settings = {name: value for name, value in os.environ.items() if not name.endswith(("_CACHE_DIR", "_LOCATION"))}
     began = time.time()
     started(
@@ -165,6 +183,8 @@ def main() -> None:
     )
     parser.add_argument("--alone", action="store_true", help="without the notebook")
     parser.add_argument("--card", type=float, default=A6000, help="gigabytes of the GPU that the job is granted")
+    parser.add_argument("--notebooks-layers", action="store_true", help="adapt the layers that the notebook chose")
+    parser.add_argument("--uncompiled", action="store_true", help="the notebook without torch.compile")
     given = parser.parse_args()
     if given.case == "generation" and (given.alone or given.restart):
         parser.error("generation is measured beside the notebook, and once")
@@ -183,10 +203,13 @@ def main() -> None:
         return
     peer, start = None, None
     if not given.alone:
-        peer = notebook(given.model, data, folder / f"notebook-{given.case}", given.case, given.epochs, given.precision)
-        start = folder / f"notebook-{given.case}" / "start"
+        theirs = folder / f"notebook-{given.case}"
+        how = {"compiled": not given.uncompiled}
+        peer = notebook(given.model, data, theirs, given.case, given.epochs, given.precision, **how)
+        start = theirs / "start"
     out = folder / f"job-{given.case}"
-    ours = job(given.model, data, out, given.case, given.epochs, start, folder / "scratch", given.precision)
+    same = (given.case, given.epochs, start, folder / "scratch", given.precision)
+    ours = job(given.model, data, out, *same, their_layers=given.notebooks_layers)
     report(label_of(given), peer, ours, device, cold=given.folder is None or given.restart)
     if given.restart:
         restart(given, data, out, start, folder, ours["steps"][0]["seconds"], device)
@@ -195,9 +218,9 @@ def main() -> None:
 def label_of(given: Any) -> str:
     """Begins the names of a case's figures: which model, except for the first one, Llama 3.2 Vision in 4 bits."""
     family = json.loads((given.model / "config.json").read_text())["model_type"]
-    return (
-        given.case if (family, given.precision) == ("mllama", "4bit") else f"{family} {given.precision}, {given.case}"
-    )
+    first = (family, given.precision) == ("mllama", "4bit")
+    label = given.case if first else f"{family} {given.precision}, {given.case}"
+    return f"{label}, notebook uncompiled" if given.uncompiled else label
 
 
 def generation(given: Any, data: Path, folder: Path, device: str) -> None:
@@ -291,7 +314,8 @@ def restart(given: Any, data: Path, out: Path, start: Path | None, folder: Path,
         later.unlink()
     first = int(manifests[0].parent.name.removeprefix("step-"))
     scratch = folder / "scratch-of-a-new-node"
-    again = job(given.model, data, out, given.case, given.epochs, start, scratch, given.precision)
+    same = (given.case, given.epochs, start, scratch, given.precision)
+    again = job(given.model, data, out, *same, their_layers=given.notebooks_layers)
     seconds = next(line["seconds"] for line in again["steps"] if line["step"] == first + 1)
     append(
         "throughput",

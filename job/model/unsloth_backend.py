@@ -72,6 +72,7 @@ def load(spec: JobSpec, folder: Path, device: torch.device, start: Path | None, 
     model = FastVisionModel.get_peft_model(
         model,
         **lora_settings(spec.lora, chosen),
+        target_parameters=[],  # if left out, Unsloth adds the fused experts of a mixture to the layers that are named
         random_state=spec.training.seed,
         use_gradient_checkpointing=recomputing,
     )

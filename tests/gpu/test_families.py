@@ -65,6 +65,19 @@ def test_the_layers_are_those_that_unsloth_would_choose(family: str, tmp_path: P
         assert all(re.fullmatch(NOT_OURS.get(family, "-"), name) and name not in ours for name in more), choice
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_5_moe"])
+def test_experts_are_left_alone(family: str, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    make_model(family, folder, dtype=torch.bfloat16, device="cuda") if family in FAMILIES else OTHERS[family].make(
+        folder
+    )
+    gpu = torch.device("cuda", 0)
+    loaded = load_model(job_spec(lora={"r": 4}), folder, gpu, "unsloth", "16bit", "nothing", None)
+    adapted = {name for name, each in loaded.model.named_parameters() if each.requires_grad}
+    assert adapted
+    assert not [name for name in adapted if ".experts" in name or ".gate." in name]
+
+
 def test_linear_attention_has_unsloths_kernels_untuned_and_the_loss_of_pytorchs(tmp_path: Path) -> None:
     folder = make_model("qwen3_5", tmp_path, dtype=torch.bfloat16, device="cuda")
     gpu = torch.device("cuda", 0)
