@@ -1,8 +1,13 @@
 """What the documents promise is what the code does."""
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from collections import Counter
+from itertools import chain
+from pathlib import Path
 from typing import get_args
 
 import yaml
@@ -11,18 +16,22 @@ from pydantic import BaseModel
 from job.config.loader import parse, validate
 from job.config.schema import JobSpec, flatten
 from job.errors import EXIT_CODES
+from tests.cli_reference import PAGE, reference
 from tests.conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
+DOCS = ROOT / "docs"
 
 
-def test_the_readme_has_the_table_of_exit_codes():
-    rows = re.findall(r"^\| (\d+) \| (.+?) \| (\w+) \| (\w+) \|$", README, re.MULTILINE)
+def test_troubleshooting_has_each_exit_code():
+    page = (DOCS / "troubleshooting.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (.+?) \| (\w+) \| (\w+) \|$", page, re.MULTILINE)
     assert rows == [(str(row.code), row.meaning, row.kubernetes, row.slurm) for row in EXIT_CODES]
+    entries = {int(code) for code in re.findall(r"^### (\d+): ", page, re.MULTILINE)}
+    assert entries == {row.code for row in EXIT_CODES if row.code}
 
 
-def test_the_spec_in_the_readme_is_valid_and_says_the_defaults():
-    text = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
+def test_the_spec_by_example_is_valid_and_says_the_defaults():
+    text = re.search(r"```yaml\n(.*?)```", (DOCS / "example-spec.md").read_text(), re.DOTALL)
     spec = validate(parse(text[1]))
     given = {"model.name_or_path", "dataset.path", "output.url", "name"}
     given |= {"dataset.group_column", "evaluation.labels", "evaluation.groups"}
@@ -32,6 +41,29 @@ def test_the_spec_in_the_readme_is_valid_and_says_the_defaults():
     for path, value in defaults.items():
         if not any(path.startswith(name) for name in given):
             assert shown[path] == value, path
+
+
+def test_the_page_of_the_command_line_is_what_its_help_prints():
+    assert PAGE.read_text() == reference(), "docs/cli.md is stale; run python -m tests.cli_reference"
+
+
+def test_the_site_is_built_without_a_warning_and_asks_no_other_host(tmp_path: Path):
+    """A link without a target is a warning, and so is a page that the menu does not name."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    pages = [*tmp_path.rglob("*.html")]
+    assert len(pages) > len([*DOCS.rglob("*.md")])
+    asked = [re.findall(r'<(?:script|img|link)[^>]*(?:src|href)="(https?://[^"]+)', page.read_text()) for page in pages]
+    assert not [*chain(*asked)]
+
+
+def test_links_in_the_readme_have_targets():
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / "README.md").read_text())
+    assert len(links) > 10
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_every_example_is_valid():
