@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,10 +18,12 @@ from click.exceptions import NoArgsIsHelpError
 
 from job.config.environment import Environment
 from job.errors import SpecError, Unavailable
-from job.runtime.exit import run_and_exit, tell
+from job.runtime.exit import end, run_and_exit, tell
 from job.runtime.preemption import Preemption, end_time
 
 log = logging.getLogger("job")
+
+WATCH_SECONDS = 5.0
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -142,14 +145,45 @@ def prefetch(spec: str, folder: str) -> None:
 
 @main.command()
 @click.argument("output")
-def status(output: str) -> None:
+@click.option("--watch", is_flag=True, help="Print what changes until the job has ended, then exit with its code.")
+@click.option("--json", "as_json", is_flag=True, help="Print one object on one line.")
+def status(output: str, watch: bool, as_json: bool) -> None:
     """Show the status of the job at OUTPUT."""
 
-    def work(_environment: Environment, _preemption: Preemption) -> None:
-        from job.output.describe import describe_status
+    def work(_environment: Environment, preemption: Preemption) -> None:
+        from job.output.describe import describe_status, has_ended, read_status
         from job.store import open_store
 
-        show(describe_status(open_store(output)))
+        store, shown = open_store(output), None
+        with preemption.leave_at_once():
+            while True:
+                found = read_status(store)
+                place = [found.get(name) for name in ("state", "attempt", "stage", "rows", "step")]
+                if place != shown:
+                    if watch and sys.stdout.isatty() and not as_json:
+                        click.clear()
+                    show(json.dumps(found) if as_json else describe_status(store, found))
+                shown = place
+                if watch and has_ended(found):
+                    end(int(found.get("exit_code", 0)), None)
+                if not watch:
+                    return
+                time.sleep(WATCH_SECONDS)
+
+    finish(work)
+
+
+@main.command(name="list")
+@click.argument("prefix")
+def list_(prefix: str) -> None:
+    """List the jobs whose outputs are below PREFIX, a folder or an s3:// prefix."""
+
+    def work(_environment: Environment, _preemption: Preemption) -> None:
+        from job.output.describe import describe_all
+        from job.store import open_store
+
+        for line in describe_all(open_store(prefix)):
+            show(line)
 
     finish(work)
 

@@ -97,6 +97,7 @@ def _generate_missing(ctx: RunContext, loaded: Loaded, data: Data, when: str, or
     places = {identity: place for place, identity in enumerate(ids)}  # ids may differ in the next attempt
     kept = time.monotonic()
     show = _progress(f"evaluate {when}", len(data.evaluation), len(made))
+    record.update(rows=len(made), of_rows=len(data.evaluation))
 
     def each(batch: Answers) -> None:
         made.extend(batch)

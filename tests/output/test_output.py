@@ -8,7 +8,6 @@ import pytest
 
 from job.config.loader import validate
 from job.errors import NoProgress, SpecError
-from job.output.describe import describe_status
 from job.output.ownership import begin, check_owner, is_published, outdated
 from job.runtime.status import Record
 from job.store import OwnedStore, open_store
@@ -105,27 +104,6 @@ def test_published_is_only_this_very_spec(store: OwnedStore, tree: dict[str, Any
     assert not is_published(store, validate(tree))
     with pytest.raises(SpecError, match="holds a run of another spec"):
         check_owner(store, validate(tree))
-
-
-def test_a_metric_without_an_interval_is_shown_in_the_status(store: OwnedStore):
-    value, none = {"value": 0.5, "low": None, "high": None, "n": 2}, {"value": None, "low": None, "high": None, "n": 2}
-    metrics = {"before": {"f1": none}, "after": {"f1": value}, "change": {"f1": none}}
-    store.write(
-        "RESULT.json", json.dumps({"metrics": metrics, "verdict": {"metric": "f1", "said": "too few rows"}}).encode()
-    )
-    assert "– →    0.5000  (too few rows for an interval)" in describe_status(store)
-    assert "\nverdict on f1: too few rows\n" in describe_status(store)
-
-
-def test_a_job_that_went_silent_is_told_from_a_running_one(store: OwnedStore):
-    running = {"state": "running", "stage": "train", "step": 3, "steps": 9, "updated": "2020-01-01T00:00:00Z"}
-    store.write("status.json", json.dumps(running).encode())
-    assert "killed, or cut off from its store" in describe_status(store)
-    from job.runtime.status import now
-
-    store.write("status.json", json.dumps(running | {"updated": now()}).encode())
-    assert "running, stage train" in describe_status(store)
-    assert "step 3 of 9" in describe_status(store)
 
 
 def die(store: OwnedStore, number: int, **status: Any) -> None:
