@@ -93,6 +93,31 @@ def test_the_restricted_standard_lets_the_demo_s_store_in():
     test_the_restricted_standard_lets_the_pod_in(run._replace(job=store["spec"]))
 
 
+KIND = 950
+"""Thousandths of a core that kind's own pods request on a single node: coredns twice 100, API server 250, controller manager 200,
+scheduler 100, etcd 100, kindnet 100."""
+
+
+def test_the_demo_fits_a_node_of_two_cores():
+    (store,), (run,) = of_kind("overlays/dev", "Deployment"), pods("overlays/dev")
+    ours = [container["resources"]["requests"]["cpu"] for container in run.pod["containers"]]
+    theirs = [
+        container["resources"]["requests"]["cpu"] for container in store["spec"]["template"]["spec"]["containers"]
+    ]
+    first = max(cores(each["resources"]["requests"]["cpu"]) for each in run.pod["initContainers"])
+    assert max(first, sum(map(cores, ours))) + sum(map(cores, theirs)) + KIND <= 2000
+
+
+def cores(quantity: str) -> int:
+    """Thousandths of a core."""
+    return int(quantity.removesuffix("m")) if quantity.endswith("m") else 1000 * int(quantity)
+
+
+def test_a_frozen_container_is_not_waited_for(run: Pods):
+    """It would not hear the notice."""
+    assert run.container["livenessProbe"]["terminationGracePeriodSeconds"] < run.pod["terminationGracePeriodSeconds"]
+
+
 def test_every_pod_says_what_it_takes(run: Pods):
     for container in [*run.pod["containers"], *run.pod.get("initContainers", [])]:
         requests, limits = container["resources"]["requests"], container["resources"]["limits"]
