@@ -1,7 +1,7 @@
 """What a user would otherwise write: Unsloth's vision notebook, unchanged but for its data, and a clock.
 
     python benchmarks/notebook.py MODEL DATA OUT --vision true --epochs 3 [--micro 2 --accumulation 4]
-                                               [--precision 4bit|16bit]
+                                               [--precision 4bit|16bit] [--checkpoints offloaded|kept]
 
 Run by throughput.py. Rows come in the job's own order and through its collator, which takes the loss over answers only (the
 notebook's takes it over the prompt too), so that losses can be compared step by step; the fresh adapter is saved to
@@ -69,12 +69,16 @@ def main() -> None:
     parser.add_argument("--micro", type=int, default=2)
     parser.add_argument("--accumulation", type=int, default=4)
     parser.add_argument("--precision", choices=("4bit", "16bit"), default="4bit")
+    parser.add_argument(
+        "--checkpoints", choices=("offloaded", "kept"), default="offloaded", help="inputs of the layers"
+    )
     parser.add_argument("--generate", type=int, default=0, help="captions to generate one by one afterwards")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     imported = time.time() - BEGAN
+    checkpointing = {"offloaded": "unsloth", "kept": True}[given.checkpoints]
     model, processor = FastVisionModel.from_pretrained(
-        str(given.model), load_in_4bit=given.precision == "4bit", use_gradient_checkpointing="unsloth"
+        str(given.model), load_in_4bit=given.precision == "4bit", use_gradient_checkpointing=checkpointing
     )
     model = FastVisionModel.get_peft_model(
         model,
@@ -87,6 +91,7 @@ def main() -> None:
         lora_dropout=0,
         bias="none",
         random_state=3407,
+        use_gradient_checkpointing=checkpointing,
         **without_experts(model.config),
     )
     model.save_pretrained(given.out / "start")

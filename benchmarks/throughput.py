@@ -2,16 +2,19 @@
 
     python benchmarks/throughput.py MODEL [--case language|everywhere|generation] [--rows 48] [--epochs 3] [--folder FOLDER]
                                           [--precision 4bit|16bit] [--restart] [--alone] [--card GB]
-                                          [--notebooks-layers] [--uncompiled]
+                                          [--notebooks-layers] [--uncompiled] [--peer plain|tuned]
 
-MODEL is a checkpoint, real or made by models.py. Each flow is a process of its own, as a user starts it,
-with compile caches of its own. With --restart the job is then started once more as a scheduler would on a new node, from its
-last checkpoint and with nothing on scratch. With --alone the notebook is left out. With --notebooks-layers the job
-adapts the layers that the notebook chose, for families where it would choose others. With --uncompiled the notebook runs
-without torch.compile, whose first step takes minutes in some families. Neither flow adapts the experts of a mixture. The job is
-granted 48 GB of the GPU, as much as an A6000 has; --card says otherwise, and the notebook takes what it takes. The case
-`generation` has ROWS captions of 64 tokens generated: one by one as in the notebook, and by the job's measurement behind
-training, which also takes the loss of each.
+MODEL is a checkpoint, real or made by models.py. Each flow is a process of its own, as a user starts it, with compile caches of
+its own. The job is granted 48 GB of the GPU, as much as an A6000 has; --card says otherwise. The notebook takes what it takes.
+
+With --peer tuned the notebook has what a user would change first: 16 bits, all 8 rows at once, and checkpoints that are not
+offloaded. With --uncompiled it runs without torch.compile, whose first step takes minutes in some families. With --alone it is
+left out. With --notebooks-layers the job adapts the layers that the notebook chose, for families where it would choose others.
+Neither flow adapts the experts of a mixture.
+
+With --restart the job is then started once more as a scheduler would on a new node, from its last checkpoint and with nothing
+on scratch. The case `generation` has ROWS captions of 64 tokens generated: one by one as in the notebook, and by the job's
+measurement behind training, which also takes the loss of each. Shares of the card's limit are by the formula of flops.py.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ BATCH, TOKENS, A6000 = 8, 64, 48.0
 COMPILING = 2
 """First steps left out of the speed: the first compiles, the second compiles again for another number of tokens."""
 WORDS = ("lung", "heart", "rib", "left", "right", "upper", "lower", "clear", "effusion", "opacity", "mild", "is", "no")
-GOALS = {"language": 4.0, "everywhere": 1.5}
+GOALS = {"plain": {"language": 4.0, "everywhere": 1.5}, "tuned": {"language": 2.5, "everywhere": 2.0}}
 
 
 def make_data(folder: Path, rows: int, side: int = 512) -> Path:
@@ -81,10 +84,13 @@ def notebook(
     generate: int = 0,
     *,
     compiled: bool = True,
+    tuned: bool = False,
 ) -> dict[str, Any]:
     command = [sys.executable, str(ROOT / "benchmarks" / "notebook.py"), str(model), str(data), str(out)]
     command += ["--vision", "true" if case == "everywhere" else "false", "--epochs", str(epochs)]
     command += ["--generate", str(generate), "--precision", precision]
+    if tuned:
+        command += ["--micro", str(BATCH), "--accumulation", "1", "--checkpoints", "kept"]
     settings = os.environ | caches(out.parent / "notebook-caches")
     if not compiled:
         settings["UNSLOTH_COMPILE_DISABLE"] = "1"
@@ -173,7 +179,7 @@ def speed(steps: list[dict[str, Any]]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--case", choices=(*GOALS, "generation"), default="language")
+    parser.add_argument("--case", choices=(*GOALS["plain"], "generation"), default="language")
     parser.add_argument("--precision", choices=("4bit", "16bit"), default="4bit")
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--epochs", type=int, default=3)
@@ -184,8 +190,11 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="without the notebook")
     parser.add_argument("--card", type=float, default=A6000, help="gigabytes of the GPU that the job is granted")
     parser.add_argument("--notebooks-layers", action="store_true", help="adapt the layers that the notebook chose")
+    parser.add_argument("--peer", choices=("plain", "tuned"), default="plain")
     parser.add_argument("--uncompiled", action="store_true", help="the notebook without torch.compile")
     given = parser.parse_args()
+    if given.peer == "tuned" and (given.precision != "16bit" or given.case == "generation"):
+        parser.error("--peer tuned trains in 16 bits: add --precision 16bit")
     if given.case == "generation" and (given.alone or given.restart):
         parser.error("generation is measured beside the notebook, and once")
     import torch
@@ -204,13 +213,13 @@ def main() -> None:
     peer, start = None, None
     if not given.alone:
         theirs = folder / f"notebook-{given.case}"
-        how = {"compiled": not given.uncompiled}
+        how = {"compiled": not given.uncompiled, "tuned": given.peer == "tuned"}
         peer = notebook(given.model, data, theirs, given.case, given.epochs, given.precision, **how)
         start = theirs / "start"
     out = folder / f"job-{given.case}"
     same = (given.case, given.epochs, start, folder / "scratch", given.precision)
     ours = job(given.model, data, out, *same, their_layers=given.notebooks_layers)
-    report(label_of(given), peer, ours, device, cold=given.folder is None or given.restart)
+    report(given, peer, ours, device, cold=given.folder is None or given.restart)
     if given.restart:
         restart(given, data, out, start, folder, ours["steps"][0]["seconds"], device)
 
@@ -220,7 +229,9 @@ def label_of(given: Any) -> str:
     family = json.loads((given.model / "config.json").read_text())["model_type"]
     first = (family, given.precision) == ("mllama", "4bit")
     label = given.case if first else f"{family} {given.precision}, {given.case}"
-    return f"{label}, notebook uncompiled" if given.uncompiled else label
+    return (
+        f"{label}{', tuned peer' if given.peer == 'tuned' else ''}{', notebook uncompiled' if given.uncompiled else ''}"
+    )
 
 
 def generation(given: Any, data: Path, folder: Path, device: str) -> None:
@@ -235,12 +246,13 @@ def generation(given: Any, data: Path, folder: Path, device: str) -> None:
     append("throughput", case, ratio, "times", goal="at least 4", meets=ratio >= 4, device=device)
 
 
-def report(case: str, peer: dict[str, Any] | None, ours: dict[str, Any], device: str, *, cold: bool) -> None:
+def report(given: Any, peer: dict[str, Any] | None, ours: dict[str, Any], device: str, *, cold: bool) -> None:
     """`cold`: no earlier case compiled for this one."""
-    first, mine = ours["steps"][0]["seconds"], speed(ours["steps"])
+    case, first, mine = label_of(given), ours["steps"][0]["seconds"], speed(ours["steps"])
     append("throughput", f"{case}: job", mine, "samples/s", device=device)
     if peer is not None:
-        beside(case, peer, ours, device)
+        beside(given, peer, ours, device)
+    limits(given, {"notebook": peer, "job": ours}, ours["steps"], device)
     append(
         "throughput",
         f"{case}: job, GPU memory reserved",
@@ -277,10 +289,36 @@ def report(case: str, peer: dict[str, Any] | None, ours: dict[str, Any], device:
         append("throughput", f"{case}: job alone, start to first step, cold", first, "s", device=device)
 
 
-def beside(case: str, peer: dict[str, Any], ours: dict[str, Any], device: str) -> None:
+def limits(given: Any, flows: dict[str, dict[str, Any] | None], lines: list[dict[str, Any]], device: str) -> None:
+    """Of each flow, the share of the card's bf16 limit, and the seconds from its start to the 100th and 742nd step at its steady
+    pace: three epochs of Radiology_mini have 742."""
+    from flops import share_of_peak
+
+    from job.model.base_model import base_facts
+
+    facts, last = base_facts(given.model), lines[-1]
+    text = last["tokens_per_second"] / last["samples_per_second"]
+    for name, flow in flows.items():
+        if flow is None:
+            continue
+        case, steps, fast = f"{label_of(given)}: {name}", flow["steps"], speed(flow["steps"])
+        gpu = device.partition(",")[0]
+        vision = given.case == "everywhere"
+        share = share_of_peak(facts.config, facts.linears, text, fast, vision=vision, gpu=gpu)
+        if share is not None:
+            goal, meets = ("at least 40", share >= 0.4) if name == "job" and vision else ("", None)
+            append(
+                "throughput", f"{case}, share of bf16 limit", 100 * share, "%", goal=goal, meets=meets, device=device
+            )
+        for step in (100, 742):
+            seconds = steps[COMPILING - 1]["seconds"] + (step - COMPILING) * BATCH / fast
+            append("throughput", f"{case}, start to step {step}, projected", seconds, "s", device=device)
+
+
+def beside(given: Any, peer: dict[str, Any], ours: dict[str, Any], device: str) -> None:
     """Speed and losses, of both flows."""
     theirs, mine = speed(peer["steps"]), speed(ours["steps"])
-    goal = GOALS[case.rpartition(" ")[2]]
+    case, goal = label_of(given), GOALS[given.peer][given.case]
     append("throughput", f"{case}: notebook", theirs, "samples/s", device=device)
     append(
         "throughput",
