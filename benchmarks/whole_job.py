@@ -46,7 +46,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from record import append
+from results import append
 from shapes import FAMILIES
 from throughput import make_data, started
 from whole_job_figures import Attempt, Figure, apart, figures, read_lines, table, unpublished

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from job.export.fold import Change, Whole
 from job.export.merge import Recipe, pieces
-from job.export.reference import adapters_of, trained_weights
+from job.export.unmerged import adapters_of, trained_weights
 from job.export.tensor_map import DTYPES, Base, place
 from job.store.local import disk
 
