@@ -101,12 +101,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No variable of the person who runs the tests reaches the job."""
-    for name in list(os.environ):
+def _clean_environment() -> Iterator[None]:
+    """No variable of the person who runs the tests reaches the job, and none of what libraries set in one test (accelerate does,
+    for each trainer) the next, whose jobs could then not be forked."""
+    before = dict(os.environ)
+    for name in before:
         if name.startswith(("JOB_", "AWS_", "SLURM_", "HF_TOKEN")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+            del os.environ[name]
+    os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture
