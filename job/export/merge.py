@@ -29,7 +29,7 @@ from job.export.fold import Change, changed
 from job.export.tensor_map import DTYPES, Base
 from job.layout import MERGING_KEY
 from job.store import Digest, Store
-from job.store.local import disk
+from job.store.disk import disk
 from job.store.folders import together
 
 PIECE = 16 * 2**20
