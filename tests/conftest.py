@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import subprocess
 import sys
@@ -77,6 +78,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(900))  # an image and a cluster are made within the first of them
     rank = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(_scope(item.nodeid), len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of the search for garbage, which accelerate asks for behind each training."""
+    gc.collect()
+    gc.freeze()
 
 
 def _scope(nodeid: str) -> str:

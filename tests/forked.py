@@ -9,6 +9,7 @@ process id, and then its exit code as `os.waitstatus_to_exitcode` gives it. Jobs
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import os
 import runpy
@@ -118,7 +119,7 @@ class Forks:
         stderr: TextIO | None = None,
         own_session: bool = False,
     ) -> Forked:
-        assert self.suits(environment)
+        assert self.suits(environment), self.environment.items() ^ environment.items()
         return Forked(self.socket, arguments, environment, stderr, own_session)
 
     def run(
@@ -142,6 +143,7 @@ def serve(server: socket.socket) -> None:
 
     for room in ROOMS:
         importlib.import_module(f"job.{room}")
+    gc.freeze()
     while True:
         request, files, _, _ = socket.recv_fds(server, 1 << 20, 3)
         with suppress(ChildProcessError):
