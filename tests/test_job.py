@@ -337,6 +337,7 @@ def test_a_checkpoint_with_a_flipped_byte_is_passed_over_for_the_older(
     accumulating: dict[str, Any], tmp_path: Path, job: Job, start: Start
 ):
     output = tmp_path / "output"
+    accumulating["training"] |= {"max_steps": 24}
     process = start(to(accumulating, output))
     wait_for(lambda: len(committed(output)) == 2, process)
     process.kill()
@@ -354,6 +355,7 @@ def test_a_checkpoint_with_a_flipped_byte_is_passed_over_for_the_older(
 
 
 def test_a_gate_that_refuses_publishes_no_merged_weights(accumulating: dict[str, Any], tmp_path: Path, job: Job):
+    accumulating["training"] |= {"max_steps": 4}
     gate = {"max_mean_logit_difference": 1e-9, "rounding_allowance": 0}
     export = {"merged": True, "scratch_copy": False, "gate": gate, "hub": {"adapter_repo": "clinic/adapter"}}
     with serve() as hub:
