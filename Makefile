@@ -149,7 +149,7 @@ bench-store:
 	@.ci/venv train dev
 	@CEPH_SCHEMES=http CEPH_BYTES=11000000000 nice -n -10 sh tests/store/ceph.sh $(abspath $(PYTHON_VENV)) benchmarks/transfer.py --folder /dev/shm
 	@$(PYTHON_VENV) benchmarks/checkpoint_stall.py
-	@$(PYTHON_VENV) benchmarks/record.py
+	@$(PYTHON_VENV) benchmarks/results.py
 
 # On a GPU: MODEL is a Llama 3.2 Vision checkpoint, real or made by benchmarks/models.py.
 bench-gpu:
@@ -157,23 +157,23 @@ bench-gpu:
 	@$(PYTHON_GPU) benchmarks/throughput.py $(MODEL) --case everywhere --restart --folder $(or $(FOLDER),/tmp/throughput)
 	@$(PYTHON_GPU) benchmarks/throughput.py $(MODEL) --case generation --rows 16 --folder $(or $(FOLDER),/tmp/throughput)
 	@$(PYTHON_GPU) benchmarks/merge.py $(or $(FOLDER),/tmp/merge)
-	@$(PYTHON_GPU) benchmarks/record.py
+	@$(PYTHON_GPU) benchmarks/results.py
 
 # The same with several GPUs.
 bench-scaling:
 	@$(PYTHON_GPU) benchmarks/scaling.py $(MODEL) --folder $(or $(FOLDER),/tmp/scaling)
-	@$(PYTHON_GPU) benchmarks/record.py
+	@$(PYTHON_GPU) benchmarks/results.py
 
 # The whole job in the published shape of FAMILY, which may take CARD gigabytes of the GPU.
 bench-whole-job:
 	@$(PYTHON_GPU) benchmarks/whole_job.py $(or $(FAMILY),mllama) --card $(or $(CARD),48) \
 	  $(if $(PRECISION),--precision $(PRECISION)) --folder $(or $(FOLDER),/tmp/whole-job)
-	@$(PYTHON_GPU) benchmarks/record.py
+	@$(PYTHON_GPU) benchmarks/results.py
 
 # The whole jobs that every release runs, under 24, 48 and 80 GB, on as many GPUs as there are.
 bench-release:
 	@$(PYTHON_GPU) benchmarks/release.py --folder $(or $(FOLDER),/tmp/release)
-	@$(PYTHON_GPU) benchmarks/record.py
+	@$(PYTHON_GPU) benchmarks/results.py
 
 bench:
 	@.ci/venv train dev
@@ -182,7 +182,7 @@ bench:
 	@$(PYTHON_VENV) benchmarks/loader.py
 	@$(PYTHON_VENV) benchmarks/decoding.py
 	@$(PYTHON_VENV) benchmarks/near_duplicates.py
-	@$(PYTHON_VENV) benchmarks/record.py
+	@$(PYTHON_VENV) benchmarks/results.py
 
 lint:
 	@.ci/venv train dev

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from record import append
+from results import append
 
 from job.checkpoint import Uploader, steps
 from job.store import open_store

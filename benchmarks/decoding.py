@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from loader import cpu, picture
-from record import append
+from results import append
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from record import append
+from results import append
 
 ROOT = Path(__file__).resolve().parent.parent
 

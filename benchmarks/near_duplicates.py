@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from record import append
+from results import append
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from PIL import Image

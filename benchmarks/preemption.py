@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from record import append
+from results import append
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

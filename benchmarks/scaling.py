@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from record import append
+from results import append
 from throughput import COMPILING, make_data, started
 
 GOALS = {2: 1.9, 4: 3.7}

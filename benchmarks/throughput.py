@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 import yaml
 from PIL import Image
-from record import append
+from results import append
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

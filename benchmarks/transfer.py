@@ -35,7 +35,7 @@ import boto3
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from record import append
+from results import append
 
 PART = 16 * 2**20
 CONNECTIONS = 4

@@ -39,14 +39,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
-from record import append
+from results import append
 from shapes import FAMILIES
 from throughput import make_data, started
 from whole_job_figures import Attempt, Figure, apart, figures, read_lines, table, unpublished
@@ -69,14 +70,24 @@ class Overtime(Unfinished):
     """The time is over, which says nothing about the job."""
 
 
+def process_of(environment: dict[str, str], log: TextIO) -> subprocess.Popen[str]:
+    """Start the job in a session of its own."""
+    command = [sys.executable, "-m", "job", "run"]
+    return subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=log, stderr=log, text=True, start_new_session=True
+    )
+
+
 @dataclass(frozen=True)
 class Case:
-    """`label` begins the names of all its figures; `deadline` is in seconds of the monotonic clock."""
+    """`label` begins the names of all its figures; `deadline` is in seconds of the monotonic clock; `start` starts the job with
+    an environment and a log."""
 
     label: str
     folder: Path
     card: float | None
     deadline: float
+    start: Callable[[dict[str, str], TextIO], Any] = process_of
 
 
 def spec_of(model: Path, data: Path, output: Path, precision: str | None, epochs: int) -> dict[str, Any]:
@@ -104,11 +115,8 @@ def attempt(case: Case, name: str, spec: dict[str, Any], cut: signal.Signals | N
     settings = {"JOB_SPEC": yaml.safe_dump(spec), "JOB_SCRATCH": str(scratch), "JOB_LEASE_SECONDS": str(LEASE)}
     settings |= {"JOB_GPU_MEMORY_GB": str(case.card)} if case.card else {}
     found = Attempt(name, began=time.monotonic(), resumed=newest_step(output))
-    command = [sys.executable, "-m", "job", "run"]
     with log.open("w") as stream:
-        process = subprocess.Popen(
-            command, env=kept | settings, cwd=ROOT, stdout=stream, stderr=stream, start_new_session=True
-        )
+        process = case.start(kept | settings, stream)
     try:
         watch(case, process, found, scratch, log, cut, at)
     finally:
@@ -125,7 +133,7 @@ def attempt(case: Case, name: str, spec: dict[str, Any], cut: signal.Signals | N
 
 def watch(
     case: Case,
-    process: subprocess.Popen[bytes],
+    process: Any,
     found: Attempt,
     scratch: Path,
     log: Path,

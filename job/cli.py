@@ -7,11 +7,11 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 from click.exceptions import NoArgsIsHelpError
@@ -24,6 +24,32 @@ from job.runtime.preemption import Preemption, end_time
 log = logging.getLogger("job")
 
 WATCH_SECONDS = 5.0
+
+
+def finish(work: Callable[[Environment, Preemption], None]) -> NoReturn:
+    """Do the work under our signal handlers and exit with the code for its outcome."""
+
+    def listen() -> None:
+        environment = Environment.read(os.environ)
+        preemption = Preemption(environment.grace_seconds, end_time(os.environ))
+        with preemption.listening(too_late=lambda error: tell(error.exit_code, str(error))):
+            run_and_exit(lambda: work(environment, preemption))
+
+    run_and_exit(listen)
+
+
+def at_once(command: Callable[..., None]) -> Callable[..., NoReturn]:
+    """Run a command, whose first argument is the environment, as `finish` does; it leaves as soon as it is asked to stop."""
+
+    @wraps(command)
+    def run(**given: Any) -> NoReturn:
+        def work(environment: Environment, preemption: Preemption) -> None:
+            with preemption.leave_at_once():
+                command(environment, **given)
+
+        finish(work)
+
+    return run
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -63,36 +89,32 @@ def run(spec: str | None) -> None:
 @click.option("--data", is_flag=True, help="Fetch the data and validate every row, not a sample of a large dataset.")
 @click.option("--example", is_flag=True, help="Print a row as the model sees it, even if the output is not a terminal.")
 @bundle_option
-def check(spec: str | None, data: bool, example: bool) -> None:
+@at_once
+def check(environment: Environment, spec: str | None, data: bool, example: bool) -> None:
     """Print the plan that `run` would execute. Changes nothing."""
+    from job.config.loader import load_spec
+    from job.distributed.launch_env import read_launch_env
+    from job.output.overlap import refuse_overlap
+    from job.output.ownership import check_data, check_owner, deletions, is_published, open_output
+    from job.planning.describe import describe
+    from job.planning.plan import make_plan
+    from job.planning.survey import survey
+    from job.prefetch import use_bundle
+    from job.runtime.scratch import prepare_scratch
 
-    def work(environment: Environment, preemption: Preemption) -> None:
-        with preemption.leave_at_once():
-            from job.config.loader import load_spec
-            from job.distributed.launch_env import read_launch_env
-            from job.output.overlap import refuse_overlap
-            from job.output.ownership import check_data, check_owner, deletions, is_published, open_output
-            from job.planning.describe import describe
-            from job.planning.plan import make_plan
-            from job.planning.survey import survey
-            from job.prefetch import use_bundle
-            from job.runtime.scratch import prepare_scratch
-
-            loaded = load_spec(os.environ, spec)
-            refuse_overlap(loaded, environment)
-            store = open_output(loaded)
-            if not is_published(store, loaded) and check_owner(store, loaded):
-                log.info("%s", "\n".join(deletions(store)))
-            scratch = prepare_scratch(environment, os.environ)
-            use_bundle(loaded, environment.bundle, scratch, hashed=data)
-            world = read_launch_env(os.environ).world
-            found = survey(loaded, store, scratch, environment, fetch=False, all_data=data, world=world)
-            seen, identity = example or sys.stdout.isatty(), found.data.identity if found.data else None
-            if identity is not None and check_data(store, loaded, identity):
-                log.info("%s", "\n".join(deletions(store)))
-            show(describe(loaded, make_plan(loaded, found.facts), found.facts, example=seen))
-
-    finish(work)
+    loaded = load_spec(os.environ, spec)
+    refuse_overlap(loaded, environment)
+    store = open_output(loaded)
+    if not is_published(store, loaded) and check_owner(store, loaded):
+        log.info("%s", "\n".join(deletions(store)))
+    scratch = prepare_scratch(environment, os.environ)
+    use_bundle(loaded, environment.bundle, scratch, hashed=data)
+    world = read_launch_env(os.environ).world
+    found = survey(loaded, store, scratch, environment, fetch=False, all_data=data, world=world)
+    seen, identity = example or sys.stdout.isatty(), found.data.identity if found.data else None
+    if identity is not None and check_data(store, loaded, identity):
+        log.info("%s", "\n".join(deletions(store)))
+    show(describe(loaded, make_plan(loaded, found.facts), found.facts, example=seen))
 
 
 @main.command()
@@ -102,90 +124,75 @@ def check(spec: str | None, data: bool, example: bool) -> None:
     "--to", default="look.html", type=click.Path(path_type=Path, dir_okay=False), help="The page (default: look.html)."
 )
 @bundle_option
-def look(spec: str | None, rows: int, to: Path) -> None:
+@at_once
+def look(environment: Environment, spec: str | None, rows: int, to: Path) -> None:
     """Write a page of the rows of SPEC as the model will see them, the odd ones first.
 
     It shows images and texts. It needs no GPU, and of the base model the processor alone is used.
     """
+    from job.config.loader import load_spec
+    from job.look import look as make_page
+    from job.prefetch import use_bundle
+    from job.runtime.scratch import prepare_scratch
 
-    def work(environment: Environment, preemption: Preemption) -> None:
-        with preemption.leave_at_once():
-            from job.config.loader import load_spec
-            from job.look import look as make_page
-            from job.prefetch import use_bundle
-            from job.runtime.scratch import prepare_scratch
-
-            loaded, scratch = load_spec(os.environ, spec), prepare_scratch(environment, os.environ)
-            use_bundle(loaded, environment.bundle, scratch)
-            write_page(to, make_page(loaded, scratch, environment, rows).encode())
-            show(str(to))
-
-    finish(work)
+    loaded, scratch = load_spec(os.environ, spec), prepare_scratch(environment, os.environ)
+    use_bundle(loaded, environment.bundle, scratch)
+    write_page(to, make_page(loaded, scratch, environment, rows).encode())
+    show(str(to))
 
 
 @main.command()
 @click.argument("spec")
 @click.argument("folder")
-def prefetch(spec: str, folder: str) -> None:
+@at_once
+def prefetch(environment: Environment, spec: str, folder: str) -> None:
     """Gather base model and data into FOLDER, for machines without a network.
 
     FOLDER may be an s3:// prefix. `run --bundle FOLDER` then needs nothing else.
     """
+    from job.config.loader import load_spec
+    from job.prefetch import prefetch as gather
+    from job.runtime.scratch import prepare_scratch
 
-    def work(environment: Environment, preemption: Preemption) -> None:
-        with preemption.leave_at_once():
-            from job.config.loader import load_spec
-            from job.prefetch import prefetch as gather
-            from job.runtime.scratch import prepare_scratch
-
-            gather(load_spec(os.environ, spec), folder, prepare_scratch(replace(environment, bundle=""), os.environ))
-
-    finish(work)
+    gather(load_spec(os.environ, spec), folder, prepare_scratch(replace(environment, bundle=""), os.environ))
 
 
 @main.command()
 @click.argument("output")
 @click.option("--watch", is_flag=True, help="Print what changes until the job has ended, then exit with its code.")
 @click.option("--json", "as_json", is_flag=True, help="Print one object on one line.")
-def status(output: str, watch: bool, as_json: bool) -> None:
+@at_once
+def status(_environment: Environment, output: str, watch: bool, as_json: bool) -> None:
     """Show the status of the job at OUTPUT."""
+    from job.output.describe import describe_status, has_ended, read_status
+    from job.store import open_store
 
-    def work(_environment: Environment, preemption: Preemption) -> None:
-        from job.output.describe import describe_status, has_ended, read_status
-        from job.store import open_store
-
-        store, shown = open_store(output), None
-        with preemption.leave_at_once():
-            while True:
-                found = read_status(store)
-                place = [found.get(name) for name in ("state", "attempt", "stage", "rows", "step")]
-                if place != shown:
-                    if watch and sys.stdout.isatty() and not as_json:
-                        click.clear()
-                    show(json.dumps(found) if as_json else describe_status(store, found))
-                shown = place
-                if watch and has_ended(found):
-                    end(int(found.get("exit_code", 0)), None)
-                if not watch:
-                    return
-                time.sleep(WATCH_SECONDS)
-
-    finish(work)
+    store, shown = open_store(output), None
+    while True:
+        found = read_status(store)
+        place = [found.get(name) for name in ("state", "attempt", "stage", "rows", "step")]
+        if place != shown:
+            if watch and sys.stdout.isatty() and not as_json:
+                click.clear()
+            show(json.dumps(found) if as_json else describe_status(store, found))
+        shown = place
+        if watch and has_ended(found):
+            end(int(found.get("exit_code", 0)), None)
+        if not watch:
+            return
+        time.sleep(WATCH_SECONDS)
 
 
 @main.command(name="list")
 @click.argument("prefix")
-def list_(prefix: str) -> None:
+@at_once
+def list_(_environment: Environment, prefix: str) -> None:
     """List the jobs whose outputs are below PREFIX, a folder or an s3:// prefix."""
+    from job.output.describe import describe_all
+    from job.store import open_store
 
-    def work(_environment: Environment, _preemption: Preemption) -> None:
-        from job.output.describe import describe_all
-        from job.store import open_store
-
-        for line in describe_all(open_store(prefix)):
-            show(line)
-
-    finish(work)
+    for line in describe_all(open_store(prefix)):
+        show(line)
 
 
 @main.command()
@@ -193,89 +200,62 @@ def list_(prefix: str) -> None:
 @click.option(
     "--to", type=click.Path(path_type=Path, dir_okay=False), help="A local file instead of OUTPUT/report.html."
 )
-def report(output: str, to: Path | None) -> None:
+@at_once
+def report(_environment: Environment, output: str, to: Path | None) -> None:
     """Rebuild the report of the job at OUTPUT.
 
     It is built from the stored files and needs no GPU and no model.
     """
+    from job.layout import REPORT_KEY
+    from job.report.rebuild import rebuild
+    from job.store import OwnedStore, open_store
 
-    def work(_environment: Environment, preemption: Preemption) -> None:
-        with preemption.leave_at_once():
-            from job.layout import REPORT_KEY
-            from job.report.rebuild import rebuild
-            from job.store import OwnedStore, open_store
-
-            store = OwnedStore(open_store(output))
-            page = rebuild(store.inner).encode()
-            if to is None:
-                if REPORT_KEY not in (store.read_record() or ()):
-                    raise SpecError(f"{output}: no job wrote {REPORT_KEY} there; name a file with --to FILE")
-                store.write(REPORT_KEY, page)
-            else:
-                write_page(to, page)
-            show(str(to or f"{store.url.rstrip('/')}/{REPORT_KEY}"))
-
-    finish(work)
+    store = OwnedStore(open_store(output))
+    page = rebuild(store.inner).encode()
+    if to is None:
+        if REPORT_KEY not in (store.read_record() or ()):
+            raise SpecError(f"{output}: no job wrote {REPORT_KEY} there; name a file with --to FILE")
+        store.write(REPORT_KEY, page)
+    else:
+        write_page(to, page)
+    show(str(to or f"{store.url.rstrip('/')}/{REPORT_KEY}"))
 
 
 @main.command()
 @click.argument("outputs", metavar="OUTPUT OUTPUT...", nargs=-1, required=True)
 @click.option("--metric", help="What the verdict is about. Default: the primary metric of the first run.")
 @click.option("--to", type=click.Path(path_type=Path, dir_okay=False), help="Write a page to this local file too.")
-def compare(outputs: tuple[str, ...], metric: str | None, to: Path | None) -> None:
+@at_once
+def compare(_environment: Environment, outputs: tuple[str, ...], metric: str | None, to: Path | None) -> None:
     """Compare runs that answered the same held-out rows, each with the first OUTPUT.
 
     It is made from the stored answers and needs no GPU and no model.
     """
+    from job.report.runs import compare_runs, page, text
+    from job.store import open_store
 
-    def work(_environment: Environment, preemption: Preemption) -> None:
-        with preemption.leave_at_once():
-            from job.store import open_store
-
-            try:
-                from job.report.runs import compare_runs, page, text
-            except ImportError as error:
-                raise SpecError(
-                    f"job compare needs {error.name}; install the train extra, which includes it"
-                ) from error
-            found = compare_runs([open_store(output) for output in outputs], metric)
-            if to is not None:
-                write_page(to, page(found).encode())
-            show(text(found), nl=False)
-
-    finish(work)
+    found = compare_runs([open_store(output) for output in outputs], metric)
+    if to is not None:
+        write_page(to, page(found).encode())
+    show(text(found), nl=False)
 
 
 @main.command()
 @click.argument("output")
 @click.argument("metrics", metavar="METRIC=FOLDER...", nargs=-1, required=True)
-def score(output: str, metrics: tuple[str, ...]) -> None:
+@at_once
+def score(environment: Environment, output: str, metrics: tuple[str, ...]) -> None:
     """Score the answers stored at OUTPUT by metrics that need a model.
 
     METRIC is bertscore, radgraph, chexbert or green; FOLDER holds its model, as in evaluation.extra_metrics. Changes nothing.
     """
+    from job.report.score import asked_for, text
+    from job.report.score import score as scored
+    from job.runtime.scratch import prepare_scratch
+    from job.store import open_store
 
-    def work(environment: Environment, preemption: Preemption) -> None:
-        with preemption.leave_at_once():
-            from job.runtime.scratch import prepare_scratch
-            from job.store import open_store
-
-            with needing_train_extra("score"):
-                from job.report.score import asked_for, text
-                from job.report.score import score as scored
-            asked = asked_for(metrics)
-            show(text(scored(open_store(output), asked, prepare_scratch(environment, os.environ)), asked), nl=False)
-
-    finish(work)
-
-
-@contextmanager
-def needing_train_extra(command: str) -> Iterator[None]:
-    """Raise SpecError for a library that the block imports and that is not installed."""
-    try:
-        yield
-    except ImportError as error:
-        raise SpecError(f"job {command} needs {error.name}; install the train extra, which includes it") from error
+    asked = asked_for(metrics)
+    show(text(scored(open_store(output), asked, prepare_scratch(environment, os.environ)), asked), nl=False)
 
 
 def write_page(to: Path, page: bytes) -> None:
@@ -296,24 +276,22 @@ def write_page(to: Path, page: bytes) -> None:
 @click.option(
     "--json", "as_json", is_flag=True, help='Print {"image", "answer"} (or "error") for each image, one a line.'
 )
-def predict(output: str, images: tuple[str, ...], as_json: bool, **request: str | None) -> None:
+@at_once
+def predict(
+    environment: Environment, output: str, images: tuple[str, ...], as_json: bool, **request: str | None
+) -> None:
     """Answer about each IMAGE with the model published at OUTPUT.
 
     An IMAGE is a file, DICOM included, or a URL. The model sees it as it saw those of the job, with the same settings.
     """
+    from job.predict import Request
+    from job.predict import predict as answers
 
-    def work(environment: Environment, preemption: Preemption) -> None:
-        with preemption.leave_at_once():
-            from job.predict import Request
-            from job.predict import predict as answers
-
-            for found in answers(output, images, Request(**request), environment):
-                if as_json:
-                    show(json.dumps(found, ensure_ascii=False))
-                elif "answer" in found:
-                    show(found["answer"] if len(images) == 1 else f"{found['image']}: {found['answer']}")
-
-    finish(work)
+    for found in answers(output, images, Request(**request), environment):
+        if as_json:
+            show(json.dumps(found, ensure_ascii=False))
+        elif "answer" in found:
+            show(found["answer"] if len(images) == 1 else f"{found['image']}: {found['answer']}")
 
 
 @main.command()
@@ -326,22 +304,20 @@ def predict(output: str, images: tuple[str, ...], as_json: bool, **request: str 
 )
 @click.option("--base", help="Where the adapter's base model is. Default: model.name_or_path of the job.")
 @click.option("--run", "started", is_flag=True, help="Start the server instead of printing commands.")
-def serve(output: str, engine: str | None, weights: str | None, base: str | None, started: bool) -> None:
+@at_once
+def serve(
+    environment: Environment, output: str, engine: str | None, weights: str | None, base: str | None, started: bool
+) -> None:
     """Print the command of each server that loads the model published at OUTPUT.
 
     vLLM is taken from the Python that JOB_SERVE_PYTHON names, if it is set.
     """
+    from job.serve import commands, describe, start
 
-    def work(environment: Environment, preemption: Preemption) -> None:
-        with preemption.leave_at_once():
-            from job.serve import commands, describe, start
-
-            found, made = commands(output, base, environment)
-            if started:
-                start(made, engine, weights)
-            show(describe(found, made))
-
-    finish(work)
+    found, made = commands(output, base, environment)
+    if started:
+        start(made, engine, weights)
+    show(describe(found, made))
 
 
 @main.command()
@@ -365,33 +341,32 @@ def render() -> None:
     "--with", "components", multiple=True, metavar="NAME", help="A component of k8s/components; may be repeated."
 )
 @click.option("--sweep", type=click.Path(path_type=Path), help="A table of overrides, one run per line.")
-def kubernetes(spec: str, image: str, output: str | None, components: tuple[str, ...], sweep: Path | None) -> None:
+@at_once
+def kubernetes(
+    _environment: Environment,
+    spec: str,
+    image: str,
+    output: str | None,
+    components: tuple[str, ...],
+    sweep: Path | None,
+) -> None:
     """Print a Kubernetes Job for SPEC, for `kubectl create -f -`. Includes the overrides (JOB__…) set here."""
+    from job import render
 
-    def work(_environment: Environment, preemption: Preemption) -> None:
-        with preemption.leave_at_once():
-            from job import render
-
-            show(render.kubernetes(render.read_run(os.environ, spec, output, sweep), image, components), nl=False)
-
-    finish(work)
+    show(render.kubernetes(render.read_run(os.environ, spec, output, sweep), image, components), nl=False)
 
 
 @render.command()
 @click.argument("spec")
 @click.option("--image", help="The image for the site's runtime, like JOB_IMAGE in slurm/site.env.")
 @click.option("--output", help="Where the job writes; overrides output.url.")
-def slurm(spec: str, image: str | None, output: str | None) -> None:
+@at_once
+def slurm(_environment: Environment, spec: str, image: str | None, output: str | None) -> None:
     """Print a batch script for SPEC, for `sbatch`. Includes the overrides (JOB__…) set here."""
+    from job import render
 
-    def work(_environment: Environment, preemption: Preemption) -> None:
-        with preemption.leave_at_once():
-            from job import render
-
-            settings = {} if image is None else {"JOB_IMAGE": image}
-            show(render.slurm(render.read_run(os.environ, spec, output, None), settings), nl=False)
-
-    finish(work)
+    settings = {} if image is None else {"JOB_IMAGE": image}
+    show(render.slurm(render.read_run(os.environ, spec, output, None), settings), nl=False)
 
 
 def command_line(name: str) -> None:
@@ -413,15 +388,3 @@ def show(text: str, nl: bool = True) -> None:
         raise Unavailable(
             f"Cannot write to standard output ({error.strerror}); free some space there, and run again."
         ) from error
-
-
-def finish(work: Callable[[Environment, Preemption], None]) -> NoReturn:
-    """Do the work under our signal handlers and exit with the code for its outcome."""
-
-    def listen() -> None:
-        environment = Environment.read(os.environ)
-        preemption = Preemption(environment.grace_seconds, end_time(os.environ))
-        with preemption.listening(too_late=lambda error: tell(error.exit_code, str(error))):
-            run_and_exit(lambda: work(environment, preemption))
-
-    run_and_exit(listen)

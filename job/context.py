@@ -22,8 +22,8 @@ from job.runtime.scratch import explain_shortages, heartbeat, job_folder, limit_
 from job.runtime.spot import watch_spot_notices
 from job.runtime.status import Record
 from job.store import OwnedStore, ReadOnly, Store, check_writable, open_store
+from job.store.disk import disk
 from job.store.lease import Lease, acquire
-from job.store.local import disk
 
 log = logging.getLogger("job")
 

@@ -34,8 +34,8 @@ from job.output.overlap import apart, outside, read_by
 from job.runtime.staging import BUNDLE, FOLDERS, local_path
 from job.runtime.status import bytes_text
 from job.store import Digest, LocalStore, OwnedStore, open_store, upload_files
+from job.store.disk import disk
 from job.store.folders import together
-from job.store.local import disk
 from job.store.owned import BUNDLES
 
 if TYPE_CHECKING:

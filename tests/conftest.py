@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import subprocess
 import sys
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["bucket", "new_bucket", "s3", "s3_server", "store"]
 
+sys.dont_write_bytecode = False  # or each of hundreds of processes would compile the job anew
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are so small that more only wait for each other
@@ -39,31 +42,54 @@ ONE_AT_A_TIME = ("cluster", "docker")
 
 
 LONGEST = (
-    "cluster",
-    "docker",
-    "test_stop.py",
+    "cluster",  # makes the demo first; the next two do not need it
+    "checkpoint/test_bad_days.py",
+    "planning/test_whole.py",
     "test_job.py",
-    "distributed",
-    "checkpoint",
-    "train",
-    "test_prefetch.py",
+    "test_stop.py",
+    "distributed/test_ranks.py",
+    "docker",  # by now the image is built
+    "export/test_fewer_bits.py",
+    "export/test_host_memory.py",
+    "test_fence_proof.py",
+    "test_family_proof.py",
+    "export/test_gate.py",
+    "planning/test_remote_headers.py",
+    "train/test_resume.py",
+    "train/test_eval_callback.py",
     "test_whole_job.py",
-    "planning",
+    "train/test_train_oom_retry.py",
+    "data/test_burned_in.py",
+    "test_torchrun.py",
+    "test_prefetch.py",
+    "model/test_adapters.py",
+    "checkpoint/test_kill_proof.py",
+    "data/test_paths.py",
+    "data/test_dicom.py",
+    "export/test_merge.py",
 )
-"""What begins first, so that no process is left with minutes of one file when the others have ended."""
+"""What begins first, so that no process is left with minutes of one file when the others have ended, and none waits for what
+another makes. By the processor seconds of each, longest first."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if _place(item.nodeid)[0] in ONE_AT_A_TIME:
+        if _scope(item.nodeid) in ONE_AT_A_TIME:
             item.add_marker(pytest.mark.timeout(900))  # an image and a cluster are made within the first of them
     rank = {name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(_place(item.nodeid)[0], len(LONGEST)))
+    items.sort(key=lambda item: rank.get(_scope(item.nodeid), len(LONGEST)))
 
 
-def _place(nodeid: str) -> tuple[str, ...]:
-    """Below tests/: `tests/store/test_s3.py::test_x[a/b]` is in ("store", "test_s3.py")."""
-    return Path(nodeid.split("::")[0]).parts[1:]
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of the search for garbage, which accelerate asks for behind each training."""
+    gc.collect()
+    gc.freeze()
+
+
+def _scope(nodeid: str) -> str:
+    """The file below tests/, or a folder that one process runs: `tests/store/test_s3.py::test_x[a/b]` is in store/test_s3.py."""
+    place = Path(nodeid.split("::")[0]).parts[1:]
+    return place[0] if place[0] in ONE_AT_A_TIME else "/".join(place)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -76,19 +102,24 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            place = _place(nodeid)
-            return place[0] if place[0] in ONE_AT_A_TIME else "/".join(place)
+            return _scope(nodeid)
 
     return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)
-def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No variable of the person who runs the tests reaches the job."""
-    for name in list(os.environ):
+def _clean_environment() -> Iterator[None]:
+    """No variable of the person who runs the tests reaches the job, and none of what libraries set in one test (accelerate does,
+    for each trainer) the next, whose jobs could then not be forked."""
+    before = dict(os.environ)
+    for name in before:
         if name.startswith(("JOB_", "AWS_", "SLURM_", "HF_TOKEN")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+            del os.environ[name]
+    os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture

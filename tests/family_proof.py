@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from tests.families import FAMILIES as KNOWN
 from tests.other_families import OTHERS
 from tests.tiny import job_spec, make_model, picture, row
 
-from whole_job import Case, Unfinished, apart_from_uncut, whole, wrong_files  # isort: skip  # tests.tiny finds it
+from whole_job import Case, Unfinished, apart_from_uncut, process_of, whole, wrong_files  # isort: skip  # tests.tiny finds it
 
 ROOT = Path(__file__).parent.parent
 
@@ -101,8 +102,8 @@ def job(command: str, spec: dict[str, Any], scratch: Path) -> subprocess.Complet
     return subprocess.run(ran, cwd=ROOT, env=there, capture_output=True, text=True, check=False)
 
 
-def prove(family: str, folder: Path, *, uncut: bool = True) -> list[str]:
-    """Return what is not as it should be."""
+def prove(family: str, folder: Path, *, uncut: bool = True, start: Callable[..., Any] = process_of) -> list[str]:
+    """Return what is not as it should be. `start` starts the jobs that are stopped and killed."""
     for name in ("base", "rows"):
         (folder / name).mkdir()
     base, rows, output = make_base(family, folder / "base"), make_rows(folder / "rows"), folder / "output"
@@ -116,7 +117,7 @@ def prove(family: str, folder: Path, *, uncut: bool = True) -> list[str]:
     checked = job("check", spec, folder / "scratch")
     if checked.returncode:
         return [checked.stderr[-2000:]]
-    case = Case(family, folder, None, math.inf)
+    case = Case(family, folder, None, math.inf, start)
     try:
         whole(case, spec, [], single=False)
         difference, wrong = apart_from_uncut(case, spec) if uncut else (0.0, [])

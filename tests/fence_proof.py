@@ -132,7 +132,8 @@ def work(spec: str, folder: Path, at: int) -> int:
     """What `job run` does, in a forked process."""
     from job import run
     from job.cli import finish
-    from job.config.loader import parse, validate
+    from job.config.loader import validate
+    from job.config.parsing import parse
     from job.store import lease
 
     with (folder / "stderr").open("w") as stderr:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,16 @@ def outcome(url: str) -> dict[str, Any]:
     return {"trajectory": trajectory(store.read("logs/metrics.jsonl")), **digests}
 
 
+def real_process(environment: dict[str, str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "job", "run"]
+    return subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
 class Stage:
     """One small job on a store: `attempt` starts it, `undisturbed` knows what it should have done."""
 
-    def __init__(self, demo: Path, bucket: str, endpoint: str, scratch: Path) -> None:
-        self.demo, self.bucket, self.endpoint, self.scratch = demo, bucket, endpoint, scratch
+    def __init__(self, demo: Path, bucket: str, endpoint: str, scratch: Path, start: Callable[..., Any]) -> None:
+        self.demo, self.bucket, self.endpoint, self.scratch, self.start = demo, bucket, endpoint, scratch, start
         began = time.monotonic()
         code, tail = self.attempt("undisturbed", None, random.Random(0))
         assert code == 0, tail
@@ -113,8 +119,7 @@ class Stage:
                 "PYTHONFAULTHANDLER": "1",
                 "AWS_ENDPOINT_URL_S3": proxy.url,
             }
-            command = [sys.executable, "-m", "job", "run"]
-            process = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+            process = self.start(environment)
             if way in ("SIGTERM", "SIGKILL"):
                 try:
                     process.wait(moment)
@@ -150,10 +155,12 @@ class Stage:
         return [f"{name}: {key} differs after {' '.join(said)}" for key in found if found[key] != self.expected[key]]
 
 
-def prove(runs: int, demo: Path, bucket: str, endpoint: str, seed: int = 0) -> int:
-    """How many of `runs` disturbed jobs were identical; the others are printed."""
+def prove(
+    runs: int, demo: Path, bucket: str, endpoint: str, seed: int = 0, start: Callable[..., Any] = real_process
+) -> int:
+    """How many of `runs` disturbed jobs, which `start` starts, were identical; the others are printed."""
     with tempfile.TemporaryDirectory() as scratch:
-        stage = Stage(demo, bucket, endpoint, Path(scratch))
+        stage = Stage(demo, bucket, endpoint, Path(scratch), start)
         identical = 0
         for number in range(runs):
             differences = stage.one(f"run-{number}", random.Random(f"{seed} {number}"))

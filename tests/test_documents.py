@@ -13,7 +13,8 @@ from typing import get_args
 import yaml
 from pydantic import BaseModel
 
-from job.config.loader import parse, validate
+from job.config.loader import validate
+from job.config.parsing import parse
 from job.config.schema import JobSpec, flatten
 from job.errors import EXIT_CODES
 from tests.cli_reference import PAGE, reference

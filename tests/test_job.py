@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, Job, job_environment
+from tests.forked import Forked, Forks
 from tests.push_hub import TOKEN, serve
 from tests.resume_proof import trajectory
+
+Start = Callable[[str], Forked]
 
 
 @pytest.fixture(scope="module")
@@ -219,18 +223,13 @@ def test_what_is_measured_may_change_when_training_is_over(
     assert "already published" in job("run", JOB_SPEC=changed).stderr
 
 
-def start(spec: str, tmp_path: Path, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "job", "run"]
-    return subprocess.Popen(
-        command,
-        env=job_environment(tmp_path, JOB_SPEC=spec, **environment),
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture
+def start(tmp_path: Path, forks: Forks) -> Start:
+    """Start a job that the test stops or kills."""
+    return lambda spec: forks.start(["run"], job_environment(tmp_path, JOB_SPEC=spec))
 
 
-def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Any, process: Forked) -> None:
     deadline = time.monotonic() + 200
     while not condition():
         assert process.poll() is None, process.communicate()[1]
@@ -242,7 +241,7 @@ def committed(output: Path) -> list[Path]:
     return sorted(output.glob("checkpoints/step-*/MANIFEST.json"))
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+def ended(process: Forked) -> tuple[int, str]:
     return process.wait(timeout=100), process.communicate()[1]
 
 
@@ -259,14 +258,14 @@ def accumulating(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_job_stopped_and_resumed_cannot_be_told_from_one_that_was_not(
-    accumulating: dict[str, Any], tmp_path: Path, job: Job
+    accumulating: dict[str, Any], tmp_path: Path, job: Job, start: Start
 ):
     whole = to(accumulating, tmp_path / "whole")
     assert job("run", JOB_SPEC=whole).returncode == 0
     output = tmp_path / "output"
     stopped = to(accumulating, output)
 
-    process = start(stopped, tmp_path)
+    process = start(stopped)
     wait_for(lambda: len(committed(output)) == 1, process)
     process.send_signal(signal.SIGTERM)
     code, stderr = ended(process)
@@ -278,7 +277,7 @@ def test_a_job_stopped_and_resumed_cannot_be_told_from_one_that_was_not(
     assert read(output, "status.json")["state"] == "preempted"
     assert read(output, f"{committed(output)[-1].relative_to(output)}")["step"] >= 10
 
-    process = start(stopped, tmp_path)
+    process = start(stopped)
     wait_for(lambda: len(committed(output)) >= 3, process)
     os.kill(process.pid, signal.SIGKILL)
     ended(process)
@@ -294,7 +293,7 @@ def test_a_job_stopped_and_resumed_cannot_be_told_from_one_that_was_not(
 
 
 def test_rows_that_changed_between_attempts_end_the_next_at_stage_in(
-    accumulating: dict[str, Any], demo: Path, tmp_path: Path, job: Job
+    accumulating: dict[str, Any], demo: Path, tmp_path: Path, job: Job, start: Start
 ):
     output, data = tmp_path / "output", tmp_path / "data"
     shutil.copytree(demo / "data", data)
@@ -306,7 +305,7 @@ def test_rows_that_changed_between_attempts_end_the_next_at_stage_in(
         "training": accumulating["training"] | {"max_steps": 8},
         "evaluation": {"max_rows": 2, "max_new_tokens": 2, "explained_rows": 0},
     }
-    process = start(to(accumulating, output), tmp_path)
+    process = start(to(accumulating, output))
     wait_for(lambda: committed(output), process)
     process.kill()
     ended(process)
@@ -335,10 +334,11 @@ def test_rows_that_changed_between_attempts_end_the_next_at_stage_in(
 
 
 def test_a_checkpoint_with_a_flipped_byte_is_passed_over_for_the_older(
-    accumulating: dict[str, Any], tmp_path: Path, job: Job
+    accumulating: dict[str, Any], tmp_path: Path, job: Job, start: Start
 ):
     output = tmp_path / "output"
-    process = start(to(accumulating, output), tmp_path)
+    accumulating["training"] |= {"max_steps": 24}
+    process = start(to(accumulating, output))
     wait_for(lambda: len(committed(output)) == 2, process)
     process.kill()
     ended(process)
@@ -355,6 +355,7 @@ def test_a_checkpoint_with_a_flipped_byte_is_passed_over_for_the_older(
 
 
 def test_a_gate_that_refuses_publishes_no_merged_weights(accumulating: dict[str, Any], tmp_path: Path, job: Job):
+    accumulating["training"] |= {"max_steps": 4}
     gate = {"max_mean_logit_difference": 1e-9, "rounding_allowance": 0}
     export = {"merged": True, "scratch_copy": False, "gate": gate, "hub": {"adapter_repo": "clinic/adapter"}}
     with serve() as hub:
@@ -414,7 +415,7 @@ def test_restart_deletes_the_run_of_the_other_spec(accumulating: dict[str, Any],
 
 
 def test_everything_can_live_in_a_bucket(
-    accumulating: dict[str, Any], demo: Path, tmp_path: Path, job: Job, bucket: str
+    accumulating: dict[str, Any], demo: Path, tmp_path: Path, job: Job, start: Start, bucket: str
 ):
     """Spec, base, data and output; stopped once on the way."""
     from job.store import open_store, upload_folder
@@ -428,7 +429,7 @@ def test_everything_can_live_in_a_bucket(
     spec["training"]["max_steps"] = 15
     spec["export"] = {"scratch_copy": False}
     store.write("spec.yaml", yaml.safe_dump(spec).encode())
-    process = start(f"{url}/spec.yaml", tmp_path)
+    process = start(f"{url}/spec.yaml")
     wait_for(lambda: any("0010/MANIFEST" in entry.key for entry in store.list("output/checkpoints/")), process)
     process.terminate()
     code, stderr = ended(process)

@@ -1,8 +1,6 @@
 """Jobs that share a node and its scratch, at the same time or one after the other."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,8 @@ from job.config.loader import validate
 from job.planning.survey import survey
 from job.runtime.scratch import job_folder
 from job.store import open_store
-from tests.conftest import ROOT, job_environment
+from tests.conftest import job_environment
+from tests.forked import Forks
 from tests.resume_proof import small_spec
 from tests.tiny import job_spec
 
@@ -55,14 +54,14 @@ def test_check_finds_what_an_attempt_left_on_scratch_and_makes_no_folder(demo: P
     assert left()["export/merged"] >= 1_000_000
 
 
-def test_two_jobs_of_one_spec_at_once_on_one_scratch_keep_their_numbers_apart(demo: Path, tmp_path: Path):
+def test_two_jobs_of_one_spec_at_once_on_one_scratch_keep_their_numbers_apart(demo: Path, tmp_path: Path, forks: Forks):
     jobs = []
     for name in ("one", "other"):
         tree = yaml.safe_load(small_spec(demo, str(tmp_path / name)))
         tree["training"]["max_steps"], tree["evaluation"]["max_rows"] = 8, 1
         environment = job_environment(tmp_path, JOB_SPEC=yaml.safe_dump(tree))
         with (tmp_path / f"{name}.log").open("w") as log:
-            jobs.append(subprocess.Popen([sys.executable, "-m", "job", "run"], env=environment, cwd=ROOT, stderr=log))
+            jobs.append(forks.start(["run"], environment, log))
     assert [each.wait(200) for each in jobs] == [0, 0], (tmp_path / "one.log").read_text()
     for name in ("one", "other"):
         lines = map(json.loads, (tmp_path / name / "logs" / "metrics.jsonl").read_text().splitlines())

@@ -18,9 +18,9 @@ from job.checkpoint.pickles import refuse_pickles
 from job.errors import DataError, Preempted
 from job.layout import CHECKPOINTS, MANIFEST
 from job.store import Conflict, Entry, Missing, Store, files_of, inside, take_back, upload_files
+from job.store.disk import disk
 from job.store.folders import together
 from job.store.lease import Lease
-from job.store.local import disk
 
 LEFT_OUT = {"training_args.bin", MANIFEST}  # the first is a pickle of code that nothing needs: the spec says it all
 

@@ -21,7 +21,7 @@ from job.data.remote import NO_HOST, Unfetchable, fetched, piece
 from job.data.webdataset import IMAGES
 from job.errors import DataError
 from job.runtime.staging import BUNDLE
-from job.store.local import FAILING, disk_fault
+from job.store.disk import FAILING, disk_fault
 
 WORTH_KEEPING = 2
 """Images that shrinking made this many times smaller are cached: decoding them again would be slower than reading the copy."""

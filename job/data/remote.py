@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from job.errors import DataError, SpecError, Unavailable
 from job.store import Missing, Store, open_store
-from job.store.local import disk
+from job.store.disk import disk
 
 TRIES = 4
 TIMEOUT = 30.0

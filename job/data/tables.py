@@ -18,7 +18,7 @@ from job.data.images import looks_like_picture
 from job.data.pixels import BadRow
 from job.data.text import ESCAPE, NOT_UTF8, as_line, checked, encoding_of
 from job.errors import DataError
-from job.store.local import disk
+from job.store.disk import disk
 
 LONGEST = 10**9
 """Maximum characters of a line, and bytes of a file that is one list: each is read as a whole."""

@@ -19,20 +19,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Lora:
-    """W + scale·B·A. `a` is (r, in…), `b` (out, r, …): PEFT's shapes, for linear layers and convolutions alike.
-
-    With `magnitude`, of shape (out,), each row of the sum is then scaled to that length: DoRA (Liu et al., 2024, equation 5).
-    """
+    """W + scale·B·A. `a` is (r, in…), `b` (out, r, …): PEFT's shapes, for linear layers and convolutions alike."""
 
     a: Tensor
     b: Tensor
     scale: float
-    magnitude: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Whole:
-    """A weight that was trained itself: a bias, or a module of `modules_to_save`."""
+    """A weight that was trained itself: a bias."""
 
     weight: Tensor
 
@@ -50,9 +46,6 @@ def changed(weight: Tensor, change: Change, dtype: torch.dtype | None = None) ->
     sum_ = weight.to(torch.float32, copy=True).flatten(1)
     with full_precision():
         sum_.addmm_(b, a, alpha=change.scale)
-        if change.magnitude is not None:
-            lengths = torch.linalg.vector_norm(sum_, dim=1, keepdim=True)
-            sum_ *= change.magnitude.detach().to(device, torch.float32).unsqueeze(1) / lengths
         return rounded(sum_, dtype, a).view(weight.shape)
 
 

@@ -44,8 +44,8 @@ from job.export.logits import (
     spread_rows,
 )
 from job.export.read_back import Check
-from job.export.reference import Expected, adapters_of, beside, expected, jittered, samples, trained, trained_weights
 from job.export.tensor_map import Base
+from job.export.unmerged import Expected, adapters_of, beside, expected, jittered, samples, trained, trained_weights
 from job.export.verify import from_memory, wrong_tensors
 from job.model.loaded import Loaded, release
 from job.model.lora_targets import group_of

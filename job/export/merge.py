@@ -29,8 +29,8 @@ from job.export.fold import Change, changed
 from job.export.tensor_map import DTYPES, Base
 from job.layout import MERGING_KEY
 from job.store import Digest, Store
+from job.store.disk import disk
 from job.store.folders import together
-from job.store.local import disk
 
 PIECE = 16 * 2**20
 WORKERS = 3
@@ -62,7 +62,7 @@ def recipe(base: Base, adapter: Path, changes: Mapping[str, Change], device: tor
         made_of.update(f"{file} {(base.folder / file).stat().st_size}\n".encode())
     made_of.update(repr(sorted(base.slots.items())).encode())
     config = json.loads((adapter / "adapter_config.json").read_text())
-    deciding = {name: config.get(name) for name in ("lora_alpha", "alpha_pattern", "use_rslora", "use_dora")}
+    deciding = {name: config.get(name) for name in ("lora_alpha", "use_rslora")}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     made_of.update(json.dumps([deciding, name], sort_keys=True).encode())
     with (adapter / "adapter_model.safetensors").open("rb") as weights:

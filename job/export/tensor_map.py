@@ -24,15 +24,14 @@ from job.export.fold import Change, Lora, Whole
 from job.model.base_model import weight_files
 from job.model.header import read_header
 
-WEIGHT = re.compile(
-    r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector|lora_embedding_[AB])"
-)
+WEIGHT = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])\.weight")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 OTHER_ARITHMETIC = (
     *("fan_in_fan_out", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices", "use_qalora"),
     *("alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
+    *("use_dora", "alpha_pattern", "modules_to_save"),
 )
-"""Settings of PEFT 0.21 that make an adapter more than scale·B·A. The spec requests none of them."""
+"""Settings of PEFT 0.21 that make an adapter more than scale·B·A, of one scale. The spec requests none of them."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +117,9 @@ def changes(base: Base, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     for key, tensor in tensors.items():
         name = key.removeprefix("base_model.model.")
         if match := WEIGHT.fullmatch(name):
-            parts[match["module"]][match["part"].removesuffix(".weight")] = tensor
-        elif "lora_" in name.rpartition(".")[0]:
+            parts[match["module"]][match["part"]] = tensor
+        elif "lora_" in name:
             raise SpecError(f"export.merged: the adapter's {key} cannot be merged")
-        elif name.endswith(".base_layer.weight"):
-            place(base, name.replace(".base_layer", ""), tensor.numel())  # PEFT's copy of an adapted embedding
         else:
             name = name.replace(".base_layer.bias", ".bias")
             found[place(base, name, tensor.numel())] = Whole(tensor)
@@ -158,23 +155,10 @@ def place(base: Base, name: str, size: int) -> str:
 
 def _lora(module: str, factors: dict[str, Tensor], config: Mapping[str, Any]) -> Lora:
     """Return one layer's factors with PEFT's scale: alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski, 2023)."""
-    kinds = set(factors)
-    if kinds == {"lora_embedding_A", "lora_embedding_B"}:  # an embedding's weight is (tokens, width), so A comes last
-        a, b = factors["lora_embedding_B"].T, factors["lora_embedding_A"].T
-        rank = a.shape[0]
-    elif kinds - {"lora_magnitude_vector"} == {"lora_A", "lora_B"}:
-        a, b = factors["lora_A"], factors["lora_B"]
-        rank = a.shape[0]
-    else:
-        raise SpecError(f"export.merged: the adapter holds {', '.join(sorted(kinds))} of {module}, which is not a pair")
-    if "lora_magnitude_vector" in kinds and a.ndim != 2:
-        raise SpecError(f"export.merged: DoRA on {module}, which is not a linear layer, cannot be merged")
-    patterns = config.get("alpha_pattern") or {}
-    alpha = next((value for pattern, value in patterns.items() if _fits(pattern, module)), config["lora_alpha"])
-    scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return Lora(a, b, scale, factors.get("lora_magnitude_vector"))
-
-
-def _fits(pattern: str, module: str) -> bool:
-    """Apply PEFT's rule for the keys of `alpha_pattern`: a regular expression for the end of the name."""
-    return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
+    if factors.keys() != {"lora_A", "lora_B"}:
+        raise SpecError(
+            f"export.merged: the adapter holds {', '.join(sorted(factors))} of {module}, which is not a pair"
+        )
+    rank = factors["lora_A"].shape[0]
+    scale = float(config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return Lora(factors["lora_A"], factors["lora_B"], scale)

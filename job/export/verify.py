@@ -17,9 +17,9 @@ from torch import Tensor
 
 from job.export.fold import Change, Whole
 from job.export.merge import Recipe, pieces
-from job.export.reference import adapters_of, trained_weights
 from job.export.tensor_map import DTYPES, Base, place
-from job.store.local import disk
+from job.export.unmerged import adapters_of, trained_weights
+from job.store.disk import disk
 
 MOST_ROUNDED = 0.01
 """Share of an adapted tensor's numbers that may be the neighbour of the right one: float32 sums on another kind of device

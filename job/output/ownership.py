@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from job.checkpoint import steps
-from job.config.loader import parse, validate
+from job.config.loader import validate
+from job.config.parsing import parse
 from job.config.rules import differences
 from job.config.schema import ANSWERS, JobSpec
 from job.errors import EXIT_CODES, DataError, JobError, NoHub, NoProgress, Preempted, SpecError, Unavailable

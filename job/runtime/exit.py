@@ -15,7 +15,7 @@ from typing import NoReturn
 from job.errors import BUG, JobError, SpecError, without_secrets
 from job.runtime.preemption import NOTICES
 from job.runtime.status import last_word, on_terminal, one_line, start_logging
-from job.store.local import FAILING, FULL, disk_fault
+from job.store.disk import FAILING, FULL, disk_fault
 
 log = logging.getLogger("job")
 

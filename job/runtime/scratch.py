@@ -23,7 +23,7 @@ from job.runtime.periodic import repeating
 from job.runtime.preemption import Preemption
 from job.runtime.status import bytes_text
 from job.store import LocalStore, open_store
-from job.store.local import FAILING, FULL, disk_fault
+from job.store.disk import FAILING, FULL, disk_fault
 
 HEARTBEAT = "heartbeat"
 BREATH_SECONDS = 15.0

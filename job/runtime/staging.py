@@ -19,12 +19,12 @@ from job.runtime.peaks import used_bytes
 from job.runtime.scratch import disk_of
 from job.runtime.status import bytes_text
 from job.store import Missing, download_folder, open_store
-from job.store.local import disk as disk_errors
+from job.store.disk import disk as disk_errors
 
 log = logging.getLogger("job")
 
 PARTLY = re.compile(r"(.*/)?\.([^/]+)\.[0-9a-f]{12}\.part", re.DOTALL)
-"""See `job.store.local.partial_name`."""
+"""See `job.store.disk.partial_name`."""
 WORDS = 80
 """Characters of a URL to show in the name of its folder on scratch."""
 BUNDLE = ".bundle"

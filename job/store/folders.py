@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from job.errors import DataError
-from job.store.local import disk
+from job.store.disk import disk
 from job.store.owned import OwnedStore
 from job.store.protocol import Digest, Store, checked_key
 

@@ -25,7 +25,7 @@ from botocore.exceptions import BotoCoreError
 from urllib3.exceptions import HTTPError
 
 from job.errors import DataError, JobError, Unavailable
-from job.store.local import disk, partial_name
+from job.store.disk import disk, partial_name
 from job.store.protocol import Conflict, Corrupt, Digest, Missing
 
 if TYPE_CHECKING:

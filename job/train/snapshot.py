@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from job.errors import Unavailable
-from job.store.local import disk
+from job.store.disk import disk
 
 
 class Snapshot:

@@ -9,7 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.config.loader import load_spec, parse, validate
+from job.config.loader import load_spec, validate
+from job.config.parsing import parse
 from job.config.rules import differences
 from job.config.schema import flatten
 from job.errors import SpecError

@@ -29,6 +29,7 @@ from job.runtime.preemption import Preemption
 from job.store import ReadOnly, open_store
 from job.store.lease import acquire
 from tests.conftest import ROOT, Job, job_environment
+from tests.forked import Forks
 from tests.resume_proof import small_spec, trajectory
 from tests.tiny import job_spec
 
@@ -43,9 +44,10 @@ def free_port() -> int:
 
 
 class Run:
-    """`world` processes of one job with the variables that srun and rank.sh give them. None sees to the others."""
+    """`world` processes of one job with the variables that srun and rank.sh give them. None sees to the others. They are forks;
+    tests/test_torchrun.py and tests/cluster start several that are not."""
 
-    def __init__(self, world: int, spec: str, folder: Path, scratch: Path | None = None) -> None:
+    def __init__(self, forks: Forks, world: int, spec: str, folder: Path, scratch: Path | None = None) -> None:
         self.output = Path(yaml.safe_load(spec)["output"]["url"])
         there = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         there |= {
@@ -58,8 +60,7 @@ class Run:
         for rank, said in enumerate(self.said):
             environment = job_environment(folder, **there, RANK=str(rank), LOCAL_RANK=str(rank))
             with said.open("w") as stream:
-                command = [sys.executable, "-m", "job", "run"]
-                self.processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, stderr=stream))
+                self.processes.append(forks.start(["run"], environment, stream))
 
     def send(self, number: signal.Signals, rank: int, step: int) -> None:
         """A signal to one rank, once the checkpoint of `step` or a later one is committed."""
@@ -99,21 +100,21 @@ def close(one: list[Any], other: list[Any]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def whole(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(demo: Path, tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Path:
     """The output of one process that nobody disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    alone = Run(1, spec_of(demo, folder / "output"), folder)
+    alone = Run(forks, 1, spec_of(demo, folder / "output"), folder)
     assert alone.end() == [0], alone.words()
     return folder / "output"
 
 
 @pytest.mark.timeout(600)
-def test_two_ranks_then_one_then_four_do_what_one_process_does(demo: Path, whole: Path, tmp_path: Path):
+def test_two_ranks_then_one_then_four_do_what_one_process_does(demo: Path, whole: Path, tmp_path: Path, forks: Forks):
     """Stopped at one rank, killed at another, resumed on other numbers of them; nothing but rounding differs."""
     from safetensors.torch import load_file
 
     output = tmp_path / "output"
-    two = Run(2, spec_of(demo, output), tmp_path)
+    two = Run(forks, 2, spec_of(demo, output), tmp_path)
     two.send(signal.SIGTERM, 1, 3)
     assert two.end() == [75, 75], two.words()
     status = json.loads((output / "status.json").read_text())
@@ -122,7 +123,7 @@ def test_two_ranks_then_one_then_four_do_what_one_process_does(demo: Path, whole
     assert "evaluate before has" not in two.words()  # only rank 0 speaks
     assert two.said[1].read_text() == "exit 75: stopped on SIGTERM; run again to continue\n"
 
-    two = Run(2, spec_of(demo, output), tmp_path)
+    two = Run(forks, 2, spec_of(demo, output), tmp_path)
     two.send(signal.SIGKILL, 1, 6)
     assert two.end() == [69, -signal.SIGKILL], two.words()
     # Sooner, where the connection to it broke in the middle of a sum.
@@ -132,10 +133,10 @@ def test_two_ranks_then_one_then_four_do_what_one_process_does(demo: Path, whole
     assert re.search(gone, two.words())
     assert committed(output)[-1] == json.loads((output / "status.json").read_text())["step"]
 
-    one = Run(1, spec_of(demo, output), tmp_path)
+    one = Run(forks, 1, spec_of(demo, output), tmp_path)
     one.send(signal.SIGTERM, 0, committed(output)[-1] + 3)
     assert one.end() == [75], one.words()
-    four = Run(4, spec_of(demo, output), tmp_path)
+    four = Run(forks, 4, spec_of(demo, output), tmp_path)
     assert four.end() == [0, 0, 0, 0], four.words()
     assert "resuming from step" in four.words()
 
@@ -154,14 +155,14 @@ def test_two_ranks_then_one_then_four_do_what_one_process_does(demo: Path, whole
     assert sum(a == b for a, b in zip(*generated, strict=True)) >= 7
 
 
-def test_two_ranks_have_each_step_in_one_line_of_numbers(demo: Path, whole: Path, tmp_path: Path):
+def test_two_ranks_have_each_step_in_one_line_of_numbers(demo: Path, whole: Path, tmp_path: Path, forks: Forks):
     """With a line every fourth step, for a run that is stopped between two lines and resumed."""
     output = tmp_path / "output"
-    two = Run(2, spec_of(demo, output, logging_steps=4), tmp_path)
+    two = Run(forks, 2, spec_of(demo, output, logging_steps=4), tmp_path)
     two.send(signal.SIGTERM, 1, 6)
     assert two.end() == [75, 75], two.words()
     stopped = committed(output)[-1]
-    two = Run(2, spec_of(demo, output, logging_steps=4), tmp_path)
+    two = Run(forks, 2, spec_of(demo, output, logging_steps=4), tmp_path)
     assert two.end() == [0, 0], two.words()
     each_step, lines = (trajectory((folder / "logs/metrics.jsonl").read_bytes()) for folder in (whole, output))
     steps = [step for step, *_ in lines]
@@ -172,10 +173,10 @@ def test_two_ranks_have_each_step_in_one_line_of_numbers(demo: Path, whole: Path
         assert close([loss, rate], [sum(line[1] for line in within) / len(within), within[-1][2]])
 
 
-def test_a_second_attempt_at_an_output_leaves_the_files_of_the_first_alone(demo: Path, tmp_path: Path):
+def test_a_second_attempt_at_an_output_leaves_the_files_of_the_first_alone(demo: Path, tmp_path: Path, forks: Forks):
     """On one node and one scratch, with a rank each that has files of its own."""
     output, spec = tmp_path / "output", spec_of(demo, tmp_path / "output", num_train_epochs=40)
-    first = Run(2, spec, tmp_path)
+    first = Run(forks, 2, spec, tmp_path)
     while not committed(output):
         assert all(process.poll() is None for process in first.processes), first.words()
         time.sleep(0.02)
@@ -183,7 +184,7 @@ def test_a_second_attempt_at_an_output_leaves_the_files_of_the_first_alone(demo:
     (numbers,) = tmp_path.glob("scratch/*.rank-1/metrics.jsonl")
     said, there = log.read_text(), numbers.stat().st_ino
     (tmp_path / "second").mkdir()
-    second = Run(2, spec, tmp_path / "second", scratch=tmp_path / "scratch")
+    second = Run(forks, 2, spec, tmp_path / "second", scratch=tmp_path / "scratch")
     assert second.end() == [75, 75], second.words()
     assert "holds its lease and is alive" in second.words()
     assert log.read_text().startswith(said)
@@ -194,10 +195,10 @@ def test_a_second_attempt_at_an_output_leaves_the_files_of_the_first_alone(demo:
     assert steps == list(range(1, committed(output)[-1] + 1))
 
 
-def test_without_rank_0_the_others_end(demo: Path, tmp_path: Path):
+def test_without_rank_0_the_others_end(demo: Path, tmp_path: Path, forks: Forks):
     output = tmp_path / "output"
     with acquire(open_store(str(output)), "another writer", 300):  # rank 0 waits to see whether it lives
-        two = Run(2, spec_of(demo, output), tmp_path)
+        two = Run(forks, 2, spec_of(demo, output), tmp_path)
         while "waiting up to" not in two.words():
             assert all(process.poll() is None for process in two.processes), two.words()
             time.sleep(0.02)

@@ -14,13 +14,13 @@ FORMATS = ROOT / "build" / "formats"
 
 
 @pytest.mark.skipif(not FORMATS.exists(), reason="make test brings bitsandbytes and llmcompressor")
-@pytest.mark.parametrize("chosen", ["int4 or auto_round", "not (int4 or auto_round)"])
-def test_merged_weights_in_fewer_bits_are_right_and_load_again(chosen: str) -> None:
+@pytest.mark.timeout(600)
+def test_merged_weights_in_fewer_bits_are_right_and_load_again() -> None:
     """In a process of its own: whatever imports peft would wait seconds for these libraries."""
-    command = [sys.executable, "-m", "pytest", "tests/export/fewer_bits.py", "-k", chosen]
+    command = [sys.executable, "-m", "pytest", "tests/export/fewer_bits.py"]
     paths = f"{FORMATS}:{os.environ.get('PYTHONPATH', '')}"
     ended = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stdout
-    assert "5 passed" in ended.stdout
+    assert "10 passed" in ended.stdout

@@ -249,7 +249,7 @@ def test_secrets_are_never_required(run: Pods):
 
 
 def test_the_specs_are_valid():
-    from job.config.loader import parse
+    from job.config.parsing import parse
 
     found = [
         tree["data"]["spec.yaml"] for name in ("base", "overlays/airgapped") for tree in of_kind(name, "ConfigMap")

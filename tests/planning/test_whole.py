@@ -24,6 +24,7 @@ from job.planning.shortage import refuse
 from job.planning.survey import survey
 from job.runtime.peaks import used_bytes
 from tests.conftest import ROOT, job_environment
+from tests.forked import Forks
 from tests.planning.conftest import Enter
 from tests.tiny import picture
 
@@ -35,6 +36,9 @@ class Ended(NamedTuple):
     code: int
     log: str
     peaks: dict[str, int]
+
+
+Run = Callable[..., Ended]
 
 
 @pytest.fixture(scope="module")
@@ -86,19 +90,29 @@ def needed(plan: Plan, of: str) -> Range:
     return Range(*(max(getattr(need, of)[end] for need in plan.foreseen.needs) for end in (0, 1)))
 
 
-def ran(tree: dict[str, Any], tmp_path: Path, start: Callable[[], None] | None = None, **environment: str) -> Ended:
-    """A whole job, and the most that was in its scratch and its output at any time."""
-    environment = job_environment(tmp_path, JOB_SPEC=yaml.safe_dump(tree), **environment)
-    folders = {"scratch": environment["JOB_SCRATCH"], "output": tree["output"]["url"]}
-    peaks = dict.fromkeys(folders, 0)
-    with (tmp_path / "log").open("w") as log:
-        command = [sys.executable, "-m", "job", "run"]
-        process = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=log, preexec_fn=start)
-    while process.poll() is None:
-        for name, folder in folders.items():
-            peaks[name] = max(peaks[name], used_bytes(Path(folder)))
-        time.sleep(0.01)
-    return Ended(process.returncode, (tmp_path / "log").read_text(), peaks)
+@pytest.fixture
+def ran(forks: Forks, tmp_path: Path) -> Run:
+    """Run a whole job. Returns the most that was in its scratch and its output at any time, too. What `start` does before the
+    job begins needs a process of its own."""
+
+    def run(tree: dict[str, Any], start: Callable[[], None] | None = None, **environment: str) -> Ended:
+        environment = job_environment(tmp_path, JOB_SPEC=yaml.safe_dump(tree), **environment)
+        folders = {"scratch": environment["JOB_SCRATCH"], "output": tree["output"]["url"]}
+        peaks = dict.fromkeys(folders, 0)
+        with (tmp_path / "log").open("w") as log:
+            command = [sys.executable, "-m", "job", "run"]
+            process = (
+                subprocess.Popen(command, env=environment, cwd=ROOT, stderr=log, preexec_fn=start)
+                if start
+                else forks.start(["run"], environment, log)
+            )
+        while process.poll() is None:
+            for name, folder in folders.items():
+                peaks[name] = max(peaks[name], used_bytes(Path(folder)))
+            time.sleep(0.01)
+        return Ended(process.returncode or 0, (tmp_path / "log").read_text(), peaks)
+
+    return run
 
 
 def assert_foreseen(plan: Plan, peaks: dict[str, int]) -> None:
@@ -109,11 +123,11 @@ def assert_foreseen(plan: Plan, peaks: dict[str, int]) -> None:
 
 
 def test_an_output_without_room_for_merged_weights_is_refused_before_training(
-    whole: dict[str, Any], mounted: Callable[[str, float], Path], tmp_path: Path
+    whole: dict[str, Any], mounted: Callable[[str, float], Path], tmp_path: Path, ran: Run
 ):
     small = mounted("small", needed(planned(to(whole, tmp_path / "o"), tmp_path / "s"), "output").least - 1_000_000)
     tree = to(whole, small)
-    ended = ran(tree, tmp_path)
+    ended = ran(tree)
     last = ended.log.strip().splitlines()[-1]
     assert ended.code == 78, ended.log
     assert last.startswith(f"exit 78: output.url {small}: publish needs at least ")
@@ -126,40 +140,40 @@ def test_an_output_without_room_for_merged_weights_is_refused_before_training(
 
 
 def test_with_the_room_foreseen_it_publishes_and_a_second_attempt_counts_what_the_first_wrote(
-    whole: dict[str, Any], mounted: Callable[[str, float], Path], tmp_path: Path
+    whole: dict[str, Any], mounted: Callable[[str, float], Path], tmp_path: Path, ran: Run
 ):
     plan = planned(to(whole, tmp_path / "o"), tmp_path / "s")
     large = mounted("large", needed(plan, "output").most + 8192)
-    first = ran(to(whole, large), tmp_path)
+    first = ran(to(whole, large))
     assert first.code == 0, first.log
     assert_foreseen(plan, first.peaks)
     (large / "RESULT.json").unlink()  # as if it was killed at the last moment
     facts = os.statvfs(large)
     assert facts.f_bavail * facts.f_frsize < needed(plan, "output").least
-    second = ran(to(whole, large), tmp_path)
+    second = ran(to(whole, large))
     assert second.code == 0, second.log
     assert (large / "RESULT.json").exists()
 
 
 def test_where_scratch_is_too_small_merged_weights_go_straight_to_the_output(
-    whole: dict[str, Any], mounted: Callable[[str, float], Path], tmp_path: Path
+    whole: dict[str, Any], mounted: Callable[[str, float], Path], tmp_path: Path, ran: Run
 ):
     copied = planned(to(whole, tmp_path / "o", scratch_copy=True), tmp_path / "s")
     straight = planned(to(whole, tmp_path / "o", scratch_copy=False), tmp_path / "s")
     least = needed(copied, "scratch").least
     assert needed(straight, "scratch").most < least - 1_000_000
     scratch = mounted("small", least - 1_000_000)
-    done = ran(to(whole, tmp_path / "output"), tmp_path, JOB_SCRATCH=str(scratch))
+    done = ran(to(whole, tmp_path / "output"), JOB_SCRATCH=str(scratch))
     assert done.code == 0, done.log
     assert "merged weights go straight to the output" in done.log
     assert list((tmp_path / "output" / "merged").glob("*.safetensors"))
     assert_foreseen(straight, done.peaks)
 
 
-def test_an_adapter_alone_writes_what_was_foreseen(whole: dict[str, Any], tmp_path: Path):
+def test_an_adapter_alone_writes_what_was_foreseen(whole: dict[str, Any], tmp_path: Path, ran: Run):
     tree = to(whole, tmp_path / "output", merged=False)
     plan = planned(tree, tmp_path / "s")
-    ended = ran(tree, tmp_path)
+    ended = ran(tree)
     assert ended.code == 0, ended.log
     assert_foreseen(plan, ended.peaks)
 
@@ -176,10 +190,10 @@ def test_what_was_granted_bounds_scratch_on_a_large_disk(
 
 
 def test_a_model_that_a_container_cannot_hold_is_refused_before_it_is_loaded(
-    whole: dict[str, Any], cgroup: Callable[[int], Enter], tmp_path: Path
+    whole: dict[str, Any], cgroup: Callable[[int], Enter], tmp_path: Path, ran: Run
 ):
     least = needed(planned(to(whole, tmp_path / "o"), tmp_path / "s"), "memory").least
-    ended = ran(to(whole, tmp_path / "output"), tmp_path, start=cgroup(least - 10_000_000))
+    ended = ran(to(whole, tmp_path / "output"), start=cgroup(least - 10_000_000))
     assert ended.code == 78, ended.log
     last = ended.log.strip().splitlines()[-1]
     assert "host memory (memory.limit_in_bytes of cgroup" in last or "host memory (memory.max of cgroup" in last

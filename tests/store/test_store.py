@@ -30,7 +30,7 @@ from job.store import (
     open_store,
     upload_folder,
 )
-from job.store.local import disk_fault
+from job.store.disk import disk_fault
 from tests.s3 import SMALL_PART
 
 names = st.text(

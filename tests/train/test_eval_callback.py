@@ -65,7 +65,7 @@ def fitted(tmp_path: Path, tiny: Callable[..., Path]) -> Fitted:
                 "lr_scheduler_type": "constant",
             }
             | training,
-            evaluation=evaluation,
+            evaluation={"max_new_tokens": 4} | evaluation,
             output={"url": str(tmp_path / name)},
         )
         store, scratch = open_store(spec.output.url), tmp_path / f"scratch-{name}" / "job"

@@ -1,6 +1,6 @@
 """Where measurements go: one JSON object a line in results.jsonl, rendered as RESULTS.md.
 
-python benchmarks/record.py      renders
+python benchmarks/results.py      renders
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def render(rows: Iterable[Row]) -> str:
     """What `newest` keeps, by benchmark."""
     kept = newest(rows)
     lines = ["# Results", "", "The newest run of each case on each machine; `results.jsonl` holds every run."]
-    lines += ["Rendered by `python benchmarks/record.py`."]
+    lines += ["Rendered by `python benchmarks/results.py`."]
     for bench in sorted({row["bench"] for row in kept}):
         lines += [
             "",

@@ -146,10 +146,7 @@ def expected(
 
 
 def _chance(name: str, weight: Tensor, adapter: Lora, dtype: torch.dtype, folded: Tensor) -> float:
-    """See `Rounding`. `folded` is the sample of the folded weight. Never less than rounding to nearest, which is also assumed
-    for a weight whose rows are scaled to their own length."""
-    if adapter.magnitude is not None:
-        return NEAREST
+    """See `Rounding`. `folded` is the sample of the folded weight. Never less than rounding to nearest."""
     error = folded - sampled_sum(name, weight, adapter)
     own = sample(name, weight).to(dtype)
     unit = _neighbour(own, 1).float() - own.float()
@@ -251,20 +248,15 @@ def _live_weights(model: Any) -> Iterator[tuple[str, Any, Tensor, Lora | None]]:
     base = model.get_base_model()
     layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     for name, weight in base.named_parameters():
-        if ".original_module." in name or ".lora_" in name:
+        if ".lora_" in name:
             continue
         module, _, last = name.rpartition(".base_layer.")
         adapter = _live(layers[module]) if module in layers and last == "weight" else None
         holder = base.get_submodule(name.rpartition(".")[0])
-        name = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
-        yield name, holder, weight, adapter
+        yield name.replace(".base_layer.", "."), holder, weight, adapter
 
 
 def _live(layer: Any) -> Lora:
     """Return the live adapter of a layer, with the scale that PEFT uses."""
     (adapter,) = layer.active_adapters
-    scale = float(layer.scaling[adapter])
-    if adapter in layer.lora_embedding_A:
-        return Lora(layer.lora_embedding_B[adapter].T, layer.lora_embedding_A[adapter].T, scale)
-    magnitude = layer.lora_magnitude_vector[adapter].weight if adapter in layer.lora_magnitude_vector else None
-    return Lora(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, scale, magnitude)
+    return Lora(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, float(layer.scaling[adapter]))

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from benchmarks.record import FOLDER, PAGE, RESULTS, newest, render
+from benchmarks.results import FOLDER, PAGE, RESULTS, newest, render
 
 LOADER = "python benchmarks/loader.py --seconds 15"
 
