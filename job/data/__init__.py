@@ -44,13 +44,15 @@ class Row(TypedDict):
 
 @dataclass(frozen=True)
 class Data:
-    """`train` and `evaluation` lazily yield rows as in `Row`.
+    """`train`, `evaluation` and `validation` lazily yield rows as in `Row`. No group has rows in `validation` and in one of the
+    others; it is empty unless losses choose the step.
 
     `near` holds pairs of near-duplicate images across the split. `label_values` holds the values of each label's column.
     """
 
     train: Dataset
     evaluation: Dataset
+    validation: Dataset
     quarantined: list[QuarantinedRow]
     facts: DataFacts
     label_values: dict[str, list[str]] = field(default_factory=dict)
