@@ -344,7 +344,7 @@ class EvaluationSpec(Section):
     none."""
     eval_loss_rows: Count = 64
     """Rows for that loss: held-out rows, spread evenly over the `max_rows`; or, if the loss chooses the step, the validation
-    rows: at most a tenth of the training rows, which are set aside by group."""
+    rows: at most a tenth of the training rows, set aside in whole groups, so that they may be a few more."""
     eval_samples: CountOrZero = 4
     """How many of those rows are also answered each time, always the same ones, for `evaluation/samples.jsonl` and the report."""
     take: Literal["last", "best"] = "last"

@@ -29,13 +29,15 @@ class BadRows(DataError):
 
 
 class Row(TypedDict):
-    """A row as training and evaluation take it. `messages` is a conversation, `reference` its last answer; `unit` numbers the
-    group (patient, or image) that the row belongs to; `weight` multiplies its loss, if the spec has a column for it."""
+    """A row as training and evaluation take it. `messages` is a conversation, `reference` its last answer, `source` the names of
+    its image files; `unit` numbers the group (patient, or image) that the row belongs to; `weight` multiplies its loss, if the
+    spec has a column for it."""
 
     id: str
     messages: list[dict[str, Any]]
     images: list[Image]
     reference: str
+    source: NotRequired[str | None]
     labels: dict[str, str | list[str]]
     groups: dict[str, str | None]
     unit: int

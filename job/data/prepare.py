@@ -18,7 +18,7 @@ from job.data import Data, Row
 from job.data.conversations import as_text, fixed, labels_of, last_answer, read_sample, repeat_images
 from job.data.facts import DataFacts, NearPair
 from job.data.floats import in_both
-from job.data.images import AS_IT_IS, Bounds, load
+from job.data.images import AS_IT_IS, Bounds, file_name, load
 from job.data.near_duplicates import near_pairs
 from job.data.pixels import BadRow
 from job.data.sources import Source, open_source
@@ -154,8 +154,8 @@ def _split(rows: list[ValidatedRow], spec: JobSpec) -> tuple[list[ValidatedRow],
 def _set_aside(
     rows: Sequence[ValidatedRow], numbers: Sequence[int], leaks: set[str], spec: JobSpec, part: float
 ) -> list[bool]:
-    """Returns for each training row whether it becomes a validation row: at most a tenth of them and about
-    `evaluation.eval_loss_rows`, whole groups, chosen by the same hash as held-out rows.
+    """Returns for each training row whether it becomes a validation row: whole groups, by the same hash as held-out rows, until
+    they are a tenth of the rows or `evaluation.eval_loss_rows`.
 
     A group with rows in `leaks`, which held-out rows share, stays in training: the final measurement leaves those held-out rows
     out. `part` is the share of the rows that were looked at. Raises DataError if fewer than two groups are left to choose from.
@@ -228,6 +228,7 @@ def _one(place: int, unit: int, row: dict[str, Any], spec: JobSpec, source: Sour
         "messages": messages,
         "images": [picture for each in images for picture in each],
         "reference": last_answer(messages),
+        "source": ", ".join(filter(None, map(file_name, sample.images))) or None,
         "labels": labels_of(values, evaluation.labels),
         "groups": {column: as_text(values.get(column)) or None for column in evaluation.groups},
         "unit": unit,

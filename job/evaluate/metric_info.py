@@ -86,8 +86,8 @@ UNSEEN = (
 
 OCCLUSION = (
     "Orange in a map: covering this part made the tuned model's own answer less likely (occlusion, relative to the strongest "
-    "cell). It shows what the answer depends on, not whether it is right; evidence in two places is not found. Where even "
-    "the strongest cell raised the loss by little, the map is noise."
+    "cell). It shows what the answer depends on, not whether it is right; evidence in two places is not found. Where no "
+    "cell stands out from the others, no map is drawn."
 )
 
 

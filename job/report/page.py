@@ -15,10 +15,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from job.evaluate import examples, metric_info
+from job.evaluate import error_groups, examples, metric_info
 from job.evaluate.records import Comparison
 from job.report import charts, conclusion, gallery
 from job.report.contents import Contents, Numbers
+from job.report.gates import gates
 
 CURVES = {
     "Loss": ({"loss": "training loss", "eval_loss": "{kind} loss"}, ""),
@@ -49,6 +50,9 @@ def render(contents: Contents, images: Mapping[str, bytes] | None = None) -> str
         contents=contents,
         method=metric_info.flat(asdict(contents.metrics.settings)),
         curves=_curves(contents),
+        gates=gates(contents),
+        errors=_errors(contents),
+        error_names=error_groups.NAMES,
         speed=_speed(contents.log, contents.lineage.price_per_hour),
         shown=gallery.shown(contents, images or {}) if shows_rows else {},
         while_training=gallery.while_training(contents.samples) if shows_rows else {},
@@ -88,6 +92,13 @@ def cell(text: object) -> str:
     """Escapes text for one line or table cell of Markdown, where its pipes, markup, HTML and line breaks have no effect."""
     escaped = "".join(f"\\{mark}" if mark in r"\`*_[]|~#" else mark for mark in " ".join(str(text).split()))
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _errors(contents: Contents) -> dict[str, tuple[error_groups.Errors, error_groups.Errors]]:
+    """Returns the errors of each kind before and after tuning."""
+    labels = examples.labels_read(contents.metrics)
+    old, new = (error_groups.error_groups(rows, labels) for rows in (contents.before, contents.after))
+    return {kind: (old[kind], new[kind]) for kind in new if kind in old}
 
 
 def _curves(contents: Contents) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from job.config.loader import validate
 from job.data import Data
 from job.data.prepare import prepare
 from job.errors import DataError
+from job.evaluate.answer_cache import held
 from job.planning.facts import Facts
 from job.planning.warnings import warnings
 from job.train.eval_callback import lowest
@@ -141,3 +142,15 @@ def test_choosing_does_not_flatter_the_final_measurement(prepared: Prepared) -> 
     assert abs(by_validation[1]) < 4 * error[0, 1]
     assert by_validation[0] < -50 * error[0, 0], "nothing was chosen by chance, so this shows nothing"
     assert by_final[1] < -50 * error[1, 1], "choosing on the final rows would have flattered them"
+
+
+def test_held_out_rows_keep_their_file_and_their_question_if_it_is_not_the_same_for_all(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    rows = [{**row, "ask": f"What of {n}?"} for n, row in enumerate(rows_of(8))]
+    folder_of(rows, tmp_path / "asked")
+    given = {"path": str(tmp_path / "asked"), "group_column": None, "eval_rows": 3}
+    asked = [each.own for each in held(prepared({}, instruction_column="ask", **given).evaluation)]
+    numbers = [int(own.id.removeprefix("row-")) for own in asked]
+    assert [(own.question, own.source) for own in asked] == [(f"What of {n}?", f"{n}.png") for n in numbers]
+    assert {each.own.question for each in held(prepared({}, **given).evaluation)} == {None}

@@ -39,6 +39,7 @@ VARYING = {
     "spec_digest",
     "result_digest",
     "published",
+    "written",
     "packages",
     "package_lock_sha256",
     "scorers",
