@@ -60,7 +60,7 @@ def look(spec: JobSpec, scratch: Path, environment: Environment, most: int) -> s
     if found.data is None or found.base is None:
         raise SpecError("job look needs the rows and the base model's processor; install the train extra")
     processor, data = load_processor(spec.model, found.base), found.data
-    sides = {"training": data.train, "held out": data.evaluation}
+    sides = {"training": data.train, "validation": data.validation, "held out": data.evaluation}
     seen = list(_examined(sides, most))
     parts = {
         title: [_shown(spec, processor, each, sides[each.side][each.place]) for each in rows]

@@ -12,12 +12,14 @@ from typing import Any
 
 from job import layout
 from job.checkpoint.commit import sha256_of
+from job.config.schema import ExportSpec
 from job.context import RunContext
 from job.data.facts import as_json
 from job.errors import GateRefused, JobError, Unavailable
 from job.evaluate.answer_cache import base_digest, rows_digest
 from job.evaluate.records import Sample
 from job.evaluate.stage import Results, pictures, stored_rows
+from job.export.gate import limits
 from job.export.stage import Exported
 from job.planning.plan import Plan
 from job.planning.stage_in import StagedIn
@@ -50,6 +52,7 @@ def lineage(ctx: RunContext, staged: StagedIn) -> Lineage:
         taken_step=ctx.record.read("taken_step"),
         taken=spec.evaluation.take,
         attempts=ctx.number,
+        written=now(),
         foreseen=ctx.record.read("foreseen"),
         seconds=dict(ctx.record.seconds),
         packages=versions(),
@@ -89,7 +92,8 @@ def report_contents(ctx: RunContext, staged: StagedIn, plan: Plan, results: Resu
             "lora_alpha": spec.lora.lora_alpha,
         },
         lineage=lineage(ctx, staged),
-        gate=gate_facts(exported),
+        requirements=results.requirements,
+        gate=gate_facts(exported, spec.export),
         occlusion=results.maps,
         data=as_json(data.facts),
         privacy=Privacy(spec.privacy.report_images),
@@ -106,15 +110,20 @@ def report_contents(ctx: RunContext, staged: StagedIn, plan: Plan, results: Resu
     )
 
 
-def gate_facts(exported: Exported) -> dict[str, Any]:
-    """Return what the gate measured of the merged weights, and of those in fewer bits."""
+def gate_facts(exported: Exported, spec: ExportSpec) -> dict[str, Any]:
+    """Return what the gate measured of the merged weights, of those in fewer bits and of servers, and the limits of all three."""
     if exported.gate is None:
         return {}
     smaller = {name: asdict(each) for name, each in exported.smaller.items()}
     losses = {f"loss_{name}": each.pop("loss") for name, each in smaller.items()}
     measured = {name: loss for name, loss in losses.items() if loss is not None}
     served = {f"served_{name}": asdict(found) for name, found in exported.served.items()}
-    return {**asdict(exported.gate), **measured, **({"smaller": smaller} if smaller else {}), **served}
+    most, least = limits(exported.gate, spec.gate)
+    bounds = {"mean_logit_difference": most, "token_agreement": least}
+    bounds |= {"gain_kept": spec.gate.min_gain_kept} if smaller else {}
+    bounds |= {"served_agreement": spec.serve.min_agreement} if served else {}
+    found = {**asdict(exported.gate), "limits": bounds, **measured}
+    return {**found, **({"smaller": smaller} if smaller else {}), **served}
 
 
 def publish(ctx: RunContext, plan: Plan, staged: StagedIn, results: Results, exported: Exported) -> None:

@@ -170,7 +170,7 @@ def _evaluation(spec: JobSpec) -> Iterator[str]:
     if evaluation.eval_steps is None:
         needing = {"take: best": evaluation.take == "best", "patience": evaluation.patience}
         yield from (f"evaluation: {name} needs eval_steps" for name, asked in needing.items() if asked)
-    elif not held:
+    elif not held and not evaluation.chooses_step:
         yield "evaluation: eval_steps needs held-out rows, and dataset.eval_fraction is 0"
     known = {*METRICS, *evaluation.extra_metrics}
     kinds = ("accuracy", "macro_f1", "micro_f1", "uncertain_f1")

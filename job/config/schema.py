@@ -340,16 +340,18 @@ class EvaluationSpec(Section):
     explained_rows: CountOrZero = 3
     """Samples for which the report shows where the model looked. Each takes 37 forward passes; 0 makes no maps."""
     eval_steps: Count | None = None
-    """Optimizer steps between measurements of held-out loss during training; the last step is also measured. Null measures
+    """Optimizer steps between measurements of loss on rows that are not trained on; the last step is also measured. Null measures
     none."""
     eval_loss_rows: Count = 64
-    """Held-out rows for that loss, spread evenly over the `max_rows`."""
+    """Rows for that loss: held-out rows, spread evenly over the `max_rows`; or, if the loss chooses the step, the validation
+    rows: at most a tenth of the training rows, set aside in whole groups, so that they may be a few more."""
     eval_samples: CountOrZero = 4
     """How many of those rows are also answered each time, always the same ones, for `evaluation/samples.jsonl` and the report."""
     take: Literal["last", "best"] = "last"
-    """Which step becomes the tuned model: the last, or the one with the lowest held-out loss."""
+    """Which step becomes the tuned model: the last, or the one with the lowest loss on validation rows, which are then neither
+    trained on nor part of the final measurement."""
     patience: Count | None = None
-    """Stop training after this many consecutive measurements that are no better than the best one."""
+    """Stop training after this many consecutive measurements on validation rows that are no better than the best one."""
     primary_metric: str | None = None
     """The metric that the verdict is about. Default: whether the first of `labels` is right, else `rougeL`. All other metrics
     are for reading."""
@@ -364,6 +366,11 @@ class EvaluationSpec(Section):
     def batch(self) -> int:
         """Rows generated at once; 8 if nothing resolved `auto`."""
         return 8 if self.batch_size == "auto" else self.batch_size
+
+    @property
+    def chooses_step(self) -> bool:
+        """Whether losses on validation rows choose the step."""
+        return self.take == "best" or self.patience is not None
 
 
 class GateSpec(Section):
@@ -509,16 +516,15 @@ output."""
 PLACES = frozenset({"dataset.path", "dataset.eval_path"})
 """Where the rows are stored. `output.identity` records which rows they are, and other rows are refused."""
 WHILE_TRAINING = frozenset({"evaluation.eval_steps", "evaluation.eval_loss_rows"})
-"""Evaluation during training. With `evaluation.max_rows`, it decides the training if a held-out loss chooses the step."""
+"""Evaluation during training, which decides the training if its losses choose the step."""
 ANSWERS = ("max_rows", "max_new_tokens")
 """Fields of evaluation that change the answers. The others only judge existing answers."""
 
 
 def deciding(spec: JobSpec) -> dict[str, Any]:
     """Return the leaves that decide the training, by dotted path."""
-    by_loss = spec.evaluation.take == "best" or spec.evaluation.patience is not None
     chosen = {"evaluation.take", "evaluation.patience"}
-    chosen |= {"evaluation.max_rows", *WHILE_TRAINING} if by_loss else set()
+    chosen |= WHILE_TRAINING if spec.evaluation.chooses_step else set()
     after = ("evaluation.", "export.", "privacy.report_images")
     leaves = flatten(spec.model_dump(mode="json"))
     return {

@@ -29,13 +29,15 @@ class BadRows(DataError):
 
 
 class Row(TypedDict):
-    """A row as training and evaluation take it. `messages` is a conversation, `reference` its last answer; `unit` numbers the
-    group (patient, or image) that the row belongs to; `weight` multiplies its loss, if the spec has a column for it."""
+    """A row as training and evaluation take it. `messages` is a conversation, `reference` its last answer, `source` the names of
+    its image files; `unit` numbers the group (patient, or image) that the row belongs to; `weight` multiplies its loss, if the
+    spec has a column for it."""
 
     id: str
     messages: list[dict[str, Any]]
     images: list[Image]
     reference: str
+    source: NotRequired[str | None]
     labels: dict[str, str | list[str]]
     groups: dict[str, str | None]
     unit: int
@@ -44,13 +46,15 @@ class Row(TypedDict):
 
 @dataclass(frozen=True)
 class Data:
-    """`train` and `evaluation` lazily yield rows as in `Row`.
+    """`train`, `evaluation` and `validation` lazily yield rows as in `Row`. No group has rows in `validation` and in one of the
+    others; it is empty unless losses choose the step.
 
     `near` holds pairs of near-duplicate images across the split. `label_values` holds the values of each label's column.
     """
 
     train: Dataset
     evaluation: Dataset
+    validation: Dataset
     quarantined: list[QuarantinedRow]
     facts: DataFacts
     label_values: dict[str, list[str]] = field(default_factory=dict)

@@ -80,9 +80,9 @@ class SplitFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class DataFacts(SplitFacts):
-    """Counts of both sides of the split; `train` and `evaluation` are estimates if `looked_at` is not None. `held_out_source` and
-    `same_in_both` (groups or images on both sides) are None if the job itself holds rows out; `train_sha256` if not every row
-    was to be validated."""
+    """Counts of all sides of the split; `train`, `evaluation` and `validation` are estimates if `looked_at` is not None.
+    `held_out_source` and `same_in_both` (groups or images in training and held-out rows) are None if the job itself holds rows
+    out; `train_sha256` if not every row was to be validated."""
 
     source: str
     """Where the rows are and which columns are read, in words."""
@@ -92,6 +92,10 @@ class DataFacts(SplitFacts):
     same_in_both: int | None = None
     train: int
     evaluation: int
+    validation: int | None = None
+    """Rows that choose the step, set aside from training rows; None if nothing is chosen."""
+    validation_groups: int | None = None
+    """Groups (patients) of these rows, or images."""
     quarantined: int = 0
     near_duplicates: int = 0
     instruction: str | None = None

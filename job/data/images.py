@@ -103,6 +103,14 @@ class Place(NamedTuple):
     size: int | None = None
 
 
+def file_name(value: Any) -> str | None:
+    """Returns the name by which a row's image value names its file, without a URL's query; None if it names none."""
+    name = value.get("path") if isinstance(value, dict) else value
+    if not isinstance(name, str) or name.startswith("data:") or begins_as_picture(name):
+        return None
+    return name.partition("?")[0]
+
+
 def locate(value: Any, files: Files) -> bytes | Place:
     """Returns the encoded file of a row's image value, or its place: embedded bytes, base64, `{"bytes", "path"}`, a `data:`, http
     or s3 URL, a path relative to `files.base`, or a piece `{"path", "offset", "size"}` of an archive. Raises BadRow if none."""

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from job.data import Data, Row
 from job.data.conversations import as_text, fixed, labels_of, last_answer, read_sample, repeat_images
 from job.data.facts import DataFacts, NearPair
 from job.data.floats import in_both
-from job.data.images import AS_IT_IS, Bounds, load
+from job.data.images import AS_IT_IS, Bounds, file_name, load
 from job.data.near_duplicates import near_pairs
 from job.data.pixels import BadRow
 from job.data.sources import Source, open_source
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from job.model.token_length import TokenCounter
+
+T = TypeVar("T")
 
 
 def prepare(
@@ -64,12 +66,14 @@ def prepare(
     if not seen:
         raise DataError("dataset: no rows are left to train on")
     near = _near(seen, held)
-    grouped = bool(dataset.group_column or source.table.patients)
-    together = [*seen, *held]
-    alike, pair = first_alike(row.compared[0] for row in together) if grouped else (0, None)
-    train = _rows(source, seen, numbers[0], spec)
-    evaluation = _spread(_rows(other, held, numbers[1], spec), spec.evaluation.max_rows)
+    leaks = {pair.train for pair in near} | _sharing(seen, shared)
     part = 1 if counts.looked_at is None else counts.looked_at / counts.rows
+    aside = _set_aside(seen, numbers[0], leaks, spec, part) if spec.evaluation.chooses_step else [False] * len(seen)
+    (seen, validation), (ours, apart) = _sides(seen, aside), _sides(numbers[0], aside)
+    grouped = bool(dataset.group_column or source.table.patients)
+    together = [*seen, *validation, *held]
+    alike, pair = first_alike(row.compared[0] for row in together) if grouped else (0, None)
+    evaluation = _spread(_rows(other, held, numbers[1], spec), spec.evaluation.max_rows)
     facts = DataFacts(
         **vars(counts),
         source=source.decided,
@@ -78,6 +82,8 @@ def prepare(
         same_in_both=None if shared is None else len(shared),
         train=round(len(seen) / part),
         evaluation=round(len(held) / part),
+        validation=round(len(validation) / part) if spec.evaluation.chooses_step else None,
+        validation_groups=round(len(set(apart)) / part) if spec.evaluation.chooses_step else None,
         quarantined=len(bad),
         near_duplicates=len(near),
         instruction=None if source.reading.messages or not fixed(dataset) else dataset.instruction,
@@ -87,15 +93,22 @@ def prepare(
         alike_rows=pair and (together[pair[0]].place, together[pair[1]].place),
     )
     values = {
-        name: label.values or sorted({value for row in seen + held for value in _values(row, name)} - {""})
+        name: label.values or sorted({value for row in together for value in _values(row, name)} - {""})
         for name, label in spec.evaluation.labels.items()
     }
-    identity = Identity(*(b"".join(row.identity for row in side) for side in (seen, held))) if whole else None
+    identity = _identity(seen, held, validation) if whole else None
+    leaked = {pair.evaluation for pair in near} | _sharing(held, shared)
+    train, chosen_on = _rows(source, seen, ours, spec), _rows(source, validation, apart, spec)
     sources = {each.field: each for each in (source, other)}
-    leaked = {pair.evaluation for pair in near} | {
-        f"row-{row.place}" for row in held if shared and shared & set(row.compared)
-    }
-    return Data(train, evaluation, bad, facts, values, near, identity, sources, leaked)
+    return Data(train, evaluation, chosen_on, bad, facts, values, near, identity, sources, leaked)
+
+
+def _identity(*sides: Sequence[ValidatedRow]) -> Identity:
+    return Identity(*(b"".join(row.identity for row in side) for side in sides))
+
+
+def _sharing(rows: Sequence[ValidatedRow], keys: set[str] | None) -> set[str]:
+    return {row.id for row in rows if keys and keys.intersection(row.compared)}
 
 
 def _values(row: ValidatedRow, name: str) -> list[str]:
@@ -135,9 +148,39 @@ def _split(rows: list[ValidatedRow], spec: JobSpec) -> tuple[list[ValidatedRow],
     names = [rows[number].keys[0] for number in numbers]
     strata = [row.stratum for row in rows] if dataset.stratify_column else None
     held = hold_out(names, dataset.eval_fraction, spec.training.seed, strata=strata, rows=dataset.eval_rows)
-    sides = [[place for place, out in enumerate(held) if out is side] for side in (False, True)]
-    train, evaluation = ([rows[place] for place in side] for side in sides)
-    return train, evaluation, [[numbers[place] for place in side] for side in sides]
+    return *_sides(rows, held), [*_sides(numbers, held)]
+
+
+def _set_aside(
+    rows: Sequence[ValidatedRow], numbers: Sequence[int], leaks: set[str], spec: JobSpec, part: float
+) -> list[bool]:
+    """Returns for each training row whether it becomes a validation row: whole groups, by the same hash as held-out rows, until
+    they are a tenth of the rows or `evaluation.eval_loss_rows`.
+
+    A group with rows in `leaks`, which held-out rows share, stays in training: the final measurement leaves those held-out rows
+    out. `part` is the share of the rows that were looked at. Raises DataError if fewer than two groups are left to choose from.
+    """
+    unfit = {number for row, number in zip(rows, numbers, strict=True) if row.id in leaks}
+    places = [place for place, number in enumerate(numbers) if number not in unfit]
+    first = dict(zip(reversed(numbers), reversed(rows), strict=True))
+    names = [first[numbers[place]].keys[0] for place in places]
+    if len(set(names)) < 2:
+        raise DataError(
+            "evaluation: take: best and patience choose the step on rows that are neither trained on nor held out, and no group "
+            f"(patient) can be set aside for that: {len(set(numbers))} are in the training rows, {len(unfit)} of them in the "
+            "held-out rows too; add patients, or set take to last and remove patience"
+        )
+    most = max(1, round(part * min(spec.evaluation.eval_loss_rows, len(rows) / part // 10)))
+    strata = [rows[place].stratum for place in places] if spec.dataset.stratify_column else None
+    chosen = hold_out(names, 0, spec.training.seed, strata=strata, rows=most)
+    aside = {place for place, out in zip(places, chosen, strict=True) if out}
+    return [place in aside for place in range(len(rows))]
+
+
+def _sides(values: Sequence[T], out: Sequence[bool]) -> tuple[list[T], list[T]]:
+    """Splits values into those that stay and those that are `out`."""
+    stay, go = ([value for value, is_out in zip(values, out, strict=True) if is_out is side] for side in (False, True))
+    return stay, go
 
 
 def _near(train: list[ValidatedRow], held: list[ValidatedRow]) -> list[NearPair]:
@@ -185,6 +228,7 @@ def _one(place: int, unit: int, row: dict[str, Any], spec: JobSpec, source: Sour
         "messages": messages,
         "images": [picture for each in images for picture in each],
         "reference": last_answer(messages),
+        "source": ", ".join(filter(None, map(file_name, sample.images))) or None,
         "labels": labels_of(values, evaluation.labels),
         "groups": {column: as_text(values.get(column)) or None for column in evaluation.groups},
         "unit": unit,

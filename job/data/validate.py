@@ -69,6 +69,10 @@ class ValidatedRow(NamedTuple):
     """The split that its own split column names, if that is not the one being read; else empty."""
 
     @property
+    def id(self) -> str:
+        return f"row-{self.place}"
+
+    @property
     def compared(self) -> list[str]:
         """Its keys as rows are compared by them: one patient may be spelled in several ways."""
         return [same_name(key) for key in self.keys]

@@ -6,29 +6,31 @@ from collections.abc import Mapping
 
 from job.config.schema import RequirementSpec
 from job.evaluate import metric_info
-from job.evaluate.records import Comparison, Estimate
+from job.evaluate.records import Comparison, Estimate, Requirement
 
 
-def unmet(required: Mapping[str, RequirementSpec], measured: Comparison) -> list[str]:
-    """Return one sentence per violated bound: the metric, its value, its interval, the bound and its field."""
+def judged(required: Mapping[str, RequirementSpec], measured: Comparison) -> list[Requirement]:
+    """Judge every bound. Each is said as the metric, its value, its interval, the bound and its field."""
     found = []
     for metric, requirement in required.items():
         for field, bound in requirement.model_dump(exclude={"judged_by"}, exclude_none=True).items():
             is_minimum, of_change = field.startswith("min"), field.endswith("change")
             estimate = (measured.change if of_change else measured.after).get(metric, Estimate())
             if estimate.value is None:
-                found.append(f"{metric} was not measured, but evaluation.require.{metric}.{field} is {bound:g}")
+                said = f"{metric} was not measured, but evaluation.require.{metric}.{field} is {bound:g}"
+                found.append(Requirement(metric, False, said))
                 continue
             by_interval = requirement.judged_by == "interval"
             judged = (estimate.low if is_minimum else estimate.high) if by_interval else estimate.value
-            if judged is None or (judged < bound if is_minimum else judged > bound):
-                side = "below" if is_minimum else "above"
-                result = f"changed by {estimate.value:+.4f}" if of_change else f"is {estimate.value:.4f}"
-                found.append(
-                    f"{metric} {result} ({_interval(estimate, measured)}, n = {estimate.n}), {side} "
-                    f"evaluation.require.{metric}.{field} = {bound:g}"
-                    f"{', which the whole interval must meet' if by_interval else ''}"
-                )
+            met = judged is not None and (judged >= bound if is_minimum else judged <= bound)
+            side = ("at least " if is_minimum else "at most ") if met else ("below " if is_minimum else "above ")
+            result = f"changed by {estimate.value:+.4f}" if of_change else f"is {estimate.value:.4f}"
+            said = (
+                f"{metric} {result} ({_interval(estimate, measured)}, n = {estimate.n}), {side}"
+                f"evaluation.require.{metric}.{field} = {bound:g}"
+                f"{', which the whole interval must meet' if by_interval else ''}"
+            )
+            found.append(Requirement(metric, met, said))
     return found
 
 

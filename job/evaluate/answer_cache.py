@@ -12,7 +12,7 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -49,7 +49,14 @@ _last: list[tuple[Any, list[Held]]] = []
 def held(rows: Any) -> list[Held]:
     """Return all rows in order. They are read once per process, because each digest requires decoding every image."""
     if not any(known is rows for known, _ in _last):
-        found = [Held(from_json(HeldOutRow, row), _digest(row["messages"], row["images"])) for row in rows]
+        found, asked = list[Held](), list[str]()
+        for row in rows:
+            found.append(Held(from_json(HeldOutRow, row), _digest(row["messages"], row["images"])))
+            asked.append(_question(row["messages"]))
+        if len(set(asked)) > 1:
+            found = [
+                replace(each, own=replace(each.own, question=said)) for each, said in zip(found, asked, strict=True)
+            ]
         _last[:] = [(rows, found)]
     return _last[0][1]
 
@@ -145,6 +152,12 @@ def keep(stores: Sequence[Store], name: str, rows: Sequence[Held], answers: Sequ
             raise
         except JobError as error:
             log.warning("cannot cache the base model's answers at %s: %s", store.url, error)
+
+
+def _question(messages: list[dict[str, Any]]) -> str:
+    """Return the text of the last user turn."""
+    turns = [message["content"] for message in messages if message["role"] == "user"]
+    return "".join(part.get("text") or "" for part in turns[-1]) if turns else ""
 
 
 def _digest(messages: list[dict[str, Any]], images: Sequence[Any]) -> str:

@@ -23,6 +23,14 @@ def unwritten(things: Sequence[str]) -> str:
     return f"It was measured with what no published file can say: {'; '.join(things)}. job predict repeats all of it."
 
 
+def choosing(rows: int, groups: int) -> str:
+    """Says which rows choose the step, and what that costs."""
+    return (
+        f"{rows:,} rows of {groups:,} groups (patients) choose the step by their loss. They are neither trained on nor held out, "
+        "so that choosing flatters only that loss; the price is fewer rows to train on."
+    )
+
+
 @dataclass(frozen=True)
 class About:
     """`better` is 1 where more is better, -1 where less is, 0 where neither. `top` is the end of the metric's scale."""
@@ -78,8 +86,8 @@ UNSEEN = (
 
 OCCLUSION = (
     "Orange in a map: covering this part made the tuned model's own answer less likely (occlusion, relative to the strongest "
-    "cell). It shows what the answer depends on, not whether it is right; evidence in two places is not found. Where even "
-    "the strongest cell raised the loss by little, the map is noise."
+    "cell). It shows what the answer depends on, not whether it is right; evidence in two places is not found. Where no "
+    "cell stands out from the others, no map is drawn."
 )
 
 

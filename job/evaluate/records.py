@@ -22,13 +22,16 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class HeldOutRow:
     """The fields of a held-out row that come from the data. Rows of one `unit` (a patient, say) belong together. A label of which
-    a row may have several is a list; those that the truth leaves open are under `schema.uncertain_key`."""
+    a row may have several is a list; those that the truth leaves open are under `schema.uncertain_key`. `question` is the last
+    thing that was asked of it, None if all rows are asked the same; `source` names its image files, as the data do."""
 
     id: str
     reference: str
     labels: dict[str, str | list[str] | None] = field(default_factory=dict)
     groups: dict[str, str | None] = field(default_factory=dict)
     unit: int | None = None
+    question: str | None = None
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,15 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Requirement:
+    """A bound of `evaluation.require`: its metric, whether it is met, and a sentence on both."""
+
+    metric: str = ""
+    met: bool = False
+    said: str = ""
+
+
+@dataclass(frozen=True)
 class Settings:
     """Number of resamples and permutations, confidence level and seed."""
 
@@ -202,6 +214,8 @@ def from_json(kind: type[T], tree: Any) -> T:
         return kind(**{name: from_json(types[name], value) for name, value in known.items()})
     if get_origin(kind) is dict:
         tree = {name: from_json(get_args(kind)[1], value) for name, value in tree.items()}
+    if get_origin(kind) is list and is_dataclass(get_args(kind)[0]):
+        tree = [from_json(get_args(kind)[0], value) for value in tree]
     return tree  # type: ignore[no-any-return]
 
 

@@ -15,7 +15,7 @@ from job.config.schema import EvaluationSpec, LabelSpec
 from job.context import RunContext
 from job.data import Data
 from job.errors import Preempted
-from job.evaluate.records import Answer, Comparison, Maps, Sample, Settings, from_json
+from job.evaluate.records import Answer, Comparison, Maps, Requirement, Sample, Settings, from_json
 from job.layout import OCCLUSION_KEY, answers_key, partial_key
 from job.model.loaded import Loaded
 from job.output.ownership import own_json, run_of
@@ -33,14 +33,19 @@ KEEP_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class Results:
-    """The answers before and after training, their comparison (empty without held-out rows), the requirements that the tuned
-    model does not meet (one sentence each), and occlusion maps."""
+    """The answers before and after training, their comparison (empty without held-out rows), what the spec requires of it, and
+    occlusion maps."""
 
     before: Answers
     after: Answers
     metrics: Comparison
-    unmet: list[str]
+    requirements: list[Requirement]
     maps: Maps = field(default_factory=dict)
+
+    @property
+    def unmet(self) -> list[str]:
+        """One sentence for each requirement that the tuned model does not meet."""
+        return [each.said for each in self.requirements if not each.met]
 
 
 def measure(ctx: RunContext, loaded: Loaded, data: Data, when: str) -> Answers:
@@ -167,7 +172,7 @@ def _device(loaded: Loaded) -> str:
 def compare(ctx: RunContext, data: Data, before: Answers, after: Answers) -> Results:
     """Compare the answers before and after, and check the spec's requirements."""
     from job.evaluate import compare as comparison
-    from job.evaluate.acceptance import unmet
+    from job.evaluate.acceptance import judged
     from job.evaluate.extra import extra_scores
 
     spec, asked = ctx.spec, ctx.spec.evaluation
@@ -188,7 +193,7 @@ def compare(ctx: RunContext, data: Data, before: Answers, after: Answers) -> Res
                 metric=asked.primary_metric,
                 leaked=data.leaked,
             )
-        results = Results(before, after, measured, unmet(asked.require, measured))
+        results = Results(before, after, measured, judged(asked.require, measured))
     ctx.record.update(measured=values(measured))
     return results
 

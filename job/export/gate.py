@@ -249,10 +249,17 @@ def micro_batches(spec: JobSpec, loaded: Loaded) -> MicroBatches:
     return MicroBatches(gate_batch(spec), "the gate", cure)
 
 
+def limits(result: Verdict, spec: GateSpec) -> tuple[float, float]:
+    """Return the most that the mean logit difference, and the least that the token agreement may be."""
+    return (
+        max(spec.max_mean_logit_difference, spec.rounding_allowance * result.rounding_logit_difference),
+        min(spec.min_token_agreement, 1 - spec.rounding_allowance * (1 - result.rounding_token_agreement)),
+    )
+
+
 def refuse(result: Verdict, spec: GateSpec) -> None:
     """Raises GateRefused with the wrong weights or the violated bound."""
-    most = max(spec.max_mean_logit_difference, spec.rounding_allowance * result.rounding_logit_difference)
-    least = min(spec.min_token_agreement, 1 - spec.rounding_allowance * (1 - result.rounding_token_agreement))
+    most, least = limits(result, spec)
     reasons = []
     if result.wrong:
         first = result.wrong[0]

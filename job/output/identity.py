@@ -14,6 +14,7 @@ from job.layout import IDENTITY_KEY
 
 FORMAT = 2
 """Format 1 also held labels and groups, which only evaluation reads."""
+SIDES = {"train": "training rows", "held_out": "held-out rows", "validation": "validation rows"}
 HALF = 8
 """Bytes of each of a row's two digests: enough to distinguish a hundred million rows."""
 
@@ -27,19 +28,24 @@ def row_identity(pictures: list[str], decides: object) -> bytes:
 
 @dataclass(frozen=True)
 class Identity:
-    """The training rows and the held-out rows, in their order: `row_identity` of each, joined."""
+    """The training, held-out and validation rows, in their order: `row_identity` of each, joined."""
 
     train: bytes
     held_out: bytes
+    validation: bytes = b""
+
+    @property
+    def rows(self) -> int:
+        return sum(map(len, vars(self).values())) // (2 * HALF)
 
     @property
     def digest(self) -> str:
-        """One SHA-256 of both sides."""
-        return hashlib.sha256(hashlib.sha256(self.train).digest() + self.held_out).hexdigest()
+        """One SHA-256 of all sides."""
+        sides = (hashlib.sha256(side).digest() for side in vars(self).values())
+        return hashlib.sha256(b"".join(sides)).hexdigest()
 
     def to_json(self) -> bytes:
-        sides = {name: _described(rows) for name, rows in (("train", self.train), ("held_out", self.held_out))}
-        return json.dumps({"format": FORMAT, **sides}).encode()
+        return json.dumps({"format": FORMAT} | {name: _described(rows) for name, rows in vars(self).items()}).encode()
 
 
 def from_json(data: bytes) -> Identity | None:
@@ -51,7 +57,7 @@ def from_json(data: bytes) -> Identity | None:
                 f"output.url: it holds a run of another version of this program ({IDENTITY_KEY} has format {sides['format']}, "
                 f"and {FORMAT} is known here); choose another output, or run that version"
             )
-        return Identity(*(base64.b64decode(sides[name]["digests"]) for name in ("train", "held_out")))
+        return Identity(**{name: base64.b64decode(sides[name]["digests"]) for name in SIDES if name in sides})
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -63,12 +69,9 @@ def _described(rows: bytes) -> dict[str, object]:
 
 def changes(before: Identity, after: Identity) -> list[str]:
     """Describe how the rows differ, one phrase for each side of the split that does; empty if they are the same."""
-    sides = {
-        "training rows": (before.train, after.train),
-        "held-out rows": (before.held_out, after.held_out),
-    }
     found = []
-    for name, (old, new) in sides.items():
+    for side, name in SIDES.items():
+        old, new = getattr(before, side), getattr(after, side)
         if old != new:
             rows = [[side[n : n + 2 * HALF] for n in range(0, len(side), 2 * HALF)] for side in (old, new)]
             found.append(f"{name} ({len(rows[0])} then, {len(rows[1])} now): {', '.join(_side(*rows))}")

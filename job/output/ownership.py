@@ -204,7 +204,7 @@ def check_data(store: OwnedStore, spec: JobSpec, data: Identity) -> bool:
 def began_with_more(store: Store, data: Identity | None) -> bool:
     """Return whether the run in the output began with more rows than these, or with any if `data` is None: too few are good."""
     before = _stored_data(store)
-    counts = [len(each.train) + len(each.held_out) if each else 0 for each in (before, data)]
+    counts = [each.rows if each else 0 for each in (before, data)]
     return counts[0] > counts[1]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from job.config.schema import JobSpec
 from job.data.facts import DataFacts
+from job.evaluate.metric_info import choosing
 from job.model.families import TRANSFORMERS, family_of
 from job.model.memory_model import weight_bytes
 from job.planning.compile import can_compile, compiling_text
@@ -76,6 +77,8 @@ def _describe_data(data: DataFacts) -> list[str]:
     if data.looked_at is not None:
         lines[0] += f"; estimated from {data.looked_at} rows (check --data validates all)"
     lines += [f"  held out: {data.held_out_source}"] if data.held_out_source is not None else []
+    if data.validation is not None:
+        lines.append(f"  {choosing(data.validation, data.validation_groups or 0)}")
     lines += [f"  set aside: {count} × {reason}" for reason, count in data.reasons.items()]
     if data.burned_in_masked:
         lines.append(f"  text painted over in the images of {data.burned_in_masked} rows")

@@ -15,6 +15,8 @@ from job.planning.shortage import Foreseen
 from job.runtime.preemption import FITS
 from job.runtime.status import bytes_text
 
+FEW_ROWS, FEW_GROUPS = 20, 10
+
 
 def warnings(
     spec: JobSpec, facts: Facts, chosen: list[str], total: int | None, memory: Memory | None, cure: str, precision: str
@@ -24,11 +26,6 @@ def warnings(
     found = list(facts.notes)
     if facts.data is not None:
         found += _data_warnings(spec, facts.data)
-    if spec.evaluation.take == "best" or spec.evaluation.patience:
-        found.append(
-            "the step is chosen by its loss on rows that also measure the result, which flatters the result a little; keep "
-            "a test set that this job never sees"
-        )
     if facts.checkpoint_seconds is not None and facts.checkpoint_seconds > FITS * facts.environment.grace_seconds:
         found.append(
             f"a checkpoint took {facts.checkpoint_seconds:.0f} s to reach the store earlier, and a preemption notice leaves "
@@ -61,7 +58,11 @@ def _data_warnings(spec: JobSpec, data: DataFacts) -> list[str]:
     others = " and ".join(f"{count} rows {other}" for other, count in data.other_splits.items())
     found = {
         "no rows are held out, so nothing will be measured": data.evaluation == 0,
-        f"only {data.evaluation} rows are held out: intervals will be wide": 0 < data.evaluation < 20,
+        f"only {data.evaluation} rows are held out: intervals will be wide": 0 < data.evaluation < FEW_ROWS,
+        f"only {data.validation} rows of {data.validation_groups} groups (patients) choose the step, so chance chooses it "
+        "as much as the loss does; give more rows, or set evaluation.take to last and remove patience": data.validation
+        is not None
+        and (data.validation < FEW_ROWS or (data.validation_groups or 0) < FEW_GROUPS),
         f"{data.same_in_both} groups or images are in both training and held-out rows": data.same_in_both,
         f"{data.near_duplicates} held-out images are nearly the same as a training image "
         "(data/near_duplicates.jsonl)": data.near_duplicates,

@@ -6,11 +6,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from job.evaluate.records import Answer, Comparison, Maps, Sample
+from job.evaluate.records import Answer, Comparison, Maps, Requirement, Sample
 
 Numbers = Mapping[str, float]
 """A line of `logs/metrics.jsonl`."""
-KEPT = ("name", "plan", "lineage", "gate", "occlusion", "data", "privacy", "base", "instruction", "unwritten")
+KEPT = (
+    "name",
+    "plan",
+    "lineage",
+    "gate",
+    "occlusion",
+    "data",
+    "privacy",
+    "base",
+    "instruction",
+    "unwritten",
+    "requirements",
+)
 """The fields stored in `evaluation/report.json`. Other files of the output hold the rest."""
 PARENT = ("parent_adapter", "parent_sha256")
 """Fields that are stored only if the run started from an adapter."""
@@ -37,6 +49,7 @@ class Lineage:
     taken_step: int | None = None
     taken: str | None = None
     attempts: int | None = None
+    written: str | None = None
     foreseen: Mapping[str, object] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=dict)
@@ -67,6 +80,7 @@ class Contents:
 
     name: str = ""
     plan: Mapping[str, object] = field(default_factory=dict)
+    requirements: list[Requirement] = field(default_factory=list)
     lineage: Lineage = field(default_factory=Lineage)
     gate: Mapping[str, object] = field(default_factory=dict)
     occlusion: Maps = field(default_factory=dict)

@@ -15,13 +15,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from job.evaluate import examples, metric_info
+from job.evaluate import error_groups, examples, metric_info
 from job.evaluate.records import Comparison
 from job.report import charts, conclusion, gallery
 from job.report.contents import Contents, Numbers
+from job.report.gates import gates
 
 CURVES = {
-    "Loss": ({"loss": "training loss", "eval_loss": "held-out loss"}, ""),
+    "Loss": ({"loss": "training loss", "eval_loss": "{kind} loss"}, ""),
     "Learning rate": ({"learning_rate": "learning rate"}, ""),
     "Gradient norm": ({"grad_norm": "gradient norm"}, ""),
     "Throughput": ({"samples_per_second": "samples per second"}, " samples/s"),
@@ -48,7 +49,10 @@ def render(contents: Contents, images: Mapping[str, bytes] | None = None) -> str
         autoescape=True,
         contents=contents,
         method=metric_info.flat(asdict(contents.metrics.settings)),
-        curves=_curves(contents.log),
+        curves=_curves(contents),
+        gates=gates(contents),
+        errors=_errors(contents),
+        error_names=error_groups.NAMES,
         speed=_speed(contents.log, contents.lineage.price_per_hour),
         shown=gallery.shown(contents, images or {}) if shows_rows else {},
         while_training=gallery.while_training(contents.samples) if shows_rows else {},
@@ -90,10 +94,18 @@ def cell(text: object) -> str:
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def _curves(log: Sequence[Numbers]) -> list[dict[str, Any]]:
+def _errors(contents: Contents) -> dict[str, tuple[error_groups.Errors, error_groups.Errors]]:
+    """Returns the errors of each kind before and after tuning."""
+    labels = examples.labels_read(contents.metrics)
+    old, new = (error_groups.error_groups(rows, labels) for rows in (contents.before, contents.after))
+    return {kind: (old[kind], new[kind]) for kind in new if kind in old}
+
+
+def _curves(contents: Contents) -> list[dict[str, Any]]:
     found = []
+    kind = "validation" if contents.data.get("validation") else "held-out"
     for title, (keys, unit) in CURVES.items():
-        lines = {name: charts.series(log, key) for key, name in keys.items()}
+        lines = {name.format(kind=kind): charts.series(contents.log, key) for key, name in keys.items()}
         lines = {name: points for name, points in lines.items() if len(points) > 1}
         if lines:
             some = {name: points[:: max(1, len(points) // 10)] for name, points in lines.items()}

@@ -20,7 +20,7 @@ GAUGES = {
     "steps": "Optimizer steps planned.",
     "loss": "Loss of the last step that was logged.",
     "eval_loss": "Held-out loss when it was last measured.",
-    "best_step": "Step with the lowest held-out loss so far.",
+    "best_step": "Step with the lowest held-out or validation loss so far.",
     "seconds_left": "Estimated seconds until training ends.",
     "last_checkpoint": "Step of the newest checkpoint that is safe in the store.",
     "checkpoint_seconds": "How long its upload took.",

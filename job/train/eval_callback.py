@@ -1,4 +1,4 @@
-"""Measures held-out loss and sample answers during training, keeps the best adapter, and stops early.
+"""Measures loss and sample answers during training on rows that are not trained on, keeps the best adapter, and stops early.
 
 All of this is stored in the checkpoints, so that a resumed run knows what an uninterrupted run would know. Nothing is drawn
 from a random generator, and a preemption notice never waits: an incomplete measurement is dropped and repeated.
@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -50,13 +50,15 @@ class HeldOut(TrainerCallback):
     """`losses` are the measurements so far, in nats over answer tokens by step; `samples` are the answers at each of them to
     the first `evaluation.eval_samples` rows; `best` is the folder with the best adapter.
 
-    `rows` are all held-out rows; at most `evaluation.eval_loss_rows` of them are measured, always the same ones. All ranks
-    know the losses; only rank 0 has samples and the best adapter.
+    `rows` are the held-out rows, or the validation rows if their loss chooses the step: the final measurement must not be made
+    on rows that chose what is measured. At most `evaluation.eval_loss_rows` of them are measured, always the same ones. All
+    ranks know the losses; only rank 0 has samples and the best adapter.
     """
 
     def __init__(self, ctx: RunContext, loaded: Loaded, rows: Any, retry: StepRetry, group: AllReduce) -> None:
         self.ctx, self.loaded, self.retry, self.group = ctx, loaded, retry, group
         self.spec = ctx.spec.evaluation
+        self.kind = "validation" if self.spec.chooses_step else "held-out"
         count = min(len(rows), self.spec.eval_loss_rows)
         self.rows = rows.select([index * len(rows) // count for index in range(count)]) if count else rows
         self.losses: dict[int, float] = {}
@@ -92,8 +94,7 @@ class HeldOut(TrainerCallback):
 
     @property
     def best_step(self) -> int:
-        """The step with the lowest loss; of several, the first."""
-        return min(self.losses, key=lambda step: (self.losses[step], step))
+        return lowest(self.losses)
 
     def is_due(self, last: int) -> bool:
         """Whether the last step has yet to be measured."""
@@ -112,8 +113,9 @@ class HeldOut(TrainerCallback):
         if self.is_over and not control.should_training_stop:
             control.should_training_stop = control.should_save = True
             log.info(
-                "train: stopping at step %d, because held-out loss has not fallen below that of step %d for %d measurements",
+                "train: stopping at step %d, because %s loss has not fallen below that of step %d for %d measurements",
                 state.global_step,
+                self.kind,
                 self.best_step,
                 self.spec.patience,
             )
@@ -129,7 +131,7 @@ class HeldOut(TrainerCallback):
                     load_adapter(self.loaded.model, self.best)
                 self.group.as_first(self.loaded.model)
                 taken = self.best_step
-            said = [f"step {taken} is chosen, with held-out loss {self.losses[taken]:.4f}"]
+            said = [f"step {taken} is chosen, with {self.kind} loss {self.losses[taken]:.4f}"]
             said.append(f"the lowest is {self.losses[self.best_step]:.4f} at step {self.best_step}")
         self.ctx.record.update(step=last, taken_step=taken)
         return said
@@ -180,7 +182,7 @@ class HeldOut(TrainerCallback):
 
     def _micro_batches(self, size: int) -> MicroBatches:
         cure = f"remove evaluation.eval_steps, shrink images with dataset.image_max_side, {last_cure(self.loaded.precision)}"
-        return MicroBatches(size, "measuring on held-out rows while training", cure)
+        return MicroBatches(size, f"measuring on {self.kind} rows while training", cure)
 
     def _note(self, step: int, loss: float, answers: list[Sample]) -> None:
         self.losses[step] = round(loss, 6) if math.isfinite(loss) else math.inf
@@ -188,7 +190,7 @@ class HeldOut(TrainerCallback):
         said = self.losses[step] if math.isfinite(loss) else None
         self.ctx.record.numbers(step=step, eval_loss=said)
         self.ctx.record.update(eval_loss=said, best_step=self.best_step)
-        log.info("train: held-out loss %.4f at step %d, lowest at step %d", loss, step, self.best_step)
+        log.info("train: %s loss %.4f at step %d, lowest at step %d", self.kind, loss, step, self.best_step)
         self._shown.submit(self._show_samples, jsonl(self.samples))
         if self.best_step == step and self.spec.take == "best" and not self.group.ranks.rank:
             self.best = self.ctx.scratch / "best" / f"step-{step}"
@@ -205,6 +207,11 @@ class HeldOut(TrainerCallback):
             raise
         except JobError as error:
             log.warning("cannot write the samples: %s", error)
+
+
+def lowest(losses: Mapping[int, float]) -> int:
+    """The step with the lowest loss; of several, the first."""
+    return min(losses, key=lambda step: (losses[step], step))
 
 
 def _linked(source: str, target: str) -> None:

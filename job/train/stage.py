@@ -65,7 +65,8 @@ def _train(
     less_kept = thriftier(plan.kept, unsloth=loaded.backend == "unsloth")
     cure = f"{less_kept}shrink images with dataset.image_max_side, lower training.max_length, {last_cure(loaded.precision)}"
     retry = StepRetry(plan.micro_batch, cure)
-    held_out = HeldOut(ctx, loaded, data.evaluation, retry, group)
+    measured = data.validation if ctx.spec.evaluation.chooses_step else data.evaluation
+    held_out = HeldOut(ctx, loaded, measured, retry, group)
     if restored is not None:
         held_out.resume(restored.folder)
     with record.stage("train") as facts:

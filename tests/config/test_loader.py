@@ -255,9 +255,9 @@ def test_what_only_measuring_and_publishing_read_asks_for_no_new_training(field:
     assert (first.result_digest != other.result_digest) is (field in MEASURED)
 
 
-@pytest.mark.parametrize("field", ["MAX_ROWS", "EVAL_LOSS_ROWS", "EVAL_STEPS"])
+@pytest.mark.parametrize("field", ["EVAL_LOSS_ROWS", "EVAL_STEPS"])
 @pytest.mark.parametrize("chosen", [{"JOB__EVALUATION__TAKE": "best"}, {"JOB__EVALUATION__PATIENCE": "3"}])
-def test_held_out_rows_that_choose_the_step_decide_the_training(field: str, chosen: dict[str, str]):
+def test_rows_that_choose_the_step_decide_the_training(field: str, chosen: dict[str, str]):
     common = {"JOB_SPEC": MINIMAL, "JOB__EVALUATION__EVAL_STEPS": "50", **chosen}
     first, other = load_spec(common), load_spec(common | {f"JOB__EVALUATION__{field}": "9"})
     assert len(differences(first, other)) == 1

@@ -5,6 +5,7 @@ import contextlib
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,17 @@ from pydicom.data import get_testdata_file
 
 from job.config.schema import DatasetSpec
 from job.data.image_cache import ImageCache
-from job.data.images import Bounds, Files, begins_as_picture, decode, load, load_anew, locate, looks_like_picture
+from job.data.images import (
+    Bounds,
+    Files,
+    begins_as_picture,
+    decode,
+    file_name,
+    load,
+    load_anew,
+    locate,
+    looks_like_picture,
+)
 from job.data.pixels import BadRow, shrink
 
 
@@ -242,3 +253,20 @@ def test_base64_that_is_broken_is_no_path():
 def test_a_path_is_not_taken_for_base64(name: str):
     assert not begins_as_picture(f"images/{name}")
     assert not begins_as_picture(f"{name[:4]}.png")
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        ("films/1.png", "films/1.png"),
+        ({"path": "films/1.png", "bytes": b"\x89PNG"}, "films/1.png"),
+        ({"path": None, "bytes": b"\x89PNG"}, None),
+        ("https://pacs.example/1.png?token=secret", "https://pacs.example/1.png"),
+        ("data:image/png;base64,iVBORw0KGgo=", None),
+        (base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(600)).decode(), None),
+        (b"\x89PNG", None),
+        ({"montage": ["1.dcm"]}, None),
+    ],
+)
+def test_a_file_is_named_as_the_data_do_without_secrets_or_contents(value: Any, name: str | None) -> None:
+    assert file_name(value) == name

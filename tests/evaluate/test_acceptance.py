@@ -9,12 +9,16 @@ import pytest
 from job.config.rules import contradictions
 from job.config.schema import METRICS, EvaluationSpec, RequirementSpec
 from job.evaluate import metric_info
-from job.evaluate.acceptance import unmet
+from job.evaluate.acceptance import judged
 from job.evaluate.extra import RADEVAL
 from job.evaluate.records import Change, Comparison, Estimate
 from tests.tiny import job_spec
 
 MEASURED = Comparison(after={"rougeL": Estimate(0.5, 0.4, 0.6, 40)}, change={"rougeL": Change(0.03, -0.01, 0.07, 40)})
+
+
+def unmet(required: dict[str, RequirementSpec], measured: Comparison) -> list[str]:
+    return [each.said for each in judged(required, measured) if not each.met]
 
 
 @pytest.mark.parametrize(

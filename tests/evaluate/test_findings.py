@@ -16,7 +16,7 @@ from job.config.schema import LabelSpec, RequirementSpec
 from job.data.prepare import prepare
 from job.errors import DataError, SpecError
 from job.evaluate import bootstrap
-from job.evaluate.acceptance import unmet
+from job.evaluate.acceptance import judged
 from job.evaluate.compare import compare
 from job.evaluate.label_metrics import stated_and_right
 from job.evaluate.records import Answer, Comparison, Settings, from_json
@@ -28,6 +28,10 @@ FINDINGS = ["edema", "pleural effusion", "pneumothorax"]
 SPEC = {"findings": LabelSpec(column="findings", values=FINDINGS)}
 SETTINGS = Settings(bootstrap_samples=200, confidence=0.95, seed=1)
 SAY = {"present": "There is {}.", "absent": "No {}.", "uncertain": "Possible {}.", "": ""}
+
+
+def unmet(required: dict[str, RequirementSpec], measured: Comparison) -> list[str]:
+    return [each.said for each in judged(required, measured) if not each.met]
 
 
 def row(place: int, truth: dict[str, str], said: dict[str, str], **more: Any) -> Answer:

@@ -14,10 +14,12 @@ import pytest
 from PIL import Image
 
 from job.report import page as report
+from job.report.contents import Contents
 from tests.conftest import CACHE
 from tests.evaluate.conftest import contents_of
 
-DESK, PHONE = 1280, 390
+DESK, PAPER, PHONE = 1280, 718, 390
+"""Widths in CSS pixels; PAPER is A4 within its margins."""
 CONTRAST = """
 const channel = v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4
 const parse = c => c.match(/[\\d.]+/g).map(Number)
@@ -52,6 +54,59 @@ def page(facts: dict[str, Any], tmp_path: Path) -> str:
     return path.as_uri()
 
 
+BROKEN = """
+// Words of prose that stand on two lines. Ids, hashes and file names may: longer ones, and those with digits or signs.
+const broken = [], range = document.createRange()
+const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT)
+while (walk.nextNode()) {
+  const node = walk.currentNode, holder = node.parentElement
+  if (holder.closest('svg, .told') || !holder.getClientRects().length) continue
+  for (const word of node.textContent.matchAll(/[^\\s\u00a0-]+/g)) {
+    if (word[0].length > 20 || /[\\d_|/:]./.test(word[0])) continue
+    range.setStart(node, word.index); range.setEnd(node, word.index + word[0].length)
+    const lines = new Set([...range.getClientRects()].filter(r => r.width).map(r => Math.round(r.top)))
+    if (lines.size > 1) broken.push(word[0])
+  }
+}
+return broken"""
+
+
+@pytest.fixture(params=["good", "bad"])
+def run_page(request: Any, good_run: Contents, bad_run: Contents, images: dict[str, bytes], tmp_path: Path) -> str:
+    """The address of the report of a good run, and of a bad one, with long file names and maps."""
+    path = tmp_path / f"{request.param}.html"
+    path.write_text(report.render(good_run if request.param == "good" else bad_run, images), encoding="utf-8")
+    return path.as_uri()
+
+
+@pytest.mark.parametrize(
+    ("width", "media"), [*((width, "screen") for width in (DESK, PAPER, PHONE, 320)), (PAPER, "print")]
+)
+def test_no_word_is_broken_and_nothing_sticks_out(browser: Any, run_page: str, width: int, media: str) -> None:
+    browser.show_as(width=width, media=media)
+    browser.open(run_page)
+    assert browser.run(BROKEN) == []
+    assert browser.run("return document.scrollingElement.scrollWidth") <= width
+
+
+def test_wide_tables_are_whole_on_paper(browser: Any, run_page: str) -> None:
+    browser.show_as(width=PAPER, media="print")
+    browser.open(run_page)
+    cut = "return [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.ariaLabel)"
+    assert browser.run(cut) == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [DESK, PHONE])
+def test_all_text_of_both_runs_has_contrast_and_is_kept_to_be_looked_at(
+    browser: Any, run_page: str, width: int, scheme: str
+) -> None:
+    browser.show_as(width=width, scheme=scheme)
+    browser.open(run_page)
+    assert browser.run(CONTRAST) == []
+    keep_picture(browser, f"report-{Path(run_page).stem}-{width}-{scheme}")
+
+
 @pytest.mark.parametrize("width", [DESK, PHONE, 320])
 def test_the_page_never_scrolls_sideways(browser: Any, page: str, width: int) -> None:
     browser.show_as(width=width)
@@ -73,13 +128,18 @@ def test_a_picture_of_the_page_is_kept_to_be_looked_at(browser: Any, page: str, 
     """build/tests/report-1280-light.png and so on: what no check of a style sheet sees, a person does."""
     browser.show_as(width=width, scheme=scheme)
     browser.open(page)
-    shot = browser.devtools("Page.captureScreenshot", captureBeyondViewport=True)["data"]
-    with Image.open(io.BytesIO(base64.b64decode(shot))) as picture:
-        CACHE.mkdir(parents=True, exist_ok=True)
-        picture.convert("RGB").save(CACHE / f"report-{width}-{scheme}.png")
+    with keep_picture(browser, f"report-{width}-{scheme}") as picture:
         assert width - 20 < picture.width <= width  # a desktop shows a scroll bar
         assert picture.height > 3000
         assert len(picture.convert("RGB").getcolors(2**24) or []) > 100
+
+
+def keep_picture(browser: Any, name: str) -> Image.Image:
+    shot = browser.devtools("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+    picture = Image.open(io.BytesIO(base64.b64decode(shot)))
+    CACHE.mkdir(parents=True, exist_ok=True)
+    picture.convert("RGB").save(CACHE / f"{name}.png")
+    return picture
 
 
 def test_dark_and_light_differ(browser: Any, page: str) -> None:
@@ -149,11 +209,10 @@ def test_the_keyboard_reaches_the_results_first_and_wide_tables_too(browser: Any
 
 
 def test_paper_is_white_without_navigation_and_nothing_is_cut_off(browser: Any, page: str) -> None:
-    a4_within_its_margins = 718
-    browser.show_as(width=a4_within_its_margins, scheme="dark", media="print")
+    browser.show_as(width=PAPER, scheme="dark", media="print")
     browser.open(page)
     assert browser.run("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert browser.run("return getComputedStyle(document.querySelector('nav')).display") == "none"
-    assert browser.run("return document.scrollingElement.scrollWidth") <= a4_within_its_margins
+    assert browser.run("return document.scrollingElement.scrollWidth") <= PAPER
     assert browser.run(CONTRAST) == []
     assert base64.b64decode(browser.ask("print", {})).startswith(b"%PDF")

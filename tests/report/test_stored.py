@@ -39,6 +39,7 @@ VARYING = {
     "spec_digest",
     "result_digest",
     "published",
+    "written",
     "packages",
     "package_lock_sha256",
     "scorers",
@@ -96,7 +97,7 @@ def published(tmp_path: Path) -> Store:
     rows_facts = DataFacts(
         rows=140, source="a table", train=112, evaluation=28, train_sha256="ab" * 32, instruction=told
     )
-    data: Any = Data([], rows, [], rows_facts, values)  # type: ignore[arg-type]
+    data: Any = Data([], rows, [], [], rows_facts, values)  # type: ignore[arg-type]
     facts = Facts(device=Device("cuda", "NVIDIA H200", 1))
     plan = Plan((), 20, 1, 8, 1, "16bit", None, groups={"vision/attention": 120_000})  # type: ignore[arg-type]
     numbers = [number / 1000 for number in range(11)]

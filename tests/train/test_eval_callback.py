@@ -16,6 +16,7 @@ from peft import get_peft_model_state_dict
 
 from job.config.environment import Environment
 from job.context import RunContext
+from job.data.split import hold_out
 from job.errors import Preempted
 from job.layout import SAMPLES_KEY
 from job.model.transformers_backend import load
@@ -32,6 +33,8 @@ from tests.tiny import job_spec, picture
 
 STEPS = 8
 RATE = {"learning_rate": 0.05, "lr_scheduler_type": "constant"}
+CHOOSING = {"eval_steps": 1, "patience": 1000}
+"""Sets the validation row aside, and stops never."""
 Weights = dict[str, torch.Tensor]
 Fitted = Callable[..., tuple[Weights, Path]]
 
@@ -39,15 +42,27 @@ Fitted = Callable[..., tuple[Weights, Path]]
 @pytest.fixture
 def fitted(tmp_path: Path, tiny: Callable[..., Path]) -> Fitted:
     """`fitted(name, evaluation, stop_at=k)` trains into the output of that name, and is asked to stop at the k-th
-    batch that it measures. Returns the adapter and the file of numbers."""
+    batch that it measures. Returns the adapter and the file of numbers.
+
+    One training row is like the held-out ones: the validation row, where one is set aside."""
     no_fracture = "No fracture of the clavicle is seen. "  # learning the other unlearns this
     said = {"rows": ("There is a nodule. ", range(8)), "held": (no_fracture, range(8)), "one": (no_fracture, [1])}
     for name, (caption, numbers) in said.items():
         folder = tmp_path / name
         folder.mkdir()
-        lines = [{"file_name": f"{n}.png", "caption": caption * (1 + n % 3), "weight": 3.0 * (n == 1)} for n in numbers]
+        names = [f"{name} {n}" for n in numbers]
+        aside = hold_out(names, 0, 3407, rows=1) if name == "rows" else [False] * len(names)
+        lines = [
+            {
+                "file_name": f"{n}.png",
+                "caption": (no_fracture if is_aside else caption) * (1 + n % 3),
+                "weight": 3.0 * (n == 1),
+                "patient": patient,
+            }
+            for n, patient, is_aside in zip(numbers, names, aside, strict=True)
+        ]
         for number, line in zip(numbers, lines, strict=True):
-            picture(number).save(folder / str(line["file_name"]))
+            picture(number + 8 * (name != "rows")).save(folder / str(line["file_name"]))
         (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def run(
@@ -56,6 +71,7 @@ def fitted(tmp_path: Path, tiny: Callable[..., Path]) -> Fitted:
         spec = job_spec(
             model={"name_or_path": str(tiny("llava"))},
             dataset={"path": str(tmp_path / "rows"), "eval_path": str(tmp_path / "held"), "image_max_side": None}
+            | {"group_column": "patient"}
             | (dataset or {}),
             lora={"r": 4, "lora_dropout": 0.2, "finetune_vision_layers": False},
             training={
@@ -114,11 +130,11 @@ def test_measuring_changes_neither_order_nor_dropout_and_the_best_step_is_taken(
     watched, with_losses = fitted("watched", {"eval_steps": 1})
     assert same(plain, watched)
     assert trajectory(numbers.read_bytes()) == trajectory(with_losses.read_bytes())
-    losses = measured(with_losses)
-    assert list(losses) == list(range(1, STEPS + 1))
-    last = first_worse(losses)
+    assert list(measured(with_losses)) == list(range(1, STEPS + 1))
+    _, numbers = fitted("choosing", CHOOSING)
+    last = first_worse(measured(numbers))
     taken, _ = fitted("taken", {"eval_steps": 1, "take": "best"}, max_steps=last)
-    until_then, _ = fitted("until then", {}, max_steps=last - 1)
+    until_then, _ = fitted("until then", CHOOSING, max_steps=last - 1)
     assert same(taken, until_then)
 
 
@@ -132,8 +148,8 @@ def test_a_notice_while_measuring_leaves_at_once_and_what_was_dropped_is_measure
     whole, numbers = fitted("whole", patient)
     losses = measured(numbers)
     assert max(losses) == first_worse(losses) < STEPS  # it stopped early
-    last = 3 * max(losses)  # two batches a measurement, and one that is answered
-    for stop in (last, last - 2):  # in the midst of the last answers, and of the last losses
+    last = 2 * max(losses)  # one batch a measurement, and one that is answered
+    for stop in (last, last - 1):  # in the midst of the last answers, and of the last losses
         with pytest.raises(Preempted):
             fitted(f"stopped {stop}", patient, stop_at=stop)
         again, resumed = fitted(f"stopped {stop}", patient)
@@ -141,9 +157,8 @@ def test_a_notice_while_measuring_leaves_at_once_and_what_was_dropped_is_measure
         assert trajectory(resumed.read_bytes()) == trajectory(numbers.read_bytes())
         assert same(again, whole)
         assert samples(resumed) == samples(numbers)
-        assert [(line["step"], line["id"]) for line in samples(numbers)] == [
-            (step, row) for step in losses for row in ("row-0", "row-1")
-        ]
+        assert [line["step"] for line in samples(numbers)] == list(losses)
+        assert len({line["id"] for line in samples(numbers)}) == 1
     once_more, _ = fitted(f"stopped {stop}", patient)
     assert same(once_more, whole)
 
