@@ -137,8 +137,9 @@ class DatasetSpec(Section):
     format: Literal["auto", "imagefolder", "json", "csv", "parquet", "arrow", "webdataset", "dicom", "hub"] = "auto"
     """Format of `path`. `auto` detects it and logs what it chose and why."""
     image_column: str | list[str] | None = "image"
-    """Column with the image or a list of images: embedded, a URL, or a path relative to the folder that `path` names (in an
-    image folder, to its metadata file). Several columns give several images; null trains on text only."""
+    """Column with the image or a list of images: embedded, a URL, or a path or name of a file in the folder that `path` names (in
+    an image folder, in that of its metadata file). `images/{patient}/{name}.png` makes the path from columns. Several columns
+    give several images; null trains on text only."""
     image_hosts: list[str] = []
     """Host names in your own network from which images may be fetched by URL. Any other host whose address is not public is
     refused, also behind a redirect."""

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from job.config.schema import DatasetSpec, PrivacySpec
 from job.data.image_cache import ImageCache
+from job.data.image_names import OUTSIDE, Lookup
 from job.data.pixels import MIN_SIDE, BadRow, Picture, as_rgb, check_bytes, check_size, shrink
 from job.data.remote import NO_HOST, Unfetchable, fetched, piece
 from job.data.webdataset import IMAGES
@@ -85,7 +86,8 @@ AS_IT_IS = Bounds()
 
 class Files(NamedTuple):
     """Where relative paths in rows start (a folder, or an `s3://` prefix), where images behind URLs are stored, the cache of
-    shrunk images, the limits they are shrunk to, what to do about burned-in text, and which hosts need not be public."""
+    shrunk images, the limits they are shrunk to, what to do about burned-in text, which hosts need not be public, and how to look
+    up names that are no such paths."""
 
     base: Path | str | None = None
     fetched: Path | None = None
@@ -93,6 +95,7 @@ class Files(NamedTuple):
     bounds: Bounds = AS_IT_IS
     privacy: PrivacySpec = PrivacySpec()
     hosts: tuple[str, ...] = ()
+    lookup: Lookup | None = None
 
 
 class Place(NamedTuple):
@@ -108,6 +111,7 @@ def locate(value: Any, files: Files) -> bytes | Place:
     or s3 URL, a path relative to `files.base`, or a piece `{"path", "offset", "size"}` of an archive. Raises BadRow if none."""
     given = value if isinstance(value, dict) else {"path": value}
     name = given.get("path") if given.get("bytes") is None else given["bytes"]
+    name = str(name) if type(name) is int and files.base is not None else name
     if isinstance(name, bytes):
         check_bytes(len(name))
         return name
@@ -121,7 +125,7 @@ def locate(value: Any, files: Files) -> bytes | Place:
     name = name.removeprefix("file://")
     if not name.startswith(WEB):
         if files.base is not None:
-            name = _below(str(files.base), name)
+            name = _below(str(files.base), name) if files.lookup is None else _found(files.lookup, name)
         elif value is not given:  # the Hub's own files come as {"path"}; text in a stranger's row names no file here
             raise BadRow("image is a path, and there is no folder to resolve it in")
     if extent or not name.startswith(WEB):
@@ -134,12 +138,19 @@ def locate(value: Any, files: Files) -> bytes | Place:
         raise BadRow(f"image cannot be fetched: {error}") from None
 
 
+def _found(lookup: Lookup, name: str) -> str:
+    with suppress(BadRow, OSError, ValueError):
+        if (place := Path(_below(str(lookup.tree.base), name))).is_file():
+            return str(place)
+    return lookup.find(name)
+
+
 def _below(base: str, name: str) -> str:
     """Resolves a name against `base` to a path or URL. Follows the owner's links, but refuses names that lead out of it."""
     scheme, folder = ("s3:/", base.removeprefix("s3:/")) if base.startswith(WEB) else ("", str(Path(base).absolute()))
     whole = os.path.normpath(f"{folder}/{name}") if name[:1] != "/" else os.path.normpath(name)
     if not whole.startswith(f"{os.path.normpath(folder)}/"):
-        raise BadRow("image path leaves the dataset's folder")
+        raise BadRow(OUTSIDE)
     return scheme + whole
 
 
@@ -191,10 +202,21 @@ def _inline(url: str) -> bytes:
     return _from_base64(body, "data: URL is not base64") if head.endswith(";base64") else b""
 
 
-def is_absolute(value: Any) -> bool:
+def is_absolute(value: Any, files: Files) -> bool:
     """Whether a row's image value is an absolute path on this machine."""
+    name = path_of(value)
+    return name is not None and name[:1] == "/" and (files.lookup is None or Path(name).is_file())
+
+
+def path_of(value: Any) -> str | None:
+    """Returns the path in a row's image value as it is written; None if it is something else, such as a URL."""
     name = value.get("path") if isinstance(value, dict) and value.get("bytes") is None else value
-    return isinstance(name, str) and name.removeprefix("file://")[:1] == "/" and not begins_as_picture(name)
+    if isinstance(value, dict) and "offset" in value:
+        return None
+    name = str(name) if type(name) is int else name
+    if not isinstance(name, str) or not name or name.startswith((*WEB, "data:")) or begins_as_picture(name):
+        return None
+    return name.removeprefix("file://")
 
 
 def begins_as_picture(text: str) -> bool:

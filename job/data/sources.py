@@ -7,7 +7,7 @@ import shutil
 import zipfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,12 @@ from job.config.schema import DatasetSpec, PrivacySpec
 from job.data.cards import classes_noted
 from job.data.classes import kinds_of, named
 from job.data.columns import FIRST, Choose, Rows, first_rows, undecoded
-from job.data.conversations import Reading, choose_alike, choose_columns, read_sample
+from job.data.conversations import Reading, choose_alike, choose_columns, images_of, read_sample
 from job.data.floats import Floats, floats_of
 from job.data.hub import from_hub, not_there
 from job.data.image_cache import ImageCache
-from job.data.images import AS_IT_IS, Bounds, Files, Place, locate, looks_like_picture
+from job.data.image_names import SAMPLED, learned, nearest
+from job.data.images import AS_IT_IS, Bounds, Files, Place, locate, looks_like_picture, path_of
 from job.data.layouts import find_rows, listed, of_split, tables_below
 from job.data.pixels import LARGEST, BadRow
 from job.data.tables import LINE, as_table, read_line, read_table
@@ -81,6 +82,38 @@ class Source:
         classes = {name: kind for name, kind in self.table.found.classes.items() if name in self.reading.used}
         return values | plain | {name: named(values.get(name), kind, name) for name, kind in classes.items()}
 
+    def paths(self, places: list[int]) -> list[str]:
+        """Returns the paths of images in these rows, as the rows write them."""
+        found = []
+        for row in self.rows_at(places):
+            with suppress(BadRow):
+                values = self.read(row)
+                found += [
+                    path for name in self.reading.images for path in map(path_of, images_of(values, name)) if path
+                ]
+        return found
+
+    def with_lookup(self) -> Source:
+        """Adds how to look up the names of images, if they are no paths from the folder."""
+        base, count = self.files.base, len(self.table.rows)
+        if not isinstance(base, Path) or self.table.patients or self.table.streamed:
+            return self
+        places = sorted({place * count // SAMPLED for place in range(SAMPLED)})
+        names = self.paths(places)
+        lookup = learned(base, names)
+        if lookup is None:
+            return self
+        decided = f"{self.decided} found in {lookup.folder(names) or 'the folder'}"
+        return replace(self, files=self.files._replace(lookup=lookup), decided=decided)
+
+    def tried(self, place: int) -> str:
+        """Describes where the first image of a row was looked for, and what is near."""
+        base, names = self.files.base, self.paths([place])
+        if not isinstance(base, Path) or not names:
+            return ""
+        first = next((name for name in names if not (base / name).is_file()), names[0])
+        return f"The first is {base / first}, and the nearest that exists is {nearest(base, first)}"
+
     def other_pictures(self) -> list[str]:
         """Returns the columns that look like images but that the spec does not read as images."""
         found: dict[str, None] = {}
@@ -139,7 +172,7 @@ def open_source(
     if spec.answer and not reading.messages:
         what = "answers by template"
     images = f"images in {', '.join(reading.images)}" if reading.images else "no images"
-    return Source(table, files, reading, f"{table.why}; {what}, {images}", field, table.found.floats)
+    return Source(table, files, reading, f"{table.why}; {what}, {images}", field, table.found.floats).with_lookup()
 
 
 def _open(spec: DatasetSpec, path: str, split: str, scratch: Path, field: str, choose: Choose) -> Table:

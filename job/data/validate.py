@@ -21,6 +21,7 @@ from job.data.conversations import Message, as_text, labels_of, last_answer, pro
 from job.data.decoder import dismiss
 from job.data.facts import ImageFacts, QuarantinedRow, SplitFacts, TokenFacts
 from job.data.given_away import given_away, stated_answer, words
+from job.data.image_names import MISSING, OUTSIDE
 from job.data.images import is_absolute, load_anew
 from job.data.layouts import split_of
 from job.data.near_duplicates import Thumbnail, thumbnail
@@ -152,6 +153,8 @@ def _refuse_unusable(
     blind = dataset.image_column is not None and not any(row.sizes for row in good)
     if len(bad) > dataset.max_bad_fraction * total or not good:
         hint = f". {_where_pictures_are(source)}" if blind and not source.reading.images else ""
+        hint += f". {_first_missing(source, bad)}" if spec.privacy.report_images else ""
+        hint = hint.rstrip(". ")
         raise BadRows(_too_many(source.field, bad, total, dataset.max_bad_fraction) + hint, bad)
     if blind:
         raise DataError(
@@ -194,7 +197,7 @@ def _examine(
     text = json.dumps([keys, messages])
     digest, lossy = hashlib.sha256(text.encode()).hexdigest(), "\\ufffd" in text
     identity = row_identity(pictures, [digest, sample.weight])
-    absolute = any(map(is_absolute, sample.images))
+    absolute = any(is_absolute(image, source.files) for image in sample.images)
     other = _other_split(values.get(source.reading.split or ""), dataset.split)
     return ValidatedRow(
         index,
@@ -269,6 +272,12 @@ def _where_pictures_are(source: Source) -> str:
     columns = source.other_pictures()
     named = f"Column {', '.join(columns)} looks like images: set" if columns else "Set"
     return f"{named} dataset.image_column to the column that holds them, or to null to train on text alone"
+
+
+def _first_missing(source: Source, bad: list[QuarantinedRow]) -> str:
+    """Names the first path without a file. File names may hold the names of patients: not for those who may not see images."""
+    missing = next((row.row for row in bad if row.reason in (MISSING, OUTSIDE)), None)
+    return source.tried(missing) if missing is not None else ""
 
 
 def _too_many(field: str, bad: list[QuarantinedRow], total: int, allowed: float) -> str:
