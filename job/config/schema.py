@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 CountOrZero = Annotated[int, Field(ge=0, le=2**31 - 1)]
-FIELD = re.compile(r"(?<!\{)\{([^\W\d][\w .-]*)\}(?!\})")
+FIELD = re.compile(r"(?<!\{)\{([^\W\d][\w ./()-]*)\}(?!\})")
 """A column in a template."""
 HUB_ID = r"^[\w.-]+/[\w.-]+$"
 RADIOGRAPHER = "You are an expert radiographer. Describe accurately what you see in this image."
@@ -136,6 +136,9 @@ class DatasetSpec(Section):
     """Branch, tag or commit of a hub dataset."""
     format: Literal["auto", "imagefolder", "json", "csv", "parquet", "arrow", "webdataset", "dicom", "hub"] = "auto"
     """Format of `path`. `auto` detects it and logs what it chose and why."""
+    join: str | None = None
+    """Column that CSV or JSON tables of different columns share (a study): rows with an answer get the other tables' columns, as
+    lists if several rows have the same value. Default: tables are stacked, and must have the same columns."""
     image_column: str | list[str] | None = "image"
     """Column with the image or a list of images: embedded, a URL, or a path or name of a file in the folder that `path` names (in
     an image folder, in that of its metadata file). `images/{patient}/{name}.png` makes the path from columns. Several columns

@@ -21,7 +21,7 @@ from job.data.pixels import BadRow
 from job.errors import DataError
 
 MARK = "<image>"
-SPLIT = ("split", "data_split", "dataset_split", "partition", "subset")
+SPLIT = ("split", "data_split", "dataset_split", "partition", "subset", "fold")
 """Names, in any case, of columns that say which split a row belongs to."""
 SYSTEM = "system"
 """The column beside a conversation that holds its system turn."""
@@ -100,6 +100,15 @@ def choose_columns(
     return Reading(tuple(name for name in names if name), answer, messages, frozenset(used - {""}), split)
 
 
+def answer_columns(spec: DatasetSpec) -> list[str]:
+    """Returns the columns that may hold what is learned, in the order in which they are tried."""
+    if spec.messages_column:
+        return [spec.messages_column]
+    given = {"answer", "answer_column"} & spec.model_fields_set
+    own = FIELD.findall(spec.answer) if spec.answer else [spec.answer_column]
+    return own if given else ["messages", "conversations", *own, "text", "txt"]
+
+
 def choose_alike(
     tables: Mapping[str, Iterable[str]], spec: DatasetSpec, field: str, also: Mapping[str, str] = MappingProxyType({})
 ) -> Reading:
@@ -109,9 +118,13 @@ def choose_alike(
     for table, missing in without.items():
         if missing:
             other = next(each for each, lacks in without.items() if missing[0] not in lacks)
+            shared = [name for name in tables[table] if name in tables[other]]
+            cure = (
+                f"join them by a column that both have ({', '.join(shared)}): dataset.join" if shared else "merge them"
+            )
             raise DataError(
                 f"{field}: {table} ({', '.join(tables[table])}) and {other} ({', '.join(tables[other])}) have different columns, "
-                f"and {table} has no {', '.join(missing)}; name one table in {field}, or merge them"
+                f"and {table} has no {', '.join(missing)}; name one table in {field}, or {cure}"
             )
     return reading
 

@@ -14,6 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
+from job.data.layouts import split_of
 from job.data.pixels import BadRow
 from job.data.webdataset import IMAGES
 
@@ -21,6 +22,8 @@ MISSING = "image cannot be read: No such file or directory"
 OUTSIDE = "image path leaves the dataset's folder"
 SAMPLED = 64
 """Rows, evenly spread, whose names decide how all names are read."""
+MOST = 5_000_000
+"""Files above which a folder is not searched: it holds more than one data set."""
 COMPARED = 5000
 """Files that a misspelled name is compared with."""
 
@@ -40,8 +43,10 @@ class Tree:
     def files(self) -> dict[str, list[str]]:
         """Paths relative to the folder, by the stem of their names."""
         found: dict[str, list[str]] = {}
-        entered = set[tuple[int, int]]()
+        entered, count = set[tuple[int, int]](), 0
         for folder, inner, names in os.walk(self.base, followlinks=True):
+            if count > MOST:
+                return {}
             status = Path(folder).stat()
             inner[:] = sorted(name for name in inner if name[0] != "." and name != "__MACOSX")
             if (status.st_dev, status.st_ino) in entered:
@@ -51,6 +56,7 @@ class Tree:
             start = os.path.relpath(folder, self.base)
             for name in names:
                 if name[0] != ".":
+                    count += 1
                     found.setdefault(_stem(name), []).append(name if start == "." else f"{start}/{name}")
         return found
 
@@ -66,9 +72,11 @@ class Tree:
 
 
 class Lookup(NamedTuple):
-    """Looks names up in a tree, without their first `dropped` parts; None drops all but the last."""
+    """Looks names up in a tree, without their first `dropped` parts; None drops all but the last. Of several files of a name,
+    that in a folder named after `split` is meant."""
 
     tree: Tree
+    split: str | None = None
     dropped: int | None = 0
 
     def find(self, name: str) -> str:
@@ -96,10 +104,12 @@ class Lookup(NamedTuple):
 
     def _meant(self, name: str) -> list[str]:
         parts = _parts(name)
-        return self.tree.ending(parts[-1:] if self.dropped is None else parts[self.dropped :])
+        found = self.tree.ending(parts[-1:] if self.dropped is None else parts[self.dropped :])
+        own = [path for path in found if split_of(path.rpartition("/")[0]) == self.split] if len(found) > 1 else []
+        return own if len(own) == 1 else found
 
 
-def learned(base: Path, names: list[str]) -> Lookup | None:
+def learned(base: Path, names: list[str], split: str | None = None) -> Lookup | None:
     """Returns how to look up names of a table, learned from some of them; None if that finds no more of them than are there as
     written.
 
@@ -120,8 +130,15 @@ def learned(base: Path, names: list[str]) -> Lookup | None:
             *range(1, len(list(shared)) + 1),
             *([None] if len({each[-1:] for each in parts}) == len(parts) else []),
         ]
-    best = max((Lookup(tree, way) for way in ways), key=lambda each: each.known(names))
+    best = max((Lookup(tree, split, way) for way in ways), key=lambda each: each.known(names))
     return best if best.known(names) > there else None
+
+
+def beside(folder: Path, names: list[str], split: str | None = None) -> Lookup | None:
+    """Returns how to look up names below the folder that holds a table's own: `annotations/rows.json` lies beside `images/`."""
+    whole = Lookup(Tree(folder.parent), split)
+    there = any((folder.parent / name).is_file() for name in names)
+    return learned(folder.parent, names, split) or (whole if there else None)
 
 
 def nearest(base: Path, name: str) -> str:

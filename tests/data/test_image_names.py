@@ -21,15 +21,17 @@ from tests.data.test_data import png
 def prepared(tree: dict[str, Any], tmp_path: Path):
     """Prepares rows whose images have these names, in a folder with these files, each of another grey."""
 
-    def prepare_it(names: list[Any], files: list[str], privacy: dict[str, Any] | None = None, **dataset: Any) -> Data:
+    def prepare_it(
+        names: list[Any] | None, files: list[str], privacy: dict[str, Any] | None = None, **dataset: Any
+    ) -> Data:
         folder = tmp_path / "set"
         for grey, file in enumerate(files):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).write_bytes(png(grey))
-        rows = [
-            {"image": name, "caption": f"c{n}"} if not isinstance(name, dict) else name for n, name in enumerate(names)
-        ]
-        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if names is not None:
+            made = ({"image": name, "caption": f"c{n}"} for n, name in enumerate(names))
+            rows = [name if isinstance(name, dict) else row for name, row in zip(names, made, strict=True)]
+            (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         tree["dataset"] = {"path": str(folder), "eval_fraction": 0} | dataset
         return prepare(validate(tree | {"privacy": privacy or {}}), tmp_path / "scratch")
 
@@ -49,21 +51,21 @@ def greys(data: Data) -> list[int]:
         (["1.2.840.1", "1.2.840.10"], ["x/1.2.840.1.dcm.png", "x/1.2.840.10.png", "x/1.2.840.1.png"], "x/"),
         (["x1/source.jpg", "x2/source.jpg"], ["imgs/x1/source.jpg", "imgs/x2/source.jpg", "imgs/x1/mask.png"], "imgs/"),
         (["set-small/train/p1/a.png", "set-small/train/p2/a.png"], ["train/p1/a.png", "train/p2/a.png"], "train/"),
-        (["/mnt/d/p1/a.png", "/mnt/d/p2/a.png"], ["p1/a.png", "p2/a.png"], "the folder"),
+        (["/mnt/d/p1/a.png", "/mnt/d/p2/a.png"], ["p1/a.png", "p2/a.png"], ""),
         (["/mnt/p1/a.png", "/mnt/p2/b.png"], ["images/a.png", "images/b.png"], "images/"),
         (["C:\\films\\a.png", "C:\\films\\b.png"], ["images/a.png", "images/b.png"], "images/"),
         (["file:///mnt/d/a.png", "file:///mnt/d/b.png"], ["d/a.png", "d/b.png"], "d/"),
-        (["a.png", "b.png"], ["images_001/images/a.png", "images_002/images/b.png"], "the folder"),
+        (["a.png", "b.png"], ["images_001/images/a.png", "images_002/images/b.png"], ""),
         (["A.PNG", "b.png"], ["images/a.png", "images/B.png"], "images/"),
         (["a.png", "A.png"], ["images/a.png", "images/A.png"], "images/"),
         (["a\u0308.png", "b.png"], ["images/\u00e4.png", "images/b.png"], "images/"),
     ],
 )
-def test_names_are_found(prepared, names: list[Any], files: list[str], where: str):
-    data = prepared(names, files)
+def test_names_are_found(tmp_path: Path, prepared, names: list[Any], files: list[str], where: str):
+    folder, data = tmp_path / "set", prepared(names, files)
     wanted = [2, 1] if "x/1.2.840.1.dcm.png" in files else [0, 1]
     assert greys(data) == wanted
-    assert data.facts.source.endswith(f"images in image found in {where}")
+    assert data.facts.source.endswith(f"images in image found in {where or folder}")
     assert data.facts.absolute == 0
 
 
@@ -86,6 +88,16 @@ def test_a_name_in_several_folders_is_refused_until_one_is_named(prepared):
     assert greys(data) == [2, 3]
     with pytest.raises(DataError, match="several formats"):
         prepared(["c", "d"], ["x/c.png", "x/c.jpg", "x/d.png", "x/d.jpg"])
+
+
+def test_of_one_name_in_the_folders_of_two_splits_that_of_the_row_s_split_is_meant(prepared, tmp_path: Path):
+    files = ["train/0.png", "train/1.png", "test/0.png", "test/1.png"]
+    for n, part in enumerate(("train", "test")):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "set" / f"{part}.csv").write_text(f"image,caption\n0,a{n}\n1,b{n}\n")
+    data = prepared(None, files, eval_split="test", eval_fraction=0.1)
+    assert greys(data) == [0, 1]
+    assert [row["images"][0].getpixel((0, 0))[0] for row in data.evaluation] == [2, 3]
 
 
 def test_a_template_makes_paths_from_columns_and_one_of_each_value(prepared):
