@@ -47,6 +47,18 @@ class ImageFacts:
     most: int
 
 
+@dataclass(frozen=True)
+class ShrunkFacts:
+    """Images that are shrunk before the model's processor sees them. The sizes (width, height) are those of the one of median
+    area, and the tokens those of its row; None if they were not counted."""
+
+    count: int
+    whole: tuple[int, int]
+    shrunk: tuple[int, int]
+    whole_tokens: int | None = None
+    tokens: int | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class SplitFacts:
     """Counts of the rows of one source. `tokens` and `images` are None if none were counted, `looked_at` if every row was."""
@@ -70,11 +82,14 @@ class SplitFacts:
     """Rows that name an image by an absolute path."""
     tokens: TokenFacts | None = None
     images: ImageFacts | None = None
+    shrunk: ShrunkFacts | None = None
     looked_at: int | None = None
 
     def with_held_out(self, theirs: SplitFacts) -> SplitFacts:
         """Adds the user's held-out rows to the counts of `BOTH` and to the reasons."""
         added = {name: getattr(self, name) + getattr(theirs, name) for name in BOTH}
+        if not self.looked_at and theirs.looked_at:
+            added["looked_at"] = self.rows
         return replace(self, **added, reasons=dict(Counter(self.reasons) + Counter(theirs.reasons)))
 
 

@@ -29,6 +29,8 @@ WORTH_KEEPING = 2
 Image.init()
 FORMATS = sorted({"PNG", "JPEG", "TIFF", "JPEG2000", "WEBP", "GIF", "BMP", "PPM", "AVIF"} & Image.OPEN.keys())
 """Pillow would also pass PostScript to an interpreter, and read many formats that no user means."""
+WHOLE = "whole"
+"""Key of the size of an image before it was shrunk, in Pillow's `info`."""
 UNKNOWN_HOST = f"image cannot be fetched: {NO_HOST}"
 """Why a row is bad, permanently or for as long as the name servers are unreachable."""
 WEB = ("http://", "https://", "s3://")
@@ -280,6 +282,8 @@ def _decoded(
         found = [montage(found)]
     before = found[0].width * found[0].height
     bounds = files.bounds
+    for picture in found:
+        picture.info.setdefault(WHOLE, picture.size)
     found = [shrink(picture, bounds.size(*picture.size, pictures), bounds.resample) for picture in found]
     if files.cache and len(found) == 1 and (costly or before >= WORTH_KEEPING * found[0].width * found[0].height):
         files.cache.put(_key(parts, pictures), found[0], hashlib.sha256(b"".join(data)).hexdigest())
@@ -324,10 +328,13 @@ def decode(data: bytes, spec: DatasetSpec, bounds: Bounds = AS_IT_IS, pictures: 
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             check_size(*image.size, spec)
+            whole = image.size
             if bounds.resample is None:  # a JPEG decodes at a half, a quarter or an eighth, but with other pixels
                 image.draft(None, bounds.size(*image.size, pictures))
             image.load()
-            return as_rgb(ImageOps.exif_transpose(image))
+            picture = as_rgb(ImageOps.exif_transpose(image))
+            picture.info[WHOLE] = whole if picture.size == image.size else whole[::-1]
+            return picture
     except BadRow:
         raise
     except UnidentifiedImageError as error:

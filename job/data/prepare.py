@@ -52,9 +52,11 @@ def prepare(
     source, other = _open_both(spec, scratch, bounds)
     seen, bad, counts = validate_rows(source, spec, measure, most)
     whole, shared = counts.looked_at is None, None
+    shares = [(counts.looked_at or counts.rows) / max(counts.rows, 1)] * 2
     if other is not source:
         held, bad_held, theirs = validate_rows(other, spec, measure, most)
         whole = whole and theirs.looked_at is None
+        shares[1] = (theirs.looked_at or theirs.rows) / max(theirs.rows, 1)
         counts = counts.with_held_out(theirs)
         bad = bad + [replace(row, of="evaluation") for row in bad_held]
         numbers = [group_numbers(side, dataset.group_column) for side in (seen, held)]
@@ -69,15 +71,14 @@ def prepare(
     alike, pair = first_alike(row.compared[0] for row in together) if grouped else (0, None)
     train = _rows(source, seen, numbers[0], spec)
     evaluation = _spread(_rows(other, held, numbers[1], spec), spec.evaluation.max_rows)
-    part = 1 if counts.looked_at is None else counts.looked_at / counts.rows
     facts = DataFacts(
         **vars(counts),
         source=source.decided,
         left_out=source.table.left_out,
         held_out_source=None if other is source else other.decided,
         same_in_both=None if shared is None else len(shared),
-        train=round(len(seen) / part),
-        evaluation=round(len(held) / part),
+        train=round(len(seen) / shares[0]),
+        evaluation=round(len(held) / shares[1]),
         quarantined=len(bad),
         near_duplicates=len(near),
         instruction=None if source.reading.messages or not fixed(dataset) else dataset.instruction,

@@ -19,10 +19,10 @@ from job.data import BadRows
 from job.data.burned_in import BurnedIn
 from job.data.conversations import Message, as_text, labels_of, last_answer, prompt_text, read_sample, repeat_images
 from job.data.decoder import dismiss
-from job.data.facts import ImageFacts, QuarantinedRow, SplitFacts, TokenFacts
+from job.data.facts import ImageFacts, QuarantinedRow, ShrunkFacts, SplitFacts, TokenFacts
 from job.data.given_away import given_away, stated_answer, words
 from job.data.image_names import MISSING, OUTSIDE
-from job.data.images import is_absolute, load_anew
+from job.data.images import WHOLE, is_absolute, load_anew
 from job.data.layouts import split_of
 from job.data.near_duplicates import Thumbnail, thumbnail
 from job.data.pixels import BadRow
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from job.model.token_length import TokenCounter
 
 MAX_REASONS = 3
+MOST_COUNTED = 25_000_000
+"""Pixels of a row whose tokens are counted as if it were not shrunk: the processor is given blank images of that size."""
 CHUNK = 256
 """Rows read from the table at a time."""
 WAITING = 16
@@ -66,6 +68,8 @@ class ValidatedRow(NamedTuple):
     """Whether it names an image by an absolute path."""
     stated: str
     """The answer that its own prompt states (see `given_away.stated_answer`), if any."""
+    whole: tuple[tuple[int, int], ...]
+    """Sizes of the images before they were shrunk."""
     other_split: str
     """The split that its own split column names, if that is not the one being read; else empty."""
 
@@ -116,7 +120,12 @@ def validate_rows(
     decoders = dismiss()
     good, bad = _without_given_away(good, bad, source, dataset)
     _refuse_unusable(source, spec, good, bad, burned, total)
-    facts = replace(_facts(good, bad, spec, there), split_column=source.reading.split, decoders=decoders)
+    facts = replace(
+        _facts(good, bad, spec, there),
+        split_column=source.reading.split,
+        decoders=decoders,
+        shrunk=_shrunk(good, source, dataset, measure),
+    )
     return good, bad, facts if total == there else replace(facts, looked_at=total)
 
 
@@ -213,6 +222,7 @@ def _examine(
         identity,
         absolute,
         stated_answer(messages),
+        tuple(picture.info[WHOLE] for each in shown for picture in each),
         other,
     )
 
@@ -265,6 +275,28 @@ def _facts(good: list[ValidatedRow], bad: list[QuarantinedRow], spec: JobSpec, t
         tokens=TokenFacts(int(np.median(lengths)), max(lengths)) if lengths else None,
         images=images,
     )
+
+
+def _shrunk(
+    good: list[ValidatedRow], source: Source, dataset: DatasetSpec, measure: TokenCounter | None
+) -> ShrunkFacts | None:
+    pairs = [
+        (*pair, row.place) for row in good for pair in zip(row.whole, row.sizes, strict=True) if pair[0] != pair[1]
+    ]
+    if not pairs:
+        return None
+    pairs.sort(key=lambda pair: math.prod(pair[0]))
+    whole, size, place = pairs[len(pairs) // 2]
+    row = next(row for row in good if row.place == place)
+    if measure is None or sum(map(math.prod, row.whole)) > MOST_COUNTED:
+        return ShrunkFacts(len(pairs), whole, size)
+    sample = read_sample(source.read(source.rows_at([place])[0]), dataset, source.reading)
+    if len(sample.images) != len(row.sizes):  # files of several frames
+        return ShrunkFacts(len(pairs), whole, size)
+    try:
+        return ShrunkFacts(len(pairs), whole, size, measure(sample.messages, list(row.whole)).whole, row.tokens)
+    except DataError:  # the processor refuses an image of that size
+        return ShrunkFacts(len(pairs), whole, size)
 
 
 def _where_pictures_are(source: Source) -> str:
