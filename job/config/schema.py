@@ -100,6 +100,12 @@ class SeriesSpec(Section):
     out."""
     modality: list[str] | None = None
     """Take only these modalities: `[CT]`."""
+    body_part: list[str] | None = None
+    """Take only images of these body parts (BodyPartExamined): `[CHEST]`; case is ignored."""
+    orientation: list[Literal["axial", "coronal", "sagittal"]] | None = None
+    """Take only slices in these planes; oblique ones count as the nearest."""
+    image_type: list[str] | None = None
+    """Take only images whose ImageType has all these values: `[ORIGINAL, PRIMARY]`."""
     description: str | None = None
     """Take only series whose description matches this regular expression anywhere; case is ignored."""
     take: Literal["all", "largest", "first"] = "all"
@@ -114,11 +120,11 @@ class DicomSpec(Section):
     report_key: str | None = None
     """The column of that table that identifies the images: by study, series or instance UID, accession number, patient or
     path. Default: the column with such a name."""
-    frames: Literal["middle", "montage"] | Annotated[list[int], Field(min_length=1)] = "middle"
-    """Which frames of a multi-frame file or slices of a series to take: the middle one, a grid of 16, or those at the given
-    indices, counted from 0."""
+    frames: Literal["middle", "montage"] | Count | Annotated[list[int], Field(min_length=1)] = "middle"
+    """Which frames of a multi-frame file or slices of a series to take: the middle one, a grid of 16, that many evenly spread, or
+    those at the given indices, counted from 0 in the direction of the slices' normal."""
     window: tuple[float, Annotated[float, Field(gt=0)]] | None = None
-    """Center and width of the grey-level window for all files. Default: each file's own."""
+    """Center and width of the grey-level window for all files. Default: each file's own; 40 and 400 for CT without one."""
     series: SeriesSpec = SeriesSpec()
     """Which series of a study become images."""
 

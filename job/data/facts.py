@@ -80,6 +80,10 @@ class SplitFacts:
     """Rows with U+FFFD in their texts."""
     absolute: int = 0
     """Rows that name an image by an absolute path."""
+    blank: int = 0
+    """Rows with an image of one colour throughout."""
+    default_window: int = 0
+    """Rows with a CT image that has no window."""
     tokens: TokenFacts | None = None
     images: ImageFacts | None = None
     shrunk: ShrunkFacts | None = None
@@ -119,7 +123,17 @@ class DataFacts(SplitFacts):
     """The first two rows of such groups."""
 
 
-BOTH = ("burned_in_yes", "burned_in_maybe", "burned_in_masked", "over_length", "without_images", "lossy", "absolute")
+BOTH = (
+    "burned_in_yes",
+    "burned_in_maybe",
+    "burned_in_masked",
+    "over_length",
+    "without_images",
+    "lossy",
+    "absolute",
+    "blank",
+    "default_window",
+)
 """Facts that count training rows and the user's held-out rows together."""
 NULLS = ("split_column", "instruction")
 """Keys that are null in JSON if they are None. Others are left out."""

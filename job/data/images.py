@@ -17,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from job.config.schema import DatasetSpec, PrivacySpec
 from job.data.image_cache import ImageCache
 from job.data.image_names import OUTSIDE, Lookup
+from job.data.layouts import is_dicom
 from job.data.pixels import MIN_SIDE, BadRow, Picture, as_rgb, check_bytes, check_size, shrink
 from job.data.remote import NO_HOST, Unfetchable, fetched, piece
 from job.data.webdataset import IMAGES
@@ -274,7 +275,7 @@ def _decoded(
 ) -> tuple[list[bytes], list[Picture]]:
     data = [part if isinstance(part, bytes) else read(part) for part in parts]
     made = [_frames(each, spec, files, pictures) for each in data]
-    costly = data[0][128:132] == b"DICM"
+    costly = is_dicom(data[0][:132])
     found = [picture for each in made for picture in each]
     if costly and len(parts) > 1:
         from job.data.dicom import montage
@@ -292,7 +293,7 @@ def _decoded(
 
 def _frames(data: bytes, spec: DatasetSpec, files: Files, pictures: int) -> list[Picture]:
     """Decodes the image of a file, or the selected frames of DICOM, and handles burned-in text."""
-    if dicom := data[128:132] == b"DICM":
+    if dicom := is_dicom(data[:132]):
         from job.data.decoder import decoded_apart
         from job.data.dicom import montage
 

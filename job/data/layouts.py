@@ -40,6 +40,10 @@ SPLITS = {
     for split, words in WORDS.items()
 }
 """Common names of splits: trainset.json, X_test.csv, val2017/, TestData.tsv."""
+BARE = re.compile(
+    rb"\x02\x00\x00\x00UL\x04\x00|\x08\x00[\x00\x01\x05\x08\x12-\x18]\x00(?:(?:CS|DA|TM|UI|UL)|[\x00-\x80]\x00\x00\x00)"
+)
+"""The first element of a DICOM file without preamble: in group 2, or in group 8 with an explicit VR or a length (PS3.5 7.1)."""
 LISTED = 4
 """File names that are written out; of more, only the first and the last are."""
 
@@ -229,9 +233,14 @@ def _relative(file: Path, root: Path) -> str:
     return file.relative_to(root).as_posix()
 
 
+def is_dicom(start: bytes) -> bool:
+    """Whether a file that starts so is DICOM, with the preamble of PS3.10 or, as old archives have it, without."""
+    return start[128:132] == b"DICM" or BARE.match(start) is not None
+
+
 def _is_dicom(file: Path) -> bool:
     try:
         with file.open("rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
+            return is_dicom(stream.read(132))
     except OSError:
         return False

@@ -68,6 +68,10 @@ class ValidatedRow(NamedTuple):
     """Whether it names an image by an absolute path."""
     stated: str
     """The answer that its own prompt states (see `given_away.stated_answer`), if any."""
+    blank: bool
+    """Whether an image is of one colour throughout."""
+    default_window: bool
+    """Whether an image was shown with a window that neither its file nor the spec gives."""
     whole: tuple[tuple[int, int], ...]
     """Sizes of the images before they were shrunk."""
     other_split: str
@@ -222,6 +226,8 @@ def _examine(
         identity,
         absolute,
         stated_answer(messages),
+        any(low == high for each in shown for picture in each for low, high in [picture.convert("L").getextrema()]),
+        any(picture.info.get("default_window") for each in shown for picture in each),
         tuple(picture.info[WHOLE] for each in shown for picture in each),
         other,
     )
@@ -272,6 +278,8 @@ def _facts(good: list[ValidatedRow], bad: list[QuarantinedRow], spec: JobSpec, t
         over_length=sum(length > spec.training.max_length for length in lengths),
         lossy=sum(row.lossy for row in good),
         absolute=sum(row.absolute for row in good),
+        blank=sum(row.blank for row in good),
+        default_window=sum(row.default_window for row in good),
         tokens=TokenFacts(int(np.median(lengths)), max(lengths)) if lengths else None,
         images=images,
     )

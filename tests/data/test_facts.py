@@ -33,6 +33,8 @@ SEEN = {
     "over_length": 0,
     "lossy": 0,
     "absolute": 0,
+    "blank": 11,
+    "default_window": 0,
 }
 TOKENS = {"median": 25, "longest": 25}
 IMAGES = {"count": 9, "smallest": [8, 8], "median": [8, 8], "largest": [30, 20], "most": 1}
@@ -78,7 +80,7 @@ def test_facts_are_written_under_these_keys(prepared):
 
 def test_what_a_quick_look_does_not_know_is_left_out(prepared):
     images = IMAGES | {"count": 7, "largest": [8, 8]}
-    wanted = SEEN | {"images": images, "looked_at": 8} | SPLIT | {"grouped": False, "alike_groups": 0}
+    wanted = SEEN | {"blank": 9, "images": images, "looked_at": 8} | SPLIT | {"grouped": False, "alike_groups": 0}
     assert json.dumps(as_json(prepared(8, None).facts)) == json.dumps(wanted)
 
 
