@@ -258,9 +258,11 @@ def gather_rows(spec: JobSpec, source: Source, scratch: Path, made: OwnedStore, 
         gather(here, made, folder, into)
         return into, set().union(*source.named_files(dataset, *folders) if folders else ())
     if here.is_file():
-        named, *behind_urls = source.named_files(dataset, here.parent, *folders)
-        _link_files(here.parent, sorted(named | {here.name}), made, folder, into)
-        return f"{into}/{here.name}", set().union(*behind_urls)
+        base = source.files.base if isinstance(source.files.base, Path) else here.parent
+        table = here.relative_to(base).as_posix()
+        named, *behind_urls = source.named_files(dataset, base, *folders)
+        _link_files(base, sorted(named | {table}), made, folder, into)
+        return f"{into}/{table}", set().union(*behind_urls)
     rows = from_hub(dataset, path, split, scratch / "cache" / "datasets", field).with_format("arrow")
     file = f"{into}/{split}-00000.parquet"
     made.claim([file])

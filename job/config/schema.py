@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 CountOrZero = Annotated[int, Field(ge=0, le=2**31 - 1)]
-FIELD = re.compile(r"(?<!\{)\{([^\W\d][\w .-]*)\}(?!\})")
+FIELD = re.compile(r"(?<!\{)\{([^\W\d][\w ./()-]*)\}(?!\})")
 """A column in a template."""
 HUB_ID = r"^[\w.-]+/[\w.-]+$"
 RADIOGRAPHER = "You are an expert radiographer. Describe accurately what you see in this image."
@@ -100,6 +100,12 @@ class SeriesSpec(Section):
     out."""
     modality: list[str] | None = None
     """Take only these modalities: `[CT]`."""
+    body_part: list[str] | None = None
+    """Take only images of these body parts (BodyPartExamined): `[CHEST]`; case is ignored."""
+    orientation: list[Literal["axial", "coronal", "sagittal"]] | None = None
+    """Take only slices in these planes; oblique ones count as the nearest."""
+    image_type: list[str] | None = None
+    """Take only images whose ImageType has all these values: `[ORIGINAL, PRIMARY]`."""
     description: str | None = None
     """Take only series whose description matches this regular expression anywhere; case is ignored."""
     take: Literal["all", "largest", "first"] = "all"
@@ -114,11 +120,11 @@ class DicomSpec(Section):
     report_key: str | None = None
     """The column of that table that identifies the images: by study, series or instance UID, accession number, patient or
     path. Default: the column with such a name."""
-    frames: Literal["middle", "montage"] | Annotated[list[int], Field(min_length=1)] = "middle"
-    """Which frames of a multi-frame file or slices of a series to take: the middle one, a grid of 16, or those at the given
-    indices, counted from 0."""
+    frames: Literal["middle", "montage"] | Count | Annotated[list[int], Field(min_length=1)] = "middle"
+    """Which frames of a multi-frame file or slices of a series to take: the middle one, a grid of 16, that many evenly spread, or
+    those at the given indices, counted from 0 in the direction of the slices' normal."""
     window: tuple[float, Annotated[float, Field(gt=0)]] | None = None
-    """Center and width of the grey-level window for all files. Default: each file's own."""
+    """Center and width of the grey-level window for all files. Default: each file's own; 40 and 400 for CT without one."""
     series: SeriesSpec = SeriesSpec()
     """Which series of a study become images."""
 
@@ -136,9 +142,13 @@ class DatasetSpec(Section):
     """Branch, tag or commit of a hub dataset."""
     format: Literal["auto", "imagefolder", "json", "csv", "parquet", "arrow", "webdataset", "dicom", "hub"] = "auto"
     """Format of `path`. `auto` detects it and logs what it chose and why."""
+    join: str | None = None
+    """Column that CSV or JSON tables of different columns share (a study): rows with an answer get the other tables' columns, as
+    lists if several rows have the same value. Default: tables are stacked, and must have the same columns."""
     image_column: str | list[str] | None = "image"
-    """Column with the image or a list of images: embedded, a URL, or a path relative to the folder that `path` names (in an
-    image folder, to its metadata file). Several columns give several images; null trains on text only."""
+    """Column with the image or a list of images: embedded, a URL, or a path or name of a file in the folder that `path` names (in
+    an image folder, in that of its metadata file). `images/{patient}/{name}.png` makes the path from columns. Several columns
+    give several images; null trains on text only."""
     image_hosts: list[str] = []
     """Host names in your own network from which images may be fetched by URL. Any other host whose address is not public is
     refused, also behind a redirect."""

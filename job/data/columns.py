@@ -37,6 +37,8 @@ class Rows(NamedTuple):
     columns: tuple[str, ...]
     classes: dict[str, Kind]
     floats: dict[str, Floats]
+    notes: tuple[str, ...] = ()
+    """What was read of the files, if not simply all their rows."""
 
 
 Choose = Callable[[dict[str, tuple[str, ...]]], Iterable[str]]

@@ -21,7 +21,7 @@ from job.data.pixels import BadRow
 from job.errors import DataError
 
 MARK = "<image>"
-SPLIT = ("split", "data_split", "dataset_split", "partition", "subset")
+SPLIT = ("split", "data_split", "dataset_split", "partition", "subset", "fold")
 """Names, in any case, of columns that say which split a row belongs to."""
 SYSTEM = "system"
 """The column beside a conversation that holds its system turn."""
@@ -80,7 +80,9 @@ def choose_columns(
         answer = next((name for name in ("text", "txt") if name in present), answer)
     fields = ("group_column", "stratify_column", "weight_column", "messages_column")
     wanted: dict[str, str | None] = {f"dataset.{name} is {getattr(spec, name)}": getattr(spec, name) for name in fields}
-    wanted |= {f"dataset.image_column is {name}": name for name in names if name}
+    for name in filter(None, names):
+        wanted |= {f"dataset.image_column is {name}": name for _ in range(not FIELD.search(name))}
+        wanted |= {f"dataset.image_column has {{{part}}}": part for part in FIELD.findall(name)}
     if messages is None:
         wanted |= {f"dataset.instruction_column is {spec.instruction_column}": spec.instruction_column}
         wanted |= {f"dataset.instruction has {{{name}}}": name for name in FIELD.findall(spec.instruction)}
@@ -98,6 +100,15 @@ def choose_columns(
     return Reading(tuple(name for name in names if name), answer, messages, frozenset(used - {""}), split)
 
 
+def answer_columns(spec: DatasetSpec) -> list[str]:
+    """Returns the columns that may hold what is learned, in the order in which they are tried."""
+    if spec.messages_column:
+        return [spec.messages_column]
+    given = {"answer", "answer_column"} & spec.model_fields_set
+    own = FIELD.findall(spec.answer) if spec.answer else [spec.answer_column]
+    return own if given else ["messages", "conversations", *own, "text", "txt"]
+
+
 def choose_alike(
     tables: Mapping[str, Iterable[str]], spec: DatasetSpec, field: str, also: Mapping[str, str] = MappingProxyType({})
 ) -> Reading:
@@ -107,22 +118,27 @@ def choose_alike(
     for table, missing in without.items():
         if missing:
             other = next(each for each, lacks in without.items() if missing[0] not in lacks)
+            shared = [name for name in tables[table] if name in tables[other]]
+            cure = (
+                f"join them by a column that both have ({', '.join(shared)}): dataset.join" if shared else "merge them"
+            )
             raise DataError(
                 f"{field}: {table} ({', '.join(tables[table])}) and {other} ({', '.join(tables[other])}) have different columns, "
-                f"and {table} has no {', '.join(missing)}; name one table in {field}, or merge them"
+                f"and {table} has no {', '.join(missing)}; name one table in {field}, or {cure}"
             )
     return reading
 
 
 def read_sample(row: dict[str, Any], spec: DatasetSpec, reading: Reading) -> Sample:
     """Raises BadRow."""
-    images = [image for name in reading.images for image in _values(row.get(name))]
+    images = [image for name in reading.images for image in images_of(row, name)]
     if reading.messages is not None:
         own = row.get(SYSTEM)  # stored beside the conversation, as ShareGPT's tools do
         system = own if isinstance(own, str) and own.strip() else spec.system_prompt
         turns = _conversation(row.get(reading.messages), system)
     else:
-        if reading.images and not images and not any(row.get(name) in ([], "[]") for name in reading.images):
+        columns = [part for name in reading.images for part in FIELD.findall(name) or [name]]
+        if columns and not images and not any(row.get(name) in ([], "[]") for name in columns):
             raise BadRow(str(row.get("_why") or "no image"))  # see `tables.WHY`
         turns = conversation(_instruction(row, spec), _answer(row, spec, reading.answer), spec.system_prompt, images=0)
     return Sample(*_place(turns, images), _weight(row, spec.weight_column))
@@ -247,6 +263,19 @@ def _weight(row: dict[str, Any], column: str | None) -> float:
     if not (math.isfinite(weight) and weight >= 0):
         raise BadRow(f"{column} is not a number of at least 0")
     return weight
+
+
+def images_of(row: dict[str, Any], column: str) -> list[Any]:
+    """Returns the images of a column or, for a template, one for each value of its columns: none if one is empty."""
+    names = FIELD.findall(column)
+    if not names:
+        return _values(row.get(column))
+    values = {name: _values(row.get(name)) for name in names}
+    count = max(map(len, values.values())) if all(values.values()) else 0
+    if count and any(len(each) not in (1, count) for each in values.values()):
+        raise BadRow(f"{', '.join(names)} have different numbers of values")
+    each = ({name: several[n % len(several)] for name, several in values.items()} for n in range(count))
+    return [fill(column, one) for one in each]
 
 
 def _values(value: Any) -> list[Any]:

@@ -151,9 +151,9 @@ def _asked(child: Child, data: bytes, spec: DatasetSpec) -> tuple[str, list[Pict
     if isinstance(said, str):
         return said, []
     shown = []
-    for mode, size, burned_in in said:
+    for mode, size, info in said:
         picture = Image.frombytes(mode, tuple(size), child.pipe.recv_bytes()).convert("RGB")
-        picture.info["burned_in"] = burned_in
+        picture.info |= info
         shown.append(picture)
     return "", shown
 
@@ -197,7 +197,7 @@ def serve(pipe: Connection) -> None:
         except BadRow as reason:
             pipe.send_bytes(json.dumps(str(reason)).encode())
             continue
-        facts = [[picture.mode, picture.size, picture.info["burned_in"]] for picture in shown]
+        facts = [[picture.mode, picture.size, picture.info] for picture in shown]
         pipe.send_bytes(json.dumps(facts).encode())
         for picture in shown:
             pipe.send_bytes(picture.tobytes())

@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from job.config.schema import DatasetSpec
+from job.data.layouts import is_dicom
 from job.data.pixels import LARGEST, BadRow, Picture, check_size, stretch
 from job.errors import DataError
 
 try:
     import pydicom
     from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, pixel_array
+    from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 except ImportError as missing:
     raise DataError("dataset: DICOM files need the dicom extra (pip install 'vision-lora-job[dicom]')") from missing
 
@@ -35,6 +37,14 @@ SECONDARY = "1.2.840.10008.5.1.4.1.1.7"
 """Secondary capture (PS3.4 B.5); the UIDs of its multi-frame classes start with it too."""
 SCREENS = ("SCREEN SAVE", "SCREEN SNAPSHOT", "DOSE_INFO", "PROTOCOL")
 """Values of ImageType with which scanners mark pages of text."""
+NO_IMAGES = {"SEG": "1.2.840.10008.5.1.4.1.1.66.4", "RTDOSE": "1.2.840.10008.5.1.4.1.1.481.2"}
+"""Modalities and classes (PS3.4 B.5) of objects whose pixels are no image: segmentations, doses."""
+HOUNSFIELD = (40.0, 400.0)
+"""Center and width of the window for a CT image that has none: soft tissue. Its whole range shows little but bone and air."""
+USUAL_BITS = 12
+"""Bits of most detectors."""
+MOST_OBLONG = 10
+"""Largest ratio of a pixel's sides that is believed."""
 MOST_TILES = 16
 TILE = 512
 DEFLATED, EXPLICIT = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1\0\0\0"
@@ -54,8 +64,11 @@ def opened(data: bytes, spec: DatasetSpec) -> tuple[Any, list[int], int]:
         if DEFLATED in data:
             header = pydicom.dcmread(io.BytesIO(inflated(data, HEADER)), stop_before_pixels=True)
             data = inflated(data, HEADER + _check_pixels(header, spec))
-        header = pydicom.dcmread(io.BytesIO(data))
+        header = pydicom.dcmread(io.BytesIO(data), force=True)  # it may have no preamble
         _check_pixels(header, spec)
+        if "TransferSyntaxUID" not in header.file_meta:
+            implicit = header.original_encoding[0]
+            header.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
         return header, choose(_count(header), spec.dicom.frames), len(header.get("PixelData") or b"")
     except BadRow:
         raise
@@ -77,12 +90,18 @@ def frames(header: Any, chosen: list[int], spec: DatasetSpec) -> list[Picture]:
     except Exception as error:  # decoders may raise anything on a broken file
         raise BadRow(f"DICOM: {_cannot(header)}") from error
     for picture in shown:
-        picture.info["burned_in"] = burned_in
+        picture.info |= {"burned_in": burned_in, "default_window": _by_default(header, spec)}
     return shown
 
 
 def _check_pixels(header: Any, spec: DatasetSpec) -> int:
     """Returns the bytes of all pixels if uncompressed. Raises BadRow."""
+    kind = next(
+        (name for name, uid in NO_IMAGES.items() if name == header.get("Modality") or uid == header.get("SOPClassUID")),
+        "",
+    )
+    if kind and not spec.dicom.series.every_kind:
+        raise BadRow(f"DICOM: a {kind} object, and no image (dataset.dicom.series.every_kind would take it)")
     if "Rows" not in header or "Columns" not in header:
         raise BadRow("DICOM: no image in it")
     width, height, samples = int(header.Columns), int(header.Rows), int(header.get("SamplesPerPixel") or 1)
@@ -101,7 +120,7 @@ def read_header(file: Path, tags: list[str]) -> Any:
     with file.open("rb") as stream:
         start = stream.read(META)
         source = io.BytesIO(inflated(start + stream.read(LARGEST), HEADER)) if DEFLATED in start else file
-    return pydicom.dcmread(source, stop_before_pixels=True, specific_tags=tags)
+    return pydicom.dcmread(source, stop_before_pixels=True, specific_tags=tags, force=is_dicom(start[:132]))
 
 
 def inflated(data: bytes, most: int) -> bytes:
@@ -120,15 +139,15 @@ def inflated(data: bytes, most: int) -> bytes:
     return b"".join(part.replace(DEFLATED, EXPLICIT) for part in (meta, rest))
 
 
-def choose(count: int, frames: str | list[int]) -> list[int]:
-    """Returns indices into a stack of `count`: the middle one, evenly spread ones for a montage, or those named (from 0; -1 is
-    the last). A single frame is always chosen. Raises BadRow for an index out of range."""
+def choose(count: int, frames: str | int | list[int]) -> list[int]:
+    """Returns indices into a stack of `count`: the middle one, evenly spread ones (a number, or a montage), or those named (from
+    0; -1 is the last). A single frame is always chosen. Raises BadRow for an index out of range."""
     if count == 1:
         return [0]
     if frames == "middle":
         return [count // 2]
-    if frames == "montage":
-        tiles = min(count, MOST_TILES)
+    if isinstance(frames, int) or frames == "montage":
+        tiles = min(count, MOST_TILES if frames == "montage" else int(frames))
         return [(2 * tile + 1) * count // (2 * tiles) for tile in range(tiles)]
     if not all(-count <= int(place) < count for place in frames):
         raise BadRow("DICOM: dataset.dicom.frames names a frame that it does not have")
@@ -149,18 +168,38 @@ def montage(shown: list[Picture]) -> Picture:
 
 
 def _frame(header: Any, number: int, spec: DatasetSpec) -> Picture:
-    values = pixel_array(header, index=number)
+    values, own = pixel_array(header, index=number), _own(header, number)
     if header.PhotometricInterpretation == "PALETTE COLOR":
+        deep = _bits([header[f"{colour}PaletteColorLookupTableData"].value for colour in ("Red", "Green", "Blue")], 16)
         values = apply_color_lut(values, header)
-        return Image.fromarray((values >> 8 if values.dtype == np.uint16 else values).astype(np.uint8))
-    if values.ndim == 3:
-        return Image.fromarray((values >> max(int(header.BitsStored) - 8, 0)).astype(np.uint8))
-    padding = _padding(values, header)
-    shades = _grey(values, ~padding, _own(header, number), header, spec)
-    if header.PhotometricInterpretation == "MONOCHROME1" or header.get("PresentationLUTShape") == "INVERSE":
-        shades = 255 - shades
-    shades[padding] = 0
-    return Image.fromarray(shades)
+        shades = values >> (deep - 8) if values.dtype == np.uint16 else values
+    elif values.ndim == 3:
+        shades = values >> max(int(header.BitsStored) - 8, 0)
+    else:
+        padding = _padding(values, header)
+        shades = _grey(values, ~padding, own, header, spec)
+        if header.PhotometricInterpretation == "MONOCHROME1" or header.get("PresentationLUTShape") == "INVERSE":
+            shades = 255 - shades
+        shades[padding] = 0
+    return _square(Image.fromarray(shades.astype(np.uint8)), own["PixelSpacing"] or header.get("PixelAspectRatio"))
+
+
+def _square(picture: Picture, spacing: Any) -> Picture:
+    """Stretches the shorter side of pixels that are not square: `spacing` is between rows and between columns (PS3.3 C.7.6.3.1.7,
+    10.7.1.3)."""
+    ratio = float(spacing[0]) / float(spacing[1]) if spacing and len(spacing) == 2 and float(spacing[1]) else 1
+    if not 1.01 <= max(ratio, 1 / max(ratio, 1e-9)) <= MOST_OBLONG:
+        return picture
+    width, height = picture.size
+    size = (width, round(height * ratio)) if ratio > 1 else (round(width / ratio), height)
+    return picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def _bits(tables: list[Any], declared: int) -> int:
+    """Returns the bits that the entries of lookup tables use. Some writers declare 16 and fill 8, 10 or 12."""
+    entries = (np.frombuffer(each, "<u2") if isinstance(each, bytes) else np.atleast_1d(each) for each in tables)
+    used = max(int(each.max(initial=0)) for each in entries).bit_length()
+    return max(used, 8) if used <= USUAL_BITS < declared else declared
 
 
 def _grey(values: Numbers, shown: Numbers, own: dict[str, Any], header: Any, spec: DatasetSpec) -> NDArray[np.uint8]:
@@ -172,12 +211,22 @@ def _grey(values: Numbers, shown: Numbers, own: dict[str, Any], header: Any, spe
     if spec.dicom.window is not None:
         return _shades(_windowed(scaled, *spec.dicom.window, "LINEAR"))
     if header.get("VOILUTSequence"):
-        bits = int(header.VOILUTSequence[0].LUTDescriptor[2])
+        table = header.VOILUTSequence[0]
+        bits = _bits([table.LUTData], int(table.LUTDescriptor[2]))
         return _shades(apply_voi(scaled.astype(np.int32), header).astype(np.float32) / (2**bits - 1))
     center, width = _first(own["WindowCenter"]), _first(own["WindowWidth"])
     if center is not None and width is not None and width > 0:  # some writers put 0 for no window
         return _shades(_windowed(scaled, center, width, str(own["VOILUTFunction"] or "LINEAR")))
+    if _by_default(header, spec):
+        return _shades(_windowed(scaled, *HOUNSFIELD, "LINEAR"))
     return stretch(np.clip(scaled, scaled[shown].min(), scaled[shown].max()) if shown.any() else scaled)
+
+
+def _by_default(header: Any, spec: DatasetSpec) -> bool:
+    """Whether this is an image in Hounsfield units that nothing gives a window."""
+    own = _own(header, 0)
+    given = spec.dicom.window is not None or header.get("VOILUTSequence") or _first(own["WindowWidth"])
+    return header.get("Modality") == "CT" and own["RescaleIntercept"] is not None and not given
 
 
 def _windowed(values: Numbers, center: float, width: float, function: str) -> Numbers:
@@ -194,13 +243,14 @@ def _shades(shares: Numbers) -> NDArray[np.uint8]:
 
 
 def _own(header: Any, number: int) -> dict[str, Any]:
-    """Returns rescale and window values: the file's or, in an enhanced file, those of this frame or shared by all frames."""
-    wanted = ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth", "VOILUTFunction")
+    """Returns rescale and window values, and the spacing: the file's or, in an enhanced file, those of this frame or shared by
+    all frames."""
+    wanted = ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth", "VOILUTFunction", "PixelSpacing")
     places = [header]
     for groups, place in (("PerFrameFunctionalGroupsSequence", number), ("SharedFunctionalGroupsSequence", 0)):
         if header.get(groups) and place < len(header[groups].value):
             group = header[groups].value[place]
-            for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
+            for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence", "PixelMeasuresSequence"):
                 places += list(group.get(name) or [])[:1]
     return {name: next((place[name].value for place in places if place.get(name) is not None), None) for name in wanted}
 
@@ -208,7 +258,9 @@ def _own(header: Any, number: int) -> dict[str, Any]:
 def _padding(values: Numbers, header: Any) -> Numbers:
     """Marks pixels where the scanner put nothing (PixelPaddingValue, up to PixelPaddingRangeLimit)."""
     low = header.get("PixelPaddingValue")
-    ends = [] if low is None else sorted((int(low), int(header.get("PixelPaddingRangeLimit", low))))
+    both = [] if low is None else [int(low), int(header.get("PixelPaddingRangeLimit", low))]
+    info = np.iinfo(values.dtype)  # some writers give the bits of the value the other sign
+    ends = sorted((end - info.min) % (info.max - info.min + 1) + info.min for end in both)
     return np.asarray((values >= ends[0]) & (values <= ends[1])) if ends else np.zeros(values.shape, bool)
 
 

@@ -13,6 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from job.config.schema import DatasetSpec, SeriesSpec
 from job.data.dicom import SCREENS, SECONDARY, TECHNICAL, choose, read_header
 from job.data.pixels import BadRow
@@ -22,6 +25,8 @@ from job.errors import DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+PARALLEL = 0.01
+"""Largest difference between the normals of parallel slices, per axis."""
 STACKED = ("CT", "MR", "PT", "NM")
 """Modalities whose series are stacks of slices; each file of the others is a separate image."""
 KEYS = {
@@ -36,7 +41,7 @@ KEYS = {
 WIDE = ("StudyInstanceUID", "AccessionNumber", "PatientID")
 """Keys that match more images than the report's author looked at: scouts, dose pages, screens."""
 TAGS = [*KEYS, "InstanceNumber", "SeriesNumber", "NumberOfFrames", "Rows", "ImageLaterality", *TECHNICAL.values()]
-TAGS += ["SOPClassUID", "ImageType", "SeriesDescription"]
+TAGS += ["SOPClassUID", "ImageType", "SeriesDescription", "ImagePositionPatient", "ImageOrientationPatient"]
 TAGS.remove("path")
 
 Header = dict[str, str]
@@ -141,7 +146,7 @@ def kind_of(header: Mapping[str, str]) -> str:
 def take(headers: list[Header], rule: SeriesSpec) -> list[Header]:
     """Returns the images of the series that the rule selects."""
     series: dict[str, list[Header]] = {}
-    for header in sorted(headers, key=_order):
+    for header in in_order(headers):
         if _fits(header, rule):
             series.setdefault(header["SeriesInstanceUID"], []).append(header)
     if rule.take == "all" or not series:
@@ -154,7 +159,15 @@ def take(headers: list[Header], rule: SeriesSpec) -> list[Header]:
 def _fits(header: Header, rule: SeriesSpec) -> bool:
     described = rule.description is None or re.search(rule.description, header["SeriesDescription"], re.IGNORECASE)
     of_kind = rule.every_kind or not kind_of(header)
-    return bool(described) and of_kind and (rule.modality is None or header["Modality"] in rule.modality)
+    types = {each.upper() for each in header["ImageType"].split("\\")}
+    return (
+        bool(described)
+        and of_kind
+        and (rule.modality is None or header["Modality"] in rule.modality)
+        and (rule.body_part is None or header["BodyPartExamined"].upper() in map(str.upper, rule.body_part))
+        and (rule.orientation is None or orientation_of(header) in rule.orientation)
+        and (rule.image_type is None or types.issuperset(map(str.upper, rule.image_type)))
+    )
 
 
 def _left_out(headers: list[Header], rule: SeriesSpec) -> str:
@@ -187,7 +200,7 @@ def _images(headers: list[Header], spec: DatasetSpec) -> list[dict[str, Any]]:
     """Returns each file or, for a stack, the frames that the spec selects."""
     values: list[dict[str, Any]] = []
     series: dict[str, list[Header]] = {}
-    for header in sorted(headers, key=_order):
+    for header in in_order(headers):
         stacked = header["Modality"] in STACKED and header["NumberOfFrames"] in ("", "1")
         series.setdefault(header["SeriesInstanceUID"] if stacked else header["path"], []).append(header)
     for stack in series.values():
@@ -197,6 +210,39 @@ def _images(headers: list[Header], spec: DatasetSpec) -> list[dict[str, Any]]:
             return []
         values += [{"montage": chosen}] if len(chosen) > 1 and spec.dicom.frames == "montage" else chosen
     return values
+
+
+def in_order(headers: list[Header]) -> list[Header]:
+    """Sorts by series, and within a series by position along the normal of its slices, upwards, or by number if not all slices
+    say where they are, or they are not parallel."""
+    stacks: dict[str, list[Header]] = {}
+    for header in sorted(headers, key=_order):
+        stacks.setdefault(header["SeriesInstanceUID"], []).append(header)
+    found = []
+    for stack in stacks.values():
+        placed = [_placed(header) for header in stack]
+        normals = [each[0] for each in placed if each]
+        if len(normals) == len(stack) and np.ptp(normals, axis=0).max() < PARALLEL:
+            depths = [float(each[0] @ each[1]) for each in placed if each]
+            stack = [stack[n] for n in sorted(range(len(stack)), key=lambda n, depths=depths: depths[n])]  # type: ignore[misc]
+        found += stack
+    return found
+
+
+def orientation_of(header: Header) -> str:
+    """Returns the plane of a slice, the nearest if it is oblique; empty if it is not known."""
+    placed = _placed(header)
+    return ("sagittal", "coronal", "axial")[int(np.abs(placed[0]).argmax())] if placed else ""
+
+
+def _placed(header: Header) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """Returns the normal of a slice and its position in millimetres, to the left, the back and the head (PS3.3 C.7.6.2.1.1)."""
+    try:
+        across, down = np.array(header["ImageOrientationPatient"].split("\\"), float).reshape(2, 3)
+        place = np.array(header["ImagePositionPatient"].split("\\"), float).reshape(3)
+    except ValueError:
+        return None
+    return np.cross(across, down), place
 
 
 def _order(header: Header) -> tuple[int, str, int, str]:

@@ -47,6 +47,18 @@ class ImageFacts:
     most: int
 
 
+@dataclass(frozen=True)
+class ShrunkFacts:
+    """Images that are shrunk before the model's processor sees them. The sizes (width, height) are those of the one of median
+    area, and the tokens those of its row; None if they were not counted."""
+
+    count: int
+    whole: tuple[int, int]
+    shrunk: tuple[int, int]
+    whole_tokens: int | None = None
+    tokens: int | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class SplitFacts:
     """Counts of the rows of one source. `tokens` and `images` are None if none were counted, `looked_at` if every row was."""
@@ -68,13 +80,20 @@ class SplitFacts:
     """Rows with U+FFFD in their texts."""
     absolute: int = 0
     """Rows that name an image by an absolute path."""
+    blank: int = 0
+    """Rows with an image of one colour throughout."""
+    default_window: int = 0
+    """Rows with a CT image that has no window."""
     tokens: TokenFacts | None = None
     images: ImageFacts | None = None
+    shrunk: ShrunkFacts | None = None
     looked_at: int | None = None
 
     def with_held_out(self, theirs: SplitFacts) -> SplitFacts:
         """Adds the user's held-out rows to the counts of `BOTH` and to the reasons."""
         added = {name: getattr(self, name) + getattr(theirs, name) for name in BOTH}
+        if not self.looked_at and theirs.looked_at:
+            added["looked_at"] = self.rows
         return replace(self, **added, reasons=dict(Counter(self.reasons) + Counter(theirs.reasons)))
 
 
@@ -108,7 +127,17 @@ class DataFacts(SplitFacts):
     """The first two rows of such groups."""
 
 
-BOTH = ("burned_in_yes", "burned_in_maybe", "burned_in_masked", "over_length", "without_images", "lossy", "absolute")
+BOTH = (
+    "burned_in_yes",
+    "burned_in_maybe",
+    "burned_in_masked",
+    "over_length",
+    "without_images",
+    "lossy",
+    "absolute",
+    "blank",
+    "default_window",
+)
 """Facts that count training rows and the user's held-out rows together."""
 NULLS = ("split_column", "instruction")
 """Keys that are null in JSON if they are None. Others are left out."""

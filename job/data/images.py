@@ -16,6 +16,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from job.config.schema import DatasetSpec, PrivacySpec
 from job.data.image_cache import ImageCache
+from job.data.image_names import OUTSIDE, Lookup
+from job.data.layouts import is_dicom
 from job.data.pixels import MIN_SIDE, BadRow, Picture, as_rgb, check_bytes, check_size, shrink
 from job.data.remote import NO_HOST, Unfetchable, fetched, piece
 from job.data.webdataset import IMAGES
@@ -28,6 +30,8 @@ WORTH_KEEPING = 2
 Image.init()
 FORMATS = sorted({"PNG", "JPEG", "TIFF", "JPEG2000", "WEBP", "GIF", "BMP", "PPM", "AVIF"} & Image.OPEN.keys())
 """Pillow would also pass PostScript to an interpreter, and read many formats that no user means."""
+WHOLE = "whole"
+"""Key of the size of an image before it was shrunk, in Pillow's `info`."""
 UNKNOWN_HOST = f"image cannot be fetched: {NO_HOST}"
 """Why a row is bad, permanently or for as long as the name servers are unreachable."""
 WEB = ("http://", "https://", "s3://")
@@ -85,7 +89,8 @@ AS_IT_IS = Bounds()
 
 class Files(NamedTuple):
     """Where relative paths in rows start (a folder, or an `s3://` prefix), where images behind URLs are stored, the cache of
-    shrunk images, the limits they are shrunk to, what to do about burned-in text, and which hosts need not be public."""
+    shrunk images, the limits they are shrunk to, what to do about burned-in text, which hosts need not be public, and how to look
+    up names that are no such paths."""
 
     base: Path | str | None = None
     fetched: Path | None = None
@@ -93,6 +98,7 @@ class Files(NamedTuple):
     bounds: Bounds = AS_IT_IS
     privacy: PrivacySpec = PrivacySpec()
     hosts: tuple[str, ...] = ()
+    lookup: Lookup | None = None
 
 
 class Place(NamedTuple):
@@ -116,6 +122,7 @@ def locate(value: Any, files: Files) -> bytes | Place:
     or s3 URL, a path relative to `files.base`, or a piece `{"path", "offset", "size"}` of an archive. Raises BadRow if none."""
     given = value if isinstance(value, dict) else {"path": value}
     name = given.get("path") if given.get("bytes") is None else given["bytes"]
+    name = str(name) if type(name) is int and files.base is not None else name
     if isinstance(name, bytes):
         check_bytes(len(name))
         return name
@@ -129,7 +136,7 @@ def locate(value: Any, files: Files) -> bytes | Place:
     name = name.removeprefix("file://")
     if not name.startswith(WEB):
         if files.base is not None:
-            name = _below(str(files.base), name)
+            name = _below(str(files.base), name) if files.lookup is None else _found(files.lookup, name)
         elif value is not given:  # the Hub's own files come as {"path"}; text in a stranger's row names no file here
             raise BadRow("image is a path, and there is no folder to resolve it in")
     if extent or not name.startswith(WEB):
@@ -142,12 +149,19 @@ def locate(value: Any, files: Files) -> bytes | Place:
         raise BadRow(f"image cannot be fetched: {error}") from None
 
 
+def _found(lookup: Lookup, name: str) -> str:
+    with suppress(BadRow, OSError, ValueError):
+        if (place := Path(_below(str(lookup.tree.base), name))).is_file():
+            return str(place)
+    return lookup.find(name)
+
+
 def _below(base: str, name: str) -> str:
     """Resolves a name against `base` to a path or URL. Follows the owner's links, but refuses names that lead out of it."""
     scheme, folder = ("s3:/", base.removeprefix("s3:/")) if base.startswith(WEB) else ("", str(Path(base).absolute()))
     whole = os.path.normpath(f"{folder}/{name}") if name[:1] != "/" else os.path.normpath(name)
     if not whole.startswith(f"{os.path.normpath(folder)}/"):
-        raise BadRow("image path leaves the dataset's folder")
+        raise BadRow(OUTSIDE)
     return scheme + whole
 
 
@@ -199,10 +213,21 @@ def _inline(url: str) -> bytes:
     return _from_base64(body, "data: URL is not base64") if head.endswith(";base64") else b""
 
 
-def is_absolute(value: Any) -> bool:
+def is_absolute(value: Any, files: Files) -> bool:
     """Whether a row's image value is an absolute path on this machine."""
+    name = path_of(value)
+    return name is not None and name[:1] == "/" and (files.lookup is None or Path(name).is_file())
+
+
+def path_of(value: Any) -> str | None:
+    """Returns the path in a row's image value as it is written; None if it is something else, such as a URL."""
     name = value.get("path") if isinstance(value, dict) and value.get("bytes") is None else value
-    return isinstance(name, str) and name.removeprefix("file://")[:1] == "/" and not begins_as_picture(name)
+    if isinstance(value, dict) and "offset" in value:
+        return None
+    name = str(name) if type(name) is int else name
+    if not isinstance(name, str) or not name or name.startswith((*WEB, "data:")) or begins_as_picture(name):
+        return None
+    return name.removeprefix("file://")
 
 
 def begins_as_picture(text: str) -> bool:
@@ -258,7 +283,7 @@ def _decoded(
 ) -> tuple[list[bytes], list[Picture]]:
     data = [part if isinstance(part, bytes) else read(part) for part in parts]
     made = [_frames(each, spec, files, pictures) for each in data]
-    costly = data[0][128:132] == b"DICM"
+    costly = is_dicom(data[0][:132])
     found = [picture for each in made for picture in each]
     if costly and len(parts) > 1:
         from job.data.dicom import montage
@@ -266,6 +291,8 @@ def _decoded(
         found = [montage(found)]
     before = found[0].width * found[0].height
     bounds = files.bounds
+    for picture in found:
+        picture.info.setdefault(WHOLE, picture.size)
     found = [shrink(picture, bounds.size(*picture.size, pictures), bounds.resample) for picture in found]
     if files.cache and len(found) == 1 and (costly or before >= WORTH_KEEPING * found[0].width * found[0].height):
         files.cache.put(_key(parts, pictures), found[0], hashlib.sha256(b"".join(data)).hexdigest())
@@ -274,7 +301,7 @@ def _decoded(
 
 def _frames(data: bytes, spec: DatasetSpec, files: Files, pictures: int) -> list[Picture]:
     """Decodes the image of a file, or the selected frames of DICOM, and handles burned-in text."""
-    if dicom := data[128:132] == b"DICM":
+    if dicom := is_dicom(data[:132]):
         from job.data.decoder import decoded_apart
         from job.data.dicom import montage
 
@@ -310,10 +337,13 @@ def decode(data: bytes, spec: DatasetSpec, bounds: Bounds = AS_IT_IS, pictures: 
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             check_size(*image.size, spec)
+            whole = image.size
             if bounds.resample is None:  # a JPEG decodes at a half, a quarter or an eighth, but with other pixels
                 image.draft(None, bounds.size(*image.size, pictures))
             image.load()
-            return as_rgb(ImageOps.exif_transpose(image))
+            picture = as_rgb(ImageOps.exif_transpose(image))
+            picture.info[WHOLE] = whole if picture.size == image.size else whole[::-1]
+            return picture
     except BadRow:
         raise
     except UnidentifiedImageError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from job.config.schema import DatasetSpec
 from job.data.cards import files_by_split
-from job.data.text import encoding_of
+from job.data.text import encoding_of, ending_of
 from job.errors import DataError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -32,7 +32,7 @@ TRAIN = "train"
 """The split that takes all files if none is named after a split. For any other split that would be a leak."""
 WORDS = {
     TRAIN: "train|training|trn|trainval",
-    "validation": "(?:mini)?val|valid|validation|dev|devel",
+    "validation": "(?:mini)?val|valid|validate|validation|dev|devel",
     "test": "test|testing|tst|eval|evaluation|held[_ -]?out|hold[_ -]?out",
 }
 SPLITS = {
@@ -40,18 +40,24 @@ SPLITS = {
     for split, words in WORDS.items()
 }
 """Common names of splits: trainset.json, X_test.csv, val2017/, TestData.tsv."""
+BARE = re.compile(
+    rb"\x02\x00\x00\x00UL\x04\x00|\x08\x00[\x00\x01\x05\x08\x12-\x18]\x00(?:(?:CS|DA|TM|UI|UL)|[\x00-\x80]\x00\x00\x00)"
+)
+"""The first element of a DICOM file without preamble: in group 2, or in group 8 with an explicit VR or a length (PS3.5 7.1)."""
 LISTED = 4
 """File names that are written out; of more, only the first and the last are."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """The files that make up the rows, their format, and the reason in words. `left_out` are tables named after other splits."""
+    """The files that make up the rows, their format, and the reason in words. `left_out` are tables named after other splits.
+    `unless` says what is wrong unless these files themselves say which rows are of the split."""
 
     kind: str
     files: list[Path]
     why: str
     left_out: tuple[str, ...] = ()
+    unless: str = ""
 
 
 def find_rows(spec: DatasetSpec, here: Path, split: str, field: str, held_out: bool = False) -> Found:
@@ -66,27 +72,32 @@ def find_rows(spec: DatasetSpec, here: Path, split: str, field: str, held_out: b
         by_card = files_by_split(here, spec.name)
         if found := _carded(by_card, files, here, split, field, held_out):
             return found
-    if asked in ("auto", "imagefolder") and here.is_dir():
+    if asked in ("auto", "imagefolder") and here.is_dir() and not spec.join:
         named_so = [file for file in files if file.name in METADATA and file.parent.parent in (here, here.parent)]
         beside = sorted(_files_of_split(named_so, here, split, held_out), key=lambda file: METADATA.index(file.name))
         beside = [file for file in beside if file.parent == here] or beside
         if len({file.parent for file in beside}) == 1:
             return _found("", beside[:1], files, here, split)
     tables = rows_among(files)
-    rest = [file for file in files if file.suffix.lower() not in KINDS]
-    kinds = Counter(KINDS[file.suffix.lower()] for file in tables)
+    rest = [file for file in files if ending_of(file) not in KINDS]
+    kinds = Counter(KINDS[ending_of(file)] for file in tables)
     if asked == "dicom" or (asked == "auto" and not kinds["webdataset"] and any(map(_is_dicom, rest[:200]))):
         return Found("dicom", rest, "")
     if asked not in ("auto", "hub"):
-        tables = [file for file in tables if KINDS[file.suffix.lower()] == asked]
+        tables = [file for file in tables if KINDS[ending_of(file)] == asked]
     elif kinds["webdataset"]:
-        tables = [file for file in tables if KINDS[file.suffix.lower()] == "webdataset"]
+        tables = [file for file in tables if KINDS[ending_of(file)] == "webdataset"]
     chosen = tables if here.is_file() and split == TRAIN else _files_of_split(tables, root, split, held_out)
-    if not chosen:
-        raise DataError(f"{field}: {here} holds {_nothing_for(spec, split, tables, files, root)}")
-    kind = KINDS[chosen[0].suffix.lower()]
-    chosen = [file for file in chosen if KINDS[file.suffix.lower()] == kind]
-    return _found(kind, chosen, files, root, split)
+    unnamed = [file for file in tables if split_of(_relative(file, root)) is None or here.is_file()]
+    unless = "" if chosen else f"{here} holds {_nothing_for(spec, split, tables, files, root)}"
+    if not (chosen := chosen or unnamed):
+        raise DataError(f"{field}: {unless}")
+    kind = KINDS[ending_of(chosen[0])]
+    if spec.join:
+        chosen = [file for file in tables if file in {*chosen, *unnamed} and KINDS[ending_of(file)] in ("json", "csv")]
+    else:
+        chosen = [file for file in chosen if KINDS[ending_of(file)] == kind]
+    return replace(_found(kind, chosen, files, root, split), unless=unless)
 
 
 def _carded(
@@ -102,8 +113,8 @@ def _carded(
             f"{field}: README.md of {here} names the splits {', '.join(by_split)}, not {split}; name one in dataset.split"
         )
     those = by_split[chosen[0][:-1]]
-    kind = KINDS[those[0].suffix.lower()]
-    found = _found(kind, [file for file in those if KINDS[file.suffix.lower()] == kind], files, here, split)
+    kind = KINDS[ending_of(those[0])]
+    found = _found(kind, [file for file in those if KINDS[ending_of(file)] == kind], files, here, split)
     return replace(found, why=f"{found.why} as listed in README.md")
 
 
@@ -128,14 +139,15 @@ def rows_among(files: list[Path]) -> list[Path]:
     """Returns the tables among files, without JSON files that are a single object, which describe other files. If all tables are
     JSON, an object on one line may be a row."""
     tables = _tables_among(files)
-    alike = {file.suffix.lower() for file in tables} == {".json"}
+    alike = {ending_of(file) for file in tables} == {".json"}
     rows = [file for file in tables if not _is_object(file, over_lines=alike)] if len(tables) > 1 else tables
     return rows or tables
 
 
 def _tables_among(files: list[Path]) -> list[Path]:
     """Excludes what `datasets` writes beside rows and keeps in its caches."""
-    tables = [file for file in files if file.suffix.lower() in KINDS and file.name not in NOT_ROWS]
+    tables = [file for file in files if ending_of(file) in KINDS and file.name not in NOT_ROWS]
+    tables = [file for file in tables if file.suffix.lower() != ".gz" or KINDS[ending_of(file)] in ("json", "csv")]
     return [file for file in tables if file.suffix.lower() != ".arrow" or _is_saved(file)]
 
 
@@ -183,6 +195,17 @@ def of_split(names: Iterable[str], split: str, held_out: bool = False) -> list[s
     return []
 
 
+def values_of_split(values: Iterable[str], split: str, own: str | None, held_out: bool) -> set[str]:
+    """Returns the values of a column of splits that mean `split`: `val` for validation, `4` for 4; none if none does. For
+    `train`, all but those of other splits and `own`, the name of held-out rows; for held-out rows see `of_split`."""
+    known = set(values)
+    if split_of(split) != TRAIN:
+        return {split} & known or {value for value in known if split_of(split) and split_of(value) == split_of(split)}
+    if held_out:
+        return {name[:-1] for name in of_split([f"{value}/" for value in known], split, held_out)}
+    return {value for value in known if split_of(value) in (None, TRAIN) and value != own}
+
+
 def _files_of_split(files: list[Path], root: Path, split: str, held_out: bool) -> list[Path]:
     names = {_relative(file, root): file for file in files}
     return [names[name] for name in of_split(names, split, held_out)]
@@ -210,9 +233,14 @@ def _relative(file: Path, root: Path) -> str:
     return file.relative_to(root).as_posix()
 
 
+def is_dicom(start: bytes) -> bool:
+    """Whether a file that starts so is DICOM, with the preamble of PS3.10 or, as old archives have it, without."""
+    return start[128:132] == b"DICM" or BARE.match(start) is not None
+
+
 def _is_dicom(file: Path) -> bool:
     try:
         with file.open("rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
+            return is_dicom(stream.read(132))
     except OSError:
         return False

@@ -54,9 +54,11 @@ def prepare(
     source, other = _open_both(spec, scratch, bounds)
     seen, bad, counts = validate_rows(source, spec, measure, most)
     whole, shared = counts.looked_at is None, None
+    shares = [(counts.looked_at or counts.rows) / max(counts.rows, 1)] * 2
     if other is not source:
         held, bad_held, theirs = validate_rows(other, spec, measure, most)
         whole = whole and theirs.looked_at is None
+        shares[1] = (theirs.looked_at or theirs.rows) / max(theirs.rows, 1)
         counts = counts.with_held_out(theirs)
         bad = bad + [replace(row, of="evaluation") for row in bad_held]
         numbers = [group_numbers(side, dataset.group_column) for side in (seen, held)]
@@ -67,8 +69,9 @@ def prepare(
         raise DataError("dataset: no rows are left to train on")
     near = _near(seen, held)
     leaks = {pair.train for pair in near} | _sharing(seen, shared)
-    part = 1 if counts.looked_at is None else counts.looked_at / counts.rows
-    aside = _set_aside(seen, numbers[0], leaks, spec, part) if spec.evaluation.chooses_step else [False] * len(seen)
+    aside = (
+        _set_aside(seen, numbers[0], leaks, spec, shares[0]) if spec.evaluation.chooses_step else [False] * len(seen)
+    )
     (seen, validation), (ours, apart) = _sides(seen, aside), _sides(numbers[0], aside)
     grouped = bool(dataset.group_column or source.table.patients)
     together = [*seen, *validation, *held]
@@ -80,10 +83,10 @@ def prepare(
         left_out=source.table.left_out,
         held_out_source=None if other is source else other.decided,
         same_in_both=None if shared is None else len(shared),
-        train=round(len(seen) / part),
-        evaluation=round(len(held) / part),
-        validation=round(len(validation) / part) if spec.evaluation.chooses_step else None,
-        validation_groups=round(len(set(apart)) / part) if spec.evaluation.chooses_step else None,
+        train=round(len(seen) / shares[0]),
+        evaluation=round(len(held) / shares[1]),
+        validation=round(len(validation) / shares[0]) if spec.evaluation.chooses_step else None,
+        validation_groups=round(len(set(apart)) / shares[0]) if spec.evaluation.chooses_step else None,
         quarantined=len(bad),
         near_duplicates=len(near),
         instruction=None if source.reading.messages or not fixed(dataset) else dataset.instruction,
@@ -92,10 +95,7 @@ def prepare(
         alike_groups=alike,
         alike_rows=pair and (together[pair[0]].place, together[pair[1]].place),
     )
-    values = {
-        name: label.values or sorted({value for row in together for value in _values(row, name)} - {""})
-        for name, label in spec.evaluation.labels.items()
-    }
+    values = {name: label.values or _known(together, name) for name, label in spec.evaluation.labels.items()}
     identity = _identity(seen, held, validation) if whole else None
     leaked = {pair.evaluation for pair in near} | _sharing(held, shared)
     train, chosen_on = _rows(source, seen, ours, spec), _rows(source, validation, apart, spec)
@@ -109,6 +109,10 @@ def _identity(*sides: Sequence[ValidatedRow]) -> Identity:
 
 def _sharing(rows: Sequence[ValidatedRow], keys: set[str] | None) -> set[str]:
     return {row.id for row in rows if keys and keys.intersection(row.compared)}
+
+
+def _known(rows: Sequence[ValidatedRow], name: str) -> list[str]:
+    return sorted({value for row in rows for value in _values(row, name)} - {""})
 
 
 def _values(row: ValidatedRow, name: str) -> list[str]:

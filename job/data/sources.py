@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import shutil
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,23 @@ from job.config.schema import DatasetSpec, PrivacySpec
 from job.data.cards import classes_noted
 from job.data.classes import kinds_of, named
 from job.data.columns import FIRST, Choose, Rows, first_rows, undecoded
-from job.data.conversations import Reading, choose_alike, choose_columns, read_sample
+from job.data.conversations import (
+    Reading,
+    answer_columns,
+    as_text,
+    choose_alike,
+    choose_columns,
+    images_of,
+    read_sample,
+)
 from job.data.floats import Floats, floats_of
 from job.data.hub import from_hub, not_there
 from job.data.image_cache import ImageCache
-from job.data.images import AS_IT_IS, Bounds, Files, Place, locate, looks_like_picture
-from job.data.layouts import find_rows, listed, of_split, tables_below
+from job.data.image_names import SAMPLED, beside, learned, nearest
+from job.data.images import AS_IT_IS, Bounds, Files, Place, locate, looks_like_picture, path_of
+from job.data.joined import Join
+from job.data.layouts import find_rows, listed, of_split, split_of, tables_below, values_of_split
+from job.data.nested import Selection, flat
 from job.data.pixels import LARGEST, BadRow
 from job.data.tables import LINE, as_table, read_line, read_table
 from job.data.webdataset import IMAGES, fetched_shards, index_shards, shards_to_stream
@@ -31,6 +43,10 @@ from job.runtime.staging import BUNDLE, check_room, exists, local_path, only_one
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+CHUNK = 1000
+"""Rows read at a time to learn their split."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,10 @@ class Table:
     """Tables beside it that are named after other splits."""
     files: tuple[Path, ...] = ()
     """The files that hold the rows, if each is a separate table."""
+    named: bool = False
+    """Whether the spec names the only file, and not its folder."""
+    unless: str = ""
+    """What is wrong unless a column says which rows are of the split."""
 
     @property
     def rows(self) -> Dataset:
@@ -76,10 +96,73 @@ class Source:
 
     def read(self, row: dict[str, Any]) -> dict[str, Any]:
         """Returns the values of a row of the table by column. Raises BadRow."""
-        values = read_line(row[LINE]) if LINE in row else row
+        values = flat(read_line(row[LINE])) if LINE in row else row
         plain = {name: each.plain(values[name]) for name, each in self.floats.items() if name in values}
         classes = {name: kind for name, kind in self.table.found.classes.items() if name in self.reading.used}
         return values | plain | {name: named(values.get(name), kind, name) for name, kind in classes.items()}
+
+    def of_split(self, spec: DatasetSpec, split: str) -> Source:
+        """Selects the rows that the table's own column puts in the split, if it puts any there. Raises DataError if the split is
+        nowhere."""
+        column, table = self.reading.split, self.table
+        said = [as_text(value) for value in self._column(column)] if column else []
+        chosen = values_of_split(said, split, spec.eval_split, self.field == "dataset.eval_path")
+        chosen |= set() if table.unless else {""}  # its file is named after the split
+        kept = [place for place, value in enumerate(said) if value in chosen]
+        if table.unless and not kept:
+            values = f"; column {column} says {listed(sorted(set(said) - {''}))}" if column else ""
+            raise DataError(f"{self.field}: {table.unless}{values}")
+        if len(kept) in (0, len(said)):
+            return self
+        left = Counter(value for value in said if value not in chosen).most_common()
+        rest = listed([f"{count} rows of {value or 'no split'}" for value, count in left])
+        read = listed([value or "no split" for value in sorted(chosen & set(said))])
+        why = f"{table.why}; {len(kept)} rows of {read} by column {column} (not read: {rest})"
+        found = table.found._replace(rows=table.rows.select(kept))
+        table = replace(table, found=found, why=why, left_out=(*table.left_out, rest))
+        return replace(self, table=table, decided=self.decided.replace(self.table.why, why, 1))
+
+    def _column(self, name: str) -> Iterator[Any]:
+        for start in range(0, len(self.table.rows), CHUNK):
+            for row in self.rows_at(list(range(start, min(start + CHUNK, len(self.table.rows))))):
+                value = None
+                with suppress(BadRow):
+                    value = self.read(row).get(name)
+                yield value
+
+    def paths(self, places: list[int]) -> list[str]:
+        """Returns the paths of images in these rows, as the rows write them."""
+        found = []
+        for row in self.rows_at(places):
+            with suppress(BadRow):
+                values = self.read(row)
+                found += [
+                    path for name in self.reading.images for path in map(path_of, images_of(values, name)) if path
+                ]
+        return found
+
+    def with_lookup(self, split: str) -> Source:
+        """Adds how to look up the names of images, if they are no paths from the folder."""
+        base, count = self.files.base, len(self.table.rows)
+        if not isinstance(base, Path) or self.table.patients or self.table.streamed:
+            return self
+        names = self.paths(sorted({place * count // SAMPLED for place in range(SAMPLED)}))
+        named = split_of(self.table.files[0].relative_to(base).as_posix()) if self.table.files else None
+        lookup = learned(base, names, named := named or split_of(split))
+        if lookup is None and self.table.named and not any((base / name).is_file() for name in names):
+            lookup = beside(base, names, named)
+        if lookup is None:
+            return self
+        decided = f"{self.decided} found in {lookup.folder(names) or lookup.tree.base}"
+        return replace(self, files=self.files._replace(base=lookup.tree.base, lookup=lookup), decided=decided)
+
+    def tried(self, place: int) -> str:
+        """Describes where the first image of a row was looked for, and what is near."""
+        base, names = self.files.base, self.paths([place])
+        if not isinstance(base, Path) or not names:
+            return ""
+        first = next((name for name in names if not (base / name).is_file()), names[0])
+        return f"The first is {base / first}, and the nearest that exists is {nearest(base, first)}"
 
     def other_pictures(self) -> list[str]:
         """Returns the columns that look like images but that the spec does not read as images."""
@@ -125,7 +208,14 @@ def open_source(
         everywhere = all(reading.split in columns for columns in tables.values())
         return reading.used | ({reading.split} if reading.split and everywhere else set())
 
-    table = _open(spec, path, split, scratch, field, choose)
+    def used(columns: Iterable[str]) -> frozenset[str]:
+        reading = choose_columns(columns, spec, field, also)
+        return reading.used | ({reading.split} if reading.split else set())
+
+    join = Join(spec.join, answer_columns(spec), used) if spec.join else None
+    table = _open(spec, path, split, scratch, field, choose, join)
+    if join and not any(note.startswith("joined ") for note in table.found.notes):
+        raise DataError(f"{field}: dataset.join joins CSV and JSON tables, and this is {table.why}")
     reading = choose_columns(table.found.columns, spec, field, also)
     bundled = scratch / BUNDLE / "images"
     fetched = bundled if bundled.exists() else scratch / "fetched" / "images"
@@ -139,10 +229,13 @@ def open_source(
     if spec.answer and not reading.messages:
         what = "answers by template"
     images = f"images in {', '.join(reading.images)}" if reading.images else "no images"
-    return Source(table, files, reading, f"{table.why}; {what}, {images}", field, table.found.floats)
+    source = Source(table, files, reading, f"{table.why}; {what}, {images}", field, table.found.floats)
+    return source.of_split(spec, split).with_lookup(split)
 
 
-def _open(spec: DatasetSpec, path: str, split: str, scratch: Path, field: str, choose: Choose) -> Table:
+def _open(
+    spec: DatasetSpec, path: str, split: str, scratch: Path, field: str, choose: Choose, join: Join | None
+) -> Table:
     cache, held_out = scratch / "cache" / "datasets", field == "dataset.eval_path"
     streamed = [] if (scratch / BUNDLE).exists() else shards_to_stream(spec, path)
     if streamed:
@@ -186,10 +279,14 @@ def _open(spec: DatasetSpec, path: str, split: str, scratch: Path, field: str, c
         lines, why = index_studies(spec, here, chosen, reports.rows, field)
         rows = as_table({str(here): lines}, cache, f"{here} dicom", field)
         return Table(rows._replace(classes=reports.classes), f"{why}; reports in {tables[0].name}", here, patients=True)
-    rows = read_table(chosen, cache, field, choose)
+    wanted = Selection(split, held_out, frozenset(answer_columns(spec)))
+    rows = read_table(chosen, cache, field, choose, wanted, join)
+    why = "; ".join([why, *rows.notes])
     if here.is_dir():
         rows = rows._replace(classes={**classes_noted(here, spec.name), **rows.classes})
-    return Table(rows, why, base, left_out=found.left_out, files=tuple(chosen))
+    inside = any(" holds " in note for note in rows.notes)
+    unless = "" if inside else found.unless
+    return Table(rows, why, base, left_out=found.left_out, files=tuple(chosen), named=here.is_file(), unless=unless)
 
 
 def unpacked(archive: Path, scratch: Path, field: str) -> Path:

@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,8 +17,10 @@ from typing import Any, TextIO
 from job.data.columns import Choose, Rows, every, read_columns, titled
 from job.data.floats import Floats, is_whole
 from job.data.images import looks_like_picture
+from job.data.joined import Join, joined
+from job.data.nested import Selection, flat, rows_inside
 from job.data.pixels import BadRow
-from job.data.text import ESCAPE, NOT_UTF8, as_line, checked, encoding_of
+from job.data.text import NOT_UTF8, as_line, checked, encoding_of, ending_of, open_text
 from job.errors import DataError
 from job.store.disk import disk
 
@@ -32,18 +36,33 @@ WHY = "_why"
 POINTER = b"version https://git-lfs.github.com/spec/"
 LONGEST_NAME = 100
 """Maximum number of characters in a column name."""
+FIRST_LINE = 1000
+"""Maximum characters of the first line of an object that is written over several lines."""
 AT_ONCE = 100
 """Lines written at a time; some hold whole images."""
 
 
-def read_table(files: list[Path], cache: Path, field: str, choose: Choose = every) -> Rows:
+def read_table(
+    files: list[Path],
+    cache: Path,
+    field: str,
+    choose: Choose = every,
+    wanted: Selection = Selection(),  # noqa: B008 - it is frozen
+    join: Join | None = None,
+) -> Rows:
     """Reads the rows of files of one kind. Raises DataError naming the first file that cannot be read."""
     for file in files:
         refuse_pointer(file, field)
-    if files[0].suffix.lower() in (".parquet", ".arrow"):
+    if ending_of(files[0]) in (".parquet", ".arrow"):
+        if join:
+            raise DataError(f"{field}: dataset.join joins CSV and JSON tables, and {files[0].name} is neither")
         return read_columns(files, cache, field, choose)
-    parts = {title: lines_of(file, field) for title, file in titled(files).items()}
-    return as_table(parts, cache, " ".join(map(str, files)), field, choose)
+    notes = dict[str, None]()
+    tables = {title: partial(lines_of, file, field, wanted, notes) for title, file in titled(files).items()}
+    parts = joined(tables, join, read_line, field, notes) if join else {title: each() for title, each in tables.items()}
+    name = " ".join(map(str, (*files, *wanted[:2], join.key if join else "")))
+    rows = as_table(parts, cache, name, field, choose)
+    return rows._replace(notes=tuple(notes))
 
 
 def refuse_pointer(file: Path, field: str) -> None:
@@ -53,25 +72,63 @@ def refuse_pointer(file: Path, field: str) -> None:
             raise DataError(f"{field}: {file} is a Git LFS pointer and not the file; fetch it with git lfs pull")
 
 
-def lines_of(file: Path, field: str) -> Iterator[str]:
-    """Yields a file as lines of JSON: its own, or one for each row of a CSV or item of a list. CSV values stay text: patient 007
-    is not 7."""
+def lines_of(
+    file: Path,
+    field: str,
+    wanted: Selection = Selection(),  # noqa: B008 - it is frozen
+    notes: dict[str, None] | None = None,
+) -> Iterator[str]:
+    """Yields a file as lines of JSON: its own, or one for each row of a CSV or item of a list, which may be in an object. CSV
+    values stay text: patient 007 is not 7. Adds to `notes` which list of an object was read."""
     with disk(file):
         encoding = encoding_of(file)
-    with file.open(encoding=encoding, errors=ESCAPE, newline="" if _is_csv(file) else "\n") as stream:
+    with open_text(file, encoding, newline="" if _is_csv(file) else "\n") as stream:
         try:
             if _is_csv(file):
                 yield from _csv_lines(stream)
-            elif stream.read(4096).lstrip().startswith("["):
-                if file.stat().st_size > LONGEST:
-                    raise ValueError(f"one list of over {LONGEST / 1e9:g} GB; write one row per line")
+                return
+            if stream.read(4096).lstrip().startswith("["):
                 stream.seek(0)
-                yield from map(as_line, json.load(stream))
-            else:
-                stream.seek(0)
-                yield from (checked(line) for line in _lines(stream) if line.strip())
-        except (ValueError, RecursionError, csv.Error) as error:
+                yield from map(as_line, json.loads(_whole(stream, "list")))
+                return
+            stream.seek(0)
+            if (whole := _object(stream)) is not None:
+                inside = rows_inside(whole, wanted)
+                yield from map(as_line, inside.rows if inside else [whole])
+                if inside and notes is not None:
+                    notes[f"{file.name} holds {inside.why}"] = None
+                return
+            stream.seek(0)
+            yield from (checked(line) for line in _lines(stream) if line.strip())
+        except (ValueError, RecursionError, EOFError, OSError, zlib.error, csv.Error) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
             raise DataError(f"{field}: {file} cannot be read: {error}; fix it, or rewrite it in UTF-8") from error
+
+
+def _whole(stream: TextIO, what: str) -> str:
+    text = stream.read(LONGEST)
+    if len(text) == LONGEST:
+        raise ValueError(f"one {what} of over {LONGEST / 1e9:g} GB; write one row per line")
+    return text
+
+
+def _object(stream: TextIO) -> dict[str, Any] | None:
+    """Returns the only object in a text; None for lines, each of which is an object or should be."""
+    first = stream.readline(LONGEST)
+    try:
+        json.loads(first)
+        if any(line.strip() for line in _lines(stream)):
+            return None
+    except ValueError:
+        if len(first) > FIRST_LINE:
+            return None
+    stream.seek(0)
+    try:
+        whole = json.loads(_whole(stream, "object"))
+    except ValueError:
+        return None
+    return whole if isinstance(whole, dict) else None
 
 
 def _lines(stream: TextIO) -> Iterator[str]:
@@ -82,7 +139,7 @@ def _lines(stream: TextIO) -> Iterator[str]:
 
 
 def _is_csv(file: Path) -> bool:
-    return file.suffix.lower() in (".csv", ".tsv")
+    return ending_of(file) in (".csv", ".tsv")
 
 
 def _csv_lines(stream: Iterator[str]) -> Iterator[str]:
@@ -132,6 +189,7 @@ def as_table(parts: Mapping[str, Iterable[str]], cache: Path, name: str, field: 
                     except BadRow as error:
                         reason = error
                         continue
+                    row = flat(row)
                     there |= dict.fromkeys(row)
                     for column, value in row.items():
                         if isinstance(value, float):

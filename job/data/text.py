@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 RAW = re.compile("[\udc80-\udcff]")
 """What `ESCAPE` makes of a byte that is not UTF-8. Valid text never holds it."""
@@ -14,9 +15,20 @@ NOT_UTF8 = "not UTF-8"
 """Replaces a line that holds such a byte in a table."""
 
 
+def ending_of(file: Path) -> str:
+    """Returns the ending of a file's name in lower case, without `.gz`: `.csv` for `labels.CSV.gz`."""
+    return Path(file.name.lower().removesuffix(".gz")).suffix
+
+
+def open_text(file: Path, encoding: str, newline: str | None = None) -> TextIO:
+    """Opens a text, unpacking it if its name ends with `.gz`. Bytes that are not text become `RAW`."""
+    opened = gzip.open if file.suffix.lower() == ".gz" else open
+    return cast(TextIO, opened(file, "rt", encoding=encoding, errors=ESCAPE, newline=newline))
+
+
 def encoding_of(file: Path) -> str:
-    """Detects UTF-8, 16 or 32 from the file's first bytes, with or without a BOM."""
-    with file.open("rb") as raw:
+    """Detects UTF-8, 16 or 32 from the text's first bytes, with or without a BOM."""
+    with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as raw:
         found = json.detect_encoding(raw.read(4))
     return "utf-8-sig" if found == "utf-8" else found
 

@@ -19,9 +19,10 @@ from job.data import BadRows
 from job.data.burned_in import BurnedIn
 from job.data.conversations import Message, as_text, labels_of, last_answer, prompt_text, read_sample, repeat_images
 from job.data.decoder import dismiss
-from job.data.facts import ImageFacts, QuarantinedRow, SplitFacts, TokenFacts
+from job.data.facts import ImageFacts, QuarantinedRow, ShrunkFacts, SplitFacts, TokenFacts
 from job.data.given_away import given_away, stated_answer, words
-from job.data.images import is_absolute, load_anew
+from job.data.image_names import MISSING, OUTSIDE
+from job.data.images import WHOLE, is_absolute, load_anew
 from job.data.layouts import split_of
 from job.data.near_duplicates import Thumbnail, thumbnail
 from job.data.pixels import BadRow
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from job.model.token_length import TokenCounter
 
 MAX_REASONS = 3
+MOST_COUNTED = 25_000_000
+"""Pixels of a row whose tokens are counted as if it were not shrunk: the processor is given blank images of that size."""
 CHUNK = 256
 """Rows read from the table at a time."""
 WAITING = 16
@@ -65,6 +68,12 @@ class ValidatedRow(NamedTuple):
     """Whether it names an image by an absolute path."""
     stated: str
     """The answer that its own prompt states (see `given_away.stated_answer`), if any."""
+    blank: bool
+    """Whether an image is of one colour throughout."""
+    default_window: bool
+    """Whether an image was shown with a window that neither its file nor the spec gives."""
+    whole: tuple[tuple[int, int], ...]
+    """Sizes of the images before they were shrunk."""
     other_split: str
     """The split that its own split column names, if that is not the one being read; else empty."""
 
@@ -119,7 +128,12 @@ def validate_rows(
     decoders = dismiss()
     good, bad = _without_given_away(good, bad, source, dataset)
     _refuse_unusable(source, spec, good, bad, burned, total)
-    facts = replace(_facts(good, bad, spec, there), split_column=source.reading.split, decoders=decoders)
+    facts = replace(
+        _facts(good, bad, spec, there),
+        split_column=source.reading.split,
+        decoders=decoders,
+        shrunk=_shrunk(good, source, dataset, measure),
+    )
     return good, bad, facts if total == there else replace(facts, looked_at=total)
 
 
@@ -156,6 +170,8 @@ def _refuse_unusable(
     blind = dataset.image_column is not None and not any(row.sizes for row in good)
     if len(bad) > dataset.max_bad_fraction * total or not good:
         hint = f". {_where_pictures_are(source)}" if blind and not source.reading.images else ""
+        hint += f". {_first_missing(source, bad)}" if spec.privacy.report_images else ""
+        hint = hint.rstrip(". ")
         raise BadRows(_too_many(source.field, bad, total, dataset.max_bad_fraction) + hint, bad)
     if blind:
         raise DataError(
@@ -198,7 +214,7 @@ def _examine(
     text = json.dumps([keys, messages])
     digest, lossy = hashlib.sha256(text.encode()).hexdigest(), "\\ufffd" in text
     identity = row_identity(pictures, [digest, sample.weight])
-    absolute = any(map(is_absolute, sample.images))
+    absolute = any(is_absolute(image, source.files) for image in sample.images)
     other = _other_split(values.get(source.reading.split or ""), dataset.split)
     return ValidatedRow(
         index,
@@ -214,6 +230,9 @@ def _examine(
         identity,
         absolute,
         stated_answer(messages),
+        any(low == high for each in shown for picture in each for low, high in [picture.convert("L").getextrema()]),
+        any(picture.info.get("default_window") for each in shown for picture in each),
+        tuple(picture.info[WHOLE] for each in shown for picture in each),
         other,
     )
 
@@ -263,9 +282,33 @@ def _facts(good: list[ValidatedRow], bad: list[QuarantinedRow], spec: JobSpec, t
         over_length=sum(length > spec.training.max_length for length in lengths),
         lossy=sum(row.lossy for row in good),
         absolute=sum(row.absolute for row in good),
+        blank=sum(row.blank for row in good),
+        default_window=sum(row.default_window for row in good),
         tokens=TokenFacts(int(np.median(lengths)), max(lengths)) if lengths else None,
         images=images,
     )
+
+
+def _shrunk(
+    good: list[ValidatedRow], source: Source, dataset: DatasetSpec, measure: TokenCounter | None
+) -> ShrunkFacts | None:
+    pairs = [
+        (*pair, row.place) for row in good for pair in zip(row.whole, row.sizes, strict=True) if pair[0] != pair[1]
+    ]
+    if not pairs:
+        return None
+    pairs.sort(key=lambda pair: math.prod(pair[0]))
+    whole, size, place = pairs[len(pairs) // 2]
+    row = next(row for row in good if row.place == place)
+    if measure is None or sum(map(math.prod, row.whole)) > MOST_COUNTED:
+        return ShrunkFacts(len(pairs), whole, size)
+    sample = read_sample(source.read(source.rows_at([place])[0]), dataset, source.reading)
+    if len(sample.images) != len(row.sizes):  # files of several frames
+        return ShrunkFacts(len(pairs), whole, size)
+    try:
+        return ShrunkFacts(len(pairs), whole, size, measure(sample.messages, list(row.whole)).whole, row.tokens)
+    except DataError:  # the processor refuses an image of that size
+        return ShrunkFacts(len(pairs), whole, size)
 
 
 def _where_pictures_are(source: Source) -> str:
@@ -273,6 +316,12 @@ def _where_pictures_are(source: Source) -> str:
     columns = source.other_pictures()
     named = f"Column {', '.join(columns)} looks like images: set" if columns else "Set"
     return f"{named} dataset.image_column to the column that holds them, or to null to train on text alone"
+
+
+def _first_missing(source: Source, bad: list[QuarantinedRow]) -> str:
+    """Names the first path without a file. File names may hold the names of patients: not for those who may not see images."""
+    missing = next((row.row for row in bad if row.reason in (MISSING, OUTSIDE)), None)
+    return source.tried(missing) if missing is not None else ""
 
 
 def _too_many(field: str, bad: list[QuarantinedRow], total: int, allowed: float) -> str:

@@ -86,6 +86,11 @@ def _describe_data(data: DataFacts) -> list[str]:
         sizes = {"smallest": images.smallest, "median": images.median, "largest": images.largest}
         named = ", ".join(f"{name} {width}×{height}" for name, (width, height) in sizes.items())
         lines.append(f"  images: {images.count}, {named}")
+    if (shrunk := data.shrunk) is not None:
+        change = " to ".join(f"{width}×{height}" for width, height in (shrunk.whole, shrunk.shrunk))
+        lines.append(f"  shrunk before the model's processor: {shrunk.count}, the median one from {change}")
+        if shrunk.tokens is not None:
+            lines[-1] += f", which takes its row from {shrunk.whole_tokens} to {shrunk.tokens} tokens"
     if data.tokens is not None:
         lines.append(f"  tokens per row: median {data.tokens.median}, longest {data.tokens.longest}")
     return lines

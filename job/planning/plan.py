@@ -138,7 +138,6 @@ def stages(spec: JobSpec, facts: Facts, total: int | None) -> list[Stage]:
     if RESULT_KEY in facts.keys:
         names = ("stage in", "load", "evaluate before", "train", "evaluate after", "export", "publish")
         return [Stage(name, "skip", "already published") for name in names]
-    measured = facts.data is None or facts.data.evaluation > 0
     done = total is not None and total in facts.checkpoints
     if spec.evaluation.patience and answers_key("after") in facts.keys:
         done = True  # training ended before its last step
@@ -153,23 +152,23 @@ def stages(spec: JobSpec, facts: Facts, total: int | None) -> list[Stage]:
     return [
         Stage("stage in", "do", "base model and data"),
         Stage("load", "do", spec.model.name_or_path),
-        _evaluation("before", facts, measured),
+        _evaluation("before", facts, spec),
         _training(facts, total, done),
-        _evaluation("after", facts if done else Facts(data=facts.data), measured),
+        _evaluation("after", facts if done else Facts(data=facts.data), spec),
         Stage("export", "do", what),
         Stage("publish", "do", spec.output.url),
     ]
 
 
-def _evaluation(when: str, facts: Facts, measured: bool) -> Stage:
-    name = f"evaluate {when}"
-    if not measured:
+def _evaluation(when: str, facts: Facts, spec: JobSpec) -> Stage:
+    name, held_out = f"evaluate {when}", facts.data and facts.data.evaluation
+    if held_out == 0:
         return Stage(name, "skip", "no held-out rows")
     if answers_key(when) in facts.keys:
         return Stage(name, "skip", "already measured")
     if partial_key(when) in facts.keys:
         return Stage(name, "resume", "some rows are answered")
-    return Stage(name, "do", f"{facts.data.evaluation} rows" if facts.data else "")
+    return Stage(name, "do", f"{min(held_out, spec.evaluation.max_rows)} rows" if held_out else "")
 
 
 def _training(facts: Facts, total: int | None, done: bool) -> Stage:

@@ -76,6 +76,9 @@ def _data_warnings(spec: JobSpec, data: DataFacts) -> list[str]:
         f"{listed(data.left_out)}: named after a split other than {dataset.split}, and not read; "
         "to evaluate on one, name it in dataset.eval_split": data.left_out and not own,
         f"bad rows set aside: {data.quarantined} (data/quarantine.jsonl)": data.quarantined,
+        f"{data.blank} rows have an image of one grey throughout; job look shows them": data.blank,
+        f"{data.default_window} rows have CT images without a window, which are shown with center 40 and width 400; "
+        "dataset.dicom.window sets another": data.default_window,
         f"{data.without_images} rows have no image, and are trained on text alone": data.without_images
         and dataset.image_column is not None,
         f"dataset.path: its column {data.split_column} calls {others}, which are used like all other rows; write a table "

@@ -23,6 +23,8 @@ from job.data.images import Files, load_anew
 from job.data.pixels import BadRow
 from job.data.prepare import prepare
 from job.errors import DataError, SpecError
+from job.planning.facts import Facts
+from job.planning.warnings import warnings
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
@@ -339,6 +341,17 @@ NOISE = [
 ]
 
 
+PLANES: dict[int, dict[str, Any]] = {
+    1: {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "ImagePositionPatient": [0, 0, 0]},
+    2: {
+        "ImageOrientationPatient": [1, 0, 0, 0, 0.1, -0.99],
+        "ImagePositionPatient": [0, 0, 0],
+        "BodyPartExamined": "CHEST",
+        "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"],
+    },
+}
+
+
 def ct_study() -> dict[str, bytes]:
     """Two series of slices, the second longer, and one file of each kind that no report is about."""
     files = {}
@@ -346,7 +359,7 @@ def ct_study() -> dict[str, bytes]:
     for number, slices in ((1, 3), (2, 5)):
         for k in range(slices):
             tags = {"SeriesInstanceUID": f"1.3.{number}", "SeriesNumber": number, "Modality": "CT"}
-            tags |= {"SeriesDescription": described[number], "InstanceNumber": k}
+            tags |= {"SeriesDescription": described[number], "InstanceNumber": k, **PLANES[number]}
             files[f"{number}/{k}.dcm"] = made(RAMP + 50 * number + k, WindowCenter=600, WindowWidth=1200, **tags)
     for number, tags in enumerate(NOISE):
         where = {"SeriesInstanceUID": f"1.3.9.{number}", "SeriesNumber": 90 + number}
@@ -370,6 +383,9 @@ def stamped(data: bytes, **tags: Any) -> bytes:
         ({"take": "first"}, [51]),
         ({"take": "largest"}, [102]),
         ({"description": "^ax"}, [51]),
+        ({"body_part": ["chest"]}, [102]),
+        ({"orientation": ["axial"]}, [51]),
+        ({"orientation": ["coronal", "axial"], "image_type": ["original"]}, [102]),
         ({"modality": ["CT"], "description": "cor|ax"}, [51, 102]),
         ({"every_kind": True, "description": "ax|^$"}, [51, 0, 1, 2, 3, 4, 5]),
         ({"every_kind": True, "modality": ["SEG"]}, [3]),
@@ -390,7 +406,11 @@ def test_a_study_gives_the_series_that_the_rule_takes(
 
 def test_what_a_report_names_itself_is_taken_whatever_it_is(tmp_path: Path, prepared):
     tree_of(tmp_path / "d", [{"file": f"noise/{n}.dcm", "report": f"R{n}"} for n in range(len(NOISE))], ct_study())
-    assert len(prepared().train) == len(NOISE)
+    data = prepared(max_bad_fraction=0.4)
+    refused = {row.row: row.reason for row in data.quarantined}
+    assert (len(data.train), list(refused)) == (len(NOISE) - 2, [3, 4])
+    assert refused[3].startswith("DICOM: a SEG object, and no image")
+    assert len(prepared(dicom={"series": {"every_kind": True}}).train) == len(NOISE)
     (tmp_path / "d" / "reports.csv").write_text("series_uid,report\n1.3.9.1,R\n")
     assert len(prepared().train) == 1
 
@@ -410,3 +430,139 @@ def test_a_rule_that_is_no_expression_is_refused(tree: dict[str, Any]):
     tree["dataset"]["dicom"] = {"series": {"description": "ax("}}
     with pytest.raises(SpecError, match=r"dataset\.dicom\.series\.description: not a regular expression"):
         validate(tree)
+
+
+def bare(name: str) -> bytes:
+    """One of theirs without preamble and meta group."""
+    header = pydicom.dcmread(io.BytesIO(theirs(name)))
+    header.preamble, header.file_meta = None, FileMetaDataset()
+    stream = io.BytesIO()
+    header.save_as(stream, implicit_vr="implicit" in name, little_endian=True)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("name", ["CT_small.dcm", "MR_small_implicit.dcm", "examples_palette.dcm"])
+def test_a_file_without_preamble_shows_the_same(tmp_path: Path, prepared, name: str):
+    data = bare(name)
+    assert data[128:132] != b"DICM"
+    assert (shown(data) == shown(theirs(name))).all()
+    tree_of(tmp_path / "d", [{"file": "IM0001", "report": "R"}], {"IM0001": data, "notes.txt": b"no image"})
+    facts = prepared().facts
+    assert "1 DICOM images joined with 1 reports by path" in facts.source
+    assert "damaged" not in facts.source
+
+
+def test_every_real_file_is_an_image_or_has_a_reason():
+    """All that pydicom's own collection packs, with what they are known to be."""
+    found: dict[str, str] = {}
+    for path in sorted((Path(pydicom.__file__).parent / "data" / "test_files").glob("*.dcm")):
+        try:
+            (picture,) = pictures(path.read_bytes())
+            found[path.name] = "an image" if np.asarray(picture).std() > 0.5 else "blank"
+        except BadRow as reason:
+            found[path.name] = str(reason)
+    for start, reason in {
+        "rtdose": "DICOM: a RTDOSE object",
+        "liver": "DICOM: a SEG object",
+        "report": "DICOM: no image",
+    }.items():
+        those = [said for name, said in found.items() if name.startswith(start)]
+        assert those
+        assert all(said.startswith(reason) for said in those)
+    images = [name for name, said in found.items() if said == "an image"]
+    assert len(images) >= 45
+    assert {name for name in found if name.startswith(("CT", "MR", "SC_rgb_rle", "examples"))} - {
+        "MR_truncated.dcm"
+    } <= {*images}
+    assert "blank" not in found.values()
+
+
+def lut(values: np.ndarray, bits: int) -> Dataset:
+    table = Dataset()
+    table.LUTDescriptor, table.LUTData = [len(values), 0, bits], values.astype("<u2").tobytes()
+    table["LUTDescriptor"].VR, table["LUTData"].VR = "US", "OW"
+    return table
+
+
+@pytest.mark.parametrize("bits", [10, 12])
+def test_a_table_that_declares_more_bits_than_it_fills_is_as_bright(bits: int):
+    curve = np.arange(1024) * (2**bits - 1) // 1023
+    plain, wide = (shown(made(RAMP, VOILUTSequence=[lut(curve, each)])) for each in (bits, 16))
+    assert (plain == wide).all()
+    assert (plain.min(), plain.max() > 250) == (0, True)
+    deep = shown(made(RAMP, VOILUTSequence=[lut(curve * 2 ** (16 - bits) // 4, 16)]))
+    assert deep.max() < 70  # a table of 14 bits in 16 is meant
+
+
+def test_a_palette_of_8_bits_in_16_is_not_black():
+    colours = {}
+    for colour, step in (("Red", 1), ("Green", 2), ("Blue", 3)):
+        entries = (np.arange(1024) * step // 4 % 256).astype("<u2")
+        colours[f"{colour}PaletteColorLookupTableDescriptor"] = [1024, 0, 16]
+        colours[f"{colour}PaletteColorLookupTableData"] = entries.tobytes()
+    picture = shown(made(RAMP, PhotometricInterpretation="PALETTE COLOR", **colours))
+    assert (picture[..., 0] == RAMP // 4).all()
+    assert (picture[..., 1] == RAMP // 2 % 256).all()
+
+
+@pytest.mark.parametrize("value", [63536, -2000])
+def test_padding_of_the_other_sign_is_found(value: int):
+    padded = RAMP + 1000
+    padded[0] = 63536
+    file = pydicom.dcmread(io.BytesIO(made(padded)))
+    file.add_new("PixelPaddingValue", "US" if value > 0 else "SS", value)
+    file.save_as(stream := io.BytesIO())
+    picture = shown(stream.getvalue())[..., 0]
+    assert (picture[0] == 0).all()
+    assert picture[1:].max() == 255
+
+
+@pytest.mark.parametrize(
+    ("tags", "size"),
+    [
+        ({"PixelSpacing": [2, 1]}, (16, 32)),
+        ({"PixelSpacing": [0.5, 1]}, (32, 16)),
+        ({"PixelAspectRatio": [3, 2]}, (16, 24)),
+        ({"PixelSpacing": [1, 1], "PixelAspectRatio": [3, 2]}, (16, 16)),
+        ({"PixelSpacing": [1, 0.999]}, (16, 16)),
+        ({"PixelSpacing": [500, 1]}, (16, 16)),
+        ({"PixelSpacing": [0, 0]}, (16, 16)),
+    ],
+)
+def test_pixels_that_are_not_square_are_shown_as_they_lie(tags: dict[str, Any], size: tuple[int, int]):
+    assert pictures(made(RAMP, **tags))[0].size == size
+
+
+def test_a_ct_image_without_a_window_gets_that_of_soft_tissue_and_is_told(
+    tmp_path: Path, prepared, tree: dict[str, Any]
+):
+    tags = {"Modality": "CT", "RescaleIntercept": -500, "RescaleSlope": 1}
+    own = made(RAMP, WindowCenter=40, WindowWidth=400, **tags)
+    assert (shown(made(RAMP, **tags)) == shown(own)).all()
+    files = {"a.dcm": made(RAMP, **tags), "b.dcm": own, "c.dcm": made(RAMP * 0 + 7, Modality="CR")}
+    tree_of(tmp_path / "d", [{"file": name, "report": "R"} for name in files], files)
+    facts = prepared().facts
+    assert (facts.default_window, facts.blank) == (1, 1)
+    said = warnings(validate(tree), Facts(data=facts), [], None, None, "", "32bit")
+    assert any(
+        each.startswith("1 rows have CT images without a window, which are shown with center 40") for each in said
+    )
+    assert any(each.startswith("1 rows have an image of one grey throughout") for each in said)
+    assert prepared(dicom={"window": [0, 100]}).facts.default_window == 0
+
+
+@pytest.mark.parametrize("placed", [True, False])
+def test_slices_are_in_the_order_in_which_they_lie(tmp_path: Path, prepared, placed: bool):
+    files = {}
+    for number, height in enumerate([30.0, -5.0, 10.5, 2.0]):
+        tags = {"StudyInstanceUID": "1.9", "SeriesInstanceUID": "1.9.1", "PatientID": "P", "Modality": "CT"}
+        tags |= {"InstanceNumber": number, "WindowCenter": 100, "WindowWidth": 201}
+        if placed or number:
+            tags |= {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "ImagePositionPatient": [0, 0, height]}
+        files[f"{number}.dcm"] = made(np.full((16, 16), 40 * number + 20), **tags)
+    tree_of(tmp_path / "d", [{"study": "1.9", "report": "R"}], files)
+    (row,) = prepared(dicom={"frames": [0, 1, 2, 3]}).train
+    order = [round((np.asarray(picture)[0, 0, 0] / 255 * 200 - 20) / 40) for picture in row["images"]]
+    assert order == ([1, 3, 2, 0] if placed else [0, 1, 2, 3])
+    (row,) = prepared(dicom={"frames": 2}).train
+    assert len(row["images"]) == 2

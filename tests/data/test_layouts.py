@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -95,24 +96,39 @@ def test_a_table_of_another_split_is_named_and_never_trained_on(
 
 
 @pytest.mark.parametrize("ending", ["json", "csv", "parquet"])
-def test_rows_that_a_column_puts_in_other_splits_are_told_by_the_column(
-    tree: Row, tmp_path: Path, prepared, ending: str
-):
-    made = (
-        rows("a", "b", Split="train") + rows("c", "d", Split="Test") + rows("e", Split="val") + rows("f", Split="left")
-    )
+def test_rows_are_of_the_split_that_a_column_names(tree: Row, tmp_path: Path, prepared, ending: str):
+    made = rows("a", "b", Split="train") + rows("c", Split="Test") + rows("d", Split="val") + rows("e", Split="left")
     if ending == "parquet":
         write(tmp_path / "d")
         pq.write_table(pa.Table.from_pylist(made), tmp_path / "d" / "r.parquet")
     else:
         write(tmp_path / "d", **{f"r_DOT_{ending}" if ending == "csv" else "r": made})
     data = prepared()
-    told = [
-        each
-        for each in warned(tree, data)
-        if each.startswith("dataset.path: its column Split calls 2 rows test and 1 rows validation")
-    ]
-    assert (len(told), learned(data)) == (1, ["a", "b", "c", "d", "e", "f"])
+    assert learned(data) == ["a", "b", "e"]
+    read = "3 rows of left, train by column Split (not read: 1 rows of Test, 1 rows of val)"
+    assert read in data.facts.source
+    assert any(
+        each.startswith("1 rows of Test, 1 rows of val: named after a split other") for each in warned(tree, data)
+    )
+    for split, answer in {"test": "c", "validation": "d", "dev": "d"}.items():
+        data = prepared(eval_split=split)
+        assert ([row["reference"] for row in data.evaluation], learned(data)) == ([answer], ["a", "b", "e"])
+    with pytest.raises(DataError, match=r"named after the split fold9; column Split says Test, left, train, val"):
+        prepared(eval_split="fold9")
+
+
+def test_a_fold_is_held_out_by_its_number(tmp_path: Path, prepared):
+    write(tmp_path / "d", r=[each for n in range(3) for each in rows(f"a{n}", f"b{n}", fold=n)])
+    data = prepared(eval_split="2")
+    assert ([row["reference"] for row in data.evaluation], learned(data)) == (["a2", "b2"], ["a0", "b0", "a1", "b1"])
+    assert len(learned(prepared())) == 6
+
+
+def test_rows_that_are_all_of_another_split_are_read_and_told(tree: Row, tmp_path: Path, prepared):
+    write(tmp_path / "d", r=rows("a", "b", Split="test"))
+    data = prepared()
+    assert learned(data) == ["a", "b"]
+    assert any(each.startswith("dataset.path: its column Split calls 2 rows test") for each in warned(tree, data))
 
 
 def warned(tree: Row, data: Data) -> list[str]:
@@ -184,3 +200,77 @@ def test_folders_of_one_table_each_are_all_read(tmp_path: Path, prepared):
             json.dumps({"file_name": f"{name}/0.png", "caption": name})
         )
     assert learned(prepared()) == ["one", "two"]
+
+
+@pytest.mark.parametrize("how", [{}, {"indent": 1}])
+def test_rows_in_an_object_are_read_and_named(tmp_path: Path, prepared, how: Row):
+    made: dict[str, Any] = {"version": "1.0", "info": {"year": 2020}, "images": rows("a", "b")}
+    write(tmp_path / "d")
+    (tmp_path / "d" / "set.json").write_text(json.dumps(made, **how))
+    data = prepared()
+    assert (learned(data), "set.json holds images;" in data.facts.source) == (["a", "b"], True)
+    (tmp_path / "d" / "set.json").write_text(json.dumps(made | {"others": rows("c")}, **how))
+    with pytest.raises(
+        DataError, match=r"set\.json cannot be read: it holds several lists, images, others; write the rows"
+    ):
+        prepared()
+    (tmp_path / "d" / "set.json").write_text(json.dumps(rows("a", notes=[{"by": "x"}])[0], **how))
+    assert learned(prepared()) == ["a"]
+
+
+def test_a_list_for_each_split_gives_that_split(tmp_path: Path, prepared):
+    write(tmp_path / "d")
+    (tmp_path / "d" / "all.json").write_text(json.dumps({"train": rows("a"), "dev": rows("v"), "test": rows("t")}))
+    data = prepared(eval_split="validation")
+    assert ([row["reference"] for row in data.evaluation], learned(data)) == (["v"], ["a"])
+    assert "all.json holds train (not read: dev, test)" in data.facts.source
+    assert data.facts.held_out_source is not None
+    assert "all.json holds dev (not read: train, test)" in data.facts.held_out_source
+    with pytest.raises(
+        DataError, match=r"all\.json cannot be read: it holds the splits train, dev, test, and not fold3"
+    ):
+        prepared(eval_split="fold3")
+
+
+def test_tables_are_joined_by_a_column_they_share(tmp_path: Path, prepared):
+    films = [{"uid": uid, "film": name} for uid, name in ((1, "1.png"), (1, "2.png"), (2, "3.png"), (9, "4.png"))]
+    write(tmp_path / "d", films_DOT_csv=films, notes_DOT_csv=[{"uid": 1, "site": "A"}, {"uid": 2, "site": "B"}])
+    write(tmp_path / "d", reports=[{"uid": n, "caption": f"r{n}"} for n in (1, 2.0, "3")])
+    for n in range(1, 5):
+        (tmp_path / "d" / f"{n}.png").write_bytes(png(n))
+    how: Row = {"join": "uid", "image_column": "film", "instruction": "From {site}:", "max_bad_fraction": 0.4}
+    data = prepared(**how)
+    shown = [[image.getpixel((0, 0))[0] for image in row["images"]] for row in data.train]
+    assert (shown, learned(data)) == ([[1, 2], [3]], ["r1", "r2.0"])
+    assert [row.reason for row in data.quarantined] == ["no image"]
+    assert "joined with films.csv, notes.csv by uid, 1 of 3 rows without a counterpart" in data.facts.source
+    asked = data.train[0]["messages"][0]["content"][-1]["text"]
+    assert asked == "From A:"
+    with pytest.raises(DataError, match=r"dataset\.join is site; films\.csv has no such column, but uid, film"):
+        prepared(**how | {"join": "site"})
+    with pytest.raises(DataError, match=r"nothing to join: rows\.csv all have column caption"):
+        write(tmp_path / "e", rows_DOT_csv=rows("a", uid=1))
+        prepared("e", join="uid", image_column="image", answer_column="caption")
+
+
+def test_tables_that_could_be_joined_are_told_so(tmp_path: Path, prepared):
+    write(tmp_path / "d", films_DOT_csv=[{"uid": 1, "image": "0.png"}], reports_DOT_csv=[{"uid": 1, "caption": "a"}])
+    with pytest.raises(DataError, match=r"or join them by a column that both have \(uid\): dataset\.join"):
+        prepared()
+
+
+@pytest.mark.parametrize("ending", ["csv", "json", "jsonl"])
+def test_packed_tables_are_read(tmp_path: Path, prepared, ending: str):
+    write(tmp_path / "d")
+    text = {
+        "csv": 'image,caption\n0.png,"a\nb"\n',
+        "json": json.dumps(rows("a\nb")),
+        "jsonl": json.dumps(rows("a\nb")[0]),
+    }
+    packed = gzip.compress(text[ending].encode("utf-16" if ending == "csv" else "utf-8-sig"))
+    (tmp_path / "d" / f"rows.{ending}.gz").write_bytes(packed)
+    assert learned(prepared()) == ["a\nb"]
+    assert learned(prepared(f"d/rows.{ending}.gz")) == ["a\nb"]
+    (tmp_path / "d" / f"rows.{ending}.gz").write_bytes(packed[:-12])
+    with pytest.raises(DataError, match=rf"rows\.{ending}\.gz cannot be read: .*end"):
+        prepared()

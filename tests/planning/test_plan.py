@@ -7,7 +7,7 @@ import pytest
 
 from job.config.environment import Environment
 from job.config.loader import validate
-from job.data.facts import DataFacts, ImageFacts, TokenFacts
+from job.data.facts import DataFacts, ImageFacts, ShrunkFacts, TokenFacts
 from job.errors import SpecError
 from job.model.base_model import BaseFacts
 from job.model.lora_targets import Linear
@@ -189,6 +189,22 @@ def test_less_is_kept_is_the_first_cure_where_more_was_asked_for(tree):
     eager = replace(small, backend="transformers")
     assert "has 100.0 kB; set training.gradient_checkpointing to true, shrink images" in said(eager, False)
     assert "has 100.0 kB; shrink images" in said(eager, True)
+
+
+def test_no_more_rows_are_announced_than_are_answered(tree):
+    def announced(**evaluation):
+        stages = plan(tree, FACTS, evaluation=evaluation).stages
+        return [stage.detail for stage in stages if stage.name.startswith("evaluate")]
+
+    assert announced() == ["30 rows", "30 rows"]
+    assert announced(max_rows=12) == ["12 rows", "12 rows"]
+
+
+def test_shrinking_is_told_with_its_cost(tree):
+    shrunk = ShrunkFacts(7, (2544, 3056), (896, 1064), 5921, 1412)
+    said = describe(validate(tree), plan(tree, FACTS), replace(FACTS, data=replace(DATA, shrunk=shrunk)))
+    line = "7, the median one from 2544×3056 to 896×1064, which takes its row from 5921 to 1412 tokens"
+    assert f"  shrunk before the model's processor: {line}" in said.splitlines()
 
 
 def test_no_held_out_rows_are_warned_about_and_nothing_is_measured(tree):

@@ -1,0 +1,70 @@
+"""Reads JSON files that are one object with rows in it: `{"images": […]}`, a list for each split, COCO's annotations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from job.data.layouts import of_split, split_of
+
+COCO = ("images", "annotations")
+"""The lists of COCO's format: an annotation belongs to the image whose `id` is its `image_id` (cocodataset.org, data format)."""
+CONVERSATIONS = ("messages", "conversations")
+
+Row = dict[str, Any]
+
+
+class Selection(NamedTuple):
+    """Which rows of an object are read: those of `split` (with `held_out`, see `layouts.of_split`). An object with one of the
+    columns `own` is a row itself."""
+
+    split: str = "train"
+    held_out: bool = False
+    own: frozenset[str] = frozenset()
+
+
+class Inside(NamedTuple):
+    """Rows of an object, and which of its lists they are in words."""
+
+    rows: list[Row]
+    why: str
+
+
+def rows_inside(whole: Mapping[str, Any], wanted: Selection) -> Inside | None:
+    """Returns the rows in an object; None if it has none, and so is a row itself. Raises ValueError if several lists may be the
+    rows."""
+    if wanted.own & whole.keys() or any(name in whole for name in CONVERSATIONS):
+        return None
+    lists = {name: value for name, value in whole.items() if isinstance(value, list) and _mappings(value)}
+    if set(COCO) <= lists.keys():
+        return Inside(_annotated(*(lists[name] for name in COCO)), "annotations, each with its image")
+    if splits := [name for name in lists if split_of(f"{name}/")]:
+        chosen = [name[:-1] for name in of_split([f"{name}/" for name in lists], wanted.split, wanted.held_out)]
+        if not chosen:
+            raise ValueError(f"it holds the splits {', '.join(splits)}, and not {wanted.split}")
+        rest = [name for name in lists if name not in chosen]
+        left = f" (not read: {', '.join(rest)})" if rest else ""
+        return Inside([row for name in chosen for row in lists[name]], f"{', '.join(chosen)}{left}")
+    if len(lists) > 1:
+        raise ValueError(
+            f"it holds several lists, {', '.join(lists)}; write the rows among them as a file of their own"
+        )
+    return next((Inside(rows, name) for name, rows in lists.items()), None)
+
+
+def flat(row: Row) -> Row:
+    """Adds the values of nested objects by their paths: `{"Case": {"Title": "a"}}` has a column `Case.Title`."""
+    found = dict(row)
+    for name, value in row.items():
+        if isinstance(value, dict) and not {"bytes", "path", "url"} & value.keys():
+            found |= {f"{name}.{inner}": each for inner, each in flat(value).items() if f"{name}.{inner}" not in row}
+    return found
+
+
+def _mappings(value: list[Any]) -> bool:
+    return bool(value) and all(isinstance(each, dict) for each in value)
+
+
+def _annotated(images: list[Row], annotations: list[Row]) -> list[Row]:
+    by_id = {str(image.get("id")): image for image in images}
+    return [{**by_id.get(str(each.get("image_id")), {}), **each} for each in annotations]

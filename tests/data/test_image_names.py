@@ -1,0 +1,145 @@
+"""Names in a table that are no paths from its folder are found, if they can mean only one file; a missing image stays missing."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.config.loader import validate
+from job.data import Data
+from job.data.image_names import Lookup, Tree, learned
+from job.data.prepare import prepare
+from job.errors import DataError
+from tests.data.test_data import png
+
+
+@pytest.fixture
+def prepared(tree: dict[str, Any], tmp_path: Path):
+    """Prepares rows whose images have these names, in a folder with these files, each of another grey."""
+
+    def prepare_it(
+        names: list[Any] | None, files: list[str], privacy: dict[str, Any] | None = None, **dataset: Any
+    ) -> Data:
+        folder = tmp_path / "set"
+        for grey, file in enumerate(files):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_bytes(png(grey))
+        if names is not None:
+            made = ({"image": name, "caption": f"c{n}"} for n, name in enumerate(names))
+            rows = [name if isinstance(name, dict) else row for name, row in zip(names, made, strict=True)]
+            (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        tree["dataset"] = {"path": str(folder), "eval_fraction": 0} | dataset
+        return prepare(validate(tree | {"privacy": privacy or {}}), tmp_path / "scratch")
+
+    return prepare_it
+
+
+def greys(data: Data) -> list[int]:
+    return [image.getpixel((0, 0))[0] for row in data.train for image in row["images"]]
+
+
+@pytest.mark.parametrize(
+    ("names", "files", "where"),
+    [
+        (["a.png", "b.png"], ["images/a.png", "images/b.png"], "images/"),
+        (["a", "b"], ["images/a.png", "images/b.jpg"], "images/"),
+        ([7, 10], ["films/7.png", "films/10.png"], "films/"),
+        (["1.2.840.1", "1.2.840.10"], ["x/1.2.840.1.dcm.png", "x/1.2.840.10.png", "x/1.2.840.1.png"], "x/"),
+        (["x1/source.jpg", "x2/source.jpg"], ["imgs/x1/source.jpg", "imgs/x2/source.jpg", "imgs/x1/mask.png"], "imgs/"),
+        (["set-small/train/p1/a.png", "set-small/train/p2/a.png"], ["train/p1/a.png", "train/p2/a.png"], "train/"),
+        (["/mnt/d/p1/a.png", "/mnt/d/p2/a.png"], ["p1/a.png", "p2/a.png"], ""),
+        (["/mnt/p1/a.png", "/mnt/p2/b.png"], ["images/a.png", "images/b.png"], "images/"),
+        (["C:\\films\\a.png", "C:\\films\\b.png"], ["images/a.png", "images/b.png"], "images/"),
+        (["file:///mnt/d/a.png", "file:///mnt/d/b.png"], ["d/a.png", "d/b.png"], "d/"),
+        (["a.png", "b.png"], ["images_001/images/a.png", "images_002/images/b.png"], ""),
+        (["A.PNG", "b.png"], ["images/a.png", "images/B.png"], "images/"),
+        (["a.png", "A.png"], ["images/a.png", "images/A.png"], "images/"),
+        (["a\u0308.png", "b.png"], ["images/\u00e4.png", "images/b.png"], "images/"),
+    ],
+)
+def test_names_are_found(tmp_path: Path, prepared, names: list[Any], files: list[str], where: str):
+    folder, data = tmp_path / "set", prepared(names, files)
+    wanted = [2, 1] if "x/1.2.840.1.dcm.png" in files else [0, 1]
+    assert greys(data) == wanted
+    assert data.facts.source.endswith(f"images in image found in {where or folder}")
+    assert data.facts.absolute == 0
+
+
+def test_a_missing_image_is_not_replaced_by_one_of_the_same_name(prepared):
+    data = prepared(
+        ["p1/0.png", "p2/0.png", "p3/0.png"], ["p1/0.png", "p3/0.png", "thumbs/p9/0.png"], max_bad_fraction=0.5
+    )
+    assert (greys(data), [row.row for row in data.quarantined]) == ([0, 1], [1])
+    data = prepared(["images/a.png", "images/b.png"], ["images/a.png", "thumbs/b.png"], max_bad_fraction=0.5)
+    assert [row.row for row in data.quarantined] == [1]
+
+
+def test_a_name_in_several_folders_is_refused_until_one_is_named(prepared):
+    files = ["small/a.png", "small/b.png", "large/a.png", "large/b.png"]
+    with pytest.raises(
+        DataError, match=r"2 × image name is there in several folders; write which in dataset.image_column"
+    ):
+        prepared(["a.png", "b.png"], files)
+    data = prepared(["a.png", "b.png"], files, image_column="large/{image}")
+    assert greys(data) == [2, 3]
+    with pytest.raises(DataError, match="several formats"):
+        prepared(["c", "d"], ["x/c.png", "x/c.jpg", "x/d.png", "x/d.jpg"])
+
+
+def test_of_one_name_in_the_folders_of_two_splits_that_of_the_row_s_split_is_meant(prepared, tmp_path: Path):
+    files = ["train/0.png", "train/1.png", "test/0.png", "test/1.png"]
+    for n, part in enumerate(("train", "test")):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "set" / f"{part}.csv").write_text(f"image,caption\n0,a{n}\n1,b{n}\n")
+    data = prepared(None, files, eval_split="test", eval_fraction=0.1)
+    assert greys(data) == [0, 1]
+    assert [row["images"][0].getpixel((0, 0))[0] for row in data.evaluation] == [2, 3]
+
+
+def test_a_template_makes_paths_from_columns_and_one_of_each_value(prepared):
+    rows = [{"dir": 1, "id": ["a", "b"], "caption": "x"}, {"dir": "2", "id": "a", "caption": "y"}]
+    data = prepared(rows, ["f/1/a.png", "f/1/b.png", "f/2/a.png"], image_column="f/{dir}/{id}.png")
+    assert ([len(row["images"]) for row in data.train], greys(data)) == ([2, 1], [0, 1, 2])
+    with pytest.raises(DataError, match=r"dataset\.image_column has \{folder\}: no such column"):
+        prepared(rows, [], image_column="{folder}/{id}.png")
+    with pytest.raises(DataError, match="1 × no image"):
+        prepared([*rows, {"dir": 3, "caption": "z"}], [], image_column="f/{dir}/{id}.png")
+
+
+def test_the_first_path_and_the_nearest_that_exists_are_named(prepared, tmp_path: Path):
+    with pytest.raises(DataError, match=r"No such file or directory \(first: row 1\)") as refused:
+        prepared(["images/film_01.png", "images/other_02.png"], ["images/film_01.png", "images/other-02.png"])
+    folder = tmp_path / "set"
+    assert str(refused.value).endswith(
+        f"The first is {folder}/images/other_02.png, and the nearest that exists is {folder}/images/other-02.png"
+    )
+    with pytest.raises(DataError) as refused:
+        prepared(["/mnt/unlike/any.png"], [])
+    assert str(refused.value).endswith("The first is /mnt/unlike/any.png, and the nearest that exists is /mnt")
+    with pytest.raises(DataError) as refused:
+        prepared(["images/doe_john.png"], [], privacy={"report_images": False})
+    assert "doe_john" not in str(refused.value)
+
+
+def test_a_name_never_leads_out_of_the_folder(prepared, tmp_path: Path):
+    (tmp_path / "secret.png").write_bytes(png(9))
+    for name in ("../secret.png", str(tmp_path / "secret.png")):
+        with pytest.raises(DataError, match="leaves the dataset's folder"):
+            prepared([name, name], ["images/a.png"])
+
+
+def test_folders_behind_links_are_searched_once(tmp_path: Path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.png").write_bytes(png(1))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "images").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "round").symlink_to(tmp_path / "set")
+    lookup = learned(tmp_path / "set", ["a.png"])
+    assert lookup is not None
+    assert lookup.find("a.png") == str(tmp_path / "set" / "images" / "a.png")
+    assert pickle.loads(pickle.dumps(lookup)).find("a") == lookup.find("a.png")
+    assert len(pickle.dumps(Lookup(Tree(tmp_path)))) < 500
