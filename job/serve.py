@@ -100,7 +100,7 @@ def describe(found: Published, made: list[Command]) -> str:
             "",
         ]
     lines.append(f'# In requests: "model": "{MODEL}" and "temperature": 0; a server samples otherwise.')
-    lines += [f"# No file says, so requests must: {what}." for what in found.unwritten]
+    lines += [f"# Requests must follow what no published file says: {what}." for what in found.unwritten]
     return "\n".join(lines)
 
 

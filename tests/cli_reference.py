@@ -19,19 +19,17 @@ What `job COMMAND --help` prints. To change this page, change the docstrings in 
 
 def reference() -> str:
     """Return the whole page."""
-    return HEAD + "".join(_commands(main))
+    return HEAD + "".join(_commands(click.Context(main, info_name="job", **main.context_settings), main))
 
 
-def _commands(group: click.Group) -> Iterator[str]:
+def _commands(parent: click.Context, group: click.Group) -> Iterator[str]:
     for name, command in sorted(group.commands.items()):
+        context = click.Context(command, info_name=name, parent=parent, max_content_width=110)
+        context.terminal_width = 110
         if isinstance(command, click.Group):
-            yield from (text.replace("## `job ", f"## `job {name} ") for text in _commands(command))
+            yield from _commands(context, command)
         else:
-            context = click.Context(
-                command, info_name=name, parent=click.Context(main, info_name="job"), max_content_width=110
-            )
-            context.terminal_width = 110
-            yield f"\n## `job {name}`\n\n```text\n{command.get_help(context)}\n```\n"
+            yield f"\n## `{context.command_path}`\n\n```text\n{command.get_help(context)}\n```\n"
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def ending(result: Any) -> tuple[int, str]:
     [
         ("", "exit 78: JOB_SPEC is empty"),
         ("model: {name: x}\n", "exit 78: the spec has 4 problems"),
-        ("/no/such/file.yaml", "exit 78: JOB_SPEC: cannot read /no/such/file.yaml"),
+        ("/no/such/file.yaml", "exit 78: spec: cannot read /no/such/file.yaml"),
     ],
 )
 def test_a_wrong_spec_ends_with_78(job: Job, command: str, spec: str, sentence: str):

@@ -50,7 +50,7 @@ def test_each_server_has_a_command_and_what_no_file_says_is_told(job: Job, made:
         assert adapter[adapter.index(words[0]) + 1] == words[1]
     assert {"--enable-lora", "--enable-tower-connector-lora"} < {*adapter}
     assert "tried with 0.32" in done.stdout
-    assert "# No file says, so requests must: the system prompt." in done.stdout
+    assert "# Requests must follow what no published file says: the system prompt." in done.stdout
 
 
 def test_run_becomes_the_command_that_is_asked_for(job: Job, made: Made, tmp_path: Path) -> None:

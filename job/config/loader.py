@@ -50,7 +50,7 @@ def read_source(source: str) -> str:
             data = open_store(folder).read_piece(name, 0, MOST_BYTES + 1)
         except JobError as error:
             kind = SpecError if isinstance(error, Missing) else type(error)
-            raise kind(f"JOB_SPEC: cannot read {source.strip()}: {error}") from error
+            raise kind(f"spec: cannot read {source.strip()}: {error}") from error
         return _decoded(data, source.strip())
     if "\n" in source or ":" in source or source.lstrip().startswith("{"):
         return source
@@ -59,18 +59,16 @@ def read_source(source: str) -> str:
             return _decoded(stream.read(MOST_BYTES + 1), source)
     except (OSError, ValueError) as error:  # ValueError: a character that no name may hold
         reason = (error.strerror if isinstance(error, OSError) else "") or str(error)
-        raise SpecError(f"JOB_SPEC: cannot read {source[:300]}: {reason}") from error
+        raise SpecError(f"spec: cannot read {source[:300]}: {reason}") from error
 
 
 def _decoded(data: bytes, source: str) -> str:
     if len(data) > MOST_BYTES:
-        raise SpecError(
-            f"JOB_SPEC: {source} is larger than {MOST_BYTES // 2**20} MB, so it is not a spec; check the path"
-        )
+        raise SpecError(f"spec: {source} is larger than {MOST_BYTES // 2**20} MB, so it is not a spec; check the path")
     try:
         return data.decode()
     except UnicodeDecodeError:
-        raise SpecError(f"JOB_SPEC: {source} is not text in UTF-8") from None
+        raise SpecError(f"spec: {source} is not text in UTF-8") from None
 
 
 def apply_overrides(tree: dict[str, Any], environment: Mapping[str, str]) -> Iterator[str]:

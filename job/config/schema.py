@@ -228,7 +228,7 @@ class TrainingSpec(Section):
     no more than that batch needs; it is `false` on a CPU."""
     torch_compile: bool | Literal["auto"] = "auto"
     """Whether to train through torch.compile with Unsloth. `auto` compiles if all steps together gain more than compiling
-    costs (docs/gpus.md). Compiled results differ by rounding. Evaluation and short batches are never compiled."""
+    costs (docs/one-gpu.md). Compiled results differ by rounding. Evaluation and short batches are never compiled."""
     vision_cache_gb: NonNegativeFloat | Literal["auto"] = "auto"
     """Gigabytes of scratch for the vision cache: the features of a frozen vision tower, so that each image passes through it
     once. `auto` takes up to half of the free space; 0 disables the cache."""

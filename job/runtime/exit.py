@@ -38,8 +38,8 @@ def run_and_exit(work: Callable[[], None], *, rows: bool = True) -> NoReturn:
             _bug(error, show=True)
         end(
             SpecError.exit_code,
-            f"the package {error.name} is not installed here; run the image, or an environment made by "
-            "pip install 'vision-lora-job[train]'",
+            f"the package {error.name} is not installed here; run the image, or install the train extra: "
+            "pip install '.[train]' in a checkout of vision-lora-job",
         )
     except (Exception, SystemExit) as error:
         if isinstance(error, OSError) and error.errno in FULL | FAILING:
