@@ -17,7 +17,7 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 from job.config.environment import Environment
-from job.errors import SpecError, Unavailable
+from job.errors import DataError, SpecError, Unavailable
 from job.runtime.exit import end, run_and_exit, tell
 from job.runtime.preemption import Preemption, end_time
 
@@ -167,9 +167,18 @@ def status(_environment: Environment, output: str, watch: bool, as_json: bool) -
     from job.output.describe import describe_status, has_ended, read_status
     from job.store import open_store
 
-    store, shown = open_store(output), None
+    store, shown = open_store(output), list[Any]()
     while True:
-        found = read_status(store)
+        try:
+            found = read_status(store)
+        except DataError as error:
+            if not watch:
+                raise
+            if not shown:
+                log.info("%s; waiting for one", error)
+            shown = [error]
+            time.sleep(WATCH_SECONDS)
+            continue
         place = [found.get(name) for name in ("state", "attempt", "stage", "rows", "step")]
         if place != shown:
             if watch and sys.stdout.isatty() and not as_json:

@@ -183,6 +183,14 @@ def test_unsloth_without_a_gpu_ends_with_78(job: Job, whole: dict[str, Any]):
     assert "needs an NVIDIA GPU" in line
 
 
+def test_check_plans_for_a_gpu_that_is_not_here(job: Job, whole: dict[str, Any]):
+    plan = job("check", JOB_SPEC=yaml.safe_dump(whole), JOB_GPU_MEMORY_GB="24").stdout
+    assert "device: a GPU of another machine, 24.0 GB" in plan
+    assert "held in 16bit" in plan
+    assert "this machine has no GPU: the plan is for one with as much memory as JOB_GPU_MEMORY_GB says" in plan
+    assert "held in 32bit" in job("check", JOB_SPEC=yaml.safe_dump(whole)).stdout
+
+
 def test_check_shows_what_is_learned_and_changes_nothing(job: Job, whole: dict[str, Any], tmp_path: Path):
     assert "⟦" not in job("check", JOB_SPEC=yaml.safe_dump(whole)).stdout.replace("⟦…⟧", "")
     result = job("check", "--example", JOB_SPEC=yaml.safe_dump(whole))

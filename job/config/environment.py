@@ -36,7 +36,8 @@ class Environment:
     lease_seconds: float = 60.0
     """Seconds until the lease of a killed job expires, and until a silent rank counts as dead."""
     gpu_memory_gb: float = float("inf")
-    """Gigabytes of a shared GPU that tensors may use; CUDA's own memory comes on top. Default: all of them."""
+    """Gigabytes of a shared GPU that tensors may use; CUDA's own memory comes on top. Where there is no GPU, `check` plans for
+    one of that size. Default: all of them."""
     price_per_hour: str | None = None
     """Price of an hour on this machine, as a number. The report then shows the cost of training."""
     serve_python: str | None = None

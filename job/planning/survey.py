@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -76,10 +77,14 @@ def survey(
     """
     notes = [slow] if (slow := uncompiled()) else []
     has_torch = importlib.util.find_spec("torch") is not None
-    device = find_device(has_torch, environment.gpu_memory_gb)
-    check_packages(spec, device.kind == "cuda")
-    backend = None
-    if fetch or device.kind == "cuda" or spec.model.backend != "unsloth":
+    device, backend = find_device(has_torch, environment.gpu_memory_gb), None
+    if not fetch and device.kind == "cpu" and math.isfinite(environment.gpu_memory_gb):
+        device = Device("cuda", "a GPU of another machine", int(1e9 * environment.gpu_memory_gb))
+        backend = "unsloth" if spec.model.by_unsloth else "transformers"
+        notes.append("this machine has no GPU: the plan is for one with as much memory as JOB_GPU_MEMORY_GB says")
+    else:
+        check_packages(spec, device.kind == "cuda")
+    if backend is None and (fetch or device.kind == "cuda" or spec.model.backend != "unsloth"):
         backend = choose_backend(spec.model, device.kind == "cuda")
     if spec.evaluation.cache:
         open_store(spec.evaluation.cache)
