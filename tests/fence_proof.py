@@ -31,7 +31,7 @@ from typing import Any
 
 import yaml
 
-from job.store import LocalStore, OwnedStore, open_store, transfer
+from job.store import LocalStore, OwnedStore, open_store, upload
 from job.store.s3 import S3Store
 
 CHANGES = ("write", "upload", "upload_pieces", "delete")
@@ -194,10 +194,10 @@ def stop_before(url: str, at: int, changes: Path) -> None:
                 noted.write(f"{'lease' if arguments[1] == 'lease.json' else method}\n")
         return asked(store, method, *arguments, **named)
 
-    asked, completed = S3Store.ask, transfer._complete
+    asked, completed = S3Store.ask, upload._complete
     S3Store.ask = ask  # type: ignore[method-assign]
-    transfer._complete = complete
-    transfer.PART = 16 * 2**10
+    upload._complete = complete
+    upload.PART = 16 * 2**10
 
 
 def digests(url: str) -> dict[str, str]:

@@ -223,7 +223,7 @@ def test_what_libraries_say_of_a_url_is_told_without_its_credentials(
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://user:{SECRET}@127.0.0.1:9")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
         monkeypatch.setenv(name, "x")
-    monkeypatch.setattr("job.store.transfer.ATTEMPTS", 1)
+    monkeypatch.setattr("job.store.connection.ATTEMPTS", 1)
     with pytest.raises(Unavailable, match="Nothing answers at") as away:
         open_store("s3://bucket").read("a")
     monkeypatch.setattr("job.data.remote.TRIES", 1)

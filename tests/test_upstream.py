@@ -172,11 +172,11 @@ def test_packages_for_a_gpu_say_what_we_read_in_them(file: str, text: str, why: 
 
 
 def test_a_body_of_s3_is_read_past_botocore_and_urllib3() -> None:
-    """job/store/transfer.py fills its own buffers; through both each byte would be copied twice more."""
+    """job/store/download.py fills its own buffers; through both each byte would be copied twice more."""
     import urllib3
     from botocore.response import StreamingBody
 
-    from job.store.transfer import _release, _source
+    from job.store.download import _release, _source
 
     class Answer(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

@@ -10,8 +10,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
-from job.store import transfer
-
+ATTEMPTS, WORKERS = 8, 4
 CONNECT_SECONDS, READ_SECONDS = 10, 60
 """Seconds to connect, and between two answers. A piece of a body has the first on a new connection, the second on a used one."""
 PIECE = 2**18
@@ -22,11 +21,11 @@ def connect() -> Any:
     client = boto3.client(
         "s3",
         config=Config(
-            retries={"mode": "adaptive", "total_max_attempts": transfer.ATTEMPTS},
+            retries={"mode": "adaptive", "total_max_attempts": ATTEMPTS},
             connect_timeout=CONNECT_SECONDS,
             read_timeout=READ_SECONDS,
             tcp_keepalive=True,
-            max_pool_connections=4 * transfer.WORKERS,
+            max_pool_connections=4 * WORKERS,
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
             s3={"payload_signing_enabled": False},

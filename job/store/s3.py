@@ -27,8 +27,7 @@ from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from job.errors import JobError, SpecError, Unavailable, without_secrets
-from job.store import transfer
-from job.store.connection import connect
+from job.store import connection, download, upload
 from job.store.protocol import Capabilities, Conflict, Digest, Entry, Missing, Pieces, checked_key
 from job.store.s3_errors import DAMAGED, code_of, explain, is_page, page_instead
 
@@ -67,18 +66,18 @@ class S3Store:
         self.sse = sse
         self.sse_kms_key_id = sse_kms_key_id
         try:
-            self.client = connect()
+            self.client = connection.connect()
         except (BotoCoreError, ValueError) as error:
             raise SpecError(
                 f"{error}: {url} cannot be opened; check AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_DEFAULT_REGION and AWS_PROFILE."
             ) from error
         self.endpoint = without_secrets(str(self.client.meta.endpoint_url))  # it may contain a user and a password
-        self.part_size = transfer.PART
+        self.part_size = upload.PART
         self.list_seconds = LIST_SECONDS
-        self.pool = ThreadPoolExecutor(transfer.WORKERS, thread_name_prefix="store")
-        self.listing = ThreadPoolExecutor(transfer.WORKERS, thread_name_prefix="listing")
-        self.buffers = transfer.Buffers(transfer.WORKERS + 2)
-        self.room = threading.Semaphore(transfer.WORKERS + 2)  # bodies in memory
+        self.pool = ThreadPoolExecutor(connection.WORKERS, thread_name_prefix="store")
+        self.listing = ThreadPoolExecutor(connection.WORKERS, thread_name_prefix="listing")
+        self.buffers = download.Buffers(connection.WORKERS + 2)
+        self.room = threading.Semaphore(connection.WORKERS + 2)  # bodies in memory
         self._probed: Capabilities | None = None
         self._quotes = True  # whether conditions name an ETag with its quotes
         self._probing = threading.Lock()
@@ -101,10 +100,10 @@ class S3Store:
         """Check the bytes against the ETag if that is an MD5; otherwise two reads must agree."""
         checked_key(key)
         before = None
-        for _ in range(transfer.ATTEMPTS):
+        for _ in range(connection.ATTEMPTS):
             with contextlib.suppress(HTTPException, HTTPError, BotoCoreError, OSError):
                 answer = self.call("get_object", "s3:GetObject", key)
-                data = b"".join(transfer.arriving(answer, self.place(key)))
+                data = b"".join(download.arriving(answer, self.place(key)))
                 etag = answer["ETag"].strip('"')
                 if data == before or hashlib.md5(data, usedforsecurity=False).hexdigest() == etag:
                     return data
@@ -113,10 +112,10 @@ class S3Store:
 
     def read_piece(self, key: str, offset: int, size: int) -> bytes:
         wanted = f"bytes={offset}-{offset + size - 1}"
-        for _ in range(transfer.ATTEMPTS):
+        for _ in range(connection.ATTEMPTS):
             with contextlib.suppress(HTTPException, HTTPError, BotoCoreError, OSError):
                 answer = self.call("get_object", "s3:GetObject", checked_key(key), Range=wanted)
-                return b"".join(transfer.arriving(answer, self.place(key)))
+                return b"".join(download.arriving(answer, self.place(key)))
         raise Unavailable(f"Reading {self.place(key)} failed repeatedly.")
 
     def version(self, key: str) -> str:
@@ -151,16 +150,16 @@ class S3Store:
     # Files of any size
 
     def upload(self, path: Path, key: str, *, if_absent: bool = False, if_match: str | None = None) -> Digest:
-        return transfer.upload(self, path, checked_key(key), if_absent, if_match)
+        return upload.upload(self, path, checked_key(key), if_absent, if_match)
 
     def upload_pieces(
         self, make: Pieces, size: int, key: str, *, if_absent: bool = False, if_match: str | None = None
     ) -> Digest:
         with contextlib.closing(make()) as pieces:
-            return transfer.upload_from(self, transfer.Joined(pieces), size, checked_key(key), if_absent, if_match)
+            return upload.upload_from(self, upload.Joined(pieces), size, checked_key(key), if_absent, if_match)
 
     def download(self, key: str, path: Path, *, sha256: str | None = None) -> Digest:
-        return transfer.download(self, checked_key(key), path, sha256)
+        return download.download(self, checked_key(key), path, sha256)
 
     def abort_stale(self, keys: Collection[str], older_than: float) -> int:
         count = 0
@@ -247,37 +246,29 @@ class S3Store:
 
     def _checks_checksums(self, key: str) -> bool:
         """Return whether a wrong checksum is refused and a right one is not."""
-        for data, refused in ((b"right", False), (b"wrong", True)):
-            try:
-                self.client.put_object(
-                    Bucket=self.bucket,
-                    Key=self.prefix + key,
-                    Body=data,
-                    **transfer.crc32c(b"right"),
-                    **self.encryption(),
-                )
-            except ClientError as error:
-                if code_of(error)[1] not in (400, 501):
-                    raise explain(error, "s3:PutObject", self.place(key), self.endpoint, self.sse) from error
-                if not refused:
-                    return False
-            except BROKEN as error:
-                raise explain(error, "s3:PutObject", self.place(key), self.endpoint, self.sse) from error
-            else:
-                if refused:
-                    return False
+        for data, wrong in ((b"right", False), (b"wrong", True)):
+            refusal = self._refusal(key, data, **upload.crc32c(b"right"))
+            if refusal is not None and code_of(refusal)[1] not in (400, 501):
+                raise explain(refusal, "s3:PutObject", self.place(key), self.endpoint, self.sse) from refusal
+            if (refusal is not None) != wrong:
+                return False
         return True
 
     def _refuses(self, key: str, condition: dict[str, str]) -> bool:
+        refusal = self._refusal(key, b"a", **condition)
+        return refusal is not None and code_of(refusal)[1] == 412
+
+    def _refusal(self, key: str, data: bytes, **arguments: str) -> ClientError | None:
+        """Put an object without retries or checks of ours. Returns the store's refusal, if it refuses."""
         try:
             self.client.put_object(
-                Bucket=self.bucket, Key=self.prefix + key, Body=b"a", **condition, **self.encryption()
+                Bucket=self.bucket, Key=self.prefix + key, Body=data, **arguments, **self.encryption()
             )
         except ClientError as error:
-            return code_of(error)[1] == 412
+            return error
         except BROKEN as error:
             raise explain(error, "s3:PutObject", self.place(key), self.endpoint, self.sse) from error
-        return False
+        return None
 
     def _is(self, etag: str) -> dict[str, str]:
         """The condition that the object is unchanged."""
@@ -304,8 +295,8 @@ class S3Store:
     def put(self, key: str, data: bytes, condition: dict[str, Any], *, checksums: bool | None = None) -> str:
         """Put one object in one request. The answer must show the requested encryption. Returns the version."""
         checked = self.capabilities.checksums if checksums is None else checksums
-        check = transfer.crc32c(data) if checked else transfer.md5(data)
-        for _ in range(transfer.DAMAGED_TRIES):
+        check = upload.crc32c(data) if checked else upload.md5(data)
+        for _ in range(upload.DAMAGED_TRIES):
             answer = self.call("put_object", "s3:PutObject", key, Body=data, **check, **condition, **self.encryption())
             try:
                 self.check_encryption(answer, key)
@@ -334,7 +325,7 @@ class S3Store:
                     )
                     if whole and not is_page(answer):
                         return answer
-                    if attempt == transfer.ATTEMPTS:
+                    if attempt == connection.ATTEMPTS:
                         raise (
                             page_instead(200, action, self.endpoint)
                             if is_page(answer)
@@ -344,7 +335,7 @@ class S3Store:
                         )
                 except ClientError as error:
                     code, status = code_of(error)
-                    if attempt == transfer.ATTEMPTS or not (code in DAMAGED or status == 409):
+                    if attempt == connection.ATTEMPTS or not (code in DAMAGED or status == 409):
                         raise
                 time.sleep(min(0.1 * 2**attempt, 5))
         raise AssertionError("unreachable")

@@ -28,7 +28,7 @@ def process() -> Iterator[ProcessPoolExecutor]:
     malloc returns freed memory at once there, so the limit counts what the export holds and not what malloc keeps.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.export.host_memory"])
+    context.set_forkserver_preload(["tests.export.host_memory", "datasets", "job.export.gain"])
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("MALLOC_MMAP_THRESHOLD_", str(128 * 1024))
         with ProcessPoolExecutor(1, context, initializer=gc.freeze, max_tasks_per_child=1) as executor:

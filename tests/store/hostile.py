@@ -339,9 +339,9 @@ def try_all(upstream: str, patch: pytest.MonkeyPatch) -> list[tuple[Kind, int, i
     known = check_writable(plain)
     for number in range(len(KINDS)):
         plain.write(f"{number}/there", HELD)
-    patch.setattr("job.store.transfer.ATTEMPTS", 2)
-    patch.setattr("job.store.transfer.PATIENCE", 1.0)  # on a busy machine a tenth of that is lost at times
-    patch.setattr("job.store.transfer.FLOOR", 10**9)
+    patch.setattr("job.store.connection.ATTEMPTS", 2)
+    patch.setattr("job.store.download.PATIENCE", 1.0)  # on a busy machine a tenth of that is lost at times
+    patch.setattr("job.store.download.FLOOR", 10**9)
     patch.setattr("job.store.connection.CONNECT_SECONDS", 3)
     ready = [(kind, tried(kind, url, upstream, known, patch)) for kind, url in zip(KINDS, urls, strict=True)]
     with ThreadPoolExecutor(len(ready)) as pool:

@@ -225,7 +225,7 @@ def test_refusals_are_sentences_and_are_not_tried_again(
 def test_a_store_that_asks_for_patience_too_often_is_unavailable(
     bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("job.store.transfer.ATTEMPTS", 2)
+    monkeypatch.setattr("job.store.connection.ATTEMPTS", 2)
     store = open_small(f"s3://{bucket}/out")
     proxy.before = lambda request: answer("429 Too Many Requests", "<Error><Code>429</Code></Error>")
     with pytest.raises(Unavailable, match="429"):
@@ -243,7 +243,7 @@ def test_an_endpoint_where_nobody_listens_is_unavailable(
     s3: str, monkeypatch: pytest.MonkeyPatch, fresh_session: None
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
-    monkeypatch.setattr("job.store.transfer.ATTEMPTS", 2)
+    monkeypatch.setattr("job.store.connection.ATTEMPTS", 2)
     with pytest.raises(Unavailable, match=r"127\.0\.0\.1:9"):
         open_store("s3://bucket").read("x")
 
@@ -320,7 +320,7 @@ def test_settings_of_the_platform_that_cannot_be_used_are_named(
 @on_moto
 def test_an_endpoint_without_tls_is_named(s3: str, monkeypatch: pytest.MonkeyPatch, fresh_session: None) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3.replace("http:", "https:"))
-    monkeypatch.setattr("job.store.transfer.ATTEMPTS", 2)
+    monkeypatch.setattr("job.store.connection.ATTEMPTS", 2)
     with pytest.raises(SpecError, match="http://"):
         open_store("s3://bucket").read("x")
 
@@ -358,7 +358,7 @@ def test_an_authority_is_trusted_where_the_platform_names_it_and_only_there(
         server.socket = context.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"https://127.0.0.1:{server.server_port}")
-        monkeypatch.setattr("job.store.transfer.ATTEMPTS", 2)
+        monkeypatch.setattr("job.store.connection.ATTEMPTS", 2)
         monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
         with pytest.raises(SpecError, match="AWS_CA_BUNDLE"):
             open_store("s3://bucket").read("x")
@@ -379,7 +379,7 @@ def test_a_tls_that_breaks_off_is_no_wrong_spec(s3: str, monkeypatch: pytest.Mon
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"https://127.0.0.1:{server.server_address[1]}")
-        monkeypatch.setattr("job.store.transfer.ATTEMPTS", 2)
+        monkeypatch.setattr("job.store.connection.ATTEMPTS", 2)
         with pytest.raises(Unavailable, match="s3:GetObject on s3://bucket/x failed after retries"):
             open_store("s3://bucket").read("x")
         server.shutdown()
