@@ -218,7 +218,8 @@ def compare(outputs: tuple[str, ...], metric: str | None, to: Path | None) -> No
 def score(output: str, metrics: tuple[str, ...]) -> None:
     """Score the answers stored at OUTPUT by metrics that need a model.
 
-    METRIC is bertscore, radgraph, chexbert or green; FOLDER holds its model, as in evaluation.extra_metrics. Changes nothing.
+    METRIC is bertscore, radgraph, chexbert, ratescore, radcliq, srrbert or green; FOLDER holds its model, as in
+    evaluation.extra_metrics. Changes nothing.
     """
 
     def work(environment: Environment, preemption: Preemption) -> None:
@@ -230,7 +231,7 @@ def score(output: str, metrics: tuple[str, ...]) -> None:
                 from job.report.score import asked_for, text
                 from job.report.score import score as scored
             asked = asked_for(metrics)
-            show(text(scored(open_store(output), asked, prepare_scratch(environment, os.environ)), asked), nl=False)
+            show(text(scored(open_store(output), asked, prepare_scratch(environment, os.environ))), nl=False)
 
     finish(work)
 
