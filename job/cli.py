@@ -256,7 +256,8 @@ def compare(_environment: Environment, outputs: tuple[str, ...], metric: str | N
 def score(environment: Environment, output: str, metrics: tuple[str, ...]) -> None:
     """Score the answers stored at OUTPUT by metrics that need a model.
 
-    METRIC is bertscore, radgraph, chexbert or green; FOLDER holds its model, as in evaluation.extra_metrics. Changes nothing.
+    METRIC is bertscore, radgraph, chexbert, ratescore, radcliq, srrbert or green; FOLDER holds its model, as in
+    evaluation.extra_metrics. Changes nothing.
     """
     from job.report.score import asked_for, text
     from job.report.score import score as scored
@@ -264,7 +265,7 @@ def score(environment: Environment, output: str, metrics: tuple[str, ...]) -> No
     from job.store import open_store
 
     asked = asked_for(metrics)
-    show(text(scored(open_store(output), asked, prepare_scratch(environment, os.environ)), asked), nl=False)
+    show(text(scored(open_store(output), asked, prepare_scratch(environment, os.environ))), nl=False)
 
 
 def write_page(to: Path, page: bytes) -> None:

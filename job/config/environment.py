@@ -42,6 +42,8 @@ class Environment:
     """Price of an hour on this machine, as a number. The report then shows the cost of training."""
     serve_python: str | None = None
     """The Python of an environment with vLLM, for `export.serve` and `job serve`."""
+    radeval_python: str | None = None
+    """The Python of an environment with RadEval, for `evaluation.extra_metrics` and `job score`."""
     image_digest: str | None = None
     """Digest of the running image, for the lineage in `RESULT.json`."""
     metrics_port: int | None = None
@@ -61,6 +63,7 @@ class Environment:
             gpu_memory_gb=_above_0(given, "JOB_GPU_MEMORY_GB", GIGABYTES) or cls.gpu_memory_gb,
             price_per_hour=given.get("JOB_PRICE_PER_HOUR"),
             serve_python=given.get("JOB_SERVE_PYTHON"),
+            radeval_python=given.get("JOB_RADEVAL_PYTHON"),
             image_digest=given.get("JOB_IMAGE_DIGEST"),
             metrics_port=int(port) if (port := _above_0(given, "JOB_METRICS_PORT", "a free port")) else None,
         )

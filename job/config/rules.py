@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import regex
 
 from job.config.schema import (
+    CHEXBERT,
     FIELD,
     METRICS,
     DatasetSpec,
@@ -172,7 +173,7 @@ def _evaluation(spec: JobSpec) -> Iterator[str]:
         yield from (f"evaluation: {name} needs eval_steps" for name, asked in needing.items() if asked)
     elif not held and not evaluation.chooses_step:
         yield "evaluation: eval_steps needs held-out rows, and dataset.eval_fraction is 0"
-    known = {*METRICS, *evaluation.extra_metrics}
+    known = {*METRICS, *evaluation.extra_metrics, *(CHEXBERT if "chexbert" in evaluation.extra_metrics else ())}
     kinds = ("accuracy", "macro_f1", "micro_f1", "uncertain_f1")
     known |= {
         f"{name}_{kind}" for name, label in evaluation.labels.items() for kind in kinds[: 2 if label.pattern else None]

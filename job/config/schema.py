@@ -320,8 +320,10 @@ class RequirementSpec(Section):
     """What must lie within the bounds: the measured value, or its whole confidence interval."""
 
 
-ExtraMetric = Literal["bertscore", "radgraph", "chexbert", "green"]
+ExtraMetric = Literal["bertscore", "radgraph", "chexbert", "ratescore", "radcliq", "srrbert", "green"]
 """Metrics that need a model of their own."""
+CHEXBERT = ("chexbert_14_micro_f1", "chexbert_14_macro_f1", "chexbert_5_micro_f1", "chexbert_5_macro_f1")
+"""Further metrics of `chexbert`, over all its labels and over the five that are usually reported."""
 
 
 class EvaluationSpec(Section):

@@ -1,19 +1,12 @@
-"""Computes scores that need a model: BERTScore, and RadGraph F1, CheXbert and GREEN through the RadEval package.
+"""Computes scores that need a model: BERTScore here, the others through RadEval (`job.evaluate.radeval`).
 
-Each is requested in `evaluation.extra_metrics` with its model's folder, which a bundle includes. RadEval finds its models only
-in caches. So its folder is a cache that RadEval filled where there was a network (`XDG_CACHE_HOME=FOLDER
-HF_HOME=FOLDER/huggingface`), and RadEval runs in a separate process that sees that cache and no network.
+Each is requested in `evaluation.extra_metrics` with its model's folder, which a bundle includes.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import re
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +15,25 @@ from job.context import RunContext
 from job.data import Data
 from job.errors import OutOfMemory, SpecError
 from job.evaluate.encoder import refuse_unless_encoder
+from job.evaluate.radeval import RADEVAL, ask_radeval, refuse_without_radeval
 from job.evaluate.records import Answer, PerRow
 from job.layout import EXTRA_KEY
 from job.output.ownership import own_json, run_of
 from job.runtime.staging import local_path
 
-RADEVAL = {
-    "radgraph": ("radgraph", "radgraph_partial"),
-    "chexbert": ("f1chexbert", "f1chexbert_sample_acc_5"),
-    "green": ("green", "green"),
-}
-"""RadEval's name of each metric, and of its list of values per row (RadEval 2.2)."""
-ASK_RADEVAL = """
-import json, sys
-from radeval import RadEval
-refs, hyps = json.load(sys.stdin)
-print(json.dumps(RadEval(metrics=sys.argv[1:], per_sample=True, show_progress=False)(refs=refs, hyps=hyps)))
-"""
 LAYERS = {("bert", 12): 9, ("bert", 24): 18, ("roberta", 12): 10, ("roberta", 24): 17}
 """The layer that agrees best with human judgement, by kind and depth of the encoder (Zhang et al. 2020, as in bert-score
 0.3.13)."""
 
 
-def model_folders(asked: Mapping[ExtraMetric, str], scratch: Path) -> dict[str, Path]:
+def model_folders(asked: Mapping[ExtraMetric, str], scratch: Path) -> dict[ExtraMetric, Path]:
     """Return the folder of each metric's model; `asked` says where it is. Raises SpecError when a model or its package is
     missing."""
-    found: dict[str, Path] = {}
+    found: dict[ExtraMetric, Path] = {}
     for metric, named in asked.items():
         field = f"evaluation.extra_metrics.{metric}"
-        if metric in RADEVAL and importlib.util.find_spec("radeval") is None:
-            raise SpecError(f"{field}: the package radeval is not installed; install the radiology extra, or remove it")
+        if metric in RADEVAL:
+            refuse_without_radeval(field)
         found[metric] = folder = local_path(named, scratch, field, SpecError)
         if not (folder / "config.json" if metric == "bertscore" else folder).exists():
             kind = "an encoder (a folder with config.json)" if metric == "bertscore" else "RadEval's cache of models"
@@ -74,29 +56,43 @@ def extra_scores(
     stored = own_json(ctx.store, EXTRA_KEY, run)
     with ctx.record.stage("score") as facts, ctx.preemption.leave_at_once():
         folders = model_folders(asked, ctx.scratch)
-        for metric, named in asked.items():
-            known, folder = f"{metric} of {named}", folders[metric]
-            if known not in stored:
-                try:
-                    stored[known] = pair_scores(metric, folder, [*before, *after])
-                except torch.OutOfMemoryError as error:
-                    raise OutOfMemory(
-                        f"evaluation.extra_metrics.{metric}: does not fit the GPU beside the tuned model; name a smaller one"
-                    ) from error
+        keys = {metric: f"{metric} by {named}" for metric, named in asked.items()}
+        missing = {metric: folder for metric, folder in folders.items() if keys[metric] not in stored}
+        try:
+            for found in scored(missing, [before, after]):
+                stored |= {keys[metric]: values for metric, values in found.items()}
                 ctx.store.write(EXTRA_KEY, json.dumps(stored | {"run": run}).encode())
-            facts.append(metric)
-    values = {metric: stored[f"{metric} of {named}"] for metric, named in asked.items()}
-    count = len(before)
-    return {name: each[:count] for name, each in values.items()}, {name: each[count:] for name, each in values.items()}
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                "evaluation.extra_metrics.bertscore: does not fit the GPU beside the tuned model; name a smaller one"
+            ) from error
+        facts += asked
+    return by_side(stored[key] for key in keys.values())
 
 
-def pair_scores(metric: str, folder: Path, rows: Sequence[Answer]) -> list[float]:
-    """Return the value of `metric` for each row's text and its reference, by the model in `folder`."""
-    ask = bertscore if metric == "bertscore" else radeval
-    return ask(metric, folder, [row.reference for row in rows], [row.generated for row in rows])
+def by_side(found: Iterable[Mapping[str, list[Any]]]) -> tuple[PerRow, PerRow]:
+    """Return the values of all metrics before, and after, by name."""
+    values = {name: sides for each in found for name, sides in each.items()}
+    return {name: sides[0] for name, sides in values.items()}, {name: sides[1] for name, sides in values.items()}
 
 
-def bertscore(_metric: str, folder: Path, references: Sequence[str], generated: Sequence[str]) -> list[float]:
+def scored(
+    folders: Mapping[ExtraMetric, Path], sides: Sequence[Sequence[Answer]]
+) -> Iterator[dict[ExtraMetric, dict[str, list[Any]]]]:
+    """Yield for some metrics, by name and side, the value of each row's text and its reference. RadEval's metrics of one folder
+    share a process, and so the models that several of them need."""
+    pairs = [([row.reference for row in side], [row.generated for row in side]) for side in sides]
+    by_folder: dict[Path, list[ExtraMetric]] = {}
+    for metric, folder in folders.items():
+        if metric == "bertscore":
+            yield {metric: {metric: [bertscore(folder, *pair) for pair in pairs]}}
+        else:
+            by_folder.setdefault(folder, []).append(metric)
+    for folder, metrics in by_folder.items():
+        yield ask_radeval(metrics, folder, pairs)
+
+
+def bertscore(folder: Path, references: Sequence[str], generated: Sequence[str]) -> list[float]:
     """BERTScore's F1 of each pair, without idf weights and baseline (Zhang et al. 2020): each word piece is matched with the
     most similar one of the other text. 0 where a text is empty."""
     import torch
@@ -139,28 +135,3 @@ def bertscore(_metric: str, folder: Path, references: Sequence[str], generated: 
 
     with torch.inference_mode():
         return [f1(*pair) for pair in zip(references, generated, strict=True)]
-
-
-def radeval(metric: str, folder: Path, references: Sequence[str], generated: Sequence[str]) -> list[float]:
-    """RadEval's value for each pair, 0 to 1. Raises SpecError with only the type of RadEval's error, whose message may quote a
-    report."""
-    name, key = RADEVAL[metric]
-    cache = {"XDG_CACHE_HOME": str(folder), "HF_HOME": str(folder / "huggingface"), "HF_HUB_OFFLINE": "1"}
-    asked = subprocess.run(
-        [sys.executable, "-c", ASK_RADEVAL, name],
-        input=json.dumps([references, generated]),
-        env=os.environ | cache,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    try:
-        values: Mapping[str, list[float]] = json.loads(asked.stdout.splitlines()[-1])
-        return [float(value) for value in values[key]]
-    except (IndexError, ValueError, KeyError, TypeError) as error:
-        kind = (asked.stderr.strip().splitlines() or ["silence"])[-1].partition(":")[0]
-        kind = kind if re.fullmatch(r"[\w.]+", kind) else "words that may be a report's"
-        raise SpecError(
-            f"evaluation.extra_metrics.{metric}: RadEval ended with {kind}; check that {folder} holds its models "
-            "(docs/evaluation.md says how to fill it)"
-        ) from error

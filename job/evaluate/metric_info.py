@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from job.config.schema import rates
+from job.config.schema import CHEXBERT, rates
 from job.evaluate.records import Change, Comparison, Estimate, Gap, LabelTable
 
 FEW = 10
@@ -59,8 +59,17 @@ ABOUT = {
 EXTRA = {
     "bertscore": About("BERTScore", "fraction", 1, "similarity of word pieces as an encoder sees them, F1", 1),
     "radgraph": About("RadGraph F1", "fraction", 1, "entities and relations in common with the reference", 1),
-    "chexbert": About("CheXbert", "share", 1, "all five main findings labelled as in the reference", 1),
+    "chexbert": About("CheXbert", "share", 1, "share of the five main findings labelled as in the reference", 1),
+    "ratescore": About("RaTEScore", "fraction", 1, "medical entities in common with the reference, by meaning", 1),
+    "radcliq": About("RadCliQ-v1", "number", -1, "radiologists' errors as estimated from four other metrics"),
+    "srrbert": About("SRR-BERT F1", "fraction", 1, "fine-grained findings with their status, as in the reference", 1),
     "green": About("GREEN", "fraction", 1, "a language model's count of clinically significant errors", 1),
+}
+OF_CHEXBERT = {
+    name: About(f"CheXbert {kind}-F1, {count}", "fraction", 1, f"F1 of CheXbert's labels, {how}", 1)
+    for name in CHEXBERT
+    for _, count, kind, _ in [name.split("_")]
+    for how in ["over all together" if kind == "micro" else "each with equal weight"]
 }
 OF_LABELS: dict[str, tuple[str, Literal["share", "fraction"], str]] = {
     "_macro_f1": ("macro-F1", "fraction", "F1 of each class, averaged with equal weight"),
@@ -93,7 +102,7 @@ OCCLUSION = (
 
 def about(metric: str) -> About:
     """Return the description of `metric`; label metrics are recognised by their suffix."""
-    known = ABOUT | EXTRA
+    known = ABOUT | EXTRA | OF_CHEXBERT
     if metric in known:
         return known[metric]
     if metric.endswith("_accuracy"):
@@ -103,6 +112,10 @@ def about(metric: str) -> About:
         if metric.endswith(suffix):
             return About(f"{readable(metric.removesuffix(suffix))} {title}", kind, 1, meaning, 1)
     return About(readable(metric), "number", 0, "")
+
+
+def needs_model(metric: str) -> bool:
+    return metric in EXTRA or metric in OF_CHEXBERT
 
 
 def overall(measured: Iterable[str]) -> list[str]:

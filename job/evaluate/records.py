@@ -11,8 +11,8 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-PerRow = Mapping[str, Sequence[float]]
-"""Values for each row, by metric."""
+PerRow = Mapping[str, Sequence[Any]]
+"""Values for each row, by metric: a number each, or CheXbert's labels (`job.evaluate.radeval.LABELS`)."""
 Maps = dict[str, list[list[float]]]
 """Occlusion maps by row id."""
 Said = Literal["better", "worse", "changed", "unchanged", "no clear change", "unproven", "too few rows"]

@@ -47,6 +47,13 @@ def macro_f1_from_sums(sums: Floats) -> Floats:
         return np.asarray(scores.sum(axis=-1) / np.where((size > 0).any(axis=-1), (size > 0).sum(axis=-1), np.nan))
 
 
+def macro_f1_over_all(sums: Floats) -> Floats:
+    """Mean over all labels of 2tp / (2tp + fp + fn), from (…, 3 × labels) sums of (tp, fp, fn). As in RadEval, a label that is
+    nowhere counts as 0."""
+    true, size = sums[..., 0::3], 2 * sums[..., 0::3] + sums[..., 1::3] + sums[..., 2::3]
+    return np.asarray((2 * true / np.where(size > 0, size, 1)).mean(axis=-1))
+
+
 def micro_f1_from_sums(sums: Floats) -> Floats:
     """F1 of all classes together, from (…, 3 × classes) sums of (tp, fp, fn); NaN where nothing is a reference or an answer."""
     true, size = (

@@ -25,17 +25,20 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.metrics.helpers import extract_all_char_ngrams
 
-from job.config.schema import LabelSpec
+from job.config.schema import CHEXBERT, LabelSpec
 from job.evaluate import label_metrics as label_fields
 from job.evaluate.findings import codes, finding_sums
+from job.evaluate.radeval import LABELS
 from job.evaluate.records import Answer, PerRow
-from job.evaluate.sums import Floats, Sums, macro_f1_from_sums, ratio
+from job.evaluate.sums import Floats, Sums, macro_f1_from_sums, macro_f1_over_all, micro_f1_from_sums, ratio
 
 UNSPACED = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
 WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
 ARTICLE = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 LONGEST_LOOP = 20
+FIVE = (1, 4, 5, 7, 9)
+"""Places of cardiomegaly, edema, consolidation, atelectasis and pleural effusion among CheXbert's 14 labels."""
 WHOLE_BLEU, WHOLE_CHRF = BLEU(force=True), CHRF()
 
 
@@ -56,7 +59,9 @@ def sample_scores(rows: Sequence[Answer], labels: Mapping[str, LabelSpec], extra
     scores["length_ratio"] = Sums(np.array(lengths, float), np.ones(len(rows), bool), ratio)
     scores["empty"] = _mean([not words(text) for text in generated], proportion=True)
     scores["repeated"] = _mean([is_repeated(text) for text in generated], proportion=True)
-    return scores | {metric: _mean(values) for metric, values in extra.items()} | _losses(rows)
+    for metric, values in extra.items():
+        scores |= chexbert_sums(values) if metric == LABELS else {metric: _mean(values)}
+    return scores | _losses(rows)
 
 
 def words(text: str) -> list[str]:
@@ -202,6 +207,20 @@ def _mean(values: Sequence[float], counted: NDArray[np.bool_] | None = None, *, 
     present = np.ones(len(values), bool) if counted is None else counted
     sums = np.stack([np.array(values, float) * present, present.astype(float)], axis=-1)
     return Sums(sums, present, ratio, proportion)
+
+
+def chexbert_sums(values: Sequence[Sequence[int]]) -> dict[str, Sums]:
+    """CheXbert's micro and macro F1 over 14 and over 5 labels, as in RadEval, from `LABELS` of each row."""
+    true, said = np.hsplit(np.array(values, bool).reshape(len(values), 28), 2)
+    found = {}
+    for count, places in (("14", tuple(range(14))), ("5", FIVE)):
+        theirs, ours = true[:, places], said[:, places]
+        counts = np.stack([theirs & ours, ours & ~theirs, theirs & ~ours], axis=-1)
+        sums = counts.reshape(len(values), 3 * len(places)).astype(float)
+        for kind, finish in (("micro", micro_f1_from_sums), ("macro", macro_f1_over_all)):
+            found[f"chexbert_{count}_{kind}_f1"] = Sums(sums, np.ones(len(values), bool), finish)
+    assert tuple(found) == CHEXBERT
+    return found
 
 
 def _squad_words(text: str) -> list[str]:

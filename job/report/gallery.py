@@ -62,7 +62,7 @@ def stands_out(cells: Floats) -> bool:
 
     It must raise the loss by `LEAST` and lie `APART` standard deviations over the median, with the deviation estimated from the
     median absolute deviation of all cells (times 1.4826, as for a normal distribution). Of 36 cells of normal noise, the
-    strongest does in fewer than one map of a hundred; tests/report/test_gallery.py counts it.
+    strongest does in fewer than one map of a hundred; tests/report/test_good_and_bad_run.py counts.
     """
     middle = np.median(cells)
     deviation = 1.4826 * np.median(np.abs(cells - middle))

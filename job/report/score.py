@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 from job.config.schema import ExtraMetric
 from job.errors import DataError, SpecError
 from job.evaluate.compare import compare
-from job.evaluate.extra import model_folders, pair_scores
+from job.evaluate.extra import by_side, model_folders, scored
+from job.evaluate.metric_info import needs_model
 from job.evaluate.records import Comparison, Settings
 from job.output.ownership import stored_spec
 from job.report.page import fill
@@ -37,23 +38,23 @@ def score(store: Store, metrics: Mapping[ExtraMetric, str], scratch: Path) -> Co
     contents, spec = stored_contents(store), stored_spec(store)
     if spec is None or not contents.before or not contents.after:
         raise DataError(f"{store.url} holds no answers before and after training, so there is nothing to score")
-    rows = [*contents.before, *contents.after]
+    found: dict[ExtraMetric, dict[str, list[Any]]] = {}
     try:
-        folders = model_folders(metrics, scratch)
-        values = {metric: pair_scores(metric, folder, rows) for metric, folder in folders.items()}
+        for each in scored(model_folders(metrics, scratch), [contents.before, contents.after]):
+            found |= each
     except SpecError as error:
         raise SpecError(str(error).replace("evaluation.extra_metrics.", "METRIC=FOLDER: ")) from error
-    count, settings = len(contents.before), contents.metrics.settings
+    settings = contents.metrics.settings
     return compare(
         contents.before,
         contents.after,
         {},
         (),
         Settings(spec.evaluation.bootstrap_samples, spec.evaluation.confidence, settings.seed),
-        ({name: each[:count] for name, each in values.items()}, {name: each[count:] for name, each in values.items()}),
+        by_side(found.values()),
     )
 
 
-def text(measured: Comparison, metrics: Mapping[ExtraMetric, str]) -> str:
-    """Return the table of these metrics as Markdown."""
-    return fill("score.md", autoescape=False, measured=measured, metrics=list(metrics))
+def text(measured: Comparison) -> str:
+    """Return the table of the metrics that need a model as Markdown."""
+    return fill("score.md", autoescape=False, measured=measured, metrics=[*filter(needs_model, measured.change)])

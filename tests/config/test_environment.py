@@ -72,6 +72,7 @@ def test_every_variable_sets_its_field():
         "gpu_memory_gb": 4.0,
         "price_per_hour": "5",
         "serve_python": "/vllm/bin/python",
+        "radeval_python": "/radeval/bin/python",
         "image_digest": "sha256:6",
         "metrics_port": 7,
     }

@@ -10,7 +10,7 @@ from job.config.rules import contradictions
 from job.config.schema import METRICS, EvaluationSpec, RequirementSpec
 from job.evaluate import metric_info
 from job.evaluate.acceptance import judged
-from job.evaluate.extra import RADEVAL
+from job.evaluate.radeval import RADEVAL
 from job.evaluate.records import Change, Comparison, Estimate
 from tests.tiny import job_spec
 
@@ -72,3 +72,10 @@ def test_the_spec_knows_the_metrics_that_are_measured() -> None:
     assert set(METRICS) == set(metric_info.ABOUT)
     extra = EvaluationSpec.model_json_schema()["properties"]["extra_metrics"]["propertyNames"]["enum"]
     assert set(extra) == set(metric_info.EXTRA) == {"bertscore", *RADEVAL}
+
+
+def test_chexberts_f1_can_be_demanded_where_chexbert_is_asked_for() -> None:
+    demand = {"chexbert_14_micro_f1": {"min_value": 0.3}}
+    asked = job_spec(evaluation={"extra_metrics": {"chexbert": "/models"}, "require": demand})
+    assert list(contradictions(asked)) == []
+    assert len(list(contradictions(job_spec(evaluation={"require": demand})))) == 1

@@ -14,6 +14,7 @@ import pytest
 
 from job.errors import SpecError
 from job.evaluate import extra, text_metrics
+from job.evaluate.radeval import ask_radeval
 from job.evaluate.records import Answer
 from job.runtime.preemption import Preemption
 from job.runtime.status import Record
@@ -34,7 +35,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_bertscore_is_that_of_the_bert_score_package(encoder: Path) -> None:
     # bert_score 0.3.13: score(generated, references, model_type=folder, num_layers=2, idf=False)
-    found = extra.bertscore("bertscore", encoder, *map(list, zip(*PAIRS, strict=True)))
+    found = extra.bertscore(encoder, *map(list, zip(*PAIRS, strict=True)))
     assert found == pytest.approx([0.911470, 0.910291, 0.0], abs=1e-5)
 
 
@@ -106,17 +107,19 @@ def radeval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_radeval_is_asked_in_its_own_process_with_its_models_and_no_network(radeval: Path) -> None:
-    assert extra.radeval("green", radeval, ["a", "b"], ["a", "c"]) == [1.0, 0.0]
+    sides = [(["a", "b"], ["a", "c"]), (["a", "b"], ["b", "b"])]
+    assert ask_radeval(["green"], radeval, sides) == {"green": {"green": [[1.0, 0.0], [0.0, 1.0]]}}
     with pytest.raises(
-        SpecError, match=r"extra_metrics.green: RadEval ended with ZeroDivisionError; check that .* holds its models"
+        SpecError,
+        match=r"extra_metrics.green: RadEval ended with ZeroDivisionError; check that .* holds the models of green",
     ):
-        extra.radeval("green", radeval.parent, ["a", "b"], ["a", "c"])
+        ask_radeval(["green"], radeval.parent, sides)
 
 
 def test_no_words_of_radeval_are_told_since_they_may_be_a_report_s(radeval: Path) -> None:
     (radeval.parent / "radeval.py").write_text("raise SystemExit('No effusion in Mrs. Doe')")
     with pytest.raises(SpecError) as told:
-        extra.radeval("green", radeval, ["a"], ["b"])
+        ask_radeval(["green"], radeval, [(["a"], ["b"])])
     assert "Doe" not in str(told.value)
 
 
@@ -139,11 +142,11 @@ def test_an_encoder_that_is_not_whole_is_refused_before_training(encoder: Path, 
     shutil.copy(encoder / "model.safetensors", weights)
     (half / "config.json").write_text('{"model_type": "bert", "hidden_size": "many"}')
     with pytest.raises(SpecError, match="evaluation.extra_metrics.bertscore: .* is not a usable encoder"):
-        extra.bertscore("bertscore", half, ["a"], ["b"])
+        extra.bertscore(half, ["a"], ["b"])
 
 
 def test_a_missing_package_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="the package radeval is not installed; install the radiology extra"):
+    with pytest.raises(SpecError, match="the package radeval is not installed; make an environment"):
         extra.model_folders({"radgraph": str(tmp_path)}, tmp_path)
 
 

@@ -54,7 +54,9 @@ def test_the_report_shows_the_map_and_says_what_it_is(facts: dict[str, Any]) -> 
     identity = gallery.sample(contents_of(facts), chosen(facts)["random"][0], {})["id"]
     content = io.BytesIO()
     Image.new("RGB", (20, 20), "white").save(content, "PNG")
-    facts["occlusion"] = {identity: [[0.0, -1.0], [0.5, 1.0]]}
+    cells = np.zeros((6, 6))
+    cells[0, 0], cells[1, 0], cells[1, 1] = -1.0, 0.5, 1.0
+    facts["occlusion"] = {identity: cells.tolist()}
     page = render(contents_of(facts), {identity: content.getvalue()})
     assert page.count("Where the model looked") == 1
     assert '<rect x="0" y="1" width="1" height="1" fill-opacity="0.35"/>' in page

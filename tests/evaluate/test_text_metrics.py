@@ -132,3 +132,20 @@ def test_no_text_at_all_scores_nothing_and_does_not_fail() -> None:
     assert measured["bleu"] == measured["chrf"] == measured["rougeL"] == 0
     assert measured["empty"] == 1
     assert math.isnan(measured["length_ratio"])
+
+
+def test_chexberts_f1_counts_all_rows_and_labels_that_are_nowhere_as_nought() -> None:
+    """Cardiomegaly is right in one row and missed in another, edema invented, a fracture (not of the five) right."""
+    none, heart, edema, fracture = ([int(place == index) for place in range(14)] for index in (None, 1, 4, 11))
+    rows = [[*heart, *heart], [*heart, *none], [*none, *edema], [*fracture, *fracture]]
+    values = {
+        name: float(each.finish(each.rows.sum(axis=0))) for name, each in text_metrics.chexbert_sums(rows).items()
+    }
+    assert values == pytest.approx(
+        {
+            "chexbert_14_micro_f1": 2 * 2 / (2 * 2 + 1 + 1),
+            "chexbert_14_macro_f1": (2 / 3 + 0 + 1) / 14,
+            "chexbert_5_micro_f1": 2 * 1 / (2 * 1 + 1 + 1),
+            "chexbert_5_macro_f1": (2 / 3) / 5,
+        }
+    )

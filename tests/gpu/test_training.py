@@ -211,7 +211,7 @@ def test_the_first_loss_is_that_of_the_rows(weighted: bool, model: Path, rows: P
 
 def test_measuring_while_it_trains_disturbs_nothing(model: Path, rows: Path, tmp_path: Path) -> None:
     undisturbed, _, _ = trained(model, rows, tmp_path / "undisturbed", dataset={"eval_path": str(rows)})
-    evaluation = {"eval_steps": 1, "eval_samples": 2, "max_new_tokens": 4, "take": "best"}
+    evaluation = {"eval_steps": 1, "eval_samples": 2, "max_new_tokens": 4}
     lines, _, _ = trained(model, rows, tmp_path / "measured", dataset={"eval_path": str(rows)}, evaluation=evaluation)
     same_steps(lines, undisturbed, rel=0.01)
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
