@@ -240,7 +240,7 @@ def compare(_environment: Environment, outputs: tuple[str, ...], metric: str | N
 
     It is made from the stored answers and needs no GPU and no model.
     """
-    from job.report.runs import compare_runs, page, text
+    from job.report.compare_runs import compare_runs, page, text
     from job.store import open_store
 
     found = compare_runs([open_store(output) for output in outputs], metric)

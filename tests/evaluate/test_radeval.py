@@ -20,7 +20,7 @@ from job.report.score import score, text
 from job.store import open_store
 from tests.conftest import ROOT
 from tests.evaluate.conftest import evaluated
-from tests.report.test_runs import output
+from tests.report.test_compare_runs import output
 
 PYTHON = ROOT / "build" / "radeval" / "bin" / "python"
 pytestmark = [

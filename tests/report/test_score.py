@@ -14,7 +14,7 @@ from job.store import open_store
 from tests.conftest import Job
 from tests.evaluate.conftest import evaluated
 from tests.evaluate.test_extra import encoder  # noqa: F401 - a fixture
-from tests.report.test_runs import output
+from tests.report.test_compare_runs import output
 
 
 @pytest.fixture

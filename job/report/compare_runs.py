@@ -159,9 +159,9 @@ def _samples(runs: Sequence[Run], labels: dict[str, LabelSpec]) -> list[dict[str
 
 def page(runs: Runs) -> str:
     """Return one HTML page, under the same rules as a run's own report."""
-    return fill("runs.html", autoescape=True, runs=runs)
+    return fill("compare_runs.html", autoescape=True, runs=runs)
 
 
 def text(runs: Runs) -> str:
     """Return the comparison as Markdown, without texts of rows."""
-    return fill("runs.md", autoescape=False, runs=runs)
+    return fill("compare_runs.md", autoescape=False, runs=runs)

@@ -11,8 +11,8 @@ import yaml
 
 from job.errors import DataError, SpecError
 from job.layout import FACTS_KEY, METRICS_KEY, SPEC_KEY, answers_key
-from job.report import runs as shown
-from job.report.runs import Runs, compare_runs
+from job.report import compare_runs as shown
+from job.report.compare_runs import Runs, compare_runs
 from job.store import open_store
 from tests.conftest import Job
 from tests.evaluate.conftest import FINDINGS, evaluated
