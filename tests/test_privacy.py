@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -246,7 +247,7 @@ BROKEN: dict[str, Callable[[str], str]] = {
     "a line that is a list": lambda line: f"[{line}]",
     "half a character": lambda line: line.replace(CAPTION, f"{CAPTION}\\ud83d"),
     "another encoding": lambda line: line.replace(CAPTION, f"{CAPTION}\udce9"),
-    "no picture": lambda line: line.replace('"file_name": "', f'"file_name": "{CAPTION}/'),
+    "no picture": lambda line: re.sub(r'"file_name": "[^"]*', f'"file_name": "{CAPTION}', line),
     "turns in a wrong order": lambda line: json.dumps(
         {"messages": [{"role": "user", "content": CAPTION}, {"role": QUESTION, "content": LABEL}]}
     ),

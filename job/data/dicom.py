@@ -14,6 +14,7 @@ from PIL import Image
 from job.config.schema import DatasetSpec
 from job.data.layouts import is_dicom
 from job.data.pixels import LARGEST, BadRow, Picture, check_size, stretch
+from job.data.stacks import choose, square
 from job.errors import DataError
 
 try:
@@ -43,10 +44,6 @@ HOUNSFIELD = (40.0, 400.0)
 """Center and width of the window for a CT image that has none: soft tissue. Its whole range shows little but bone and air."""
 USUAL_BITS = 12
 """Bits of most detectors."""
-MOST_OBLONG = 10
-"""Largest ratio of a pixel's sides that is believed."""
-MOST_TILES = 16
-TILE = 512
 DEFLATED, EXPLICIT = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1\0\0\0"
 """The transfer syntaxes that differ only in deflation (PS3.5 A.5), padded to the same number of bytes."""
 LONG = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
@@ -139,34 +136,6 @@ def inflated(data: bytes, most: int) -> bytes:
     return b"".join(part.replace(DEFLATED, EXPLICIT) for part in (meta, rest))
 
 
-def choose(count: int, frames: str | int | list[int]) -> list[int]:
-    """Returns indices into a stack of `count`: the middle one, evenly spread ones (a number, or a montage), or those named (from
-    0; -1 is the last). A single frame is always chosen. Raises BadRow for an index out of range."""
-    if count == 1:
-        return [0]
-    if frames == "middle":
-        return [count // 2]
-    if isinstance(frames, int) or frames == "montage":
-        tiles = min(count, MOST_TILES if frames == "montage" else int(frames))
-        return [(2 * tile + 1) * count // (2 * tiles) for tile in range(tiles)]
-    if not all(-count <= int(place) < count for place in frames):
-        raise BadRow("DICOM: dataset.dicom.frames names a frame that it does not have")
-    return [int(place) % count for place in frames]
-
-
-def montage(shown: list[Picture]) -> Picture:
-    """Arranges images row by row in a square grid, each at most `TILE` pixels a side."""
-    side = int(np.ceil(np.sqrt(len(shown))))
-    for picture in shown:
-        picture.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
-    width, height = (max(picture.size[axis] for picture in shown) for axis in (0, 1))
-    grid = Image.new("RGB", (side * width, -(-len(shown) // side) * height))
-    for place, picture in enumerate(shown):
-        grid.paste(picture, (place % side * width, place // side * height))
-    grid.info = dict(shown[0].info)
-    return grid
-
-
 def _frame(header: Any, number: int, spec: DatasetSpec) -> Picture:
     values, own = pixel_array(header, index=number), _own(header, number)
     if header.PhotometricInterpretation == "PALETTE COLOR":
@@ -181,18 +150,7 @@ def _frame(header: Any, number: int, spec: DatasetSpec) -> Picture:
         if header.PhotometricInterpretation == "MONOCHROME1" or header.get("PresentationLUTShape") == "INVERSE":
             shades = 255 - shades
         shades[padding] = 0
-    return _square(Image.fromarray(shades.astype(np.uint8)), own["PixelSpacing"] or header.get("PixelAspectRatio"))
-
-
-def _square(picture: Picture, spacing: Any) -> Picture:
-    """Stretches the shorter side of pixels that are not square: `spacing` is between rows and between columns (PS3.3 C.7.6.3.1.7,
-    10.7.1.3)."""
-    ratio = float(spacing[0]) / float(spacing[1]) if spacing and len(spacing) == 2 and float(spacing[1]) else 1
-    if not 1.01 <= max(ratio, 1 / max(ratio, 1e-9)) <= MOST_OBLONG:
-        return picture
-    width, height = picture.size
-    size = (width, round(height * ratio)) if ratio > 1 else (round(width / ratio), height)
-    return picture.resize(size, Image.Resampling.BICUBIC)
+    return square(Image.fromarray(shades.astype(np.uint8)), own["PixelSpacing"] or header.get("PixelAspectRatio"))
 
 
 def _bits(tables: list[Any], declared: int) -> int:

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from job.config.schema import DatasetSpec, SeriesSpec
-from job.data.dicom import SCREENS, SECONDARY, TECHNICAL, choose, read_header
+from job.data.dicom import SCREENS, SECONDARY, TECHNICAL, read_header
 from job.data.pixels import BadRow
+from job.data.stacks import choose
 from job.data.tables import LINE, PATIENT, WHY, read_line
 from job.errors import DataError
 

@@ -162,8 +162,9 @@ def _plain(name: str) -> str:
 
 def _stem(name: str) -> str:
     """Returns the name in lower case without the ending of an image."""
-    rest, _, ending = _plain(name).rpartition(".")
-    return rest if ending in IMAGES else _plain(name)
+    plain = _plain(name).removesuffix(".nii.gz")
+    rest, _, ending = plain.rpartition(".")
+    return rest if ending in IMAGES else plain
 
 
 def _ends_with(path: str, wanted: Parts) -> bool:

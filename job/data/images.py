@@ -18,9 +18,12 @@ from job.config.schema import DatasetSpec, PrivacySpec
 from job.data.image_cache import ImageCache
 from job.data.image_names import OUTSIDE, Lookup
 from job.data.layouts import is_dicom
+from job.data.nifti import frames as nifti_frames
+from job.data.nifti import is_nifti
 from job.data.pixels import MIN_SIDE, BadRow, Picture, as_rgb, check_bytes, check_size, shrink
 from job.data.remote import NO_HOST, Unfetchable, fetched, piece
-from job.data.webdataset import IMAGES
+from job.data.stacks import montage
+from job.data.webdataset import IMAGES, ending_of
 from job.errors import DataError
 from job.runtime.staging import BUNDLE
 from job.store.disk import FAILING, disk_fault
@@ -36,7 +39,7 @@ UNKNOWN_HOST = f"image cannot be fetched: {NO_HOST}"
 """Why a row is bad, permanently or for as long as the name servers are unreachable."""
 WEB = ("http://", "https://", "s3://")
 ENCODED = re.compile(
-    rb"\x89PNG\r\n|\xff\xd8\xff|GIF8|RIFF.{4}WEBP|II\*\0|MM\0\*|BM.{4}\0{4}|\0\0\0\x0cjP  |.{4}ftypavi|.{128}DICM",
+    rb"\x89PNG\r\n|\xff\xd8\xff|GIF8|RIFF.{4}WEBP|II\*\0|MM\0\*|BM.{4}\0{4}|\0\0\0\x0cjP  |.{4}ftypavi|.{128}DICM|\x1f\x8b\x08",
     re.DOTALL,
 )
 """How image files begin."""
@@ -177,7 +180,7 @@ def looks_like_picture(value: Any) -> bool:
         return False
     name = value[-4096:].rstrip(" ]\"'")  # lists may be written as JSON
     encoded = value.startswith("data:image/") or begins_as_picture(value.lstrip("[ \"'"))
-    return encoded or PurePosixPath(name).suffix.lower()[1:] in IMAGES
+    return encoded or ("." in name and ending_of(PurePosixPath(name).name) in IMAGES)
 
 
 def read(place: Place) -> bytes:
@@ -283,11 +286,9 @@ def _decoded(
 ) -> tuple[list[bytes], list[Picture]]:
     data = [part if isinstance(part, bytes) else read(part) for part in parts]
     made = [_frames(each, spec, files, pictures) for each in data]
-    costly = is_dicom(data[0][:132])
+    costly = is_dicom(data[0][:132]) or is_nifti(data[0][:352])
     found = [picture for each in made for picture in each]
     if costly and len(parts) > 1:
-        from job.data.dicom import montage
-
         found = [montage(found)]
     before = found[0].width * found[0].height
     bounds = files.bounds
@@ -301,18 +302,18 @@ def _decoded(
 
 def _frames(data: bytes, spec: DatasetSpec, files: Files, pictures: int) -> list[Picture]:
     """Decodes the image of a file, or the selected frames of DICOM, and handles burned-in text."""
-    if dicom := is_dicom(data[:132]):
+    dicom, volume = is_dicom(data[:132]), is_nifti(data[:352])
+    if dicom:
         from job.data.decoder import decoded_apart
-        from job.data.dicom import montage
 
         found = decoded_apart(data, spec)
     else:
-        found = [decode(data, spec, files.bounds, pictures)]
+        found = nifti_frames(data, spec) if volume else [decode(data, spec, files.bounds, pictures)]
     if dicom or files.privacy.look_for_text is True:
         from job.data.burned_in import cleared
 
         found = [cleared(picture, files.privacy) for picture in found]
-    return [montage(found)] if dicom and spec.dicom.frames == "montage" and len(found) > 1 else found
+    return [montage(found)] if (dicom or volume) and spec.dicom.frames == "montage" and len(found) > 1 else found
 
 
 def _parts(value: Any, files: Files) -> list[bytes | Place]:

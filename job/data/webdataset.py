@@ -17,7 +17,7 @@ from job.errors import DataError
 from job.runtime.staging import only_one
 from job.store import Entry, open_store
 
-IMAGES = {"jpg", "jpeg", "jpe", "png", "webp", "tif", "tiff", "bmp", "gif", "jp2", "dcm", "ppm", "pgm"}
+IMAGES = {"jpg", "jpeg", "jpe", "png", "webp", "tif", "tiff", "bmp", "gif", "jp2", "dcm", "ppm", "pgm", "nii"}
 TEXTS = {"txt", "text", "caption", "cls"}
 LARGEST_TEXT = 64_000_000
 """Maximum bytes of a text or a .json in an archive."""
@@ -80,7 +80,7 @@ def index_shards(shards: Iterable[tuple[str, Path]], field: str) -> Iterator[str
                 "create it again"
             ) from error
         for key, row in rows.items():
-            pictures = [row[ending] for ending in sorted(row) if _kind(ending) in IMAGES]
+            pictures = [row[ending] for ending in sorted(row) if ending_of(ending) in IMAGES]
             yield as_line(row.pop(".json", {}) | row | {"__key__": key} | ({"image": pictures} if pictures else {}))
 
 
@@ -111,19 +111,21 @@ def check_end(stream: BinaryIO, place: int) -> None:
             raise tarfile.ReadError("more data follows the end of the archive, perhaps another archive")
 
 
-def _kind(ending: str) -> str:
-    return ending.rpartition(".")[2].lower()
+def ending_of(name: str) -> str:
+    """Returns the ending of a file's name in lower case: `nii` also for `.nii.gz`."""
+    lower = name.lower()
+    return (lower.removesuffix(".gz") if lower.endswith("nii.gz") else lower).rpartition(".")[2]
 
 
 def _add(row: dict[str, Any], ending: str, member: tarfile.TarInfo, archive: tarfile.TarFile, name: str) -> None:
-    if _kind(ending) in IMAGES:
+    if ending_of(ending) in IMAGES:
         row[ending] = {"path": name, "offset": member.offset_data, "size": member.size}
-    elif _kind(ending) in TEXTS or _kind(ending) == "json":
+    elif ending_of(ending) in TEXTS or ending_of(ending) == "json":
         if member.size > LARGEST_TEXT:
             raise tarfile.ReadError(f"a text of {member.size / 1e6:.0f} MB, over {LARGEST_TEXT / 1e6:.0f}")
         stream = archive.extractfile(member)
         row[ending] = decoded(stream.read()) if stream else ""
-        if _kind(ending) == "json":
+        if ending_of(ending) == "json":
             try:
                 row[".json"] = {**row.get(".json", {}), **json.loads(row[ending])}
                 del row[ending]

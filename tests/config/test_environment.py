@@ -170,7 +170,9 @@ def test_the_page_says_of_each_variable_what_its_field_does():
 
 def files(*folders: str) -> Iterator[Path]:
     for folder in folders:
-        yield from (path for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix != ".png")
+        yield from (
+            path for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix not in (".png", ".pyc")
+        )
 
 
 def test_scripts_manifests_image_and_documents_name_only_what_is_there():

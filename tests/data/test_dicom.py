@@ -17,11 +17,11 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from job.config.loader import validate
 from job.config.schema import DatasetSpec, PrivacySpec
-from job.data.dicom import choose, montage
 from job.data.facts import QuarantinedRow
 from job.data.images import Files, load_anew
 from job.data.pixels import BadRow
 from job.data.prepare import prepare
+from job.data.stacks import choose, montage
 from job.errors import DataError, SpecError
 from job.planning.facts import Facts
 from job.planning.warnings import warnings
