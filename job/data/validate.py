@@ -170,7 +170,7 @@ def _refuse_unusable(
     blind = dataset.image_column is not None and not any(row.sizes for row in good)
     if len(bad) > dataset.max_bad_fraction * total or not good:
         hint = f". {_where_pictures_are(source)}" if blind and not source.reading.images else ""
-        hint += f". {_first_missing(source, bad)}" if spec.privacy.report_images else ""
+        hint += f". {_first_missing(source, bad)}"
         hint = hint.rstrip(". ")
         raise BadRows(_too_many(source.field, bad, total, dataset.max_bad_fraction) + hint, bad)
     if blind:
@@ -319,9 +319,11 @@ def _where_pictures_are(source: Source) -> str:
 
 
 def _first_missing(source: Source, bad: list[QuarantinedRow]) -> str:
-    """Names the first path without a file. File names may hold the names of patients: not for those who may not see images."""
+    """Names the first path without a file; on a terminal alone, since names of files may hold the names of patients."""
     missing = next((row.row for row in bad if row.reason in (MISSING, OUTSIDE)), None)
-    return source.tried(missing) if missing is not None else ""
+    if missing is None:
+        return ""
+    return source.tried(missing) if on_terminal() else "On a terminal, job check names the first path that was tried"
 
 
 def _too_many(field: str, bad: list[QuarantinedRow], total: int, allowed: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,10 @@ def test_a_template_makes_paths_from_columns_and_one_of_each_value(prepared):
         prepared([*rows, {"dir": 3, "caption": "z"}], [], image_column="f/{dir}/{id}.png")
 
 
-def test_the_first_path_and_the_nearest_that_exists_are_named(prepared, tmp_path: Path):
+def test_on_a_terminal_the_first_path_and_the_nearest_that_exists_are_named(
+    prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with pytest.raises(DataError, match=r"No such file or directory \(first: row 1\)") as refused:
         prepared(["images/film_01.png", "images/other_02.png"], ["images/film_01.png", "images/other-02.png"])
     folder = tmp_path / "set"
@@ -120,8 +124,9 @@ def test_the_first_path_and_the_nearest_that_exists_are_named(prepared, tmp_path
     with pytest.raises(DataError) as refused:
         prepared(["/mnt/unlike/any.png"], [])
     assert str(refused.value).endswith("The first is /mnt/unlike/any.png, and the nearest that exists is /mnt")
-    with pytest.raises(DataError) as refused:
-        prepared(["images/doe_john.png"], [], privacy={"report_images": False})
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    with pytest.raises(DataError, match="On a terminal, job check names the first path that was tried$") as refused:
+        prepared(["images/doe_john.png"], [])
     assert "doe_john" not in str(refused.value)
 
 
