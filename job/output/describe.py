@@ -53,7 +53,7 @@ def describe_status(store: Store, status: dict[str, Any] | None = None) -> str:
     lines = [f"{status['name']}: {_state(status)}"]
     if "step" in status:
         loss = f", loss {status['loss']:.4f}" if "loss" in status else ""
-        lines.append(f"step {status['step']} of {status.get('steps', '?')}{loss}")
+        lines.append(f"{_step(status)}{loss}")
     if status["state"] == "running" and status.get("stage") == "train" and "seconds_left" in status:
         lines.append(f"training ends in about {status['seconds_left']} s")
     saved = steps(store)
@@ -75,7 +75,7 @@ def describe_all(store: Store) -> Iterator[str]:
         raise DataError(f"{store.url} holds no job: there is no {STATUS_KEY} below it")
     for place in places:
         status = read_status(open_store(f"{store.url.rstrip('/')}/{place}".rstrip("/")))
-        step = f", step {status['step']} of {status.get('steps', '?')}" if "step" in status else ""
+        step = f", {_step(status)}" if "step" in status else ""
         verdict = status.get("verdict") or {}
         said = f"; {verdict['metric']}: {verdict['said']}" if verdict.get("said") else ""
         yield f"{place or '.'}: {_state(status)}{step}{said}"
@@ -99,6 +99,10 @@ def _change(change: dict[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
+
+
+def _step(status: dict[str, Any]) -> str:
+    return f"step {status['step']} of {status.get('steps', '?')}"
 
 
 def _state(status: dict[str, Any]) -> str:
