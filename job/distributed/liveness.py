@@ -42,6 +42,7 @@ class Liveness:
         self._mine["makes"] = place.local_rank == 0  # makes what is made once per node
         self._ticked = time.monotonic()
         self._over = threading.Event()
+        self._threads: list[threading.Thread] = []
         self._telling = threading.Lock()
 
     def until(self, true: Callable[[], object], what: str, seconds: float = LONGEST_WAIT) -> None:
@@ -74,8 +75,9 @@ class Liveness:
             raise Unavailable(f"{', '.join(missing)} did not join within {JOIN_SECONDS:.0f} s") from None
         self._ticked = time.monotonic()
         self.states = {rank: json.loads(self.store.get(key)) for rank, key in enumerate(keys)}
-        for work in (self._live, self._guard):
-            threading.Thread(target=work, name="ranks", daemon=True).start()
+        self._threads = [threading.Thread(target=work, name="ranks", daemon=True) for work in (self._live, self._guard)]
+        for thread in self._threads:
+            thread.start()
 
     def _tell(self, store: Any) -> None:
         with self._telling:  # so that no older state is written after a newer one
@@ -148,4 +150,6 @@ class Liveness:
             self._mine["gone"] = True
             self._tell(self.store)
         self._over.set()
+        for thread in self._threads:  # Python aborts when it ends while a thread is inside the store
+            thread.join(2 * BEAT_SECONDS)
         return code, reason
