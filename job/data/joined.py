@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from job.data.conversations import as_text
+from job.data.cells import as_text
 from job.data.pixels import BadRow
+from job.data.reading import did_you_mean
 from job.data.text import as_line
 from job.errors import DataError
 
@@ -32,7 +33,8 @@ def joined(
     columns = {title: _columns(lines, read) for title, lines in parts.items()}
     for title, names in columns.items():
         if join.key not in names:
-            raise DataError(f"{field}: dataset.join is {join.key}; {title} has no such column, but {', '.join(names)}")
+            key = f"{join.key}{did_you_mean(join.key, names)}"
+            raise DataError(f"{field}: dataset.join is {key}; {title} has no such column, but {', '.join(names)}")
     used = join.used(dict.fromkeys(name for names in columns.values() for name in names))
     answer = next((name for name in join.answers if any(name in names for names in columns.values())), "")
     main = [title for title, names in columns.items() if answer in names]

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from job.data.layouts import of_split, split_of
+from job.data.reading import CONVERSATIONS
 
 COCO = ("images", "annotations")
 """The lists of COCO's format: an annotation belongs to the image whose `id` is its `image_id` (cocodataset.org, data format)."""
-CONVERSATIONS = ("messages", "conversations")
 
 Row = dict[str, Any]
 

@@ -15,17 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from job.config.schema import DatasetSpec, PrivacySpec
 from job.data.cards import classes_noted
+from job.data.cells import as_text, images_of
 from job.data.classes import kinds_of, named
 from job.data.columns import FIRST, Choose, Rows, first_rows, undecoded
-from job.data.conversations import (
-    Reading,
-    answer_columns,
-    as_text,
-    choose_alike,
-    choose_columns,
-    images_of,
-    read_sample,
-)
+from job.data.conversations import read_sample
 from job.data.floats import Floats, floats_of
 from job.data.hub import from_hub, not_there
 from job.data.image_cache import ImageCache
@@ -35,6 +28,7 @@ from job.data.joined import Join
 from job.data.layouts import find_rows, listed, of_split, split_of, tables_below, values_of_split
 from job.data.nested import Selection, flat
 from job.data.pixels import LARGEST, BadRow
+from job.data.reading import Reading, answer_columns, choose_alike, choose_columns
 from job.data.tables import LINE, as_table, read_line, read_table
 from job.data.webdataset import IMAGES, fetched_shards, index_shards, shards_to_stream
 from job.errors import DataError, JobError
