@@ -26,7 +26,7 @@ class Join(NamedTuple):
 
 
 def joined(
-    parts: Mapping[str, Lines], join: Join, read: Callable[[str], Row], field: str, notes: dict[str, None]
+    parts: Mapping[str, Lines], join: Join, read: Callable[[str], Row], field: str, notes: dict[str, bool]
 ) -> dict[str, Iterator[str]]:
     """Returns the tables that hold answers. Their rows get the columns of the other tables' rows with the same key: one value, or
     the list of all. Adds to `notes` what was joined, once the rows are read. Raises DataError if tables cannot be joined."""
@@ -56,7 +56,12 @@ def joined(
 
 
 def _with(
-    lines: Lines, key: str, found: dict[str, dict[str, list[Any]]], read: Callable[[str], Row], said: str, notes: Row
+    lines: Lines,
+    key: str,
+    found: dict[str, dict[str, list[Any]]],
+    read: Callable[[str], Row],
+    said: str,
+    notes: dict[str, bool],
 ) -> Iterator[str]:
     count = alone = 0
     for line in lines():
@@ -70,7 +75,7 @@ def _with(
         more = {name: several[0] if len(several) == 1 else several for name, several in (theirs or {}).items()}
         yield as_line({**more, **row})
     without = f", {alone} of {count} rows without a counterpart" if alone else ""
-    notes[f"{said}{without}"] = None
+    notes[f"{said}{without}"] = False
 
 
 def _columns(lines: Lines, read: Callable[[str], Row]) -> list[str]:

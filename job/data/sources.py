@@ -209,7 +209,7 @@ def open_source(
     join = Join(spec.join, answer_columns(spec), used) if spec.join else None
     table = _open(spec, path, split, scratch, field, choose, join)
     if join and not any(note.startswith("joined ") for note in table.found.notes):
-        raise DataError(f"{field}: dataset.join joins CSV and JSON tables, and this is {table.why}")
+        raise DataError(f"{field}: dataset.join joins CSV, JSON and Excel tables, and this is {table.why}")
     reading = choose_columns(table.found.columns, spec, field, also)
     bundled = scratch / BUNDLE / "images"
     fetched = bundled if bundled.exists() else scratch / "fetched" / "images"
@@ -278,8 +278,7 @@ def _open(
     why = "; ".join([why, *rows.notes])
     if here.is_dir():
         rows = rows._replace(classes={**classes_noted(here, spec.name), **rows.classes})
-    inside = any(" holds " in note for note in rows.notes)
-    unless = "" if inside else found.unless
+    unless = "" if rows.of_split else found.unless
     return Table(rows, why, base, left_out=found.left_out, files=tuple(chosen), named=here.is_file(), unless=unless)
 
 
