@@ -5,7 +5,7 @@ DEMO = build/demo
 # One more than there are cores, at most four: tests on a cluster mostly wait.
 WORKERS ?= $(shell n=$$(nproc); [ $$n -lt 3 ] && echo $$((n + 1)) || echo 4)
 
-.PHONY: demo test check lint docs clean kill-proof fence-proof resume-proof verdict-proof near-duplicates reader-test fuzz hostile-stores disk-proof test-gpu test-image test-slurm test-gguf test-radeval test-serve test-store bench-store bench-gpu bench-scaling bench-whole-job bench-release whole-job test-families bench
+.PHONY: demo test check lint docs clean kill-proof fence-proof resume-proof verdict-proof near-duplicates reader-test fuzz hostile-stores disk-proof test-gpu test-image test-slurm test-gguf test-radeval test-serve test-store bench-store bench-prefix bench-gpu bench-scaling bench-whole-job bench-release whole-job test-families bench
 
 demo:
 	@.ci/venv train
@@ -78,6 +78,11 @@ ifneq ($(filter $(PICTURES),$(or $(KINDS),$(PICTURES))),)
 	@$(PYTHON_VENV) -m tests.fuzz_pictures $(or $(N),1000) --seed $(or $(SEED),0) \
 	  --kinds $(filter $(PICTURES),$(or $(KINDS),$(PICTURES)))
 endif
+
+# Seconds and memory of fetching an s3:// prefix of OBJECTS.
+bench-prefix:
+	@.ci/venv train dev
+	@OMP_NUM_THREADS=1 $(PYTHON_VENV) -m benchmarks.prefix $(or $(OBJECTS),20000)
 
 # Every kind of store that misbehaves: how often each was asked, and what became of it.
 hostile-stores:
