@@ -5,7 +5,7 @@ DEMO = build/demo
 # One more than there are cores, at most four: tests on a cluster mostly wait.
 WORKERS ?= $(shell n=$$(nproc); [ $$n -lt 3 ] && echo $$((n + 1)) || echo 4)
 
-.PHONY: demo test check lint docs clean kill-proof fence-proof resume-proof verdict-proof near-duplicates reader-test fuzz hostile-stores disk-proof test-gpu test-image test-slurm test-gguf test-radeval test-serve test-store bench-store bench-prefix bench-gpu bench-scaling bench-whole-job bench-release whole-job test-families bench
+.PHONY: demo test check lint docs clean kill-proof fence-proof resume-proof verdict-proof near-duplicates reader-test fuzz hostile-stores disk-proof test-gpu test-image test-slurm test-gguf test-radeval test-serve test-store bench-store bench-prefix public-sets bench-gpu bench-scaling bench-whole-job bench-release whole-job test-families bench
 
 demo:
 	@.ci/venv train
@@ -83,6 +83,11 @@ endif
 bench-prefix:
 	@.ci/venv train dev
 	@OMP_NUM_THREADS=1 $(PYTHON_VENV) -m benchmarks.prefix $(or $(OBJECTS),20000)
+
+# The whole job on each layout of a public set; the suite has two.
+public-sets:
+	@.ci/venv train dev
+	@PUBLIC_SETS=all OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest tests/data/test_public_sets.py -k whole_job
 
 # Every kind of store that misbehaves: how often each was asked, and what became of it.
 hostile-stores:
