@@ -95,7 +95,8 @@ def check(environment: Environment, spec: str | None, data: bool, example: bool)
     from job.config.loader import load_spec
     from job.distributed.launch_env import read_launch_env
     from job.output.overlap import refuse_overlap
-    from job.output.ownership import check_data, check_owner, deletions, is_published, open_output
+    from job.output.ownership import check_data, check_owner, deletions, is_published
+    from job.output.stored import open_output
     from job.planning.describe import describe
     from job.planning.plan import make_plan
     from job.planning.survey import survey

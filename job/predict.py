@@ -16,7 +16,7 @@ from job.errors import DataError, NoHub, SpecError
 from job.layout import ADAPTER, MERGED, RESULT_KEY
 from job.model.base_model import ADAPTER_FILES, fetch_base
 from job.model.header import read_header
-from job.output.ownership import published_folders, read_published
+from job.output.stored import published_folders, read_published
 from job.prefetch import use_bundle
 from job.runtime.scratch import prepare_scratch
 from job.runtime.staging import local_path

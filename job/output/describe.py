@@ -9,7 +9,7 @@ from typing import Any
 from job.checkpoint import steps
 from job.errors import DataError
 from job.layout import REPORT_KEY, RESULT_KEY, STATUS_KEY
-from job.output.ownership import read_json
+from job.output.stored import read_json
 from job.runtime.status import HEARTBEAT_SECONDS
 from job.store import Store, open_store
 

@@ -21,7 +21,7 @@ from job.evaluate.examples import labels_read, rouge_l
 from job.evaluate.records import Answer, Comparison, Settings
 from job.evaluate.verdict import chosen_metric
 from job.layout import SPEC_KEY
-from job.output.ownership import stored_spec
+from job.output.stored import stored_spec
 from job.report import gallery
 from job.report.conclusion import doubts, moved
 from job.report.contents import Contents
