@@ -206,6 +206,22 @@ def list_(_environment: Environment, prefix: str) -> None:
 
 @main.command()
 @click.argument("output")
+@at_once
+def verify(_environment: Environment, output: str) -> None:
+    """Compare every byte of the published files at OUTPUT with RESULT.json.
+
+    Names each file that differs, is missing or was added, and exits with 65 if there is any; with 0 if there is none.
+    """
+    from job.output.verify import verify as compare
+    from job.runtime.status import bytes_text
+    from job.store import open_store
+
+    found = compare(open_store(output), told=lambda key: log.info("%s is as published", key))
+    show(f"{found.files} files ({bytes_text(found.size)}) are as published\nRESULT.json has the SHA-256 {found.result}")
+
+
+@main.command()
+@click.argument("output")
 @click.option(
     "--to", type=click.Path(path_type=Path, dir_okay=False), help="A local file instead of OUTPUT/report.html."
 )
