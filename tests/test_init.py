@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from job.config.environment import Environment
 from job.config.loader import validate
@@ -119,6 +120,17 @@ def test_a_person_on_a_terminal_is_asked_and_the_spec_passes_check(job: Job, tmp
     assert again.returncode == 78
     assert "spec.yaml exists, and is not overwritten; name another file" in again.stderr
     assert (tmp_path / "spec.yaml").read_text() == text
+
+
+def test_the_page_on_the_first_model_shows_what_is_written(tmp_path: Path):
+    data = tmp_path / "chest"
+    pictures(data, [f"{n}.png" for n in range(4)])
+    table(data / "train.csv", [{"image": f"{n}.png", "report": f"Clear {n}.", "patient_id": n} for n in range(4)])
+    spec = made(data, tmp_path, model="/models/qwen3-vl-8b", output="/runs/chest-1").model_dump()
+    page = (ROOT / "docs" / "first-model.md").read_text()
+    (shown,) = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL))
+    shown["dataset"]["path"] = str(data)
+    assert spec == validate(shown).model_dump()
 
 
 def test_the_page_on_models_begins_with_the_default():
