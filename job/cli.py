@@ -17,7 +17,9 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 from job.config.environment import Environment
+from job.config.parsing import did_you_mean
 from job.errors import DataError, SpecError, Unavailable
+from job.layout import SPEC_KEY
 from job.runtime.exit import end, run_and_exit, tell
 from job.runtime.preemption import Preemption, end_time
 
@@ -82,6 +84,59 @@ def run(spec: str | None) -> None:
         run_job(load_spec(os.environ, spec), environment, preemption)
 
     finish(work)
+
+
+@main.command()
+@click.argument("data")
+@click.option("--model", help="The base model: a hub id, a folder or an s3:// prefix.")
+@click.option("--answer", help="The column with the text to learn.")
+@click.option("--output", help="Where the job will write: a folder or an s3:// prefix.")
+@click.option(
+    "--to",
+    default=SPEC_KEY,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The new spec (default: spec.yaml).",
+)
+@at_once
+def init(environment: Environment, data: str, to: Path, **given: str | None) -> None:
+    """Write a spec with comments for DATA, after a look at its rows.
+
+    DATA is a folder or a file on this machine. On a terminal, questions are asked, each with a guess as its default; elsewhere
+    the guesses are taken. No file is overwritten.
+    """
+    from job.init import init as make_spec
+    from job.init import nobody
+    from job.runtime.scratch import prepare_scratch
+
+    if to.is_symlink() or to.exists():
+        raise SpecError(f"--to: {to} exists, and is not overwritten; name another file")
+    scratch = prepare_scratch(environment, os.environ)
+    text = make_spec(data, given, question if sys.stdin.isatty() else nobody, scratch, environment)
+    write_new(to, text)
+    show(f"{to}\nnext: job look {to}; job check {to}; job run {to}")
+
+
+def question(text: str, default: str, known: tuple[str, ...] = ()) -> str:
+    """Ask on the terminal until the answer, or each of several with commas between them, is among the `known` ones, if any."""
+    while True:
+        try:
+            answer = str(click.prompt(text, default or None, err=True)).strip()
+        except click.Abort:
+            raise SpecError("no answer; nothing was written") from None
+        wrong = next((each for part in answer.split(",") if (each := part.strip()) not in known), None)
+        if not known or wrong is None or answer in known:
+            return answer
+        cure = did_you_mean(wrong, known) or f"; there are {', '.join(known)}"
+        click.echo(f"no {wrong}{cure}", err=True)
+
+
+def write_new(to: Path, text: str) -> None:
+    """Write a file that is not there yet. Raises SpecError."""
+    try:
+        with to.open("x") as stream:
+            stream.write(text)
+    except OSError as error:
+        raise SpecError(f"--to: {to} cannot be written: {error.strerror}") from error
 
 
 @main.command()

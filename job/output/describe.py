@@ -89,11 +89,12 @@ def describe_all(store: Store) -> Iterator[str]:
 
 
 def _measured(verdict: dict[str, Any], metrics: dict[str, Any]) -> Iterator[str]:
-    """The verdict, and each metric before and after with its change and that change's interval; the primary metric first."""
+    """The verdict, and each metric before and after with its change and that change's interval: the primary metric first, then
+    the others in the order of the report."""
     if verdict.get("said"):
         yield f"verdict on {verdict['metric']}: {verdict['said']}"
     changes = metrics.get("change", {})
-    for name in sorted(changes, key=lambda name: (name != verdict.get("metric"), name)):
+    for name in sorted(changes, key=lambda name: name != verdict.get("metric")):
         before, after = (_number(metrics[when][name]["value"]) for when in ("before", "after"))
         yield f"  {name:<24} {before:>9} → {after:>9}  ({_change(changes[name])})"
 
