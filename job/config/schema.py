@@ -140,11 +140,13 @@ class DatasetSpec(Section):
     """The split to train on."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
-    format: Literal["auto", "imagefolder", "json", "csv", "parquet", "arrow", "webdataset", "dicom", "hub"] = "auto"
+    format: Literal["auto", "imagefolder", "json", "csv", "excel", "parquet", "arrow", "webdataset", "dicom", "hub"] = (
+        "auto"
+    )
     """Format of `path`. `auto` detects it and logs what it chose and why."""
     join: str | None = None
-    """Column that CSV or JSON tables of different columns share (a study): rows with an answer get the other tables' columns, as
-    lists if several rows have the same value. Default: tables are stacked, and must have the same columns."""
+    """Column that CSV, JSON or Excel tables of different columns share (a study): rows with an answer get the other tables'
+    columns, as lists if several rows have the same value. Default: tables are stacked, and must have the same columns."""
     image_column: str | list[str] | None = "image"
     """Column with the image or a list of images: embedded, a URL, or a path or name of a file in the folder that `path` names (in
     an image folder, in that of its metadata file). `images/{patient}/{name}.png` makes the path from columns. Several columns

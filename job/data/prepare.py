@@ -15,7 +15,8 @@ import numpy as np
 
 from job.config.schema import JobSpec, uncertain_key
 from job.data import Data, Row
-from job.data.conversations import as_text, fixed, labels_of, last_answer, read_sample, repeat_images
+from job.data.cells import as_text, labels_of
+from job.data.conversations import fixed, last_answer, read_sample, repeat_images
 from job.data.facts import DataFacts, NearPair
 from job.data.floats import in_both
 from job.data.images import AS_IT_IS, Bounds, file_name, load

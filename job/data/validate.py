@@ -17,7 +17,8 @@ import numpy as np
 from job.config.schema import DatasetSpec, JobSpec
 from job.data import BadRows
 from job.data.burned_in import BurnedIn
-from job.data.conversations import Message, as_text, labels_of, last_answer, prompt_text, read_sample, repeat_images
+from job.data.cells import as_text, labels_of
+from job.data.conversations import Message, last_answer, prompt_text, read_sample, repeat_images
 from job.data.decoder import dismiss
 from job.data.facts import ImageFacts, QuarantinedRow, ShrunkFacts, SplitFacts, TokenFacts
 from job.data.given_away import given_away, stated_answer, words

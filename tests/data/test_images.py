@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,34 @@ def test_exif_orientation_is_applied():
     exif[0x0112] = 6  # the camera was turned: the file's 40 × 20 is to be seen as 20 × 40
     data = encoded(Image.new("RGB", (40, 20)), "JPEG", exif=exif)
     assert decode(data, limits()).size == (20, 40)
+
+
+def test_an_odd_tag_says_nothing_of_pixels():
+    """XResolution as the signed rational -1 by 0 can be read, but not written again, as `ImageOps.exif_transpose` does."""
+    turned = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + struct.pack("<HHII", 0x0112, 3, 1, 6)
+    exif = turned + struct.pack("<HHIIIiI", 0x011A, 10, 1, 38, 0, -1, 0)
+    side = Image.fromarray(np.arange(32 * 16 * 3, dtype=np.uint8).reshape(16, 32, 3))
+    assert decode(encoded(side, "JPEG", exif=exif), limits()).size == (16, 32)
+    assert decode(encoded(side, "JPEG", exif=b"Exif\0\0not tags at all"), limits()).size == (32, 16)
+
+
+@pytest.mark.parametrize("photometric", [0, 1])
+@pytest.mark.parametrize(("kind", "top"), [("u1", 255), ("<u2", 65535), ("<u2", 4095), ("<f4", 1.0)])
+def test_zero_is_white_or_black_at_every_depth_of_tiff(kind: str, top: float, photometric: int):
+    ramp = np.linspace(0, top, 256).reshape(16, 16)
+    stored = (ramp if photometric else top - ramp).astype(kind)
+    grey = np.asarray(decode(tiff(stored, photometric), limits()))[..., 0].astype(int)
+    assert np.abs(grey - np.arange(256).reshape(16, 16)).max() <= 1
+
+
+def tiff(values: np.ndarray, photometric: int) -> bytes:
+    """One uncompressed strip; Pillow writes deep images with black as zero alone."""
+    height, width = values.shape
+    short, form = (3, 3 if values.dtype.kind == "f" else 1)
+    tags = [(256, width), (257, height), (258, 8 * values.itemsize), (259, 1), (262, photometric), (273, 8)]
+    tags += [(277, 1), (278, height), (279, values.nbytes), (339, form)]
+    body = b"II*\0" + struct.pack("<I", 8 + values.nbytes) + values.tobytes() + struct.pack("<H", len(tags))
+    return body + b"".join(struct.pack("<HHIHH", tag, short, 1, value, 0) for tag, value in tags) + bytes(4)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "RGB"])
