@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from job.config.schema import DatasetSpec, PrivacySpec
 from job.data.image_cache import ImageCache
@@ -20,7 +20,7 @@ from job.data.image_names import OUTSIDE, Lookup
 from job.data.layouts import is_dicom
 from job.data.nifti import frames as nifti_frames
 from job.data.nifti import is_nifti
-from job.data.pixels import MIN_SIDE, BadRow, Picture, as_rgb, check_bytes, check_size, shrink
+from job.data.pixels import MIN_SIDE, BadRow, Picture, as_rgb, check_bytes, check_size, shrink, upright
 from job.data.remote import NO_HOST, Unfetchable, fetched, piece
 from job.data.stacks import montage
 from job.data.webdataset import IMAGES, ending_of
@@ -342,7 +342,7 @@ def decode(data: bytes, spec: DatasetSpec, bounds: Bounds = AS_IT_IS, pictures: 
             if bounds.resample is None:  # a JPEG decodes at a half, a quarter or an eighth, but with other pixels
                 image.draft(None, bounds.size(*image.size, pictures))
             image.load()
-            picture = as_rgb(ImageOps.exif_transpose(image))
+            picture = as_rgb(upright(image))
             picture.info[WHOLE] = whole if picture.size == image.size else whole[::-1]
             return picture
     except BadRow:

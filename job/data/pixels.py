@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.ExifTags import Base
 
 from job.config.schema import DatasetSpec
 
@@ -16,6 +17,18 @@ MOST_NARROW = 200
 """Maximum ratio of the sides: Qwen's processor accepts no larger one (smart_resize's MAX_RATIO)."""
 MIN_SIDE = 4
 """Minimum side; below it, processors mistake the height for the number of channels."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF's orientation → what turns the image upright."""
+PHOTOMETRIC = 262
+"""TIFF's tag that says whether zero is white (0) or black (1)."""
 Picture = Image.Image
 
 
@@ -42,13 +55,25 @@ def as_rgb(image: Picture) -> Picture:
     """Converts every Pillow mode to RGB. Deep grey images (16 bits, floats) are stretched from their own darkest to brightest
     value: scanners use 10 or 12 of 16 bits, and Pillow's own conversion would clip at 255. Transparent areas become white."""
     if image.mode.startswith(("I", "F")):
-        return Image.fromarray(stretch(np.asarray(image, dtype=np.float32))).convert("RGB")
+        grey = stretch(np.asarray(image, dtype=np.float32))
+        white_is_zero = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0  # Pillow inverts only up to 8 bits
+        return Image.fromarray(255 - grey if white_is_zero else grey).convert("RGB")
     if image.mode in ("RGBA", "LA", "La", "PA", "RGBa") or "transparency" in image.info:
         solid = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", solid.size, "white"), solid).convert("RGB")
     if image.mode == "LAB":
         raise BadRow("image in LAB colours, which cannot be shown")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def upright(image: Picture) -> Picture:
+    """Turns an image as its EXIF orientation says. Pillow's own exif_transpose also writes the other tags anew, and fails at odd
+    ones. Damaged EXIF turns nothing."""
+    try:
+        turn = TURNS.get(image.getexif().get(Base.Orientation, 1))
+    except Exception:  # Pillow may raise anything on damaged EXIF, and the pixels are good
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def stretch(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
