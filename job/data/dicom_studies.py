@@ -160,7 +160,7 @@ def _by(headers: list[Header], tag: str) -> dict[str, list[Header]]:
 def _priors(headers: list[Header], rule: SeriesSpec) -> dict[str, list[Header]]:
     """Returns for studies, by UID, the images of the latest earlier study of the same patient and modality. Studies without a
     date are neither before nor after another."""
-    priors = {}
+    priors: dict[str, list[Header]] = {}
     for patient, those in _by(headers, "PatientID").items():
         studies = [taken for study in _by(those, "StudyInstanceUID").values() if (taken := take(study, rule))]
         dated = sorted((study for study in studies if patient and study[0]["StudyDate"]), key=_date)
