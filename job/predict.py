@@ -155,7 +155,9 @@ def _row(image: str, published: Published, processor: Any, scratch: Path) -> Any
     path = image if image.startswith(WEB) else str(Path(image.removeprefix("file://")).absolute())
     try:
         pictures = load({"path": path}, files, spec)
-        messages = repeat_images(conversation(published.instruction, ".", spec.system_prompt), [len(pictures)])
+        messages = repeat_images(
+            conversation(published.instruction, ".", spec.system_prompt), [len(pictures)], spec.dicom.frames
+        )
         TokenCounter(processor, responses_only=False)(messages, [picture.size for picture in pictures])
     except (BadRow, DataError) as reason:
         return str(reason)
