@@ -25,7 +25,10 @@ request() { # METHOD URL TOKEN BODY
 import sys, urllib.request
 method, url, token, body = sys.argv[1:]
 headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json", "User-Agent": "vision-lora-job"}
-urllib.request.urlopen(urllib.request.Request(url, body.encode(), headers, method=method), timeout=60)
+try:
+    urllib.request.urlopen(urllib.request.Request(url, body.encode(), headers, method=method), timeout=60)
+except OSError as error:
+    sys.exit(f"rented box: {url} answers: {error}")
 END
 }
 
@@ -34,11 +37,9 @@ stop_box() {
         say "stopping the box: $JOB_STOP_COMMAND" && bash -c "$JOB_STOP_COMMAND"
     elif [ -n "${RUNPOD_POD_ID:-}" ]; then
         say "stopping RunPod's pod $RUNPOD_POD_ID"
-        if command -v runpodctl >/dev/null; then
-            runpodctl stop pod "$RUNPOD_POD_ID"
-        else
-            request POST "${RUNPOD_API:-https://rest.runpod.io}/v1/pods/$RUNPOD_POD_ID/stop" "${RUNPOD_API_KEY:-}" ''
-        fi
+        # The first version of its API has ended, and what runpodctl uses and how it is called depends on its version.
+        request POST "${RUNPOD_API:-https://api.runpod.io}/v2/pods/$RUNPOD_POD_ID/action" "${RUNPOD_API_KEY:-}" '{"action": "stop"}' ||
+            runpodctl pod stop "$RUNPOD_POD_ID" || runpodctl stop pod "$RUNPOD_POD_ID" || return 1
     elif [ -n "${CONTAINER_ID:-}" ] && [ -n "${CONTAINER_API_KEY:-}" ]; then
         say "stopping vast.ai's instance $CONTAINER_ID"
         if command -v vastai >/dev/null; then

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from job.config.environment import Environment
 from job.config.schema import JobSpec
 from job.errors import SpecError
-from job.output.ownership import open_output
+from job.output.stored import open_output
 from job.planning.survey import as_seen, survey
 
 if TYPE_CHECKING:

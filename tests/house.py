@@ -22,7 +22,7 @@ FLOORS = (
     ("report", "planning"),
     ("train",),
     ("publish",),
-    ("run", "render", "predict", "look", "serve"),
+    ("run", "render", "predict", "look", "serve", "init"),
     ("cli",),
     ("__main__",),
     ("torchrun",),

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -10,13 +11,16 @@ from itertools import chain
 from pathlib import Path
 from typing import get_args
 
+import click
 import yaml
 from pydantic import BaseModel
 
+from job.cli import main
 from job.config.loader import validate
 from job.config.parsing import parse
 from job.config.schema import JobSpec, flatten
 from job.errors import EXIT_CODES
+from tests import metric_reference
 from tests.cli_reference import PAGE, reference
 from tests.conftest import ROOT
 
@@ -46,6 +50,58 @@ def test_the_spec_by_example_is_valid_and_says_the_defaults():
 
 def test_the_page_of_the_command_line_is_what_its_help_prints():
     assert PAGE.read_text() == reference(), "docs/cli.md is stale; run python -m tests.cli_reference"
+
+
+def test_the_page_of_metrics_is_what_the_code_says():
+    assert metric_reference.PAGE.read_text() == metric_reference.reference(), (
+        "stale; run python -m tests.metric_reference"
+    )
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """The fenced blocks of README and pages in a language, each with the name of its page."""
+    pages = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+    fenced = re.compile(rf"^ *```{language}\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+    return [(page.name, block) for page in pages for block in fenced.findall(page.read_text())]
+
+
+def test_every_spec_and_part_of_a_spec_on_a_page_is_valid():
+    needed = {"model": {"name_or_path": "m"}, "dataset": {"path": "d"}, "output": {"url": "o"}}
+    read = []
+    for name, block in blocks("yaml"):
+        tree = next(iter(yaml.safe_load_all(block)))
+        if isinstance(tree, dict) and tree.keys() <= JobSpec.model_fields.keys():
+            read.append(name)
+            validate(tree | {name: fields | (tree.get(name) or {}) for name, fields in needed.items()})
+    assert {"vqa.md", "several-findings.md", "continue-from-an-adapter.md", "first-model.md", "evaluation.md"} <= {
+        *read
+    }
+
+
+def test_every_command_on_a_page_is_one_that_job_knows():
+    lines = [(name, line.strip()) for name, block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
+    said = [
+        (name, shlex.split(line, comments=True)) for name, line in lines if re.match(r"(\w+=\S+ )*(\S*/)?job ", line)
+    ]
+    assert len(said) > 30
+    for name, words in said:
+        words = words[next(n for n, word in enumerate(words) if word.rpartition("/")[2] == "job") + 1 :]
+        words = words[: next((n for n, word in enumerate(words) if word in "|>&"), len(words))]
+        group: click.Command = main
+        while isinstance(group, click.Group):
+            found = group.get_command(click.Context(group), words[0])
+            assert found is not None, f"{name}: job {' '.join(words)}"
+            group, words = found, words[1:]
+        group.make_context(name, words)
+
+
+def test_times_of_real_models_are_those_that_were_measured():
+    measured, page = (ROOT / "benchmarks" / "RESULTS.md").read_text(), (DOCS / "first-model.md").read_text()
+    rows = re.findall(r"^\| `(.+? GB)` \| .+? \| ([\d.]+) s \| .+? \| ([\d.]+) min \|$", page, re.MULTILINE)
+    assert len(rows) > 5
+    for case, step, minutes in rows:
+        (seconds,) = re.findall(rf"^\| {case}: a steady step \| ([\d.]+) s", measured, re.MULTILINE)
+        assert (f"{float(seconds):.2f}", f"{float(seconds) * 375 / 60:.1f}") == (step, minutes), case
 
 
 def test_the_site_is_built_without_a_warning_and_asks_no_other_host(tmp_path: Path):

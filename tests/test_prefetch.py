@@ -22,7 +22,8 @@ from job.data import sources
 from job.data.prepare import prepare
 from job.errors import DataError, SpecError
 from job.evaluate.answer_cache import base_digest
-from job.output.ownership import check_owner, open_output
+from job.output.ownership import check_owner
+from job.output.stored import open_output
 from job.prefetch import asked_for, prefetch, use_bundle
 from job.runtime.staging import BUNDLE
 from job.store import OwnedStore, open_store

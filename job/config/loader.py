@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from job.config.environment import Environment
-from job.config.parsing import describe, parse, problem_of, read_value
+from job.config.parsing import describe, did_you_mean, parse, problem_of, read_value
 from job.config.rules import contradictions
 from job.config.schema import JobSpec
 from job.errors import JobError, SpecError
@@ -37,7 +36,8 @@ def load_spec(environment: Mapping[str, str], source: str | None = None) -> JobS
         raise SpecError(
             "JOB_SPEC is empty: give the spec itself (YAML or JSON), a path to it, or its file:// or s3:// URL"
         )
-    tree = parse(read_source(source))
+    text = read_source(source)
+    tree = parse(text, "JOB_SPEC" if text is source else source.strip())
     problems = list(apply_overrides(tree, environment))
     return validate(tree, problems)
 
@@ -149,9 +149,9 @@ def _sentence(detail: dict[str, Any]) -> str:
     if kind == "extra_forbidden":
         if SECRET.search(location[-1]):
             return f"{path}: credentials come from the platform's own variables or roles, never from the spec"
-        return f"{path}: no such field{_nearest(path)}"
+        return f"{path}: no such field{_nearest(location)}"
     if kind == "missing":
-        return f"{path}: missing; {_meaning(path)}"
+        return f"{path}: missing; {_meaning(location)}"
     found = "" if SECRET.search(path) else f"found {describe(detail['input'])}; "
     if kind == "model_type":
         return f"{path}: {found}must be a mapping of its fields"
@@ -162,32 +162,39 @@ def _sentence(detail: dict[str, Any]) -> str:
 _BRANCHES = {"int", "str", "bool", "list[str]", "constrained-int", "literal['auto']"}
 
 
-def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every (dotted path, description) of the tree."""
-    for name, field in model.model_fields.items():
-        path = f"{prefix}{name}"
-        yield path, field.description or ""
-        kinds = [field.annotation, *get_args(field.annotation)]
-        for kind in kinds:
-            if isinstance(kind, type) and issubclass(kind, BaseModel) and "labels" not in path:
-                yield from _fields(kind, f"{path}.")
+def _section(path: list[str]) -> type[BaseModel] | None:
+    """Return the section at `path`, which may pass through a mapping, such as `evaluation.require.rougeL`."""
+    kind: Any = JobSpec
+    for part in path:
+        field = kind.model_fields.get(part) if _is_section(kind) else None
+        kind = field.annotation if field else (get_args(kind) or [None])[-1]
+    return kind if _is_section(kind) else None
 
 
-def _nearest(path: str) -> str:
-    known = [name for name, _ in _fields(JobSpec)]
-    section, _, leaf = path.rpartition(".")
-    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
-    close = difflib.get_close_matches(leaf, siblings, n=1)
-    if close:
-        return f"; did you mean {siblings[close[0]]}?"
-    elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]
-    return (
-        f"; did you mean {elsewhere[0]}?"
-        if elsewhere
-        else f"; the fields here are {', '.join(sorted(siblings)) or 'none'}"
-    )
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
-def _meaning(path: str) -> str:
-    text = dict(_fields(JobSpec)).get(path, "")
-    return text or f"add the section {path}"
+def _places(section: type[BaseModel], path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the path and the name of every field below a section."""
+    for name, field in section.model_fields.items():
+        yield f"{path}{name}", name
+        if _is_section(field.annotation):
+            yield from _places(field.annotation, f"{path}{name}.")  # type: ignore[arg-type]
+
+
+def _nearest(location: list[str]) -> str:
+    *path, leaf = location
+    section = _section(path)
+    known = sorted(section.model_fields) if section else []
+    if said := did_you_mean(leaf, known, ".".join([*path, ""])):
+        return said
+    elsewhere = next((place for place, name in _places(JobSpec) if name == leaf), None)
+    return f"; did you mean {elsewhere}?" if elsewhere else f"; the fields here are {', '.join(known) or 'none'}"
+
+
+def _meaning(location: list[str]) -> str:
+    section = _section(location[:-1])
+    field = section.model_fields.get(location[-1]) if section else None
+    said = " ".join((field.description or "").split()) if field else ""
+    return said.rstrip(".") or f"add the section {'.'.join(location)}"

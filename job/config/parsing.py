@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import yaml
@@ -75,16 +77,16 @@ TAGS: dict[str, type[yaml.Node]] = {
 """The kinds of values that a spec uses, and how each is written."""
 
 
-def parse(text: str) -> dict[str, Any]:
-    """Parse a YAML or JSON mapping. Raises SpecError with line and column."""
+def parse(text: str, name: str = "JOB_SPEC") -> dict[str, Any]:
+    """Parse a YAML or JSON mapping that came from `name`. Raises SpecError with line and column."""
     try:
         tree = read_value(text)
     except yaml.YAMLError as error:
-        raise SpecError(f"JOB_SPEC is not YAML or JSON: {problem_of(error)}") from None
+        raise SpecError(f"{name} is not YAML or JSON: {problem_of(error)}") from None
     if not isinstance(tree, dict):
+        cure = ". If it is meant as a path, check the path" if name == "JOB_SPEC" else ""
         raise SpecError(
-            "JOB_SPEC must be a mapping with the sections model, dataset and output; "
-            f"found {describe(tree)}. If it is meant as a path, check the path"
+            f"{name} must be a mapping with the sections model, dataset and output; found {describe(tree)}{cure}"
         )
     return tree
 
@@ -140,3 +142,11 @@ def describe(value: object) -> str:
     kind = next((name for base, name in kinds.items() if type(value) is base), type(value).__name__)
     text = json.dumps(value, default=str)
     return f"{text if len(text) <= 60 else text[:57] + '…'} ({kind})"
+
+
+def did_you_mean(name: str, known: Iterable[str], before: str = "") -> str:
+    """Return the end of a sentence that offers the known names most like `name`, each after `before`; empty if none is."""
+    folded = {each.lower(): each for each in known}
+    near = [each for each in folded if len(name) > 2 and each.startswith(name.lower())]
+    near = near or difflib.get_close_matches(name.lower(), folded, n=1)
+    return f"; did you mean {' or '.join(before + folded[each] for each in near)}?" if near else ""

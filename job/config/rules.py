@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import regex
 
+from job.config.parsing import did_you_mean
 from job.config.schema import (
     CHEXBERT,
     FIELD,
@@ -179,16 +180,20 @@ def _evaluation(spec: JobSpec) -> Iterator[str]:
         f"{name}_{kind}" for name, label in evaluation.labels.items() for kind in kinds[: 2 if label.pattern else None]
     }
     if evaluation.primary_metric and evaluation.primary_metric not in known:
-        yield f"evaluation.primary_metric: no metric {evaluation.primary_metric}; the metrics are {', '.join(sorted(known))}"
+        yield f"evaluation.primary_metric: no metric {evaluation.primary_metric}{_metrics(evaluation.primary_metric, known)}"
     bounded = known | {name for label in evaluation.labels.values() for name in rates(label.values or ())}
     open_ended = any(not label.pattern and not label.values for label in evaluation.labels.values())
     for metric, demand in evaluation.require.items():
         if metric not in bounded and not (open_ended and metric.endswith(tuple(rates([""])))):
-            yield f"evaluation.require.{metric}: no such metric; the metrics are {', '.join(sorted(bounded))}"
+            yield f"evaluation.require.{metric}: no such metric{_metrics(metric, bounded)}"
         if demand.model_dump(exclude={"judged_by"}, exclude_none=True) == {}:
             yield f"evaluation.require.{metric}: sets no bound; give min_change, max_change, min_value or max_value"
     if evaluation.require and not held:
         yield "evaluation.require: no rows are held out (dataset.eval_fraction is 0), so nothing can be required"
+
+
+def _metrics(name: str, known: set[str]) -> str:
+    return did_you_mean(name, sorted(known)) or f"; the metrics are {', '.join(sorted(known))}"
 
 
 def _output(spec: JobSpec) -> Iterator[str]:

@@ -120,11 +120,15 @@ class DicomSpec(Section):
     report_key: str | None = None
     """The column of that table that identifies the images: by study, series or instance UID, accession number, patient or
     path. Default: the column with such a name."""
-    frames: Literal["middle", "montage"] | Count | Annotated[list[int], Field(min_length=1)] = "middle"
+    frames: Literal["middle", "montage", "medgemma"] | Count | Annotated[list[int], Field(min_length=1)] = "middle"
     """Which frames of a multi-frame file or slices of a series to take: the middle one, a grid of 16, that many evenly spread, or
-    those at the given indices, counted from 0 in the direction of the slices' normal."""
+    those at the given indices, counted from 0 in the direction of the slices' normal. `medgemma` shows volumes as MedGemma 1.5
+    was shown them: up to 85 slices with their numbers, CT in three windows as red, green and blue."""
     window: tuple[float, Annotated[float, Field(gt=0)]] | None = None
     """Center and width of the grey-level window for all files. Default: each file's own; 40 and 400 for CT without one."""
+    prior: bool = False
+    """Also show the patient's study before, of the same modality, if there is one: its images first, each study announced. Needs
+    StudyDate in the files."""
     series: SeriesSpec = SeriesSpec()
     """Which series of a study become images."""
 

@@ -14,6 +14,7 @@ from job.config.schema import FIELD, DatasetSpec
 from job.data.cells import HALF, as_text, fill, from_json, images_of
 from job.data.pixels import BadRow
 from job.data.reading import SYSTEM, Reading
+from job.data.stacks import MEDGEMMA
 
 MARK = "<image>"
 MOST_CHARACTERS = 1_000_000
@@ -22,6 +23,10 @@ ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assi
 KINDS = {list: "a list", dict: "a mapping", bytes: "bytes"}
 TEXTS = ("text", "input_text", "output_text")
 PICTURES = ("image", "image_url", "input_image")
+BEFORE, AFTER = "_before", "_after"
+"""Keys of words beside the path of an image, which the model reads before and after the image."""
+SLICE = "SLICE {}"
+"""What MedGemma's notebook puts after each slice (see `windows.MEDGEMMA`)."""
 
 Message = dict[str, Any]
 
@@ -47,7 +52,8 @@ def read_sample(row: dict[str, Any], spec: DatasetSpec, reading: Reading) -> Sam
         if columns and not images and not any(row.get(name) in ([], "[]") for name in columns):
             raise BadRow(str(row.get("_why") or "no image"))  # see `tables.WHY`
         turns = conversation(_instruction(row, spec), _answer(row, spec, reading.answer), spec.system_prompt, images=0)
-    return Sample(*_place(turns, images), _weight(row, spec.weight_column))
+    messages, placed = _place(turns, images)
+    return Sample(_with_words(messages, placed), placed, _weight(row, spec.weight_column))
 
 
 def conversation(instruction: str, answer: str, system_prompt: str | None, images: int = 1) -> list[Message]:
@@ -67,13 +73,34 @@ def prompt_text(messages: list[Message]) -> str:
     return "\n".join(part["text"] for message in said for part in message["content"] if not _is_image(part))
 
 
-def repeat_images(messages: list[Message], counts: list[int]) -> list[Message]:
-    """Repeats image part number i `counts[i]` times, because a multi-frame file may yield several images."""
+def repeat_images(messages: list[Message], counts: list[int], frames: Any = None) -> list[Message]:
+    """Repeats image part number i `counts[i]` times, because a file of several frames may yield several images. They are numbered
+    if `frames`, that of `dataset.dicom`, says so."""
     left = iter(counts)
+
+    def repeated(part: Message) -> list[Message]:
+        if not _is_image(part) or (count := next(left)) == 1:
+            return [part]
+        if frames != MEDGEMMA:
+            return [part] * count
+        return [each for n in range(count) for each in (part, _text(SLICE.format(n + 1)))]
+
     return [
-        message
-        | {"content": [same for part in message["content"] for same in [part] * (next(left) if _is_image(part) else 1)]}
-        for message in messages
+        message | {"content": [each for part in message["content"] for each in repeated(part)]} for message in messages
+    ]
+
+
+def _with_words(messages: list[Message], images: list[Any]) -> list[Message]:
+    """Puts the words that `dicom_studies` has for an image before and after it."""
+    left = iter([value if isinstance(value, dict) else {} for value in images])
+
+    def worded(part: Message) -> list[Message]:
+        value = next(left) if _is_image(part) else {}
+        before, after = ([_text(value[place])] if value.get(place) else [] for place in (BEFORE, AFTER))
+        return [*before, part, *after]
+
+    return [
+        message | {"content": [each for part in message["content"] for each in worded(part)]} for message in messages
     ]
 
 

@@ -227,7 +227,7 @@ def _one(place: int, unit: int, row: dict[str, Any], spec: JobSpec, source: Sour
         raise DataError(
             f"{source.field}: row {place} was valid before and is not now: {reason}; did the data change?"
         ) from None
-    messages = repeat_images(sample.messages, [len(each) for each in images])
+    messages = repeat_images(sample.messages, [len(each) for each in images], dataset.dicom.frames)
     made: Row = {
         "id": f"row-{place}",
         "messages": messages,

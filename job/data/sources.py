@@ -17,7 +17,7 @@ from job.config.schema import DatasetSpec, PrivacySpec
 from job.data.cards import classes_noted
 from job.data.cells import as_text, images_of
 from job.data.classes import kinds_of, named
-from job.data.columns import FIRST, Choose, Rows, first_rows, undecoded
+from job.data.columns import FIRST, Choose, Rows, every, first_rows, undecoded
 from job.data.conversations import read_sample
 from job.data.floats import Floats, floats_of
 from job.data.hub import from_hub, not_there
@@ -225,6 +225,19 @@ def open_source(
     images = f"images in {', '.join(reading.images)}" if reading.images else "no images"
     source = Source(table, files, reading, f"{table.why}; {what}, {images}", field, table.found.floats)
     return source.of_split(spec, split).with_lookup(split)
+
+
+def open_whole(path: str, scratch: Path, field: str) -> tuple[Source, dict[str, tuple[str, ...]]]:
+    """Opens the training rows at `path` with all columns, before anything is known of them, and returns the columns of each
+    file too; those of DICOM files and archives are not listed. Raises DataError."""
+    tables = dict[str, tuple[str, ...]]()
+
+    def choose(found: dict[str, tuple[str, ...]]) -> Iterable[str]:
+        tables.update(found)
+        return every(found)
+
+    table = _open(DatasetSpec(path=path), path, "train", scratch, field, choose, None)
+    return Source(table, Files(table.base), Reading((), ""), table.why, field, table.found.floats), tables
 
 
 def _open(

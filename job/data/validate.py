@@ -194,7 +194,7 @@ def _examine(
     sample = read_sample(values, dataset, source.reading)
     loaded = [load_anew(value, source.files, dataset, len(sample.images)) for value in sample.images]
     files, shown = [data for each, _ in loaded for data in each], [each for _, each in loaded]
-    messages = repeat_images(sample.messages, [len(each) for each in shown])
+    messages = repeat_images(sample.messages, [len(each) for each in shown], dataset.dicom.frames)
     sizes = tuple(picture.size for each in shown for picture in each)
     keys = tuple(pictures := [hashlib.sha256(data).hexdigest() for data in files])
     if not keys:  # text only: one question must not be asked on both sides

@@ -26,7 +26,8 @@ from job.model.base_model import BaseFacts, base_facts, fetch_adapter, fetch_bas
 from job.model.families import family_of
 from job.model.init_adapter import fitted, other_base, read_init_adapter, rescaled, suited
 from job.model.load import choose_backend
-from job.output.ownership import is_published, outdated, read_json
+from job.output.ownership import is_published, outdated
+from job.output.stored import read_json
 from job.planning.facts import Device, Facts
 from job.planning.optional_packages import check_packages, uncompiled
 from job.planning.remote_headers import GLIMPSES, glimpse, glimpse_adapter
@@ -289,7 +290,7 @@ def rendered(spec: JobSpec, processor: Any, data: Data) -> str:
 
 def as_seen(spec: JobSpec, processor: Any, row: Row) -> tuple[str, int, int]:
     """Returns a row's text as the model sees it, with learned text between ⟦ and ⟧, the number of its tokens, and of those that
-    are learned. Repeated tokens, such as those of images, are written once with their number."""
+    are learned. Repeated special tokens, such as those of images, are written once with their number."""
     from job.model.collator import IGNORE, Collator
 
     truncate = spec.dataset.over_length == "truncate"
@@ -297,7 +298,8 @@ def as_seen(spec: JobSpec, processor: Any, row: Row) -> tuple[str, int, int]:
     batch = collator([row])
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     learned = [label != IGNORE for label in labels]
-    again = [near == token for near, token in zip([None, *ids], ids, strict=False)] + [False]
+    special = {*processor.tokenizer.all_special_ids, *processor.tokenizer.added_tokens_decoder}
+    again = [near == token in special for near, token in zip([None, *ids], ids, strict=False)] + [False]
     image = [token if again[n] or again[n + 1] else None for n, token in enumerate(ids)]  # adjacent repeats
     pieces = list[str]()
     for (is_learned, repeated), run in groupby(range(len(ids)), key=lambda n: (learned[n], image[n])):

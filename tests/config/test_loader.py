@@ -74,6 +74,34 @@ def test_a_field_in_the_wrong_section_is_pointed_to_the_right_one():
 
 
 @pytest.mark.parametrize(
+    ("evaluation", "sentence"),
+    [
+        (
+            "require: {rougeL: {min: 0.9}}",
+            "require.rougeL.min: no such field; did you mean evaluation.require.rougeL.min_change or "
+            "evaluation.require.rougeL.min_value?",
+        ),
+        ("require: {rogueL: {min_value: 0.9}}", "require.rogueL: no such metric; did you mean rougeL?"),
+        ("require: {nothing: {min_value: 0.9}}", "no such metric; the metrics are bleu, chrf"),
+        ("primary_metric: rougel", "no metric rougel; did you mean rougeL?"),
+        ("labels: {finding: {colum: f}}", "no such field; did you mean evaluation.labels.finding.column?"),
+        ("labels: {finding: {separator: f}}", "labels.finding.column: missing; Column with the true value"),
+    ],
+)
+def test_a_misspelt_name_is_answered_with_the_nearest(evaluation: str, sentence: str):
+    assert sentence in problems(f"{MINIMAL}\nevaluation: {{{evaluation}}}")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("a,b\n1,'x: y\n", "is not YAML or JSON: line 2"), ("words", "must be a mapping with the sections model")],
+)
+def test_a_file_that_is_no_spec_is_called_by_its_name(tmp_path: Path, text: str, sentence: str):
+    (tmp_path / "rows.csv").write_text(text)
+    assert f"{tmp_path}/rows.csv {sentence}" in problems(str(tmp_path / "rows.csv"))
+
+
+@pytest.mark.parametrize(
     ("addition", "sentence"),
     [
         ("training: {effective_batch_size: 8, per_device_train_batch_size: 3}", "not a multiple of"),

@@ -47,14 +47,15 @@ def test_a_status_tells_when_the_job_was_last_heard_of(store: OwnedStore):
     assert "training ends" not in shown(1, stage="evaluate after")
 
 
-def test_the_primary_metric_comes_first_with_its_change(store: OwnedStore):
+def test_the_primary_metric_comes_first_with_its_change_and_the_others_as_in_the_report(store: OwnedStore):
     value = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 90}
-    metrics = {when: dict.fromkeys(("bleu", "f1"), value) for when in ("before", "after", "change")}
+    metrics = {when: dict.fromkeys(("rougeL", "bleu", "f1"), value) for when in ("before", "after", "change")}
     store.write("RESULT.json", json.dumps({"metrics": metrics, "verdict": {"metric": "f1", "said": "better"}}).encode())
-    verdict, first, second, _ = describe_status(store).splitlines()[1:]
+    verdict, first, second, third, _ = describe_status(store).splitlines()[1:]
     assert verdict == "verdict on f1: better"
     assert re.fullmatch(r"  f1 +0\.5000 → +0\.5000  \(\+0\.5000, 95 % interval \+0\.4000 to \+0\.6000\)", first)
-    assert second.startswith("  bleu ")
+    assert second.startswith("  rougeL ")
+    assert third.startswith("  bleu ")
 
 
 @pytest.mark.parametrize(
