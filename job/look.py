@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,13 +34,16 @@ MOST_BAD = 40
 @dataclass(frozen=True)
 class Seen:
     """What the parts of the page are chosen by: which side of the split, the place there, the row's id, the least deviation of
-    the grey values of its images, their shortest side in pixels, and the words of the answer."""
+    the grey values of its images, their shortest side in pixels, how many times more pixels one had before it was shrunk, whether
+    text may be burned into one, and the words of the answer."""
 
     side: str
     place: int
     id: str
     deviation: float
     shortest: int
+    shrunk: float
+    burned_in: bool
     words: int
 
 
@@ -82,6 +86,8 @@ def look(spec: JobSpec, scratch: Path, environment: Environment, most: int) -> s
 def _examined(sides: dict[str, Any], most: int) -> Iterator[Seen]:
     import numpy as np
 
+    from job.data.images import WHOLE
+
     total = sum(map(len, sides.values()))
     for side, rows in sides.items():
         count = min(len(rows), max(1, most * len(rows) // total)) if len(rows) else 0
@@ -94,6 +100,10 @@ def _examined(sides: dict[str, Any], most: int) -> Iterator[Seen]:
                 row["id"],
                 min((float(each.std()) for each in grey), default=255.0),
                 min((min(image.size) for image in row["images"]), default=0),
+                max(
+                    (prod(image.info.get(WHOLE, image.size)) / prod(image.size) for image in row["images"]), default=1.0
+                ),
+                any(image.info.get("burned_in") for image in row["images"]),
                 len(row["reference"].split()),
             )
 
@@ -114,7 +124,7 @@ def _parts(seen: list[Seen], data: Data) -> dict[str, list[Seen]]:
         for side, rows in (("training", data.train), ("held out", data.evaluation))
     }
     pairs = [
-        Seen(side, places[side][name], name, 255.0, 0, 0)
+        Seen(side, places[side][name], name, 255.0, 0, 1.0, False, 0)
         for pair in data.near
         for side, name in (("held out", pair.evaluation), ("training", pair.train))
         if name in places[side]
@@ -124,6 +134,10 @@ def _parts(seen: list[Seen], data: Data) -> dict[str, list[Seen]]:
         "Nearly the same image in training and held-out rows": first(pairs),
         "Almost blank images": first(
             sorted((each for each in with_images if each.deviation < BLANK), key=lambda each: each.deviation)
+        ),
+        "Possible burned-in text": first(each for each in with_images if each.burned_in),
+        "Images shrunk most": first(
+            sorted((each for each in with_images if each.shrunk > 1), key=lambda each: -each.shrunk)
         ),
         "Smallest images": first(sorted(with_images, key=lambda each: each.shortest)),
         "Shortest answers": first(sorted(seen, key=lambda each: each.words)),

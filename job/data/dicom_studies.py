@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from sys import intern
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -101,7 +102,7 @@ def _headers(folder: Path, files: list[Path], damaged: list[Path]) -> Iterator[H
     def header(file: Path) -> Header | None:
         try:
             read = read_header(file, TAGS)
-            tags = {name: _text(read.get(name)) for name in TAGS}
+            tags = {name: intern(_text(read.get(name))) for name in TAGS}  # slices of a series share most values
         except Exception:  # pydicom may raise anything on other files
             return None
         kind = UID(str(read.file_meta.get("MediaStorageSOPClassUID") or tags["SOPClassUID"]))
