@@ -39,6 +39,7 @@ def test_the_dockerfile_and_the_scripts_are_clean():
     if shutil.which("shellcheck") is None:
         pytest.skip("there is no shellcheck; apt-get install shellcheck")
     scripts = [*(ROOT / "docker").glob("*.sh"), *(ROOT / "slurm").glob("*.sh"), ROOT / "tests/cluster/slurm.sh"]
+    scripts += (ROOT / "k8s").glob("*.sh")
     subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, check=True)
 
 
