@@ -5,7 +5,7 @@ DEMO = build/demo
 # One more than there are cores, at most four: tests on a cluster mostly wait.
 WORKERS ?= $(shell n=$$(nproc); [ $$n -lt 3 ] && echo $$((n + 1)) || echo 4)
 
-.PHONY: demo test check lint docs clean kill-proof fence-proof resume-proof verdict-proof near-duplicates reader-test fuzz hostile-stores disk-proof test-gpu test-image test-slurm test-gguf test-radeval test-serve test-store bench-store bench-gpu bench-scaling bench-whole-job bench-release whole-job test-families bench
+.PHONY: demo test check lint docs clean kill-proof fence-proof resume-proof verdict-proof near-duplicates reader-test fuzz hostile-stores disk-proof test-gpu test-image test-slurm test-gguf test-radeval test-trackers test-serve test-store bench-store bench-gpu bench-scaling bench-whole-job bench-release whole-job test-families bench
 
 demo:
 	@.ci/venv train
@@ -60,6 +60,12 @@ test-radeval:
 	@.ci/venv train dev
 	@.ci/radeval
 	@OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest tests/evaluate/test_radeval.py
+
+# W&B (offline), MLflow and model-signing themselves, in an environment of their own on top of .venv (400 MB).
+test-trackers:
+	@.ci/venv train dev
+	@.ci/trackers
+	@PYTHONPATH=. OMP_NUM_THREADS=1 build/trackers/bin/python -m pytest tests/train/test_trackers.py tests/output/test_verify.py
 
 resume-proof:
 	@.ci/venv train dev
