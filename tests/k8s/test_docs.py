@@ -49,7 +49,8 @@ def test_the_folder_of_a_run_builds(tmp_path: Path):
 
 STAND_IN = """#!/bin/sh
 echo "${{0##*/}} $*" >>{calls}
-case "$*" in *logs*) echo "train: step 1/2" ;; *inspect*) echo sha256:abc ;; *--for=condition*) exit {ends} ;; *"get crd"*) exit 1 ;; esac
+case "$*" in *logs*) echo "train: step 1/2" ;; *inspect*) echo sha256:abc ;; esac
+case "$*" in *--for=condition*) exit {ends} ;; *"get crd"*) exit 1 ;; esac
 """
 
 
