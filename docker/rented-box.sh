@@ -83,7 +83,7 @@ attempt() {
         for variable in $(compgen -e); do
             case $variable in
                 JOB_SPEC | JOB__* | JOB_GRACE_SECONDS | JOB_LEASE_SECONDS | JOB_GPU_MEMORY_GB | JOB_SCRATCH_GB | JOB_METRICS_PORT | JOB_PRICE_PER_HOUR | JOB_IMAGE_DIGEST | JOB_SERVE_PYTHON | JOB_RADEVAL_PYTHON | JOB_BUNDLE | \
-                    AWS_* | HF_* | *_proxy | *_PROXY) pass+=(--env "$variable") ;;
+                    AWS_* | HF_* | WANDB_* | MLFLOW_* | *_proxy | *_PROXY) pass+=(--env "$variable") ;;
             esac
         done
         [ -z "${JOB_METRICS_PORT:-}" ] || pass+=(--publish "$JOB_METRICS_PORT:$JOB_METRICS_PORT")

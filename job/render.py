@@ -34,6 +34,7 @@ class Run:
     source: str
     variables: dict[str, str]
     spec: JobSpec
+    bundle: str = ""
     sweep: str | None = None
 
 
@@ -44,17 +45,17 @@ def read_runs(environment: Mapping[str, str], source: str, output: str | None, s
     Raises SpecError for a wrong spec or a wrong row.
     """
     variables = {name: value for name, value in environment.items() if name.startswith(OVERRIDE)}
-    if bundle := Environment.read(environment).bundle:
-        variables["JOB_BUNDLE"] = bundle
+    bundle = Environment.read(environment).bundle
+    variables |= {"JOB_BUNDLE": bundle} if bundle else {}
     if output is not None:
         variables["JOB__OUTPUT__URL"] = output
     text = read_source(source)
     spec = load_spec(variables, text)
     source = source.strip() if re.fullmatch(r"s3://\S+", source.strip()) else text
     if sweep is None:
-        return [Run(source, variables, spec)]
+        return [Run(source, variables, spec, bundle)]
     found = [variables | row for row in read_sweep(sweep, text, variables).values()]
-    return [Run(source, each, load_spec(each, text), spec.name) for each in found]
+    return [Run(source, each, load_spec(each, text), bundle, spec.name) for each in found]
 
 
 def kubernetes(runs: Sequence[Run], image: str, components: tuple[str, ...]) -> str:
@@ -70,8 +71,7 @@ def kubernetes(runs: Sequence[Run], image: str, components: tuple[str, ...]) -> 
 
 
 def _job(run: Run, image: str, components: tuple[str, ...]) -> dict[str, Any]:
-    bundle = run.variables.get("JOB_BUNDLE")
-    asks_hub = _pushes(run.spec) or (not bundle and _named_on_hub(run.spec))
+    asks_hub = _pushes(run.spec) or (not run.bundle and _named_on_hub(run.spec))
     job = read_job((*components, *(["hub"] if asks_hub and not {"hub", "airgapped"} & set(components) else [])))
     labels = {"app.kubernetes.io/instance": _label(run.spec.name)}
     labels |= {"app.kubernetes.io/part-of": _label(run.sweep)} if run.sweep is not None else {}
@@ -88,7 +88,7 @@ def _job(run: Run, image: str, components: tuple[str, ...]) -> dict[str, Any]:
     if "@" in image:
         variables["JOB_IMAGE_DIGEST"] = image.partition("@")[2]
     _set(container["env"], variables)
-    _check_paths(run.spec, bundle, template["spec"])
+    _check_paths(run.spec, run.bundle, template["spec"])
     return job
 
 
@@ -163,7 +163,7 @@ def _named_on_hub(spec: JobSpec) -> bool:
     return any(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists() for name in names)
 
 
-def _check_paths(spec: JobSpec, bundle: str | None, pod: dict[str, Any]) -> None:
+def _check_paths(spec: JobSpec, bundle: str, pod: dict[str, Any]) -> None:
     """Raises SpecError for each path that is not on a volume of the pod: it would be empty there, or lost with the pod. With a
     bundle, nothing else is read.
     """

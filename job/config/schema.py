@@ -250,8 +250,11 @@ class TrainingSpec(Section):
     """Steps between lines of `logs/metrics.jsonl`. Each line holds the mean loss since the previous one. Checkpoints and the
     last step also get a line."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = []
-    """Also log to these trackers, each with its own package and variables (`WANDB_API_KEY`, `MLFLOW_TRACKING_URI`).
-    TensorBoard's files are published under `logs/tensorboard/`."""
+    """Also send spec, curves and metrics to these trackers, each with its own package and variables (`WANDB_API_KEY`,
+    `MLFLOW_TRACKING_URI`). TensorBoard's files are published under `logs/tensorboard/`."""
+    report_samples: bool = False
+    """Whether trackers also get the report and sample answers. These show images and texts of rows: send them only to a server
+    that may hold patient data."""
 
 
 class CheckpointSpec(Section):
@@ -519,6 +522,7 @@ NEITHER = frozenset(
         "dataset.image_hosts",
         "training.logging_steps",
         "training.report_to",
+        "training.report_samples",
         "training.dataloader_num_workers",
         "training.vision_cache_gb",
         "export.scratch_copy",

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
-import subprocess
-import sys
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +15,7 @@ import yaml
 from job.config.loader import load_spec
 from job.errors import SpecError
 from job.render import LATER, kubernetes, read_job, read_runs
-from tests.conftest import ROOT, Job
+from tests.conftest import ROOT
 from tests.k8s.conftest import Strict, Tree, documents, of_kind
 from tests.k8s.kubelet import variables
 from tests.k8s.test_schema import RELEASES
@@ -174,53 +170,3 @@ def test_each_row_of_a_sweep_is_a_job_of_its_own(tmp_path: Path):
     specs = [load_spec(variables(job["spec"]["template"]["spec"]["containers"][0], {})) for job in jobs]
     assert [spec.lora.target_modules for spec in specs] == [".*[qk]_proj", "$(HOME)"]
     assert [spec.output.url for spec in specs] == ["s3://b/sweep/q", "s3://b/sweep/2"]
-
-
-def test_an_installed_package_finds_its_templates(tmp_path: Path, job: Job):
-    """The wheel alone, away from the checkout, as it is in an image."""
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "job", "k8s", "slurm"):
-        if (ROOT / name).exists():
-            (source / name).symlink_to(ROOT / name)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-        str(source),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
-    for template in ("report/page.html", "report/page.md", "report/model_card.md"):
-        assert (tmp_path / "installed" / "job" / template).exists()
-    arguments = [
-        "render",
-        "kubernetes",
-        yaml.safe_dump(SPEC),
-        "--image",
-        IMAGE,
-        "--with",
-        "spot",
-        "--output",
-        "s3://b/2",
-    ]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
-    installed = subprocess.run(
-        [sys.executable, "-m", "job", *arguments],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert installed.returncode == 0, installed.stderr
-    assert installed.stdout == job(*arguments).stdout
-    (tree,) = documents(installed.stdout)
-    assert tree["metadata"]["annotations"] == {"vision-lora-job/output": "s3://b/2"}

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +17,7 @@ from job.errors import DataError
 from job.output import verify as module
 from job.output.verify import verify
 from job.store import Store, open_store
-from tests.conftest import Job
+from tests.conftest import ROOT, Job
 
 FILES = {"adapter/config.json": b"{}", "merged/a.safetensors": bytes(range(256)) * 40, "merged/empty": b""}
 
@@ -71,3 +75,31 @@ def test_the_command_ends_with_a_code_that_a_script_can_use(tmp_path: Path, job:
     done = job("verify", str(tmp_path))
     assert (done.returncode, done.stdout) == (65, "")
     assert "merged/empty: has 1 bytes in place of 0" in done.stderr
+
+
+@pytest.mark.parametrize("tool", ["ssh-keygen", "model_signing"])
+def test_the_page_on_signing_is_right(tool: str, tmp_path: Path):
+    """The latter runs in `make test-trackers`."""
+    program = shutil.which(tool) or shutil.which(tool, path=Path(sys.executable).parent)
+    if program is None:
+        pytest.skip(f"{tool} is not installed")
+    page = (ROOT / "docs" / "how-to" / "verify-and-sign.md").read_text()
+    sign, check = re.findall(rf"^{tool} .*?(?=  +#|$)", page, re.MULTILINE)
+    publish(open_store(str(tmp_path)))
+
+    def run(command: str) -> int:
+        said = command.replace("/runs/chest-1/", "").replace("~/.ssh/release_key", "key").replace(tool, program, 1)
+        return subprocess.run(said, shell=True, cwd=tmp_path, capture_output=True, check=False).returncode
+
+    if tool == "ssh-keygen":
+        assert run("ssh-keygen -q -t ed25519 -N '' -f key") == 0
+        (tmp_path / "signers").write_text(f"release@clinic.example {(tmp_path / 'key.pub').read_text()}")
+    else:
+        (making,) = re.findall(r"`(openssl ecparam [^`]*)`", page)
+        subprocess.run(
+            f"{making} && openssl ec -in key.pem -pubout -out public.pem", shell=True, cwd=tmp_path, check=True
+        )
+    assert (run(sign), run(check)) == (0, 0)
+    changed = tmp_path / ("RESULT.json" if tool == "ssh-keygen" else "merged/a.safetensors")
+    changed.write_bytes(changed.read_bytes() + b" ")
+    assert run(check) != 0
