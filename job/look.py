@@ -15,6 +15,7 @@ from job.config.schema import JobSpec
 from job.errors import SpecError
 from job.output.ownership import open_output
 from job.planning.survey import as_seen, survey
+from job.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -80,22 +81,22 @@ def look(spec: JobSpec, scratch: Path, environment: Environment, most: int) -> s
 
 
 def _examined(sides: dict[str, Any], most: int) -> Iterator[Seen]:
-    import numpy as np
-
     total = sum(map(len, sides.values()))
     for side, rows in sides.items():
         count = min(len(rows), max(1, most * len(rows) // total)) if len(rows) else 0
-        for place in (index * len(rows) // count for index in range(count)):
-            row = rows[place]
-            grey = [np.asarray(image.convert("L").resize((64, 64)), dtype=float) for image in row["images"]]
-            yield Seen(
-                side,
-                place,
-                row["id"],
-                min((float(each.std()) for each in grey), default=255.0),
-                min((min(image.size) for image in row["images"]), default=0),
-                len(row["reference"].split()),
-            )
+        with progress_bar(f"look at {side} rows", count) as bar:
+            for place in (index * len(rows) // count for index in range(count)):
+                yield _seen(side, place, rows[place])
+                bar.update()
+
+
+def _seen(side: str, place: int, row: Row) -> Seen:
+    import numpy as np
+
+    grey = [np.asarray(image.convert("L").resize((64, 64)), dtype=float) for image in row["images"]]
+    deviation = min((float(each.std()) for each in grey), default=255.0)
+    shortest = min((min(image.size) for image in row["images"]), default=0)
+    return Seen(side, place, row["id"], deviation, shortest, len(row["reference"].split()))
 
 
 def _parts(seen: list[Seen], data: Data) -> dict[str, list[Seen]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from job.config.environment import Environment
 from job.errors import JobError, SpecError
 from job.runtime.peaks import used_bytes
+from job.runtime.progress import growing
 from job.runtime.scratch import disk_of
 from job.runtime.status import bytes_text
 from job.store import Missing, download_folder, open_store
@@ -109,8 +110,11 @@ def _fetched(name: str, scratch: Path, field: str, error: type[JobError]) -> Pat
                 remove_others(folder, ())
                 raise error(f"{field}: there is nothing under {name}") from None
             return folder / last
-        check_room(sum(entry.size for entry in listing) - used_bytes(folder), folder, f"{field}: {name}")
-        remove_others(folder, download_folder(store, "", folder))  # an object may have gone since the listing
+        total = sum(entry.size for entry in listing)
+        check_room(total - used_bytes(folder), folder, f"{field}: {name}")
+        with growing(f"fetch {field}", folder, total):
+            there = download_folder(store, "", folder)
+        remove_others(folder, there)  # an object may have gone since the listing
         mark.write_text(said)
     return folder
 
