@@ -32,7 +32,10 @@ def growing(title: str, folder: Path, total: int) -> Iterator[None]:
         yield
         return
     with progress_bar(title, total, "B") as bar:
-        advance = lambda: bar.update(min(used_bytes(folder), total) - bar.n)  # noqa: E731
+
+        def advance() -> None:
+            bar.update(min(used_bytes(folder), total) - bar.n)
+
         with repeating(advance, EVERY_SECONDS, "progress bar"):
             yield
         advance()
