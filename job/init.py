@@ -25,6 +25,8 @@ DEFAULT_MODEL = "Qwen/Qwen3-VL-8B-Instruct"
 NONE = "none"
 TOKENS_PER_WORD = 2
 """A generous bound for English and its medical terms."""
+SHORT = 3
+"""Words of the longest answers to questions up to which ROUGE says little."""
 WIDEST = 110
 """Characters of a line, its comment included."""
 Ask = Callable[[str, str, tuple[str, ...]], str]
@@ -117,6 +119,8 @@ def _written(found: Guess, fields: dict[str, Any], model: str, output: str, name
     words = sum(found.words.get(column, 0) for column in learned)
     tokens = max(128, -(-words * TOKENS_PER_WORD // 64) * 64)
     long = f"{words} word{'s' * (words != 1)}" if words else "an unknown number of words"
+    short = bool(fields.get("instruction_column")) and 0 < words <= SHORT
+    labels = {re.sub(r"\W+", "_", label): {"column": label} for label in found.labels or ("finding",)}
     alone = not ({"group_column"} & fields.keys() or found.patients)
     lines = [
         "# Written by job init from a look at the data. docs/spec.md lists every field.",
@@ -131,7 +135,8 @@ def _written(found: Guess, fields: dict[str, Any], model: str, output: str, name
         *_field("learning_rate", 2e-4, "its peak"),
         "evaluation:",
         *_field("max_new_tokens", tokens, f"longest answer; the long ones here have {long}"),
-        "  # labels: {finding: {column: finding}}   # a column with what answers must state: docs/evaluation.md",
+        *(_field("primary_metric", "exact_match", "short answers are right or wrong") if short else []),
+        f"  # labels: {_yaml(labels)}   # columns with what an answer must state: docs/evaluation.md",
         "output:",
         *_field("url", output, "an empty place for all results"),
     ]

@@ -16,6 +16,7 @@ from job.config.schema import JobSpec
 from job.errors import SpecError
 from job.output.stored import open_output
 from job.planning.survey import as_seen, survey
+from job.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -84,28 +85,32 @@ def look(spec: JobSpec, scratch: Path, environment: Environment, most: int) -> s
 
 
 def _examined(sides: dict[str, Any], most: int) -> Iterator[Seen]:
+    total = sum(map(len, sides.values()))
+    for side, rows in sides.items():
+        count = min(len(rows), max(1, most * len(rows) // total)) if len(rows) else 0
+        with progress_bar(f"look at {side} rows", count) as bar:
+            for place in (index * len(rows) // count for index in range(count)):
+                yield _seen(side, place, rows[place])
+                bar.update()
+
+
+def _seen(side: str, place: int, row: Row) -> Seen:
     import numpy as np
 
     from job.data.images import WHOLE
 
-    total = sum(map(len, sides.values()))
-    for side, rows in sides.items():
-        count = min(len(rows), max(1, most * len(rows) // total)) if len(rows) else 0
-        for place in (index * len(rows) // count for index in range(count)):
-            row = rows[place]
-            grey = [np.asarray(image.convert("L").resize((64, 64)), dtype=float) for image in row["images"]]
-            yield Seen(
-                side,
-                place,
-                row["id"],
-                min((float(each.std()) for each in grey), default=255.0),
-                min((min(image.size) for image in row["images"]), default=0),
-                max(
-                    (prod(image.info.get(WHOLE, image.size)) / prod(image.size) for image in row["images"]), default=1.0
-                ),
-                any(image.info.get("burned_in") for image in row["images"]),
-                len(row["reference"].split()),
-            )
+    images = row["images"]
+    grey = [np.asarray(image.convert("L").resize((64, 64)), dtype=float) for image in images]
+    return Seen(
+        side,
+        place,
+        row["id"],
+        min((float(each.std()) for each in grey), default=255.0),
+        min((min(image.size) for image in images), default=0),
+        max((prod(image.info.get(WHOLE, image.size)) / prod(image.size) for image in images), default=1.0),
+        any(image.info.get("burned_in") for image in images),
+        len(row["reference"].split()),
+    )
 
 
 def _parts(seen: list[Seen], data: Data) -> dict[str, list[Seen]]:

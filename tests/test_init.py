@@ -51,6 +51,7 @@ def test_columns_of_a_public_set_are_guessed(tmp_path: Path, name: str):
     spec = made(tmp_path / "set" / SETS[name].path, tmp_path)
     assert {field: getattr(spec.dataset, field) for field in OF_SETS[name]} == OF_SETS[name]
     data = prepare(spec, tmp_path / "scratch")
+    assert (spec.evaluation.primary_metric == "exact_match") is (name == "SLAKE")
     assert (data.quarantined, data.facts.train > 0, data.facts.evaluation > 0) == ([], True, True)
 
 
@@ -111,10 +112,12 @@ def test_a_person_on_a_terminal_is_asked_and_the_spec_passes_check(job: Job, tmp
     assert (said.splitlines()[0], said.splitlines()[-1]) == ("spec.yaml", "False")
     assert "no findign; did you mean finding?" in questions
     text = (tmp_path / "spec.yaml").read_text()
+    (labels,) = (line for line in text.splitlines() if "# labels: " in line)
+    assert ("finding: {column: finding}" in labels, "side: " in labels, "sex" in labels) == (True, True, False)
     spec = validate(parse(text))
     assert (spec.dataset.answer_column, spec.dataset.instruction) == ("caption", "What is it?")
     assert (spec.dataset.group_column, spec.output.url) == ("patient_id", str(tmp_path / "runs" / "data-1"))
-    checked = job("check", str(tmp_path / "spec.yaml"))
+    checked = job("check", str(tmp_path / "spec.yaml"), JOB__DATASET__MAX_ROWS="40")
     assert checked.returncode == 0, checked.stderr
     again = job("init", str(demo / "data"), "--to", str(tmp_path / "spec.yaml"))
     assert again.returncode == 78

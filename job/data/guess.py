@@ -21,6 +21,7 @@ SAMPLED = 200
 """Rows, evenly spread, that are looked at: each may hold its images."""
 MOST_OF_A_NAME = 3
 """Words of the longest values above which a column holds texts, whatever it is called."""
+MOST_LABELS = 20
 IMAGES = ("image", "images", "filename", "filenames", "imagepath", "imagepaths", "path")
 MESSAGES = ("messages", "conversations")
 ANSWERS = ("answer", "caption", "report", "findings", "impression", "response", "description", "text", "txt", "labels")
@@ -42,6 +43,8 @@ class Guess:
     answers: tuple[str, ...]
     questions: tuple[str, ...]
     groups: tuple[str, ...]
+    labels: tuple[str, ...]
+    """Columns of a few values, which mostly stand in the answer beside them."""
     columns: tuple[str, ...]
     words: dict[str, int]
     """Words of a long text (95th percentile) of each column of texts."""
@@ -76,6 +79,7 @@ def guess(path: str, scratch: Path, field: str) -> Guess:
         answers,
         tuple(questions),
         tuple(groups),
+        _labels(rows, rest, answers[0]) if answers else (),
         tuple(values),
         {name: _long(found) for name, found in rest.items()},
         source.table.why,
@@ -154,6 +158,16 @@ def _answers(texts: dict[str, list[str]]) -> tuple[str, ...]:
     part = [name for known in ANSWERS for name in texts if known in _plain(name)]
     long = sorted((name for name in texts if _long(texts[name]) > MOST_OF_A_NAME), key=lambda name: -_long(texts[name]))
     return tuple(dict.fromkeys(chain(exact, part, long)))
+
+
+def _labels(rows: list[dict[str, Any]], texts: dict[str, list[str]], answer: str) -> tuple[str, ...]:
+    few = [name for name in texts if name != answer and 1 < len(set(texts[name])) <= MOST_LABELS]
+    stated = {name: sum(_stands_in(row.get(name), row.get(answer)) for row in rows) for name in few}
+    return tuple(name for name in few if 2 * stated[name] > len(rows))
+
+
+def _stands_in(value: Any, text: Any) -> bool:
+    return re.search(rf"\b{re.escape(str(value))}\b", str(text), re.IGNORECASE) is not None
 
 
 def _long(texts: list[str]) -> int:

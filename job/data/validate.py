@@ -32,6 +32,7 @@ from job.data.split import same_name
 from job.data.tables import PATIENT
 from job.errors import DataError
 from job.output.identity import row_identity
+from job.runtime.progress import progress_bar
 from job.runtime.status import on_terminal
 
 if TYPE_CHECKING:
@@ -95,8 +96,6 @@ def validate_rows(
 
     Returns the good rows, the bad ones, and counts for the plan. Raises DataError if too many are bad.
     """
-    from tqdm import tqdm
-
     dataset = spec.dataset
     there = min(dataset.max_rows or len(source.table.rows), len(source.table.rows))
     total = min(most or there, there)
@@ -115,7 +114,7 @@ def validate_rows(
             return "values nested too deeply"
 
     threads = len(os.sched_getaffinity(0)) + (WAITING if source.table.streamed else 0)
-    bar = tqdm(total=total, desc="validate rows", unit="row", disable=not on_terminal())
+    bar = progress_bar("validate rows", total)
     with warnings.catch_warnings(), bar, ThreadPoolExecutor(threads, thread_name_prefix="look") as pool:
         warnings.simplefilter("ignore")  # a warning from Pillow or pydicom is no reason to refuse a file
         for start in range(0, total, CHUNK):

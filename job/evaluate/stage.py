@@ -19,6 +19,7 @@ from job.evaluate.records import Answer, Comparison, Maps, Requirement, Sample, 
 from job.layout import OCCLUSION_KEY, answers_key, partial_key
 from job.model.loaded import Loaded
 from job.output.stored import own_json, run_of
+from job.runtime.progress import progress_bar
 from job.runtime.status import on_terminal
 from job.store import Missing, Store
 
@@ -287,9 +288,7 @@ def _progress(title: str, total: int, done: int) -> Any:
     """Return a function that takes the number of finished rows and shows it: as a progress bar on a terminal, otherwise as a log
     line at every quarter."""
     if on_terminal():
-        from tqdm import tqdm
-
-        bar = tqdm(total=total, initial=done, desc=title, unit="row")
+        bar = progress_bar(title, total, done=done)
 
         def advance(count: int) -> None:
             bar.update(count - bar.n)

@@ -16,6 +16,7 @@ from job.config.environment import Environment
 from job.errors import JobError, SpecError
 from job.runtime.peaks import used_bytes
 from job.runtime.prefixes import Fetched, fetch_listed, write_listing
+from job.runtime.progress import growing
 from job.runtime.scratch import disk_of
 from job.runtime.status import bytes_text
 from job.store import Missing, open_store
@@ -110,7 +111,9 @@ def _fetched(name: str, scratch: Path, field: str, error: type[JobError]) -> Pat
                 raise error(f"{field}: there is nothing under {name}") from None
             return folder / last
         check_room(listing.size - used_bytes(folder), folder, f"{field}: {name}")
-        if gone := fetch_listed(store, listing, fetched, folder):
+        with growing(f"fetch {field}", folder, listing.size):
+            gone = fetch_listed(store, listing, fetched, folder)
+        if gone:
             remove_others(folder, listing.keys - gone)
         fetched.complete(listing)
     return folder
