@@ -181,10 +181,11 @@ def _evaluation(spec: JobSpec) -> Iterator[str]:
     }
     if evaluation.primary_metric and evaluation.primary_metric not in known:
         yield f"evaluation.primary_metric: no metric {evaluation.primary_metric}{_metrics(evaluation.primary_metric, known)}"
-    bounded = known | {name for label in evaluation.labels.values() for name in rates(label.values or ())}
+    chexbert = "chexbert" in evaluation.extra_metrics
+    bounded = known | {name for label in evaluation.labels.values() for name in rates(label.values or (), chexbert)}
     open_ended = any(not label.pattern and not label.values for label in evaluation.labels.values())
     for metric, demand in evaluation.require.items():
-        if metric not in bounded and not (open_ended and metric.endswith(tuple(rates([""])))):
+        if metric not in bounded and not (open_ended and metric.endswith(tuple(rates([""], chexbert)))):
             yield f"evaluation.require.{metric}: no such metric{_metrics(metric, bounded)}"
         if demand.model_dump(exclude={"judged_by"}, exclude_none=True) == {}:
             yield f"evaluation.require.{metric}: sets no bound; give min_change, max_change, min_value or max_value"

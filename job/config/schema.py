@@ -298,7 +298,8 @@ def uncertain_key(label: str) -> str:
 
 
 _WORDING = ("rougeL", "rouge1", "rouge2", "bleu", "chrf", "exact_match", "token_f1", "length_ratio")
-METRICS = (*_WORDING, "empty", "repeated", "loss", "perplexity")
+_CLOSED = ("closed_accuracy", "open_recall", "open_token_f1")
+METRICS = (*_WORDING, *_CLOSED, "empty", "repeated", "loss", "perplexity")
 
 
 RATES = ("sensitivity", "specificity", "ppv", "npv")
@@ -310,8 +311,13 @@ def slug(value: str) -> str:
     return re.sub(r"\W+", "_", value.casefold()).strip("_")
 
 
-def rates(values: Iterable[str]) -> list[str]:
-    return [f"{slug(value)}_{rate}" for value in values for rate in RATES]
+BY_CHEXBERT = "_by_chexbert"
+"""Ending of the same metrics as CheXbert reads the texts."""
+
+
+def rates(values: Iterable[str], chexbert: bool = False) -> list[str]:
+    readers = ("", BY_CHEXBERT) if chexbert else ("",)
+    return [f"{slug(value)}_{rate}{reader}" for value in values for rate in RATES for reader in readers]
 
 
 class RequirementSpec(Section):
@@ -329,7 +335,7 @@ class RequirementSpec(Section):
     """What must lie within the bounds: the measured value, or its whole confidence interval."""
 
 
-ExtraMetric = Literal["bertscore", "radgraph", "chexbert", "ratescore", "radcliq", "srrbert", "green"]
+ExtraMetric = Literal["bertscore", "radgraph", "chexbert", "ratescore", "radcliq", "srrbert", "green", "crimson"]
 """Metrics that need a model of their own."""
 CHEXBERT = ("chexbert_14_micro_f1", "chexbert_14_macro_f1", "chexbert_5_micro_f1", "chexbert_5_macro_f1")
 """Further metrics of `chexbert`, over all its labels and over the five that are usually reported."""
@@ -353,7 +359,8 @@ class EvaluationSpec(Section):
     """Columns to report on separately (modality, sex, site)."""
     extra_metrics: dict[ExtraMetric, str] = Field(default_factory=dict)
     """Metrics that need their own model, each with that model's folder or `s3://` prefix: an encoder for bertscore
-    (`bertscore: /models/roberta-large`), RadEval's model cache for the others. docs/evaluation.md says how to fill it."""
+    (`bertscore: /models/roberta-large`), RadEval's model cache for the others. docs/evaluation.md says how to fill it. With
+    `chexbert`, values that are named as CheXbert's conditions also get `pneumothorax_sensitivity_by_chexbert` and so on."""
     bootstrap_samples: int = Field(1000, ge=100, le=100_000)
     """Bootstrap resamples for the confidence intervals."""
     confidence: float = Field(0.95, gt=0.5, lt=1)

@@ -48,8 +48,8 @@ def pair(before: Sums, after: Sums) -> Pair:
 def measure(pairs: Mapping[str, Pair], units: NDArray[np.intp], settings: Settings) -> Measured:
     """Measure every pair before and after, and its change.
 
-    `units` (n,) says which rows belong together. Proportions get closed-form intervals, all other metrics
-    bootstrap intervals.
+    `units` (n,) says which rows belong together. Proportions get closed-form intervals, all other metrics bootstrap intervals,
+    and their changes jackknife intervals.
     """
     result = Measured()
     if not pairs:
@@ -74,12 +74,15 @@ def measure(pairs: Mapping[str, Pair], units: NDArray[np.intp], settings: Settin
         if one.proportion:
             spans = _proportion_spans(one, units, settings.confidence) or [
                 *(share_span(each, units, settings.confidence) for each in (one.before, one.after)),
-                bca(*drawn[2], settings.confidence),
+                jackknife(measured[2], drawn[2][2], settings.confidence),
             ]
             sizes = [int(each[:, 1].sum()) for each in (one.before, one.after)]
             sizes.append(min(sizes))
         else:
-            spans = [bca(*each, settings.confidence) for each in drawn]
+            spans = [
+                *(bca(*each, settings.confidence) for each in drawn[:2]),
+                jackknife(measured[2], drawn[2][2], settings.confidence),
+            ]
             sizes = [int(one.counted.sum())] * 3
         old, new, change = (estimate(*each) for each in zip(measured, spans, sizes, strict=True))
         p = permutation_p(abs(measured[2]), np.abs(values(swapped)[2]))
@@ -131,12 +134,11 @@ def bca(value: float, resampled: Floats, left_out: Floats, confidence: float) ->
     too little, by a factor of sqrt((n-1)/n), and their spread is itself an estimate, so a t quantile replaces the normal one.
 
     Non-finite values (from a resample without rows of a class) are dropped. If all values are equal, the interval is a point.
-    Fewer than six units (at 95 %) give no interval, only NaNs: no resample leaves the range of the units, and this range
-    misses the population median with probability 2^(1-n).
+    Fewer than six units (at 95 %) give no interval, only NaNs (`_too_few`).
     """
     resampled, left_out = resampled[np.isfinite(resampled)], left_out[np.isfinite(left_out)]
     units = left_out.size
-    if resampled.size == 0 or 2.0 ** (1 - units) > 1 - confidence or not math.isfinite(value):
+    if resampled.size == 0 or _too_few(units, confidence) or not math.isfinite(value):
         return math.nan, math.nan
     if np.ptp(resampled) == 0:
         return float(resampled[0]), float(resampled[0])
@@ -151,6 +153,27 @@ def bca(value: float, resampled: Floats, left_out: Floats, confidence: float) ->
     levels = [NORMAL.cdf(bias + each / max(1 - acceleration * each, 1e-6)) for each in shifted]
     low, high = np.quantile(resampled, levels)
     return float(low), float(high)
+
+
+def jackknife(value: float, left_out: Floats, confidence: float) -> Span:
+    """Return Student's interval with the jackknife's standard error (Tukey 1958; Efron & Stein 1981), as `bca` does.
+
+    A change of paired rows is nearly symmetric even where both of its sides are skewed, and then the bias and acceleration that
+    `bca` estimates from few units are mostly noise: of a heavy-tailed loss that did not change, 95 % intervals of `bca` held the
+    truth in 88 to 91 % of data sets of 30 and 120 patients, and these in 94 to 96 % (`make verdict-proof`).
+    """
+    left_out = left_out[np.isfinite(left_out)]
+    units = left_out.size
+    if _too_few(units, confidence) or not math.isfinite(value):
+        return math.nan, math.nan
+    error = math.sqrt((units - 1) * float(left_out.var()))
+    half = t_quantile((1 + confidence) / 2, units - 1) * error
+    return value - half, value + half
+
+
+def _too_few(units: int, confidence: float) -> bool:
+    """Whether so few units give no interval: their range misses the population median with probability 2^(1-n)."""
+    return 2.0 ** (1 - units) > 1 - confidence
 
 
 def t_quantile(level: float, degrees: float) -> float:

@@ -15,6 +15,7 @@ from job.evaluate import bootstrap, metric_info
 from job.evaluate import label_metrics as label_fields
 from job.evaluate.bootstrap import Pair
 from job.evaluate.findings import codes, finding_tables
+from job.evaluate.radeval import LABELS
 from job.evaluate.records import Answer, Comparison, Gap, Group, LabelTable, Method, PerRow, Settings
 from job.evaluate.sums import Floats
 from job.evaluate.text_metrics import sample_scores, signatures
@@ -65,7 +66,7 @@ def compare(
         groups={column: _by_group(pairs, units, names[column], settings) for column in groups},
         gaps=_flagged(gaps, 1 - settings.confidence),
         labels={
-            name: _label_table(name, spec, before_rows, after_rows, units, settings.confidence)
+            name: _label_table(name, spec, before_rows, after_rows, units, settings.confidence, extra[1].get(LABELS))
             for name, spec in labels.items()
         },
         image_use=used,
@@ -166,6 +167,7 @@ def _label_table(
     after: Sequence[Answer],
     units: NDArray[np.intp],
     confidence: float,
+    by_chexbert: Sequence[Sequence[int]] | None,
 ) -> LabelTable:
     classes, pairs_before = label_fields.stated_and_right(before, name, spec)
     pairs_after = label_fields.stated_and_right(after, name, spec)[1]
@@ -181,7 +183,8 @@ def _label_table(
         texts = {"before": [row.generated for row in before], "after": [row.generated for row in after]}
         said = {when: codes(after, name, spec, each)[2] for when, each in texts.items()}
         findings, true, ceiling = codes(after, name, spec, [row.reference for row in after])
-        return replace(table, findings=finding_tables(findings, true, said, ceiling, units, confidence))
+        tables = finding_tables(findings, true, said, ceiling, units, confidence, by_chexbert)
+        return replace(table, findings=tables)
     others = {stated for pair in (*pairs_before, *pairs_after) if pair for stated in pair} - set(classes)
     return replace(
         table,

@@ -18,6 +18,7 @@ from job.config.schema import LabelSpec, slug
 from job.evaluate import bootstrap
 from job.evaluate.label_metrics import finder, folded, spellings, truth
 from job.evaluate.negation import Stated
+from job.evaluate.radeval import CONDITIONS
 from job.evaluate.records import Answer, Estimate, Finding
 from job.evaluate.sums import Flags, Floats, Sums, macro_f1_from_sums, micro_f1_from_sums, share
 
@@ -62,19 +63,42 @@ def finding_sums(name: str, findings: Sequence[str], true: Codes, said: Codes) -
     if (true == UNCERTAIN).any():
         open_counts = _counts(true == UNCERTAIN, said == UNCERTAIN, labelled[:, None])
         scores[f"{name}_uncertain_f1"] = Sums(open_counts, labelled, micro_f1_from_sums)
+    return scores | finding_rates(findings, true, said)
+
+
+def finding_rates(findings: Sequence[str], true: Codes, said: Codes, reader: str = "") -> dict[str, Sums]:
+    """Return sensitivity, specificity and predictive values of each finding; the names end with `reader`."""
+    scores: dict[str, Sums] = {}
+    labelled: Flags = np.asarray((true >= 0).all(axis=1))
     for place, finding in enumerate(findings):
         is_there, is_not = true[:, place] == PRESENT, true[:, place] == ABSENT
         stated, denied = said[:, place] == PRESENT, said[:, place] == ABSENT
         of = {
             "sensitivity": (stated, is_there),
             "specificity": (denied, is_not),
-            "ppv": (is_there, stated & sure[:, place]),
-            "npv": (is_not, denied & sure[:, place]),
+            "ppv": (is_there, stated & (is_there | is_not)),
+            "npv": (is_not, denied & (is_there | is_not)),
         }
         scores |= {
-            f"{slug(finding)}_{rate}": share(right & among, among, labelled) for rate, (right, among) in of.items()
+            f"{slug(finding)}_{rate}{reader}": share(right & among, among, labelled)
+            for rate, (right, among) in of.items()
         }
     return scores
+
+
+def as_chexbert_reads(
+    findings: Sequence[str], true: Codes, read: Sequence[Sequence[int]]
+) -> tuple[list[str], Codes, Codes, Codes]:
+    """Return the findings that CheXbert knows, their truth, and what it reads from reference and answer of each row, from
+    `radeval.LABELS`."""
+    known = [place for place, finding in enumerate(findings) if folded(finding) in CONDITIONS]
+    columns = [CONDITIONS.index(folded(findings[place])) for place in known]
+    values, code = np.array(read, np.int8).reshape(len(true), 2 * len(CONDITIONS)), {1: PRESENT, -1: UNCERTAIN}
+    sides = [
+        np.vectorize(lambda value: code.get(value, ABSENT), [np.int8])(side[:, columns]) if known else side[:, :0]
+        for side in np.hsplit(values, 2)
+    ]
+    return [findings[place] for place in known], true[:, known], sides[0], sides[1]
 
 
 def constant_findings(metric: str, rows: Sequence[Answer], name: str, spec: LabelSpec) -> Sums | None:
@@ -104,10 +128,12 @@ def finding_tables(
     ceiling: Codes,
     units: NDArray[np.intp],
     confidence: float,
+    read: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Finding]:
     """Return for each finding its prevalence, the table of truth and statement before and after, and the share of reference texts
-    that the reader reads as the data say."""
+    that the rules read as the data say, and that CheXbert does, of which `read` is `radeval.LABELS`."""
     tables = {}
+    learned = as_chexbert_reads(findings, true, read)[:3] if read is not None else ([], true, true)
     for place, finding in enumerate(findings):
         own = true[:, place]
         sure = (own == PRESENT) | (own == ABSENT)
@@ -116,11 +142,17 @@ def finding_tables(
         if sure.any():
             span = bootstrap.wilson(float(there.mean()), bootstrap.effective_rows(there, units[sure]), confidence)
             prevalence = bootstrap.estimate(float(there.mean()), span, int(sure.sum()))
-        labelled = own >= 0
-        agreed = round(float((ceiling[labelled, place] == own[labelled]).mean()), 6) if labelled.any() else None
+        agreed = _agreement(own, ceiling[:, place])
+        column = learned[0].index(finding) if finding in learned[0] else None
         confusion = {when: _confusion(own, each[:, place]) for when, each in said.items()}
-        tables[finding] = Finding(slug(finding), prevalence, agreed, confusion)
+        by_chexbert = None if column is None else _agreement(own, learned[2][:, column])
+        tables[finding] = Finding(slug(finding), prevalence, agreed, confusion, by_chexbert)
     return tables
+
+
+def _agreement(true: NDArray[np.int8], read: NDArray[np.int8]) -> float | None:
+    labelled = true >= 0
+    return round(float((read[labelled] == true[labelled]).mean()), 6) if labelled.any() else None
 
 
 def _counts(is_there: Flags, stated: Flags, among: Flags) -> Floats:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, Literal
 
-from job.config.schema import CHEXBERT, rates
+from job.config.schema import BY_CHEXBERT, CHEXBERT, rates
 from job.evaluate.records import Change, Comparison, Estimate, Gap, LabelTable
 
 FEW = 10
@@ -50,6 +51,11 @@ ABOUT = {
     "chrf": About("chrF", "points", 1, "character n-gram F-score over the whole set, 0 to 100", 100),
     "exact_match": About("Exact match", "share", 1, "same words, ignoring case, punctuation and articles", 1),
     "token_f1": About("Token F1", "fraction", 1, "common words in any order, without articles", 1),
+    "closed_accuracy": About("Yes/no correct", "share", 1, "the first word is the yes or no of the reference", 1),
+    "open_recall": About(
+        "Open recall", "fraction", 1, "words of the reference that the answer has; long answers gain", 1
+    ),
+    "open_token_f1": About("Open token F1", "fraction", 1, "token F1 of the answers that are neither yes nor no", 1),
     "length_ratio": About("Length ratio", "number", 0, "generated words per reference word; 1 is equally long"),
     "empty": About("Empty outputs", "share", -1, "answers without a word", 1),
     "repeated": About("Repeating outputs", "share", -1, "a phrase three times or more in a row", 1),
@@ -64,6 +70,7 @@ EXTRA = {
     "radcliq": About("RadCliQ-v1", "number", -1, "radiologists' errors as estimated from four other metrics"),
     "srrbert": About("SRR-BERT F1", "fraction", 1, "fine-grained findings with their status, as in the reference", 1),
     "green": About("GREEN", "fraction", 1, "a language model's count of clinically significant errors", 1),
+    "crimson": About("CRIMSON", "fraction", 1, "errors as a language model weighs them by urgency; −1 to 1"),
 }
 OF_CHEXBERT = {
     name: About(f"CheXbert {kind}-F1, {count}", "fraction", 1, f"F1 of CheXbert's labels, {how}", 1)
@@ -80,7 +87,8 @@ OF_LABELS: dict[str, tuple[str, Literal["share", "fraction"], str]] = {
     "_ppv": ("PPV", "share", "present, of the rows that state it"),
     "_npv": ("NPV", "share", "absent, of the rows that do not mention or deny it"),
 }
-OF_WORDS = ("rougeL", "rouge1", "rouge2", "bleu", "chrf", "exact_match", "token_f1")
+OPEN = ("open_recall", "open_token_f1")
+OF_WORDS = ("rougeL", "rouge1", "rouge2", "bleu", "chrf", "exact_match", "token_f1", "closed_accuracy", *OPEN)
 """Metrics that compare the words of an answer with those of the reference."""
 ABBREVIATIONS = {
     **{word: word.upper() for word in ("gpu", "cpu", "mlp", "id", "url", "bleu", "rouge", "trl", "gb")},
@@ -108,19 +116,21 @@ def about(metric: str) -> About:
     if metric.endswith("_accuracy"):
         label = readable(metric.removesuffix("_accuracy"))
         return About(f"{label} correct", "share", 1, "the text states exactly the reference label", 1)
+    rate = metric.removesuffix(BY_CHEXBERT)
+    reader = ", read by CheXbert" if rate != metric else ""
     for suffix, (title, kind, meaning) in OF_LABELS.items():
-        if metric.endswith(suffix):
-            return About(f"{readable(metric.removesuffix(suffix))} {title}", kind, 1, meaning, 1)
+        if rate.endswith(suffix):
+            return About(f"{readable(rate.removesuffix(suffix))} {title}{reader}", kind, 1, meaning, 1)
     return About(readable(metric), "number", 0, "")
 
 
 def needs_model(metric: str) -> bool:
-    return metric in EXTRA or metric in OF_CHEXBERT
+    return metric in EXTRA or metric in OF_CHEXBERT or metric.endswith(BY_CHEXBERT)
 
 
 def overall(measured: Iterable[str]) -> list[str]:
     """Return the metrics that are not about a single finding."""
-    return [name for name in measured if not name.endswith(tuple(rates([""])))]
+    return [name for name in measured if not name.endswith(tuple(rates([""], chexbert=True)))]
 
 
 def too_few(measured: Comparison) -> str:
@@ -182,6 +192,19 @@ def direction(
     if not better:
         return "changed"
     return "better" if (low > 0) == (better > 0) else "worse"
+
+
+def noticeable(change: Change, confidence: float) -> float | None:
+    """Return the size of a true change that as many samples, as noisy as these, would show as a verdict four times in five; None
+    without an interval.
+
+    An interval of half width h = z·e at the given confidence comes from a standard error e; a true change of (z + z80)·e lies
+    beyond it in 80 % of samples. `make verdict-proof` counts.
+    """
+    if change.low is None or change.high is None or change.low == change.high:
+        return None
+    normal = NormalDist()
+    return (change.high - change.low) / 2 * (1 + normal.inv_cdf(0.8) / normal.inv_cdf((1 + confidence) / 2))
 
 
 def primary(measured: Iterable[str]) -> list[str]:

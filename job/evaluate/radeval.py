@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -29,10 +30,23 @@ RADEVAL: dict[ExtraMetric, tuple[str, str]] = {
     "radcliq": ("radcliq", "radcliq_v1"),
     "srrbert": ("srrbert", "srrbert_weighted_f1"),
     "green": ("green", "green"),
+    "crimson": ("crimson", "crimson"),
 }
 """RadEval's name of each metric, and of its list of values per row."""
 LABELS = "chexbert_labels"
-"""The values of each row that CheXbert's F1 scores are made from: 14 labels of the reference, then 14 of the answer."""
+"""What CheXbert reads of each row: `CONDITIONS` of the reference, then of the answer; 1 for present, -1 for uncertain, else 0."""
+CONDITIONS = (
+    *(
+        "enlarged cardiomediastinum",
+        "cardiomegaly",
+        "lung opacity",
+        "lung lesion",
+        "edema",
+        "consolidation",
+        "pneumonia",
+    ),
+    *("atelectasis", "pneumothorax", "pleural effusion", "pleural other", "fracture", "support devices", "no finding"),
+)
 ASK = """
 import json, sys
 import radeval
@@ -49,10 +63,17 @@ if "srrbert" in names:
     nltk.download = lambda *_, **__: True  # it looks for a network at each start
 whole = [name for name in names if name != "ratescore"]
 ask = RadEval(metrics=whole, per_sample=True, show_progress=False)
-found = [ask(refs=refs, hyps=hyps) if whole else {} for refs, hyps in sides]
+found = []
+for refs, hyps in sides:
+    values = ask(refs=refs, hyps=hyps) if whole else {}
+    if "green" in names:  # it scores an answer of its judge that it cannot read as 0
+        judged = zip(values["green"], ask.green_scorer.completions)
+        values["green"] = [score if "[Matched Findings]:" in text else None for score, text in judged]
+    found.append(values)
 if "f1chexbert" in names:
     for values, texts in zip(found, sides):
-        values["labels"] = [one + other for one, other in zip(*map(ask.f1chexbert_scorer.get_labels, texts))]
+        read = [ask.f1chexbert_scorer.get_labels(side, mode="classification") for side in texts]
+        values["labels"] = [one + other for one, other in zip(*read)]
 if "ratescore" in names:  # it loses texts without a sentence of three letters, and shifts the rows that follow
     from radeval.metrics.RaTEScore.utils import sentence_split
     score = RadEval(metrics=["ratescore"], show_progress=False).ratescore_scorer.compute_score
@@ -86,9 +107,10 @@ def refuse_without_radeval(field: str) -> None:
 def ask_radeval(
     metrics: Sequence[ExtraMetric], folder: Path, sides: Sequence[Texts]
 ) -> dict[ExtraMetric, dict[str, list[Any]]]:
-    """Return for each metric, by name and side, the value of each row: 0 to 1, except for RadCliQ; for CheXbert also `LABELS`.
+    """Return for each metric, by name and side, the value of each row: 0 to 1, except for RadCliQ and CRIMSON, and None where the
+    answer of a judge (GREEN, CRIMSON) cannot be read; for CheXbert also `LABELS`.
 
-    Raises SpecError with only the type of RadEval's error, whose message may quote a report.
+    Raises SpecError with only the type of RadEval's error, whose message may quote a report, or if no answer can be read.
     """
     cache = {
         "XDG_CACHE_HOME": str(folder.absolute()),
@@ -124,11 +146,17 @@ def ask_radeval(
             f"evaluation.extra_metrics.{metrics[0]}: RadEval ended with {kind}; check that {folder} holds the models of "
             f"{', '.join(metrics)} (docs/evaluation.md says how to fill it)"
         ) from error
+    for metric, names in found.items():
+        if all(value is None for side in names[metric] for value in side):
+            raise SpecError(
+                f"evaluation.extra_metrics.{metric}: the model in {folder} judged no row in a form that {metric} can read; "
+                "fill the cache with the published model (docs/evaluation.md), or remove the metric"
+            )
     return found
 
 
-def _numbers(values: Sequence[Any], texts: Texts) -> list[float]:
-    """Raises ValueError unless there is a value for each row."""
+def _numbers(values: Sequence[Any], texts: Texts) -> list[float | None]:
+    """Raises ValueError unless there is a value for each row, which may be None or NaN."""
     if len(values) != len(texts[0]):
         raise ValueError("rows are missing")
-    return [float(value) for value in values]
+    return [None if value is None or math.isnan(value) else float(value) for value in values]

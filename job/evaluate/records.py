@@ -109,12 +109,14 @@ class Gap:
 @dataclass(frozen=True)
 class Finding:
     """One value of a label of which rows may have several: what its metrics' names begin with, its prevalence, the share of
-    reference texts that are read as the data say, and {"before" or "after": {truth: {stated: rows}}}."""
+    reference texts that are read as the data say, {"before" or "after": {truth: {stated: rows}}}, and the share that CheXbert
+    reads as the data say, None if it was not asked or knows no such finding."""
 
     slug: str = ""
     prevalence: Estimate = field(default_factory=Estimate)
     ceiling: float | None = None
     confusion: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
+    chexbert_ceiling: float | None = None
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.metrics.helpers import extract_all_char_ngrams
 
-from job.config.schema import CHEXBERT, LabelSpec
+from job.config.schema import BY_CHEXBERT, CHEXBERT, LabelSpec
 from job.evaluate import label_metrics as label_fields
-from job.evaluate.findings import codes, finding_sums
+from job.evaluate.findings import as_chexbert_reads, codes, finding_rates, finding_sums
 from job.evaluate.radeval import LABELS
 from job.evaluate.records import Answer, PerRow
-from job.evaluate.sums import Floats, Sums, macro_f1_from_sums, macro_f1_over_all, micro_f1_from_sums, ratio
+from job.evaluate.sums import Floats, Sums, macro_f1_from_sums, macro_f1_over_all, micro_f1_from_sums, ratio, share
 
 UNSPACED = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
 WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
@@ -48,20 +48,41 @@ def sample_scores(rows: Sequence[Answer], labels: Mapping[str, LabelSpec], extra
     texts = list(zip(references, generated, strict=True))
     scores: dict[str, Sums] = {}
     for name, spec in labels.items():
-        scores |= _label_scores(rows, name, spec)
+        scores |= _label_scores(rows, name, spec, extra.get(LABELS))
     scores |= rouge(references, generated)
     scores["bleu"] = _corpus(bleu_counts, bleu_from_sums, texts)
     scores["chrf"] = _corpus(chrf_counts, chrf_from_sums, texts)
     pairs = [(_squad_words(one), _squad_words(other)) for one, other in texts]
     scores["exact_match"] = _mean([one == other for one, other in pairs], proportion=True)
     scores["token_f1"] = _mean([bag_f1(one, other) for one, other in pairs])
+    scores = _closed_and_open(pairs) | scores
     lengths = [[len(words(text)), len(words(reference))] for reference, text in texts]
     scores["length_ratio"] = Sums(np.array(lengths, float), np.ones(len(rows), bool), ratio)
     scores["empty"] = _mean([not words(text) for text in generated], proportion=True)
     scores["repeated"] = _mean([is_repeated(text) for text in generated], proportion=True)
     for metric, values in extra.items():
-        scores |= chexbert_sums(values) if metric == LABELS else {metric: _mean(values)}
+        scores |= chexbert_sums(values) if metric == LABELS else {metric: _known(values)}
     return scores | _losses(rows)
+
+
+def is_closed(reference: str) -> bool:
+    """Whether a row asks for yes or no."""
+    return _squad_words(reference) in (["yes"], ["no"])
+
+
+def _closed_and_open(pairs: Sequence[tuple[list[str], list[str]]]) -> dict[str, Sums]:
+    """Return metrics of the rows whose reference is yes or no, and of the others, from the words of reference and answer; none if
+    no row is of the first kind. Recall is that of LLaVA-Med (Li et al. 2023) on open questions."""
+    closed = np.array([theirs in (["yes"], ["no"]) for theirs, _ in pairs], bool)
+    if not closed.any():
+        return {}
+    right = np.array([theirs[:1] == ours[:1] for theirs, ours in pairs], bool)
+    recalled = [(Counter(theirs) & Counter(ours)).total() / max(len(theirs), 1) for theirs, ours in pairs]
+    return {
+        "closed_accuracy": share(right & closed, closed),
+        "open_recall": _mean(recalled, ~closed),
+        "open_token_f1": _mean([bag_f1(*pair) for pair in pairs], ~closed),
+    }
 
 
 def words(text: str) -> list[str]:
@@ -159,9 +180,17 @@ def _corpus(
     return Sums(np.array([counts(*pair) for pair in texts], float), np.ones(len(texts), bool), finish)
 
 
-def _label_scores(rows: Sequence[Answer], name: str, spec: LabelSpec) -> dict[str, Sums]:
+def _label_scores(
+    rows: Sequence[Answer], name: str, spec: LabelSpec, read: Sequence[Sequence[int]] | None
+) -> dict[str, Sums]:
+    """`read` is what CheXbert reads of each row (`LABELS`), if it was asked."""
     if label_fields.has_several(rows, name):
-        return finding_sums(name, *codes(rows, name, spec, [row.generated for row in rows]))
+        findings, true, said = codes(rows, name, spec, [row.generated for row in rows])
+        scores = finding_sums(name, findings, true, said)
+        if read is not None:
+            known, of_known, _, said = as_chexbert_reads(findings, true, read)
+            scores |= finding_rates(known, of_known, said, BY_CHEXBERT)
+        return scores
     return label_sums(name, *label_fields.stated_and_right(rows, name, spec))
 
 
@@ -201,6 +230,11 @@ def losses(rows: Sequence[Answer], *, swapped: bool) -> Sums:
     one."""
     both = [row if row.swapped_loss is not None else replace(row, loss=None) for row in rows]
     return _losses([replace(row, loss=row.swapped_loss) for row in both] if swapped else both)["loss"]
+
+
+def _known(values: Sequence[float | None]) -> Sums:
+    """The mean of the rows that have a value."""
+    return _mean([value or 0.0 for value in values], np.array([value is not None for value in values], bool))
 
 
 def _mean(values: Sequence[float], counted: NDArray[np.bool_] | None = None, *, proportion: bool = False) -> Sums:

@@ -24,7 +24,7 @@ from job.evaluate.bootstrap import Pair
 from job.evaluate.findings import constant_findings
 from job.evaluate.records import Answer, Change, ImageUse, Settings, Verdict
 from job.evaluate.sums import Sums
-from job.evaluate.text_metrics import bag_f1, label_sums, losses, sample_scores, words
+from job.evaluate.text_metrics import bag_f1, is_closed, label_sums, losses, sample_scores, words
 
 CANDIDATES = 12
 """How many of the references, and of the tuned model's answers, are tried as the one answer to every row."""
@@ -96,8 +96,13 @@ def constant_answer(metric: str, after: Sequence[Answer], labels: Mapping[str, L
             return label_sums(name, classes, [pair and (pair[0], commonest) for pair in pairs])[metric]
     if metric not in metric_info.OF_WORDS:
         return None
+    rows = after
+    if metric == "closed_accuracy" or metric in metric_info.OPEN:
+        rows = [row for row in after if is_closed(row.reference) != (metric in metric_info.OPEN)]
     text = _common_text(
-        [row.reference for row in after], [row.generated for row in after], whole=metric == "exact_match"
+        [row.reference for row in rows],
+        [row.generated for row in rows],
+        whole=metric in ("exact_match", "closed_accuracy"),
     )
     return sample_scores([replace(row, generated=text) for row in after], {}, {})[metric]
 

@@ -37,7 +37,7 @@ def conclusion(measured: Comparison) -> list[str]:
         if verdict.doubts and verdict.change.value is not None
         else f"Not judged: {f'only {plain(verdict.units)}' if verdict.units else 'no'} held-out {of} are new to the model.",
     }[verdict.said]
-    return [said, *filter(None, [_leak(measured), _variety(measured)])]
+    return [said, *filter(None, [_power(measured), _leak(measured), _variety(measured)])]
 
 
 def image_use(measured: Comparison) -> str:
@@ -86,6 +86,16 @@ def doubts(measured: Comparison) -> str:
         IMAGES: "the true answers are predicted as well with the images of other samples",
     }
     return ", and ".join(known[doubt] for doubt in verdict.doubts)
+
+
+def _power(measured: Comparison) -> str:
+    """Returns what change could have been seen, where none was."""
+    verdict = measured.verdict
+    size = metric_info.noticeable(verdict.change, measured.settings.confidence)
+    if verdict.said != "no clear change" or size is None:
+        return ""
+    change = number(size, metric_info.about(verdict.metric).kind, signed=True).lstrip("+")
+    return f"A true change of {change} would be noticed on so many samples about four times in five, a smaller one less often."
 
 
 def _leak(measured: Comparison) -> str:

@@ -9,6 +9,7 @@ from typing import Any, cast, get_args
 from job.config.schema import ExtraMetric
 from job.errors import DataError, SpecError
 from job.evaluate.compare import compare
+from job.evaluate.examples import labels_read
 from job.evaluate.extra import by_side, model_folders, scored
 from job.evaluate.metric_info import needs_model
 from job.evaluate.records import Comparison, Settings
@@ -48,7 +49,7 @@ def score(store: Store, metrics: Mapping[ExtraMetric, str], scratch: Path) -> Co
     return compare(
         contents.before,
         contents.after,
-        {},
+        labels_read(contents.metrics),
         (),
         Settings(spec.evaluation.bootstrap_samples, spec.evaluation.confidence, settings.seed),
         by_side(found.values()),

@@ -1,14 +1,16 @@
-"""Makes a cache of the smallest real models that RadEval's metrics accept: `build/radeval/bin/python THIS FOLDER`.
+"""Makes a cache of the smallest real models that RadEval's metrics accept: `build/radeval/bin/python THIS FOLDER <PAIRS`.
 
 Architectures, file formats and label sets are those of the published models; the weights are drawn, so that the values mean
-nothing, but differ from text to text. The folder is one that RadEval fills itself where there is a network: `huggingface/` is
-HF_HOME, and the rest XDG_CACHE_HOME and NLTK_DATA.
+nothing, but differ from text to text. The judges of GREEN and CRIMSON are taught to answer about PAIRS, a JSON list of reference
+and answer, in the form that they must have; GREEN's writes nothing of use where the answer is "No". The folder is one that
+RadEval fills itself where there is a network: `huggingface/` is HF_HOME, and the rest XDG_CACHE_HOME and NLTK_DATA.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,11 @@ from transformers import (
     BertForTokenClassification,
     BertModel,
     BertTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
@@ -177,21 +182,129 @@ def roberta(cache: Path) -> None:
     AutoTokenizer.from_pretrained(folder, model_max_length=512).save_pretrained(folder)
 
 
-def green(cache: Path) -> None:
+def judge(
+    folder: Path, texts: list[str], pieces: list[str], model: Callable[[int], PreTrainedModel], chat: str
+) -> None:
+    """Save a judge with drawn weights, whose words are those of `texts`, and further the `pieces` of its answers."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    folder = made(cache / "huggingface" / "hub", "StanfordAIMI/GREEN-radllama2-7b")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {piece: number for number, piece in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=2048
-    ).save_pretrained(folder)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(vocabulary), max_position_embeddings=4096, **sizes)).save_pretrained(
-        folder
+    split = pre_tokenizers.Whitespace()
+    found = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
+    words = list(dict.fromkeys(["<unk>", "<s>", "</s>", *found, *pieces]))
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
+    fast.model_max_length, fast.chat_template = 4096, chat
+    fast.save_pretrained(folder)
+    made = model(len(words))
+    made.generation_config.max_new_tokens, made.generation_config.eos_token_id = 32, 2
+    made.save_pretrained(folder)
+
+
+def taught(model: Any, tokenizer: Any, prompts: list[str], answers: list[list[str]]) -> Any:
+    """Fit the last layer (least squares) so that each prompt is answered with its pieces, and then ends."""
+    seen: list[torch.Tensor] = []
+    hook = model.lm_head.register_forward_pre_hook(lambda _, given: seen.append(given[0][0].detach().double()))
+    states, wanted = [], []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        asked = tokenizer(prompt).input_ids
+        said = tokenizer.convert_tokens_to_ids([*answer, "</s>"])
+        seen.clear()
+        with torch.inference_mode():
+            model(input_ids=torch.tensor([[*asked, *said[:-1]]]))
+        states.append(seen[-1][len(asked) - 1 :])
+        wanted += said
+    hook.remove()
+    state = torch.cat(states)
+    targets = torch.zeros(len(wanted), model.lm_head.out_features, dtype=torch.double)
+    targets[range(len(wanted)), wanted] = 20.0
+    gram = state.T @ state
+    fitted = torch.linalg.solve(gram + 1e-6 * gram.trace() * torch.eye(len(gram)), state.T @ targets)
+    model.lm_head.weight.data = fitted.T.to(model.lm_head.weight.dtype)
+    return model
+
+
+JUDGE = {"hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+JUDGE |= {"tie_word_embeddings": False, "initializer_range": 0.4, "max_position_embeddings": 4096}
+
+
+def green(cache: Path, pairs: list[tuple[str, str]]) -> None:
+    from radeval.metrics.green_score.green import GREEN
+    from radeval.metrics.green_score.utils import make_prompt
+
+    name = "StanfordAIMI/GREEN-radllama2-7b"
+    folder = made(cache / "huggingface" / "hub", name)
+    errors = "[Clinically Significant Errors]:\n(a) False report of a finding in the candidate: "
+    matched, counts = "\n\n[Matched Findings]:\n", ["0.", "1.", "2."]
+    asked = [make_prompt(*pair) for pair in pairs]
+    pieces = [errors, matched, *counts, "?"]
+    judge(
+        folder,
+        [*asked, "<|assistant|>", "<|user|>"],
+        pieces,
+        lambda size: LlamaForCausalLM(LlamaConfig(vocab_size=size, **JUDGE)),
+        "",
+    )
+    judging = GREEN(name, cpu=True)
+    prompts = [
+        judging.tokenizer.apply_chat_template(
+            [{"from": "human", "value": each}, {"from": "gpt", "value": ""}], tokenize=False, add_generation_prompt=True
+        )
+        for each in asked
+    ]
+    answers = [
+        [errors, counts[place % 3], matched, counts[1 + place // 3 % 2]] if said != "No" else ["?"]
+        for place, (_, said) in enumerate(pairs)
+    ]
+    taught(judging.model, judging.tokenizer, prompts, answers).save_pretrained(folder)
+
+
+def crimson(cache: Path, pairs: list[tuple[str, str]]) -> None:
+    from radeval.metrics.crimson.crimson import _SYSTEM_MSG, CRIMSON
+
+    folder = made(cache / "huggingface" / "hub", CRIMSON.DEFAULT_HF_MODEL)
+    first = '{"reference_findings": [{"id": "R1", "clinical_significance": "'
+    second = '"}], "predicted_findings": [{"id": "P1", "clinical_significance": "'
+    levels = ["urgent", "actionable_not_urgent", "not_actionable_not_urgent"]
+    ends = [
+        '"}], "matched_findings": [{"ref_id": "R1", "pred_id": "P1"}], "errors": {"false_findings": []}}',
+        '"}], "matched_findings": [], "errors": {"false_findings": ["P1"], "missing_findings": ["R1"]}}',
+    ]
+    asking = CRIMSON.__new__(CRIMSON)
+    asking.provider, asking.model_name = "hf", CRIMSON.DEFAULT_HF_MODEL
+    chats = [
+        [
+            {"role": "system", "content": _SYSTEM_MSG},
+            {"role": "user", "content": asking._build_evaluation_prompt(*pair)},
+        ]
+        for pair in pairs
+    ]
+    sizes = JUDGE | {"head_dim": 64, "num_key_value_heads": 4, "sliding_window": 4096}
+    sides = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    eyes = sides | {"image_size": 28, "patch_size": 14}
+    judge(
+        folder,
+        [message["content"] for chat in chats for message in chat],
+        [first, second, *levels, *ends],
+        lambda size: Gemma3ForConditionalGeneration(
+            Gemma3Config(
+                text_config=sizes | {"vocab_size": size},
+                vision_config=eyes,
+                mm_tokens_per_image=4,
+                tie_word_embeddings=False,
+            )
+        ),
+        "{% for message in messages %}{{ message['content'] }} {% endfor %}",
+    )
+    judging = CRIMSON(provider="hf")
+    tokenizer = judging.pipe.tokenizer
+    prompts = [tokenizer.apply_chat_template(each, tokenize=False, add_generation_prompt=True) for each in chats]
+    answers = [
+        [first, levels[place % 3], second, levels[place // 2 % 3], ends[place % 2]] for place in range(len(pairs))
+    ]
+    taught(judging.pipe.model, tokenizer, prompts, answers).save_pretrained(folder)
 
 
 if __name__ == "__main__":
@@ -201,6 +314,8 @@ if __name__ == "__main__":
     ratescore(cache)
     srrbert(cache)
     roberta(cache)
-    green(cache)
+    pairs = json.load(sys.stdin)
+    green(cache, pairs)
+    crimson(cache, pairs)
     for kind in ("radgraph", "radgraph-xl"):
         radgraph(cache, kind)

@@ -139,19 +139,32 @@ def test_t_quantiles_are_those_of_the_tables(degrees: int, exact: float) -> None
     assert bootstrap.t_quantile(0.975, degrees) == pytest.approx(exact, rel=3e-3)
 
 
-def test_bca_of_equal_values_is_a_point() -> None:
+def test_the_jackknife_of_a_mean_is_students_interval() -> None:
+    values = np.random.default_rng(9).exponential(size=25)
+    half = 2.0639 * values.std(ddof=1) / 5
+    left_out = (values.sum() - values) / 24
+    assert bootstrap.jackknife(values.mean(), left_out, 0.95) == pytest.approx(
+        (values.mean() - half, values.mean() + half), rel=1e-3
+    )
+
+
+def test_intervals_of_equal_values_are_a_point() -> None:
     assert bootstrap.bca(0.5, np.full(100, 0.5), np.full(10, 0.5), 0.95) == (0.5, 0.5)
+    assert bootstrap.jackknife(0.5, np.full(10, 0.5), 0.95) == (0.5, 0.5)
 
 
-def test_bca_of_no_finite_value_is_undefined() -> None:
+def test_intervals_of_no_finite_value_are_undefined() -> None:
     assert np.isnan(bootstrap.bca(0.5, np.full(100, np.nan), np.full(10, 0.5), 0.95)).all()
+    assert np.isnan(bootstrap.jackknife(0.5, np.full(10, np.nan), 0.95)).all()
 
 
 @pytest.mark.parametrize(("patients", "confidence", "enough"), [(1, 0.95, 0), (5, 0.95, 0), (6, 0.95, 1), (5, 0.9, 1)])
 def test_few_patients_give_no_interval(patients: int, confidence: float, enough: int) -> None:
     """Resamples of n lie within their range, which misses the median of the population in 2^(1-n) of all samples."""
-    low, _ = bootstrap.bca(0.5, np.linspace(0.4, 0.6, 100), np.linspace(0.4, 0.6, patients), confidence)
+    left_out = np.linspace(0.4, 0.6, patients)
+    low, _ = bootstrap.bca(0.5, np.linspace(0.4, 0.6, 100), left_out, confidence)
     assert np.isfinite(low) == enough
+    assert np.isfinite(bootstrap.jackknife(0.5, left_out, confidence)[0]) == enough
 
 
 def test_one_patient_counts_as_one_row() -> None:

@@ -88,11 +88,14 @@ import os
 class RadEval:
     def __init__(self, metrics, per_sample, show_progress):
         assert (metrics, per_sample, show_progress) == (["green"], True, False)
+        self.green_scorer = self
     def __call__(self, refs, hyps):
         print("a progress bar")
         assert os.environ["HF_HUB_OFFLINE"] == "1"
         cache = os.path.basename(os.path.dirname(os.environ["HF_HOME"]))
-        return {"green": [float(ref == hyp) / (cache == "cache") for ref, hyp in zip(refs, hyps)], "other": [0.0]}
+        self.completions = ["?" if hyp == "c" else "[Matched Findings]: 1." for hyp in hyps]
+        scores = [float("nan" if hyp == "d" else ref == hyp) / (cache == "cache") for ref, hyp in zip(refs, hyps)]
+        return {"green": scores, "other": [0.0]}
 """
 
 
@@ -107,13 +110,24 @@ def radeval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_radeval_is_asked_in_its_own_process_with_its_models_and_no_network(radeval: Path) -> None:
-    sides = [(["a", "b"], ["a", "c"]), (["a", "b"], ["b", "b"])]
-    assert ask_radeval(["green"], radeval, sides) == {"green": {"green": [[1.0, 0.0], [0.0, 1.0]]}}
+    sides = [(["a", "b"], ["a", "c"]), (["a", "b"], ["b", "d"])]
+    assert ask_radeval(["green"], radeval, sides) == {"green": {"green": [[1.0, None], [0.0, None]]}}
+    with pytest.raises(
+        SpecError, match=r"extra_metrics.green: the model in .*cache judged no row in a form that green"
+    ):
+        ask_radeval(["green"], radeval, [(["a"], ["c"])])
     with pytest.raises(
         SpecError,
         match=r"extra_metrics.green: RadEval ended with ZeroDivisionError; check that .* holds the models of green",
     ):
         ask_radeval(["green"], radeval.parent, sides)
+
+
+def test_rows_that_a_judge_could_not_score_are_left_out() -> None:
+    rows = [Answer(str(place), "a", generated="a") for place in range(3)]
+    sums = text_metrics.sample_scores(rows, {}, {"green": [1.0, None, 0.5]})["green"]
+    assert float(sums.finish(sums.rows.sum(axis=0))) == 0.75
+    assert sums.counted.tolist() == [True, False, True]
 
 
 def test_no_words_of_radeval_are_told_since_they_may_be_a_report_s(radeval: Path) -> None:

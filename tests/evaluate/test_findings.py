@@ -19,6 +19,7 @@ from job.evaluate import bootstrap
 from job.evaluate.acceptance import judged
 from job.evaluate.compare import compare
 from job.evaluate.label_metrics import stated_and_right
+from job.evaluate.radeval import CONDITIONS, LABELS
 from job.evaluate.records import Answer, Comparison, Settings, from_json
 from job.report.contents import Contents
 from job.report.page import markdown, render
@@ -110,6 +111,32 @@ def test_the_ceiling_is_what_the_reference_texts_reach(measured: Comparison):
     assert table.ceiling < 1
     right = sum("edema" not in str(each.labels) for each in rows[:30]) + 90
     assert table.findings["edema"].ceiling == pytest.approx(right / 120, abs=1e-6)
+
+
+def test_chexbert_reads_beside_the_rules_and_its_own_ceiling_is_said():
+    """It reads the references right but for every tenth row, and answers all as uncertain."""
+    rows, _ = drawn(120, 0.8, 2)
+    code, read = {"present": 1, "uncertain": -1, "absent": 0}, []
+    for place, each in enumerate(rows):
+        own = [0] * len(CONDITIONS)
+        for finding in FINDINGS if place % 10 else []:
+            there = finding in each.labels["findings"]
+            state = "present" if there else "uncertain" if finding in each.labels["findings (uncertain)"] else "absent"
+            own[CONDITIONS.index(finding)] = code[state]
+        read.append([*own, *([-1] * len(CONDITIONS))])
+    spec = {"findings": LabelSpec(column="findings", values=[*FINDINGS, "scoliosis"])}
+    found = compare(rows, rows, spec, [], SETTINGS, ({LABELS: read}, {LABELS: read}))
+    tables = found.labels["findings"].findings
+    wrong = sum(finding == "edema" for each in rows[::10] for part in each.labels.values() for finding in part)
+    assert tables["edema"].chexbert_ceiling == pytest.approx(1 - wrong / 120, abs=1e-6)
+    assert tables["scoliosis"].chexbert_ceiling is None
+    assert found.after["edema_sensitivity_by_chexbert"].value == 0
+    assert found.after["edema_ppv_by_chexbert"].n == 0
+    assert "scoliosis_sensitivity_by_chexbert" not in found.after
+    page = render(Contents(metrics=found, before=rows, after=rows))
+    assert page.count("<small>read by CheXbert</small>") == 4 * len(FINDINGS)
+    assert "as CheXbert reads them" in page
+    assert "by_chexbert" not in markdown(found)
 
 
 def test_rows_of_a_patient_widen_the_intervals():
@@ -246,6 +273,11 @@ def test_bounds_on_findings_are_accepted_in_a_spec_and_others_are_not(tree: dict
     tree["evaluation"]["require"] = {"mass_sensitivity": {"min_value": 0.9}}
     with pytest.raises(SpecError, match=r"require.mass_sensitivity: no such metric.*pneumothorax_sensitivity"):
         validate(tree)
+    tree["evaluation"]["require"] = {"pneumothorax_sensitivity_by_chexbert": {"min_value": 0.9}}
+    with pytest.raises(SpecError, match="no such metric"):
+        validate(tree)
+    tree["evaluation"]["extra_metrics"] = {"chexbert": "/models/radeval"}
+    validate(tree)
     tree["evaluation"] = {"require": {"pneumothorax_sensitivity": {"min_value": 0.9}}}
     with pytest.raises(SpecError, match="no such metric"):
         validate(tree)

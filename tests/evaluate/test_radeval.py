@@ -64,10 +64,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(
         [PYTHON, Path(__file__).with_name("radeval_models.py"), folder],
         env=os.environ | caches(folder),
+        input=json.dumps([*PAIRS, *turned()]),
+        text=True,
         check=True,
         capture_output=True,
     )
     return folder
+
+
+def turned() -> list[tuple[str, str]]:
+    """Each reference with the answer to the next one."""
+    return [(one, PAIRS[(place + 1) % len(PAIRS)][1]) for place, (one, _) in enumerate(PAIRS)]
 
 
 def caches(folder: Path) -> dict[str, str]:
@@ -121,8 +128,7 @@ def test_scores_of_a_stored_run_are_radevals_own(cache: Path, calls: Path, run: 
     metrics: list[ExtraMetric] = [metric for metric in RADEVAL if metric != "ratescore"]
     measured = score(open_store(str(run)), {metric: str(cache) for metric in [*metrics, "ratescore"]}, tmp_path)
     assert len(calls.read_text().splitlines()) == 1, "one process for all metrics of a cache"
-    turned = [(one, PAIRS[(place + 1) % len(PAIRS)][1]) for place, (one, _) in enumerate(PAIRS)]
-    for pairs, estimates in ((turned, measured.before), (PAIRS, measured.after)):
+    for pairs, estimates in ((turned(), measured.before), (PAIRS, measured.after)):
         theirs = own(cache, [RADEVAL[metric][0] for metric in metrics], pairs)
         values = {name: each.value for name, each in estimates.items()}
         detailed, rows = theirs["detailed"], theirs["rows"]
@@ -130,15 +136,24 @@ def test_scores_of_a_stored_run_are_radevals_own(cache: Path, calls: Path, run: 
         assert 1 / values["radcliq"] == pytest.approx(detailed["radcliq_v1"], rel=1e-4)
         for ours, name in zip(CHEXBERT, ("all_micro", "all_macro", "5_micro", "5_macro"), strict=True):
             assert values[ours] == pytest.approx(detailed[f"f1chexbert_{name}_f1"], abs=1e-6), ours
-        for metric in ("chexbert", "srrbert", "green"):
+        for metric in ("chexbert", "srrbert", "crimson"):
             of_rows = rows[RADEVAL[metric][1]]
             assert values[metric] == pytest.approx(sum(of_rows) / len(of_rows), abs=1e-6), metric
+        unread = [
+            place for place, both in enumerate(zip(PAIRS, turned(), strict=True)) if "No" in {said for _, said in both}
+        ]
+        judged = [value for place, value in enumerate(rows["green"]) if place not in unread]
+        assert values["green"] == pytest.approx(sum(judged) / len(judged), abs=1e-6)
+        assert estimates["green"].n == len(judged) == 9, (
+            "what its judge wrote of two rows cannot be read, before or after"
+        )
         sentences = [pair for pair in pairs if min(map(len, pair)) > 2]
         scored = ask_radeval(["ratescore"], cache, [([one for one, _ in sentences], [other for _, other in sentences])])
         assert scored["ratescore"]["ratescore"][0] == pytest.approx(
             own(cache, ["ratescore"], sentences)["rows"]["ratescore"]
         )
-    assert all(len(set(rows[RADEVAL[metric][1]])) > 1 for metric in metrics[:3]), "the same of every text shows nothing"
+    told_apart = [*metrics[:3], "green", "crimson"]
+    assert all(len(set(rows[RADEVAL[metric][1]])) > 1 for metric in told_apart), "the same of every text shows nothing"
     table = text(measured)
     for title in (
         "RadGraph F1",
@@ -148,6 +163,7 @@ def test_scores_of_a_stored_run_are_radevals_own(cache: Path, calls: Path, run: 
         "RadCliQ-v1",
         "SRR-BERT F1",
         "GREEN",
+        "CRIMSON",
     ):
         assert f"| {title} |" in table
 

@@ -149,3 +149,27 @@ def test_chexberts_f1_counts_all_rows_and_labels_that_are_nowhere_as_nought() ->
             "chexbert_5_macro_f1": (2 / 3) / 5,
         }
     )
+
+
+def test_closed_and_open_questions_are_scored_apart() -> None:
+    said = [
+        ("yes", "Yes."),
+        ("No", "No, there is none"),
+        ("no", "not seen"),
+        ("the left lung", "in the left upper lobe"),
+        ("effusion", "yes"),
+    ]
+    rows = [row(*each) for each in said]
+    assert value(rows, "closed_accuracy") == pytest.approx(2 / 3)
+    assert value(rows, "open_recall") == pytest.approx((1 / 2 + 0) / 2)
+    assert value(rows, "open_token_f1") == pytest.approx((2 / 6 + 0) / 2)
+    assert "closed_accuracy" not in text_metrics.sample_scores(answers_of(rows[3:]), {}, {})
+    found = compare(
+        answers_of([each | {"id": str(n)} for n, each in enumerate(rows * 12)]),
+        answers_of([each | {"id": str(n)} for n, each in enumerate(rows * 12)]),
+        {},
+        (),
+        Settings(100, 0.95, 1),
+        metric="closed_accuracy",
+    )
+    assert (found.verdict.rows, found.verdict.constant) == (36, pytest.approx(2 / 3, abs=1e-6))
