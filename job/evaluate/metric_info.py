@@ -70,7 +70,7 @@ EXTRA = {
     "radcliq": About("RadCliQ-v1", "number", -1, "radiologists' errors as estimated from four other metrics"),
     "srrbert": About("SRR-BERT F1", "fraction", 1, "fine-grained findings with their status, as in the reference", 1),
     "green": About("GREEN", "fraction", 1, "a language model's count of clinically significant errors", 1),
-    "crimson": About("CRIMSON", "fraction", 1, "errors as a language model weighs them by urgency; −1 to 1"),
+    "crimson": About("CRIMSON", "number", 1, "errors as a language model weighs them by urgency, from −1 to 1"),
 }
 OF_CHEXBERT = {
     name: About(f"CheXbert {kind}-F1, {count}", "fraction", 1, f"F1 of CheXbert's labels, {how}", 1)
