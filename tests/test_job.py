@@ -114,6 +114,16 @@ def test_the_gate_saw_the_adapter_in_the_merged_weights(finished: Path):
     assert "Rounding logit difference" in (finished / "report.html").read_text()
 
 
+def test_the_report_of_the_demo_says_first_what_follows(finished: Path):
+    page = (finished / "report.html").read_text()
+    top = page.partition("<body>")[2].partition("<h2")[0]
+    for words in ("Report of <time", "<strong>Not a medical device.</strong>", '<p class="conclusion"><strong>'):
+        assert words in top, words
+    for title in ("Gates", "Results", "Labels", "Errors", "Samples", "Lineage", "How it was measured"):
+        assert f">{title}</h2>" in page, title
+    assert ">failed</span>" not in page
+
+
 def test_merged_weights_load_without_us_and_answer_as_measured(finished: Path, demo: Path):
     import torch
     from PIL import Image

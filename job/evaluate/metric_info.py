@@ -175,6 +175,11 @@ def span(estimate: Estimate, kind: str, *, signed: bool = False) -> str:
     return f"{low.split(JOINED)[0]} to {high}"
 
 
+def moved_span(change: Change, kind: str) -> str:
+    """Format the interval of a change; where no row scores differently, an interval would say less than that."""
+    return f"the same in all {change.n:,}" if change.moved == 0 else span(change, kind, signed=True)
+
+
 def p_text(p: float | None) -> str:
     """Format `p < 0.001`, `p = 0.012`; empty without a p."""
     if p is None:
@@ -207,9 +212,11 @@ def noticeable(change: Change, confidence: float) -> float | None:
     return (change.high - change.low) / 2 * (1 + normal.inv_cdf(0.8) / normal.inv_cdf((1 + confidence) / 2))
 
 
-def primary(measured: Iterable[str]) -> list[str]:
-    """Return the metrics to read first: whether each label is right, then how similar the wording is."""
-    return [name for name in measured if name.endswith("_accuracy") or name == "rougeL"]
+def primary(measured: Iterable[str], judged: str = "") -> list[str]:
+    """Return the metrics to read first: the one that the verdict is about (`judged`), whether each label is right, then how
+    similar the wording is."""
+    found = [name for name in measured if name == judged or name.endswith("_accuracy") or name == "rougeL"]
+    return sorted(found, key=lambda name: name != judged)
 
 
 def classes(label: LabelTable) -> list[str]:

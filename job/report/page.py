@@ -5,6 +5,7 @@ Both are made only from `Contents`, which are stored in the output, so that `job
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from job.evaluate import error_groups, examples, metric_info
 from job.evaluate.records import Comparison
@@ -75,7 +76,7 @@ def fill(file: str, *, autoescape: bool, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"readable": metric_info.readable, "cell": cell}
+    environment.filters |= {"readable": metric_info.readable, "cell": cell, "breakable": breakable}
     environment.globals |= {"wording": metric_info, "concluded": conclusion}
     return str(environment.get_template(file).render(**values))
 
@@ -92,6 +93,11 @@ def cell(text: object) -> str:
     """Escapes text for one line or table cell of Markdown, where its pipes, markup, HTML and line breaks have no effect."""
     escaped = "".join(f"\\{mark}" if mark in r"\`*_[]|~#" else mark for mark in " ".join(str(text).split()))
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def breakable(text: str) -> Markup:
+    """Escapes text, and lets long names break after their dots, slashes and underscores, where a phone has no room for them."""
+    return Markup(re.sub(r"(?<=\w)([._/])(?=\w)(?!\d)", r"\1<wbr>", str(escape(text))))
 
 
 def _errors(contents: Contents) -> dict[str, tuple[error_groups.Errors, error_groups.Errors]]:

@@ -79,6 +79,8 @@ def test_a_model_that_learned_is_called_better_in_one_place_alone() -> None:
 def test_the_metric_of_the_verdict_can_be_named() -> None:
     found = judged(evaluated(0.2, 120), evaluated(0.9, 120), FINDING, metric="bleu")
     assert found.verdict.metric == "bleu"
+    page = render(contents_of({"name": "named", "metrics": asdict(found)}))
+    assert page.index("<h3>BLEU</h3>") < page.index("<h3>Finding correct</h3>"), "its card is the first"
     assert found.verdict.constant is not None
     assert judged(evaluated(0.2, 60), evaluated(0.9, 60), FINDING, metric="loss").verdict.constant is None
 
@@ -94,6 +96,9 @@ def test_answers_that_are_all_the_same_are_unchanged_and_not_within_some_interva
     found = judged(rows, rows, FINDING)
     assert conclusion(found)[0] == "Unchanged: Finding correct is the same before and after in all 120 samples."
     assert "unchanged in all 120 held-out samples" in markdown(found)
+    page = render(contents_of({"name": "same", "metrics": asdict(found)}))
+    assert "Unchanged in all 120 samples." in page
+    assert page.count("<small>the same in all 120</small>") == len(found.change)
 
 
 def test_an_interval_without_zero_is_no_verdict_where_the_test_disagrees() -> None:
@@ -115,6 +120,7 @@ def test_few_rows_get_neither_verdict_nor_change(rows: int) -> None:
     found = judged(evaluated(0.0, 2 * rows), evaluated(1.0, 2 * rows), FINDING)
     assert conclusion(found) == [f"Too few to judge by: only {rows} held-out patients or other units."]
     assert "a change of" not in markdown(found)
+    assert 'class="card"' not in render(contents_of({"name": "few", "metrics": asdict(found)}))
 
 
 def test_rows_that_are_also_in_training_are_left_out_of_the_verdict() -> None:

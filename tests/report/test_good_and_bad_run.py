@@ -20,7 +20,7 @@ from tests.report.conftest import LABELS
 
 def words(contents: Contents, until: str = "</html>") -> str:
     """The words of the page, one blank between two of them and between two elements."""
-    body = render(contents, {}).partition("<body>")[2].partition(until)[0]
+    body = render(contents, {}).replace("<wbr>", "").partition("<body>")[2].partition(until)[0]
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
 
 
