@@ -231,6 +231,7 @@ def measure_rates(folder: Path, images: int, seconds: float) -> None:
         theirs = rate(partial(notebook, files, processor), seconds) / CORES
         append("loader", f"notebook's way, {name}: its one process", theirs, "images/s on 1 core")
         append("loader", f"ours beside the notebook's, {name}", ours / theirs, "times")
+        append("loader", f"ours beside libjpeg-turbo alone, {name}", ours / rate(decoding, seconds), "times")
 
 
 def measure_large(folder: Path, seconds: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 from job.config.schema import DatasetSpec
 from job.data.layouts import is_dicom
 from job.data.pixels import LARGEST, BadRow, Picture, check_size, stretch
-from job.data.stacks import MEDGEMMA, choose, square
+from job.data.stacks import MEDGEMMA, by_position, choose, plane, square
 from job.data.windows import HOUNSFIELD, Numbers, eight_bits, in_colours, windowed
 from job.errors import DataError
 
@@ -41,6 +42,15 @@ SCREENS = ("SCREEN SAVE", "SCREEN SNAPSHOT", "DOSE_INFO", "PROTOCOL")
 """Values of ImageType with which scanners mark pages of text."""
 NO_IMAGES = {"SEG": "1.2.840.10008.5.1.4.1.1.66.4", "RTDOSE": "1.2.840.10008.5.1.4.1.1.481.2"}
 """Modalities and classes (PS3.4 B.5) of objects whose pixels are no image: segmentations, doses."""
+OWN = (
+    *("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth", "VOILUTFunction", "PixelSpacing"),
+    *("ImageOrientationPatient", "ImagePositionPatient"),
+)
+GROUPS = (
+    *("PixelValueTransformationSequence", "FrameVOILUTSequence", "PixelMeasuresSequence"),
+    *("PlaneOrientationSequence", "PlanePositionSequence"),
+)
+"""Sequences of enhanced files that hold these."""
 USUAL_BITS = 12
 """Bits of most detectors."""
 DEFLATED, EXPLICIT = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1\0\0\0"
@@ -63,7 +73,8 @@ def opened(data: bytes, spec: DatasetSpec) -> tuple[Any, list[int], int]:
         if "TransferSyntaxUID" not in header.file_meta:
             implicit = header.original_encoding[0]
             header.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
-        return header, choose(_count(header), spec.dicom.frames), len(header.get("PixelData") or b"")
+        order = _order(header)
+        return header, [order[n] for n in choose(len(order), spec.dicom.frames)], len(header.get("PixelData") or b"")
     except BadRow:
         raise
     except Exception as error:  # pydicom may raise anything on a broken file
@@ -107,6 +118,15 @@ def _check_pixels(header: Any, spec: DatasetSpec) -> int:
 
 def _count(header: Any) -> int:
     return int(header.get("NumberOfFrames") or 1)
+
+
+def _order(header: Any) -> Sequence[int]:
+    """Returns frames in the order in which they lie, or as they are stored if they do not say where."""
+    count = _count(header)
+    if len(header.get("PerFrameFunctionalGroupsSequence") or []) != count:
+        return range(count)
+    owns = (_own(header, n) for n in range(count))
+    return by_position([plane(own["ImageOrientationPatient"], own["ImagePositionPatient"]) for own in owns])
 
 
 def read_header(file: Path, tags: list[str]) -> Any:
@@ -191,16 +211,13 @@ def _in_hounsfield(header: Any) -> bool:
 
 
 def _own(header: Any, number: int) -> dict[str, Any]:
-    """Returns rescale and window values, and the spacing: the file's or, in an enhanced file, those of this frame or shared by
-    all frames."""
-    wanted = ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth", "VOILUTFunction", "PixelSpacing")
+    """Returns values of `OWN`: the file's or, in an enhanced file, those of this frame or shared by all frames."""
     places = [header]
     for groups, place in (("PerFrameFunctionalGroupsSequence", number), ("SharedFunctionalGroupsSequence", 0)):
         if header.get(groups) and place < len(header[groups].value):
             group = header[groups].value[place]
-            for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence", "PixelMeasuresSequence"):
-                places += list(group.get(name) or [])[:1]
-    return {name: next((place[name].value for place in places if place.get(name) is not None), None) for name in wanted}
+            places += [each for name in GROUPS for each in list(group.get(name) or [])[:1]]
+    return {name: next((place[name].value for place in places if place.get(name) is not None), None) for name in OWN}
 
 
 def _padding(values: Numbers, header: Any) -> Numbers:

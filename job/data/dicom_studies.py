@@ -15,21 +15,18 @@ from sys import intern
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from job.config.schema import DatasetSpec, SeriesSpec
 from job.data.conversations import AFTER, BEFORE, SLICE
 from job.data.dicom import SCREENS, SECONDARY, TECHNICAL, read_header
 from job.data.pixels import BadRow
-from job.data.stacks import MEDGEMMA, choose
+from job.data.stacks import MEDGEMMA, Plane, by_position, choose, plane
 from job.data.tables import LINE, PATIENT, WHY, read_line
 from job.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-PARALLEL = 0.01
-"""Largest difference between the normals of parallel slices, per axis."""
 STACKED = ("CT", "MR", "PT", "NM")
 """Modalities whose series are stacks of slices; each file of the others is a separate image."""
 KEYS = {
@@ -258,33 +255,19 @@ def _images(headers: list[Header], spec: DatasetSpec) -> list[dict[str, Any]]:
 
 
 def in_order(headers: list[Header]) -> list[Header]:
-    """Sorts by series, and within a series by position along the normal of its slices, upwards, or by number if not all slices
-    say where they are, or they are not parallel."""
-    found = []
-    for stack in _by(sorted(headers, key=_order), "SeriesInstanceUID").values():
-        placed = [_placed(header) for header in stack]
-        normals = [each[0] for each in placed if each]
-        if len(normals) == len(stack) and np.ptp(normals, axis=0).max() < PARALLEL:
-            depths = [float(each[0] @ each[1]) for each in placed if each]
-            stack = [stack[n] for n in sorted(range(len(stack)), key=lambda n, depths=depths: depths[n])]  # type: ignore[misc]
-        found += stack
-    return found
+    """Sorts by series, and within a series by position, or by number if slices do not say where they are."""
+    stacks = _by(sorted(headers, key=_order), "SeriesInstanceUID").values()
+    return [stack[n] for stack in stacks for n in by_position([_plane(header) for header in stack])]
 
 
 def orientation_of(header: Header) -> str:
     """Returns the plane of a slice, the nearest if it is oblique; empty if it is not known."""
-    placed = _placed(header)
+    placed = _plane(header)
     return ("sagittal", "coronal", "axial")[int(np.abs(placed[0]).argmax())] if placed else ""
 
 
-def _placed(header: Header) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-    """Returns the normal of a slice and its position in millimetres, to the left, the back and the head (PS3.3 C.7.6.2.1.1)."""
-    try:
-        across, down = np.array(header["ImageOrientationPatient"].split("\\"), float).reshape(2, 3)
-        place = np.array(header["ImagePositionPatient"].split("\\"), float).reshape(3)
-    except ValueError:
-        return None
-    return np.cross(across, down), place
+def _plane(header: Header) -> Plane | None:
+    return plane(header["ImageOrientationPatient"].split("\\"), header["ImagePositionPatient"].split("\\"))
 
 
 def _order(header: Header) -> tuple[int, str, int, str]:

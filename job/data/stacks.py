@@ -5,16 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from job.data.pixels import BadRow, Picture
 
 MEDGEMMA, MOST_SLICES = "medgemma", 85
 """Value of `dicom.frames` for volumes as MedGemma 1.5 was shown them, and the most slices of one: see `windows.MEDGEMMA`."""
+PARALLEL = 0.01
+"""Largest difference between the normals of parallel slices, per axis."""
 MOST_TILES = 16
 TILE = 512
 MOST_OBLONG = 10
 """Largest ratio of a pixel's sides that is believed."""
+
+Plane = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Normal and position of a slice."""
 
 
 def choose(count: int, frames: str | int | list[int]) -> list[int]:
@@ -37,6 +43,27 @@ def choose(count: int, frames: str | int | list[int]) -> list[int]:
     if not all(-count <= int(place) < count for place in frames):
         raise BadRow("dataset.dicom.frames names a frame that it does not have")
     return [int(place) % count for place in frames]
+
+
+def plane(orientation: Any, position: Any) -> Plane | None:
+    """Returns the normal of a slice and its position in millimetres, to the left, the back and the head (PS3.3 C.7.6.2.1.1); None
+    if it does not say where it lies."""
+    try:
+        across, down = np.array(orientation, float).reshape(2, 3)
+        return np.cross(across, down), np.array(position, float).reshape(3)
+    except (TypeError, ValueError):
+        return None
+
+
+def by_position(planes: list[Plane | None]) -> list[int]:
+    """Returns indices of slices in the order in which they lie along their normal, upwards; as they come if not all say where
+    they are, or they are not parallel."""
+    placed = [each for each in planes if each]
+    normals = [normal for normal, _ in placed]
+    if len(placed) < len(planes) or np.ptp(normals, axis=0).max() >= PARALLEL:
+        return list(range(len(planes)))
+    depths = [float(normal @ position) for normal, position in placed]
+    return sorted(range(len(planes)), key=lambda n: depths[n])
 
 
 def montage(shown: list[Picture]) -> Picture:

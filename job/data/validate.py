@@ -303,10 +303,12 @@ def _shrunk(
     if measure is None or sum(map(math.prod, row.whole)) > MOST_COUNTED:
         return ShrunkFacts(len(pairs), whole, size)
     sample = read_sample(source.read(source.rows_at([place])[0]), dataset, source.reading)
-    if len(sample.images) != len(row.sizes):  # files of several frames
+    counts = [len(row.sizes)] if len(sample.images) == 1 else [1] * len(sample.images)
+    if sum(counts) != len(row.sizes):  # several files of several frames
         return ShrunkFacts(len(pairs), whole, size)
+    messages = repeat_images(sample.messages, counts, dataset.dicom.frames)
     try:
-        return ShrunkFacts(len(pairs), whole, size, measure(sample.messages, list(row.whole)).whole, row.tokens)
+        return ShrunkFacts(len(pairs), whole, size, measure(messages, list(row.whole)).whole, row.tokens)
     except DataError:  # the processor refuses an image of that size
         return ShrunkFacts(len(pairs), whole, size)
 

@@ -176,6 +176,27 @@ def test_an_enhanced_file_has_its_window_in_each_frame():
     assert first.mean() > second.mean() + 100
 
 
+def test_frames_of_an_enhanced_file_are_in_the_order_in_which_they_lie():
+    def lying(height: float) -> Dataset:
+        group, place = Dataset(), Dataset()
+        place.ImagePositionPatient = [0, 0, height]
+        group.PlanePositionSequence = [place]
+        return group
+
+    shared, turned = Dataset(), Dataset()
+    turned.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    shared.PlaneOrientationSequence = [turned]
+    stack = np.stack([np.full((16, 16), n * 40) for n in range(3)])
+    tags = {
+        "WindowCenter": 100,
+        "WindowWidth": 201,
+        "PerFrameFunctionalGroupsSequence": [*map(lying, (20.0, 0.0, 10.5))],
+    }
+    both = [made(stack, **tags, SharedFunctionalGroupsSequence=[shared]), made(stack, **tags)]
+    shades = [[int(np.asarray(each)[0, 0, 0]) for each in pictures(data, frames=[0, 1, 2])] for data in both]
+    assert shades == [[52, 103, 1], [1, 52, 103]]  # without an orientation, as they are stored
+
+
 def test_frames_are_chosen():
     assert choose(30, "middle") == [15]
     assert choose(30, [0, -1]) == [0, 29]
