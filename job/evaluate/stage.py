@@ -26,6 +26,8 @@ from job.store import Missing, Store
 log = logging.getLogger("job")
 
 Answers = list[Answer]
+MOST_SHOWN = 4
+"""Images of a row in the report, which is one page."""
 T = TypeVar("T")
 
 KEEP_SECONDS = 15.0
@@ -245,20 +247,19 @@ def values(measured: Comparison) -> dict[str, dict[str, float]]:
 
 
 def pictures(rows: Any, ids: Iterable[str], longest_side: int = 384) -> dict[str, bytes]:
-    """Return the first image of each held-out row in `ids` as a JPEG file, by id. Rows without images are left out."""
+    """Return the first `MOST_SHOWN` images of each held-out row in `ids` as JPEG files: the first by the row's id, further ones
+    by `<id>.2` and so on. Rows without images are left out."""
     from job.evaluate.generate import rows_ids
 
     places = {identity: place for place, identity in enumerate(rows_ids(rows))}
     found = {}
     for identity in dict.fromkeys(ids):
-        images = rows[places[identity]]["images"]
-        if not images:
-            continue
-        image = images[0].convert("RGB")
-        image.thumbnail((longest_side, longest_side))
-        stream = io.BytesIO()
-        image.save(stream, "JPEG", quality=85)
-        found[identity] = stream.getvalue()
+        for number, each in enumerate(rows[places[identity]]["images"][:MOST_SHOWN], 1):
+            image = each.convert("RGB")
+            image.thumbnail((longest_side, longest_side))
+            stream = io.BytesIO()
+            image.save(stream, "JPEG", quality=85)
+            found[identity if number == 1 else f"{identity}.{number}"] = stream.getvalue()
     return found
 
 

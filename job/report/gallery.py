@@ -36,9 +36,9 @@ def shown(contents: Contents, images: Mapping[str, bytes]) -> dict[str, list[Sho
 def sample(contents: Contents, index: int, images: Mapping[str, bytes]) -> Shown:
     """Returns row `index` of the stored answers in the form that the page's template reads.
 
-    `image` is a data URI, or empty. `seen` holds the opacity (0 to 1) of each cell of the row's occlusion map, and is empty if
-    there is no map, or nothing stands out in it. `strongest` is the largest effect of a cell on the loss of the answer, in nats
-    per token; None if there is no map.
+    `image` is a data URI, or empty, and `further` those of the row's other images. `seen` holds the opacity (0 to 1) of each
+    cell of the row's occlusion map, and is empty if there is no map, or nothing stands out in it. `strongest` is the largest
+    effect of a cell on the loss of the answer, in nats per token; None if there is no map.
     """
     row, labels = contents.after[index], labels_read(contents.metrics)
     cells = np.array(contents.occlusion.get(row.id) or [[]])
@@ -47,14 +47,19 @@ def sample(contents: Contents, index: int, images: Mapping[str, bytes]) -> Shown
     return {
         "id": row.id,
         "reference": row.reference,
-        "about": [(name, value) for part in (row.labels, row.groups) for name, value in part.items() if value],
+        "about": [(name, _told(value)) for part in (row.labels, row.groups) for name, value in part.items() if value],
         "answers": [answer(when, each, labels) for when, each in answers],
         "image": data_uri(images[row.id]) if row.id in images else "",
+        "further": [data_uri(images[key]) for key in images if key.rpartition(".")[0] == row.id],
         "source": row.source,
         "question": row.question,
         "seen": np.round(cells.clip(0) / strongest, 3).tolist() if strongest and stands_out(cells) else [],
         "strongest": strongest,
     }
+
+
+def _told(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def stands_out(cells: Floats) -> bool:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import given
@@ -10,6 +11,7 @@ from job.evaluate import examples
 from job.evaluate.records import Sample
 from job.report import gallery
 from job.report.gallery import difference
+from job.report.page import render
 from tests.evaluate.conftest import chosen, contents_of
 
 TEXTS = st.lists(st.sampled_from(["left", "Right,", "lung.", "no", "\nno", "<b>"]), max_size=12).map(" ".join)
@@ -32,6 +34,18 @@ def test_only_the_words_that_differ_are_marked() -> None:
         ("added", "right"),
         ("same", "lung"),
     ]
+
+
+def test_every_image_of_a_row_is_shown_and_labels_are_read_as_words(facts: dict[str, Any]) -> None:
+    contents = contents_of(facts)
+    row = replace(contents.after[0], labels={"findings": ["nodule", "effusion"]}, groups={"sex": "F"})
+    contents = replace(contents, after=[row, *contents.after[1:]])
+    images = {row.id: b"first", f"{row.id}.2": b"second", f"{row.id}0": b"of another row"}
+    sample = gallery.sample(contents, 0, images)
+    assert (sample["image"], sample["further"]) == (gallery.data_uri(b"first"), [gallery.data_uri(b"second")])
+    assert sample["about"] == [("findings", "nodule, effusion"), ("sex", "F")]
+    page = render(contents, {f"{one.id}{end}": b"film" for one in contents.after for end in ("", ".2")})
+    assert "Image 2 of sample" in page
 
 
 def test_a_sample_is_shown_once(facts: dict[str, Any]) -> None:
