@@ -146,7 +146,12 @@ def describe(value: object) -> str:
 
 def did_you_mean(name: str, known: Iterable[str], before: str = "") -> str:
     """Return the end of a sentence that offers the known names most like `name`, each after `before`; empty if none is."""
+    near = nearest(name, known)
+    return f"; did you mean {' or '.join(before + each for each in near)}?" if near else ""
+
+
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """Return the known names that begin with `name`, else the one most like it, in any case; none if none is."""
     folded = {each.lower(): each for each in known}
     near = [each for each in folded if len(name) > 2 and each.startswith(name.lower())]
-    near = near or difflib.get_close_matches(name.lower(), folded, n=1)
-    return f"; did you mean {' or '.join(before + folded[each] for each in near)}?" if near else ""
+    return [folded[each] for each in near or difflib.get_close_matches(name.lower(), folded, n=1)]

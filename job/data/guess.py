@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from job.config.schema import DatasetSpec
-from job.data.images import WEB, looks_like_picture
+from job.data.encoded import looks_like_picture
+from job.data.images import WEB
 from job.data.pixels import BadRow
 from job.data.sources import Source, open_source, open_whole
 from job.data.tables import PATIENT

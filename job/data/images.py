@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import io
 import math
 import os
-import re
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
 from job.config.schema import DatasetSpec, PrivacySpec
+from job.data.encoded import begins_as_picture, from_base64, from_data_url
 from job.data.image_cache import ImageCache
 from job.data.image_names import OUTSIDE, Lookup
 from job.data.layouts import is_dicom
@@ -23,7 +22,6 @@ from job.data.nifti import is_nifti
 from job.data.pixels import MIN_SIDE, BadRow, Picture, as_rgb, check_bytes, check_size, shrink, upright
 from job.data.remote import NO_HOST, Unfetchable, fetched, piece
 from job.data.stacks import montage
-from job.data.webdataset import IMAGES, ending_of
 from job.data.zipped import Member, read_member
 from job.errors import DataError
 from job.runtime.staging import BUNDLE
@@ -39,14 +37,6 @@ WHOLE = "whole"
 UNKNOWN_HOST = f"image cannot be fetched: {NO_HOST}"
 """Why a row is bad, permanently or for as long as the name servers are unreachable."""
 WEB = ("http://", "https://", "s3://")
-ENCODED = re.compile(
-    rb"\x89PNG\r\n|\xff\xd8\xff|GIF8|RIFF.{4}WEBP|II\*\0|MM\0\*|BM.{4}\0{4}|\0\0\0\x0cjP  |.{4}ftypavi|.{128}DICM|\x1f\x8b\x08",
-    re.DOTALL,
-)
-"""How image files begin."""
-SHORTEST, HEAD = 64, 240
-"""Base64 characters that show how an image file begins, and a DICOM file, whose magic number follows 128 bytes."""
-COMMON = str.maketrans("-_", "+/")
 
 
 class Bounds(NamedTuple):
@@ -135,9 +125,9 @@ def locate(value: Any, files: Files) -> bytes | Place:
     if not (isinstance(name, str) and name and all(isinstance(number, int) and number >= 0 for number in extent)):
         raise BadRow("no image")
     if name.startswith("data:"):
-        return _inline(name)
+        return from_data_url(name)
     if begins_as_picture(name):
-        return _from_base64(name, "image is broken base64")
+        return from_base64(name, "image is broken base64")
     name = name.removeprefix("file://")
     if not name.startswith(WEB):
         if files.base is not None:
@@ -174,21 +164,6 @@ def _below(base: str, name: str) -> str:
     return scheme + whole
 
 
-def looks_like_picture(value: Any) -> bool:
-    """Whether a column with this value is likely to hold images: encoded ones, names of image files, or lists of either."""
-    if isinstance(value, dict):
-        return looks_like_picture(value.get("bytes") or value.get("path") or value.get("url"))
-    if isinstance(value, list):
-        return any(map(looks_like_picture, value[:3]))
-    if isinstance(value, bytes):
-        return ENCODED.match(value) is not None
-    if not isinstance(value, str):
-        return False
-    name = value[-4096:].rstrip(" ]\"'")  # lists may be written as JSON
-    encoded = value.startswith("data:image/") or begins_as_picture(value.lstrip("[ \"'"))
-    return encoded or ("." in name and ending_of(PurePosixPath(name).name) in IMAGES)
-
-
 def read(place: Place) -> bytes:
     """Raises BadRow if it cannot be read."""
     size = place.size
@@ -219,11 +194,6 @@ def read(place: Place) -> bytes:
     return data
 
 
-def _inline(url: str) -> bytes:
-    head, _, body = url.partition(",")
-    return _from_base64(body, "data: URL is not base64") if head.endswith(";base64") else b""
-
-
 def is_absolute(value: Any, files: Files) -> bool:
     """Whether a row's image value is an absolute path on this machine."""
     name = path_of(value)
@@ -239,31 +209,6 @@ def path_of(value: Any) -> str | None:
     if not isinstance(name, str) or not name or name.startswith((*WEB, "data:")) or begins_as_picture(name):
         return None
     return name.removeprefix("file://")
-
-
-def begins_as_picture(text: str) -> bool:
-    """Whether a text is the base64 of an image, and so not a path, judging by the first bytes of the file."""
-    for size in (SHORTEST, HEAD):
-        head = _bare(text[:size])
-        with suppress(ValueError):
-            if len(text) >= size and ENCODED.match(base64.b64decode(head[: len(head) // 4 * 4], validate=True)):
-                return True
-    return False
-
-
-def _from_base64(text: str, reason: str) -> bytes:
-    check_bytes(len(text) * 3 // 4)
-    bare = _bare(text).rstrip("=")
-    try:
-        return base64.b64decode(bare + "=" * (-len(bare) % 4), validate=True)
-    except ValueError as error:
-        raise BadRow(reason) from error
-
-
-def _bare(text: str) -> str:
-    """Removes line breaks and Python's quotes around bytes from base64, and converts its other alphabet to the common one."""
-    text = "".join(text.split()).translate(COMMON)
-    return text[2:].rstrip("'\"") if text.startswith(("b'", 'b"')) else text
 
 
 def load(value: Any, files: Files, spec: DatasetSpec, pictures: int = 1) -> list[Picture]:

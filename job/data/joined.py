@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from job.data.cells import as_text
 from job.data.pixels import BadRow
-from job.data.reading import did_you_mean
+from job.data.reading import perhaps
 from job.data.text import as_line
 from job.errors import DataError
 
@@ -33,7 +33,7 @@ def joined(
     columns = {title: _columns(lines, read) for title, lines in parts.items()}
     for title, names in columns.items():
         if join.key not in names:
-            key = f"{join.key}{did_you_mean(join.key, names)}"
+            key = f"{join.key}{perhaps(join.key, names)}"
             raise DataError(f"{field}: dataset.join is {key}; {title} has no such column, but {', '.join(names)}")
     used = join.used(dict.fromkeys(name for names in columns.values() for name in names))
     answer = next((name for name in join.answers if any(name in names for names in columns.values())), "")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from job.config.parsing import nearest
 from job.config.schema import FIELD, DatasetSpec
 from job.errors import DataError
 
@@ -64,7 +63,7 @@ def choose_columns(
     wanted |= also
     missing = [where for where, column in wanted.items() if column is not None and column not in present]
     if missing:
-        said = "; ".join(f"{where}{did_you_mean(str(wanted[where]), present)}" for where in missing)
+        said = "; ".join(f"{where}{perhaps(str(wanted[where]), present)}" for where in missing)
         raise DataError(f"{said}: no such column; {field} has {', '.join(sorted(present))}")
     used = {column for column in wanted.values() if column} | {
         messages or answer if spec.answer is None or messages else ""
@@ -74,11 +73,9 @@ def choose_columns(
     return Reading(tuple(name for name in names if name), answer, messages, frozenset(used - {""}), split)
 
 
-def did_you_mean(name: str, present: Iterable[str]) -> str:
-    """Names the column most like `name` in words; empty if none is."""
-    plain = {re.sub(r"[\W_]", "", each).lower(): each for each in present}
-    found = difflib.get_close_matches(re.sub(r"[\W_]", "", name).lower(), plain, 1, 0.7)
-    return f" (did you mean {plain[found[0]]}?)" if found else ""
+def perhaps(name: str, present: Iterable[str]) -> str:
+    near = nearest(name, present)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def answer_columns(spec: DatasetSpec) -> list[str]:

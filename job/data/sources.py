@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -19,21 +17,23 @@ from job.data.cells import as_text, images_of
 from job.data.classes import kinds_of, named
 from job.data.columns import FIRST, Choose, Rows, every, first_rows, undecoded
 from job.data.conversations import read_sample
+from job.data.encoded import looks_like_picture
 from job.data.floats import Floats, floats_of
 from job.data.hub import from_hub, not_there
 from job.data.image_cache import ImageCache
 from job.data.image_names import SAMPLED, beside, learned, nearest
-from job.data.images import AS_IT_IS, Bounds, Files, Place, locate, looks_like_picture, path_of
+from job.data.images import AS_IT_IS, Bounds, Files, Place, locate, path_of
 from job.data.joined import Join
 from job.data.layouts import find_rows, listed, of_split, split_of, tables_below, values_of_split
 from job.data.nested import Selection, flat
-from job.data.pixels import LARGEST, BadRow
+from job.data.pixels import BadRow
 from job.data.reading import Reading, answer_columns, choose_alike, choose_columns
 from job.data.tables import LINE, as_table, read_line, read_table
-from job.data.webdataset import IMAGES, fetched_shards, index_shards, shards_to_stream
-from job.errors import DataError, JobError
+from job.data.webdataset import fetched_shards, index_shards, shards_to_stream
+from job.data.zipped import unpacked
+from job.errors import DataError
 from job.runtime.hub import is_hub_id
-from job.runtime.staging import BUNDLE, check_room, exists, local_path, only_one, room_at
+from job.runtime.staging import BUNDLE, exists, local_path, room_at
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -293,34 +293,3 @@ def _open(
         rows = rows._replace(classes={**classes_noted(here, spec.name), **rows.classes})
     unless = "" if rows.of_split else found.unless
     return Table(rows, why, base, left_out=found.left_out, files=tuple(chosen), named=here.is_file(), unless=unless)
-
-
-def unpacked(archive: Path, scratch: Path, field: str) -> Path:
-    """Unpacks a zip archive to scratch and returns the folder. `zipfile` makes names that lead out of it harmless."""
-    mark = archive.stat()
-    name = hashlib.sha256(f"{archive.resolve()} {mark.st_size} {mark.st_mtime_ns}".encode()).hexdigest()[:24]
-    folder, partial = scratch / "fetched" / name, scratch / "fetched" / f"{name}.partial"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with only_one(folder.with_name(f".{name}.lock"), f"{field}: {archive}"):
-        if not folder.exists():
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            try:
-                with zipfile.ZipFile(archive) as packed:
-                    members = packed.infolist()
-                    pictures = [each.file_size for each in members if Path(each.filename).suffix.lower()[1:] in IMAGES]
-                    if (largest := max(pictures, default=0)) > LARGEST:
-                        raise DataError(
-                            f"{field}: {archive} holds an image of {largest / 1e9:.1f} GB, over {LARGEST / 1e9:g}; repack "
-                            "it without that image"
-                        )
-                    need = sum(member.file_size for member in members)
-                    check_room(need, folder, f"{field}: {archive}, unpacked,")
-                    packed.extractall(partial)
-            except JobError:
-                raise
-            except Exception as error:  # zipfile may raise anything on a broken archive
-                raise DataError(f"{field}: {archive} cannot be unpacked: {error}") from error
-            partial.rename(folder)
-    inside = [path for path in folder.iterdir() if path.name not in ("__MACOSX", ".DS_Store")]
-    return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from job.data.columns import Choose, Rows, every, read_columns, titled
+from job.data.encoded import looks_like_picture
 from job.data.floats import Floats, is_whole
-from job.data.images import looks_like_picture
 from job.data.joined import Join, joined
 from job.data.nested import Selection, flat, rows_inside
 from job.data.pixels import BadRow

@@ -1,16 +1,20 @@
-"""Reads images in zip archives where they are: nothing is unpacked to scratch, and an archive may be larger than it."""
+"""Reads images in zip archives where they are, since an archive may be larger than scratch, and unpacks one that is the data."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import struct
 import zipfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from job.data.pixels import BadRow, check_bytes
+from job.data.pixels import LARGEST, BadRow, check_bytes
 from job.data.webdataset import IMAGES, ending_of
+from job.errors import DataError, JobError
+from job.runtime.staging import check_room, only_one
 
 HEADER = struct.Struct("<4s22xHH")
 """A local file header: its signature, and the lengths of name and extra field that follow it (APPNOTE 4.3.7)."""
@@ -57,3 +61,34 @@ def read_member(file: int, member: Member) -> bytes:
     if mark != LOCAL or len(data) != member.size or zlib.crc32(data) != member.crc:
         raise BadRow(DAMAGED)
     return data
+
+
+def unpacked(archive: Path, scratch: Path, field: str) -> Path:
+    """Unpacks a zip archive to scratch and returns the folder. `zipfile` makes names that lead out of it harmless."""
+    mark = archive.stat()
+    name = hashlib.sha256(f"{archive.resolve()} {mark.st_size} {mark.st_mtime_ns}".encode()).hexdigest()[:24]
+    folder, partial = scratch / "fetched" / name, scratch / "fetched" / f"{name}.partial"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with only_one(folder.with_name(f".{name}.lock"), f"{field}: {archive}"):
+        if not folder.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            try:
+                with zipfile.ZipFile(archive) as packed:
+                    members = packed.infolist()
+                    pictures = [each.file_size for each in members if Path(each.filename).suffix.lower()[1:] in IMAGES]
+                    if (largest := max(pictures, default=0)) > LARGEST:
+                        raise DataError(
+                            f"{field}: {archive} holds an image of {largest / 1e9:.1f} GB, over {LARGEST / 1e9:g}; repack "
+                            "it without that image"
+                        )
+                    need = sum(member.file_size for member in members)
+                    check_room(need, folder, f"{field}: {archive}, unpacked,")
+                    packed.extractall(partial)
+            except JobError:
+                raise
+            except Exception as error:  # zipfile may raise anything on a broken archive
+                raise DataError(f"{field}: {archive} cannot be unpacked: {error}") from error
+            partial.rename(folder)
+    inside = [path for path in folder.iterdir() if path.name not in ("__MACOSX", ".DS_Store")]
+    return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder

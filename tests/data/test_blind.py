@@ -10,7 +10,7 @@ import pytest
 
 from job.config.loader import validate
 from job.data import Data
-from job.data.images import looks_like_picture
+from job.data.encoded import looks_like_picture
 from job.data.prepare import prepare
 from job.errors import DataError
 from job.planning.facts import Facts

@@ -16,17 +16,16 @@ from PIL import Image, ImageOps
 from pydicom.data import get_testdata_file
 
 from job.config.schema import DatasetSpec
+from job.data.encoded import begins_as_picture, looks_like_picture
 from job.data.image_cache import ImageCache
 from job.data.images import (
     Bounds,
     Files,
-    begins_as_picture,
     decode,
     file_name,
     load,
     load_anew,
     locate,
-    looks_like_picture,
 )
 from job.data.pixels import BadRow, shrink
 
