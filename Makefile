@@ -5,13 +5,21 @@ DEMO = build/demo
 # One more than there are cores, at most four: tests on a cluster mostly wait.
 WORKERS ?= $(shell n=$$(nproc); [ $$n -lt 3 ] && echo $$((n + 1)) || echo 4)
 
-.PHONY: demo test check lint docs clean kill-proof fence-proof resume-proof verdict-proof near-duplicates reader-test fuzz hostile-stores disk-proof test-gpu test-image test-slurm test-gguf test-radeval test-serve test-store bench-store bench-gpu bench-scaling bench-whole-job bench-release whole-job test-families bench
+.PHONY: demo example-vqa test check lint docs clean kill-proof fence-proof resume-proof verdict-proof near-duplicates reader-test fuzz hostile-stores disk-proof test-gpu test-image test-slurm test-gguf test-radeval test-trackers test-serve test-store bench-store bench-prefix public-sets bench-gpu bench-scaling bench-whole-job bench-release whole-job test-families bench
 
 demo:
 	@.ci/venv train
 	@$(PYTHON_VENV) examples/make_demo.py $(DEMO)
 	@OMP_NUM_THREADS=1 JOB_SPEC=examples/demo.yaml JOB_SCRATCH=$(DEMO)/scratch $(PYTHON_VENV) -m job run
 	@$(PYTHON_VENV) -m job status $(DEMO)/output
+
+# Questions about studies of two DICOM images with several findings, on the demo's model.
+example-vqa:
+	@.ci/venv train dev
+	@$(PYTHON_VENV) examples/make_demo.py $(DEMO)
+	@$(PYTHON_VENV) examples/make_vqa.py build/vqa/data
+	@OMP_NUM_THREADS=1 JOB_SCRATCH=build/vqa/scratch $(PYTHON_VENV) -m job run examples/vqa.yaml
+	@$(PYTHON_VENV) -m job status build/vqa/output
 
 test: check
 	@.ci/system
@@ -61,6 +69,12 @@ test-radeval:
 	@.ci/radeval
 	@OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest tests/evaluate/test_radeval.py
 
+# W&B (offline), MLflow and model-signing themselves, in an environment of their own on top of .venv (400 MB).
+test-trackers:
+	@.ci/venv train dev
+	@.ci/trackers
+	@PYTHONPATH=. OMP_NUM_THREADS=1 build/trackers/bin/python -m pytest tests/train/test_trackers.py tests/output/test_verify.py
+
 resume-proof:
 	@.ci/venv train dev
 	@$(PYTHON_VENV) -m tests.resume_proof $(or $(N),50)
@@ -78,6 +92,16 @@ ifneq ($(filter $(PICTURES),$(or $(KINDS),$(PICTURES))),)
 	@$(PYTHON_VENV) -m tests.fuzz_pictures $(or $(N),1000) --seed $(or $(SEED),0) \
 	  --kinds $(filter $(PICTURES),$(or $(KINDS),$(PICTURES)))
 endif
+
+# Seconds and memory of fetching an s3:// prefix of OBJECTS.
+bench-prefix:
+	@.ci/venv train dev
+	@OMP_NUM_THREADS=1 $(PYTHON_VENV) -m benchmarks.prefix $(or $(OBJECTS),20000)
+
+# The whole job on each layout of a public set; the suite has two.
+public-sets:
+	@.ci/venv train dev
+	@PUBLIC_SETS=all OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest tests/data/test_public_sets.py -k whole_job
 
 # Every kind of store that misbehaves: how often each was asked, and what became of it.
 hostile-stores:

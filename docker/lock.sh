@@ -9,7 +9,7 @@ compile() {
         --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --annotation-style line "$@"
 }
 echo "$versions" >docker/.constraints
-compile pyproject.toml --extra gpu --extra dicom --extra trackers --extra fp8 --override docker/overrides.txt --constraint docker/.constraints -o docker/gpu.lock
+compile pyproject.toml --extra gpu --extra dicom --extra excel --extra nifti --extra trackers --extra fp8 --override docker/overrides.txt --constraint docker/.constraints -o docker/gpu.lock
 rm docker/.constraints
 grep -E '^(setuptools|wheel)==' docker/gpu.lock | sed 's/ .*//' >docker/.build
 compile docker/.build -o docker/build.lock

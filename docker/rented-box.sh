@@ -25,7 +25,10 @@ request() { # METHOD URL TOKEN BODY
 import sys, urllib.request
 method, url, token, body = sys.argv[1:]
 headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json", "User-Agent": "vision-lora-job"}
-urllib.request.urlopen(urllib.request.Request(url, body.encode(), headers, method=method), timeout=60)
+try:
+    urllib.request.urlopen(urllib.request.Request(url, body.encode(), headers, method=method), timeout=60)
+except OSError as error:
+    sys.exit(f"rented box: {url} answers: {error}")
 END
 }
 
@@ -34,11 +37,9 @@ stop_box() {
         say "stopping the box: $JOB_STOP_COMMAND" && bash -c "$JOB_STOP_COMMAND"
     elif [ -n "${RUNPOD_POD_ID:-}" ]; then
         say "stopping RunPod's pod $RUNPOD_POD_ID"
-        if command -v runpodctl >/dev/null; then
-            runpodctl stop pod "$RUNPOD_POD_ID"
-        else
-            request POST "${RUNPOD_API:-https://rest.runpod.io}/v1/pods/$RUNPOD_POD_ID/stop" "${RUNPOD_API_KEY:-}" ''
-        fi
+        # The first version of its API has ended, and what runpodctl uses and how it is called depends on its version.
+        request POST "${RUNPOD_API:-https://api.runpod.io}/v2/pods/$RUNPOD_POD_ID/action" "${RUNPOD_API_KEY:-}" '{"action": "stop"}' ||
+            runpodctl pod stop "$RUNPOD_POD_ID" || runpodctl stop pod "$RUNPOD_POD_ID" || return 1
     elif [ -n "${CONTAINER_ID:-}" ] && [ -n "${CONTAINER_API_KEY:-}" ]; then
         say "stopping vast.ai's instance $CONTAINER_ID"
         if command -v vastai >/dev/null; then
@@ -82,7 +83,7 @@ attempt() {
         for variable in $(compgen -e); do
             case $variable in
                 JOB_SPEC | JOB__* | JOB_GRACE_SECONDS | JOB_LEASE_SECONDS | JOB_GPU_MEMORY_GB | JOB_SCRATCH_GB | JOB_METRICS_PORT | JOB_PRICE_PER_HOUR | JOB_IMAGE_DIGEST | JOB_SERVE_PYTHON | JOB_RADEVAL_PYTHON | JOB_BUNDLE | \
-                    AWS_* | HF_* | *_proxy | *_PROXY) pass+=(--env "$variable") ;;
+                    AWS_* | HF_* | WANDB_* | MLFLOW_* | *_proxy | *_PROXY) pass+=(--env "$variable") ;;
             esac
         done
         [ -z "${JOB_METRICS_PORT:-}" ] || pass+=(--publish "$JOB_METRICS_PORT:$JOB_METRICS_PORT")

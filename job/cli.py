@@ -150,7 +150,8 @@ def check(environment: Environment, spec: str | None, data: bool, example: bool)
     from job.config.loader import load_spec
     from job.distributed.launch_env import read_launch_env
     from job.output.overlap import refuse_overlap
-    from job.output.ownership import check_data, check_owner, deletions, is_published, open_output
+    from job.output.ownership import check_data, check_owner, deletions, is_published
+    from job.output.stored import open_output
     from job.planning.describe import describe
     from job.planning.plan import make_plan
     from job.planning.survey import survey
@@ -261,6 +262,22 @@ def list_(_environment: Environment, prefix: str) -> None:
 
 @main.command()
 @click.argument("output")
+@at_once
+def verify(_environment: Environment, output: str) -> None:
+    """Compare every byte of the published files at OUTPUT with RESULT.json.
+
+    Names each file that differs, is missing or was added, and exits with 65 if there is any; with 0 if there is none.
+    """
+    from job.output.verify import verify as compare
+    from job.runtime.status import bytes_text
+    from job.store import open_store
+
+    found = compare(open_store(output), told=lambda key: log.info("%s is as published", key))
+    show(f"{found.files} files ({bytes_text(found.size)}) are as published\nRESULT.json has the SHA-256 {found.result}")
+
+
+@main.command()
+@click.argument("output")
 @click.option(
     "--to", type=click.Path(path_type=Path, dir_okay=False), help="A local file instead of OUTPUT/report.html."
 )
@@ -286,19 +303,21 @@ def report(_environment: Environment, output: str, to: Path | None) -> None:
 
 
 @main.command()
-@click.argument("outputs", metavar="OUTPUT OUTPUT...", nargs=-1, required=True)
+@click.argument("outputs", metavar="OUTPUT...", nargs=-1, required=True)
 @click.option("--metric", help="What the verdict is about. Default: the primary metric of the first run.")
 @click.option("--to", type=click.Path(path_type=Path, dir_okay=False), help="Write a page to this local file too.")
 @at_once
 def compare(_environment: Environment, outputs: tuple[str, ...], metric: str | None, to: Path | None) -> None:
     """Compare runs that answered the same held-out rows, each with the first OUTPUT.
 
-    It is made from the stored answers and needs no GPU and no model.
+    A single OUTPUT is the folder or s3:// prefix of a sweep, and all runs below it are compared. It is made from the
+    stored answers and needs no GPU and no model.
     """
-    from job.report.compare_runs import compare_runs, page, text
+    from job.report.compare_runs import compare_runs, finished_below, page, text
     from job.store import open_store
 
-    found = compare_runs([open_store(output) for output in outputs], metric)
+    stores = [open_store(output) for output in outputs]
+    found = compare_runs(stores if len(stores) > 1 else finished_below(*stores), metric)
     if to is not None:
         write_page(to, page(found).encode())
     show(text(found), nl=False)
@@ -395,43 +414,54 @@ def schema() -> None:
 
 @main.group()
 def render() -> None:
-    """Print a Kubernetes Job or a Slurm script for a spec."""
+    """Print Kubernetes Jobs or a Slurm script for a spec."""
+
+
+def rendered(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that both forms share."""
+    sweep = "A table of fields to change (CSV or YAML): a run for each row, with the output OUTPUT/ROW."
+    command = click.option("--sweep", type=click.Path(path_type=Path), help=sweep)(command)
+    command = click.option("--output", help="Where the job writes; overrides output.url.")(command)
+    return click.argument("spec")(bundle_option(command))
 
 
 @render.command()
-@click.argument("spec")
+@rendered
 @click.option("--image", required=True, help="The job's image, with a tag or, better, a digest.")
-@click.option("--output", help="Where the job writes; overrides output.url.")
 @click.option(
     "--with", "components", multiple=True, metavar="NAME", help="A component of k8s/components; may be repeated."
 )
-@click.option("--sweep", type=click.Path(path_type=Path), help="A table of overrides, one run per line.")
 @at_once
 def kubernetes(
     _environment: Environment,
     spec: str,
-    image: str,
     output: str | None,
-    components: tuple[str, ...],
     sweep: Path | None,
+    image: str,
+    components: tuple[str, ...],
 ) -> None:
-    """Print a Kubernetes Job for SPEC, for `kubectl create -f -`. Includes the overrides (JOB__…) set here."""
+    """Print a Kubernetes Job for SPEC, for `kubectl create -f -`.
+
+    Includes the overrides (JOB__…) and the JOB_BUNDLE set here.
+    """
     from job import render
 
-    show(render.kubernetes(render.read_run(os.environ, spec, output, sweep), image, components), nl=False)
+    show(render.kubernetes(render.read_runs(os.environ, spec, output, sweep), image, components), nl=False)
 
 
 @render.command()
-@click.argument("spec")
+@rendered
 @click.option("--image", help="The image for the site's runtime, like JOB_IMAGE in slurm/site.env.")
-@click.option("--output", help="Where the job writes; overrides output.url.")
 @at_once
-def slurm(_environment: Environment, spec: str, image: str | None, output: str | None) -> None:
-    """Print a batch script for SPEC, for `sbatch`. Includes the overrides (JOB__…) set here."""
+def slurm(_environment: Environment, spec: str, output: str | None, sweep: Path | None, image: str | None) -> None:
+    """Print a batch script for SPEC, for `sbatch`; with --sweep, it is an array job.
+
+    Includes the overrides (JOB__…) and the JOB_BUNDLE set here.
+    """
     from job import render
 
     settings = {} if image is None else {"JOB_IMAGE": image}
-    show(render.slurm(render.read_run(os.environ, spec, output, None), settings), nl=False)
+    show(render.slurm(render.read_runs(os.environ, spec, output, sweep), settings), nl=False)
 
 
 def command_line(name: str) -> None:

@@ -15,7 +15,8 @@ from job.config.environment import Environment
 from job.config.schema import JobSpec
 from job.distributed.ranks import ONE, Ranks, join_ranks
 from job.output.overlap import refuse_overlap
-from job.output.ownership import begin, check_owner, is_published, open_output
+from job.output.ownership import begin, check_owner, is_published
+from job.output.stored import open_output
 from job.runtime.preemption import Preemption
 from job.runtime.prometheus import serve_metrics
 from job.runtime.scratch import explain_shortages, heartbeat, job_folder, limit_scratch, make_private, prepare_scratch

@@ -7,13 +7,14 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.config.environment import Environment
 from job.config.schema import JobSpec
 from job.errors import SpecError
-from job.output.ownership import open_output
+from job.output.stored import open_output
 from job.planning.survey import as_seen, survey
 from job.runtime.progress import progress_bar
 
@@ -34,13 +35,16 @@ MOST_BAD = 40
 @dataclass(frozen=True)
 class Seen:
     """What the parts of the page are chosen by: which side of the split, the place there, the row's id, the least deviation of
-    the grey values of its images, their shortest side in pixels, and the words of the answer."""
+    the grey values of its images, their shortest side in pixels, how many times more pixels one had before it was shrunk, whether
+    text may be burned into one, and the words of the answer."""
 
     side: str
     place: int
     id: str
     deviation: float
     shortest: int
+    shrunk: float
+    burned_in: bool
     words: int
 
 
@@ -93,10 +97,20 @@ def _examined(sides: dict[str, Any], most: int) -> Iterator[Seen]:
 def _seen(side: str, place: int, row: Row) -> Seen:
     import numpy as np
 
-    grey = [np.asarray(image.convert("L").resize((64, 64)), dtype=float) for image in row["images"]]
-    deviation = min((float(each.std()) for each in grey), default=255.0)
-    shortest = min((min(image.size) for image in row["images"]), default=0)
-    return Seen(side, place, row["id"], deviation, shortest, len(row["reference"].split()))
+    from job.data.images import WHOLE
+
+    images = row["images"]
+    grey = [np.asarray(image.convert("L").resize((64, 64)), dtype=float) for image in images]
+    return Seen(
+        side,
+        place,
+        row["id"],
+        min((float(each.std()) for each in grey), default=255.0),
+        min((min(image.size) for image in images), default=0),
+        max((prod(image.info.get(WHOLE, image.size)) / prod(image.size) for image in images), default=1.0),
+        any(image.info.get("burned_in") for image in images),
+        len(row["reference"].split()),
+    )
 
 
 def _parts(seen: list[Seen], data: Data) -> dict[str, list[Seen]]:
@@ -115,7 +129,7 @@ def _parts(seen: list[Seen], data: Data) -> dict[str, list[Seen]]:
         for side, rows in (("training", data.train), ("held out", data.evaluation))
     }
     pairs = [
-        Seen(side, places[side][name], name, 255.0, 0, 0)
+        Seen(side, places[side][name], name, 255.0, 0, 1.0, False, 0)
         for pair in data.near
         for side, name in (("held out", pair.evaluation), ("training", pair.train))
         if name in places[side]
@@ -125,6 +139,10 @@ def _parts(seen: list[Seen], data: Data) -> dict[str, list[Seen]]:
         "Nearly the same image in training and held-out rows": first(pairs),
         "Almost blank images": first(
             sorted((each for each in with_images if each.deviation < BLANK), key=lambda each: each.deviation)
+        ),
+        "Possible burned-in text": first(each for each in with_images if each.burned_in),
+        "Images shrunk most": first(
+            sorted((each for each in with_images if each.shrunk > 1), key=lambda each: -each.shrunk)
         ),
         "Smallest images": first(sorted(with_images, key=lambda each: each.shortest)),
         "Shortest answers": first(sorted(seen, key=lambda each: each.words)),

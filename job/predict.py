@@ -16,7 +16,7 @@ from job.errors import DataError, NoHub, SpecError
 from job.layout import ADAPTER, MERGED, RESULT_KEY
 from job.model.base_model import ADAPTER_FILES, fetch_base
 from job.model.header import read_header
-from job.output.ownership import published_folders, read_published
+from job.output.stored import published_folders, read_published
 from job.prefetch import use_bundle
 from job.runtime.scratch import prepare_scratch
 from job.runtime.staging import local_path
@@ -155,7 +155,9 @@ def _row(image: str, published: Published, processor: Any, scratch: Path) -> Any
     path = image if image.startswith(WEB) else str(Path(image.removeprefix("file://")).absolute())
     try:
         pictures = load({"path": path}, files, spec)
-        messages = repeat_images(conversation(published.instruction, ".", spec.system_prompt), [len(pictures)])
+        messages = repeat_images(
+            conversation(published.instruction, ".", spec.system_prompt), [len(pictures)], spec.dicom.frames
+        )
         TokenCounter(processor, responses_only=False)(messages, [picture.size for picture in pictures])
     except (BadRow, DataError) as reason:
         return str(reason)

@@ -26,6 +26,7 @@ from job.planning.stage_in import StagedIn
 from job.report.contents import BaseModel, Contents, Lineage, Privacy
 from job.runtime.status import now, versions
 from job.store import Digest, Missing, Store, files_of, take_back, upload_files
+from job.train.trackers import show_result
 
 MAX_CHECKS = 3
 """How often the published files are checked, and sent again if they differ, before the job gives up."""
@@ -147,8 +148,10 @@ def publish(ctx: RunContext, plan: Plan, staged: StagedIn, results: Results, exp
         if refused is not None:
             contents = replace(contents, gate={**contents.gate, "refused": refused})
         images = pictures(staged.data.evaluation, gallery_ids(contents)) if contents.after else {}
-        store.write(layout.REPORT_KEY, render(contents, images).encode())
+        page = render(contents, images).encode()
+        store.write(layout.REPORT_KEY, page)
         keep_for_reports(store, contents, images)
+        show_result(ctx, contents, page)
         record.publish_numbers()
         store.write(layout.LOCK_KEY, package_lock())
         files = {f"{layout.MERGED}/{name}": digest for name, digest in exported.sent.items()}

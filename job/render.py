@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from job.config.environment import Environment
 from job.config.loader import OVERRIDE, load_spec, read_source
 from job.config.schema import JobSpec
+from job.config.sweep import read_sweep
 from job.errors import SpecError
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -24,64 +26,40 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class Run:
-    """What to start: `source` becomes `JOB_SPEC`, and `overrides` are the `JOB__` variables beside it.
+    """What to start: `source` becomes `JOB_SPEC`, and `variables` are set beside it: `JOB__` overrides and `JOB_BUNDLE`.
 
-    `rows` is a sweep: the overrides of each task; empty for a single run.
+    `sweep` is the name of the sweep that the run is a row of; None for a single run.
     """
 
     source: str
-    overrides: dict[str, str]
+    variables: dict[str, str]
     spec: JobSpec
-    rows: tuple[str, ...] = ()
+    bundle: str = ""
+    sweep: str | None = None
 
 
-def read_run(environment: Mapping[str, str], source: str, output: str | None, sweep: Path | None) -> Run:
-    """Read the spec with the overrides of this environment and validate it as the job will.
+def read_runs(environment: Mapping[str, str], source: str, output: str | None, sweep: Path | None) -> list[Run]:
+    """Read the spec with the overrides of this environment, or one run for each row of the table `sweep`, and validate each as
+    the job will.
 
-    Raises SpecError for a wrong spec or a wrong line in the sweep's table.
+    Raises SpecError for a wrong spec or a wrong row.
     """
-    overrides = {name: value for name, value in environment.items() if name.startswith(OVERRIDE)}
+    variables = {name: value for name, value in environment.items() if name.startswith(OVERRIDE)}
+    bundle = Environment.read(environment).bundle
+    variables |= {"JOB_BUNDLE": bundle} if bundle else {}
     if output is not None:
-        overrides["JOB__OUTPUT__URL"] = output
+        variables["JOB__OUTPUT__URL"] = output
     text = read_source(source)
-    rows = tuple(_table(sweep)) if sweep else ()
-    outputs = dict[str, int]()
-    for number, row in enumerate(rows, 1):
-        try:
-            url = load_spec(overrides | _settings(row), text).output.url
-        except SpecError as error:
-            raise SpecError(f"{sweep}, run {number}: {error}") from None
-        if url in outputs:
-            raise SpecError(
-                f"{sweep}: runs {outputs[url]} and {number} both write to {url}; set JOB__OUTPUT__URL in each"
-            )
-        outputs[url] = number
-    spec = load_spec(overrides | (_settings(rows[0]) if rows else {}), text)
-    remote = re.fullmatch(r"s3://\S+", source.strip())
-    return Run(source.strip() if remote else text, overrides, spec, rows)
+    spec = load_spec(variables, text)
+    source = source.strip() if re.fullmatch(r"s3://\S+", source.strip()) else text
+    if sweep is None:
+        return [Run(source, variables, spec, bundle)]
+    found = [variables | row for row in read_sweep(sweep, text, variables).values()]
+    return [Run(source, each, load_spec(each, text), bundle, spec.name) for each in found]
 
 
-def _table(file: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in file.read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{file}: cannot be read: {error}") from None
-    rows = [line for line in lines if line and not line.startswith("#")]
-    for number, row in enumerate(rows, 1):
-        for word in row.split():
-            if not re.match(rf"{OVERRIDE}[A-Z0-9_]+=", word):
-                raise SpecError(f"{file}, run {number}: {word} is not JOB__SECTION__FIELD=value without blanks")
-    if not rows:
-        raise SpecError(f"{file}: has no runs; write one a line, as in JOB__LORA__R=8 JOB__OUTPUT__URL=s3://bucket/r8")
-    return rows
-
-
-def _settings(row: str) -> dict[str, str]:
-    return dict(word.split("=", 1) for word in row.split())
-
-
-def kubernetes(run: Run, image: str, components: tuple[str, ...]) -> str:
-    """Render one `batch/v1` Job as YAML, for `kubectl create -f -`, which generates its name.
+def kubernetes(runs: Sequence[Run], image: str, components: tuple[str, ...]) -> str:
+    """Render a `batch/v1` Job for each run as YAML, for `kubectl create -f -`, which generates their names.
 
     Raises SpecError for an image without tag or digest, an unknown component, and paths that no pod will see.
     """
@@ -89,35 +67,46 @@ def kubernetes(run: Run, image: str, components: tuple[str, ...]) -> str:
         raise SpecError(
             f"--image {image}: give a tag other than latest, or a digest; a resumed run needs the same image"
         )
-    wanted = (*components, *(["sweep"] if run.rows and "sweep" not in components else []))
-    if _asks_hub(run.spec) and not {"hub", "airgapped"} & set(wanted):
-        wanted = (*wanted, "hub")
-    job = read_job(wanted)
-    name = re.sub(r"[^a-z0-9]+", "-", run.spec.name.lower()).strip("-")[:40].strip("-") or "vision-lora"
+    return "---\n".join(_yaml(_job(run, image, components)) for run in runs)
+
+
+def _job(run: Run, image: str, components: tuple[str, ...]) -> dict[str, Any]:
+    asks_hub = _pushes(run.spec) or (not run.bundle and _named_on_hub(run.spec))
+    job = read_job((*components, *(["hub"] if asks_hub and not {"hub", "airgapped"} & set(components) else [])))
+    labels = {"app.kubernetes.io/instance": _label(run.spec.name)}
+    labels |= {"app.kubernetes.io/part-of": _label(run.sweep)} if run.sweep is not None else {}
     job["metadata"] = {
-        "generateName": f"{name}-",
-        "labels": {**job["metadata"]["labels"], "app.kubernetes.io/instance": name},
+        "generateName": f"{labels['app.kubernetes.io/instance']}-",
+        "labels": job["metadata"]["labels"] | labels,
         "annotations": {"vision-lora-job/output": run.spec.output.url},
     }
     template = job["spec"]["template"]
-    template["metadata"]["labels"]["app.kubernetes.io/instance"] = name
+    template["metadata"]["labels"] |= labels
     container = template["spec"]["containers"][0]
     container["image"] = image
-    variables = {"JOB_SPEC": run.source, **run.overrides}
+    variables = {"JOB_SPEC": run.source, **run.variables}
     if "@" in image:
         variables["JOB_IMAGE_DIGEST"] = image.partition("@")[2]
-    if run.rows:
-        variables["SWEEP"] = "\n".join(run.rows)
-        job["spec"]["completions"] = len(run.rows)
     _set(container["env"], variables)
-    _check_paths(run.spec, template["spec"])
-    return _yaml(job)
+    _check_paths(run.spec, run.bundle, template["spec"])
+    return job
+
+
+def _label(name: str) -> str:
+    """A run's name as a label, and as the start of a Job's name: both its ends are kept, the last of which tells rows apart."""
+    label = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return (label if len(label) <= 40 else f"{label[:19].strip('-')}-{label[-20:].strip('-')}") or "vision-lora"
+
+
+LATER = ("spot", "multi-gpu", "multi-node", "cpu", "airgapped", "scratch-volume")
+"""Components that patch what others replace, after all others and in this order."""
 
 
 def read_job(components: tuple[str, ...]) -> dict[str, Any]:
-    """Apply the patches of these components, in order, to the base Job, as Kustomize would."""
+    """Apply the patches of these components to the base Job, as Kustomize would, in the order that they need."""
     folder = TEMPLATES / "k8s"
-    components = tuple(dict.fromkeys(components))
+    later = {name: place for place, name in enumerate(LATER, 1)}
+    components = tuple(sorted({*components}, key=lambda name: (later.get(name, 0), name)))
     job: dict[str, Any] = yaml.safe_load((folder / "base" / "job.yaml").read_text())
     known = sorted(path.name for path in (folder / "components").iterdir())
     for component in components:
@@ -164,30 +153,34 @@ def _set(env: list[dict[str, Any]], variables: Mapping[str, str]) -> None:
         env[place : place + 1] = [entry]
 
 
-def _asks_hub(spec: JobSpec) -> bool:
-    """Return whether a model or dataset is named by hub id, or anything is to be pushed to the hub."""
+def _pushes(spec: JobSpec) -> bool:
+    return (spec.export.hub.adapter_repo or spec.export.hub.merged_repo) is not None
+
+
+def _named_on_hub(spec: JobSpec) -> bool:
+    """Return whether a model or dataset is named by hub id."""
     names = (spec.model.name_or_path, spec.dataset.path)
-    pushed = spec.export.hub.adapter_repo or spec.export.hub.merged_repo
-    return pushed is not None or any(
-        re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists() for name in names
-    )
+    return any(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists() for name in names)
 
 
-def _check_paths(spec: JobSpec, pod: dict[str, Any]) -> None:
-    """Raises SpecError for each path that is not on a volume of the pod: it would be empty there, or lost with the pod."""
+def _check_paths(spec: JobSpec, bundle: str, pod: dict[str, Any]) -> None:
+    """Raises SpecError for each path that is not on a volume of the pod: it would be empty there, or lost with the pod. With a
+    bundle, nothing else is read.
+    """
     volumes = {volume["name"] for volume in pod["volumes"] if "persistentVolumeClaim" in volume}
     mounts = [mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"] if mount["name"] in volumes]
-    found = {
+    read = {
         "model.name_or_path": spec.model.name_or_path,
         "lora.init_adapter": spec.lora.init_adapter,
         "dataset.path": spec.dataset.path,
         "dataset.eval_path": spec.dataset.eval_path,
-        "output.url": spec.output.url,
     }
+    found = ({"JOB_BUNDLE": bundle} if bundle else read) | {"output.url": spec.output.url}
     problems = list[str]()
     for field, name in found.items():
         path = (name or "").removeprefix("file://")
-        local = path.startswith(("/", ".", "~")) or field in ("output.url", "dataset.eval_path") or Path(path).exists()
+        always = ("JOB_BUNDLE", "output.url", "dataset.eval_path")
+        local = path.startswith(("/", ".", "~")) or field in always or Path(path).exists()
         if not path or path.startswith("s3://") or not local:
             continue
         if not any(path.startswith(f"{mount}/") for mount in mounts):
@@ -196,7 +189,7 @@ def _check_paths(spec: JobSpec, pod: dict[str, Any]) -> None:
             )
             problems.append(f"  - {field}: pods cannot see {name}; put it {where}")
     if problems:
-        raise SpecError("the spec names folders of this machine:\n" + "\n".join(problems))
+        raise SpecError("these are folders of this machine:\n" + "\n".join(problems))
 
 
 NO_TEXT = re.compile(r"[-+.\d].*|[yYnN]")
@@ -222,16 +215,33 @@ def _yaml(tree: dict[str, Any]) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def slurm(run: Run, settings: Mapping[str, str]) -> str:
-    """Render `slurm/train.sh` for `sbatch`, with the spec, the overrides and the site's settings inside.
+def slurm(runs: Sequence[Run], settings: Mapping[str, str]) -> str:
+    """Render `slurm/train.sh` for `sbatch`, with the spec, the variables and the site's settings inside; several runs are the
+    tasks of an array, from 1.
 
     Sourced files are inlined, so the script needs no checkout. Raises SpecError if this package has no such script.
     """
-    exports = {"JOB_SPEC": run.source, **run.overrides, **settings}
+    first = runs[0]
+    shared = {"JOB_SPEC": first.source, **settings}
+    shared |= {
+        name: value for name, value in first.variables.items() if all(run.variables.get(name) == value for run in runs)
+    }
     lines = _script("train.sh").splitlines()
     last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
-    lines[last + 1 : last + 1] = ["", *(f"export {name}={shlex.quote(value)}" for name, value in exports.items())]
+    head = ["", *_exports(shared)]
+    if first.sweep is not None:
+        lines[1 : last + 1] = [line.replace("%x-%j.log", "%x-%A-%a.log") for line in lines[1 : last + 1]]
+        head = [f"#SBATCH --array=1-{len(runs)}", *head, 'case "${SLURM_ARRAY_TASK_ID:-}" in']
+        for number, run in enumerate(runs, 1):
+            own = {name: value for name, value in run.variables.items() if name not in shared}
+            head += [f"    {number})", *(f"        {line}" for line in _exports(own)), "        ;;"]
+        head += [f'    *) echo "slurm: this sweep is an array of tasks 1 to {len(runs)}" >&2; exit 78 ;;', "esac"]
+    lines[last + 1 : last + 1] = head
     return "\n".join(lines) + "\n"
+
+
+def _exports(variables: Mapping[str, str]) -> list[str]:
+    return [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
 
 
 def _script(name: str) -> str:

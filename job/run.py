@@ -10,7 +10,7 @@ from job.context import RunContext, open_run, take_lease
 from job.export.stage import check_mergeable, export
 from job.model.load import load_model
 from job.model.loaded import Loaded
-from job.output.ownership import open_output
+from job.output.stored import open_output
 from job.planning.plan import Plan
 from job.planning.stage_in import StagedIn, agree_on_plan, stage_in
 from job.planning.survey import torch_device

@@ -14,7 +14,7 @@ from job.errors import DataError, SpecError
 from job.export.engines import MODEL, MODULE, Served, llama_cpp, serves, sglang, vllm
 from job.layout import ADAPTER, FACTS_KEY, MERGED
 from job.model.families import Server, family_of
-from job.output.ownership import published_folders, read_json, read_published
+from job.output.stored import published_folders, read_json, read_published
 from job.runtime.scratch import prepare_scratch
 from job.runtime.staging import local_path
 from job.store import open_store

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Handles signals, and decides by the exit code whether the Slurm job is requeued. train.sh, array.sh and multinode.sh source it
+# Handles signals, and decides by the exit code whether the Slurm job is requeued. train.sh and multinode.sh source it
 # on the compute node. Nothing to edit here: settings are in slurm/site.env.
 
 # shellcheck source=slurm/runtimes.sh

@@ -24,7 +24,7 @@ import traceback
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing import get_context
@@ -251,7 +251,8 @@ def _with_other_values(rng: random.Random, data: bytes) -> bytes:
 
 @cache
 def good_archives() -> dict[str, bytes]:
-    """Small WebDataset shards as tar has them in its three formats, and zips of an image folder, packed and stored."""
+    """Small WebDataset shards as tar has them in its three formats; zips of an image folder, packed and stored, and of
+    the images that a table names; and a workbook."""
     files = dict[str, bytes]()
     for number in range(6):
         files[f"{number}.png"] = _written(picture(16 + number), "PNG")
@@ -274,13 +275,85 @@ def good_archives() -> dict[str, bytes]:
                 if not file.endswith((".txt", ".json")):
                     packed.writestr(file, data)
         made[f"zip {name}"] = stream.getvalue()
-    return made
+        stream = io.BytesIO()
+        with zipfile.ZipFile(stream, "w", packing) as packed:
+            for file, data in files.items():
+                if file.endswith(".png"):
+                    packed.writestr(file, data)
+        made[f"images {name}"] = stream.getvalue()
+    return made | {"workbook": _zipped(WORKBOOK)}
+
+
+OFFICE = "http://schemas.openxmlformats.org"
+MAIN = f'xmlns="{OFFICE}/spreadsheetml/2006/main"'
+SHEET = "application/vnd.openxmlformats-officedocument.spreadsheetml"
+PART = f'<Relationships xmlns="{OFFICE}/package/2006/relationships"><Relationship Id="r1" Type="{OFFICE}/officeDocument/2006/'
+WORKBOOK = {
+    "[Content_Types].xml": f'<Types xmlns="{OFFICE}/package/2006/content-types"><Default Extension="xml" ContentType="application'
+    '/xml"/><Default Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/>'
+    + "".join(
+        f'<Override PartName="/xl/{part}.xml" ContentType="{SHEET}.{kind}+xml"/>'
+        for part, kind in (("workbook", "sheet.main"), ("s", "worksheet"), ("t", "sharedStrings"))
+    )
+    + "</Types>",
+    "_rels/.rels": f'{PART}relationships/officeDocument" Target="xl/workbook.xml"/></Relationships>',
+    "xl/_rels/workbook.xml.rels": f'{PART}relationships/worksheet" Target="s.xml"/><Relationship Id="r2" '
+    f'Type="{OFFICE}/officeDocument/2006/relationships/sharedStrings" Target="t.xml"/></Relationships>',
+    "xl/workbook.xml": f'<workbook {MAIN} xmlns:r="{OFFICE}/officeDocument/2006/relationships">'
+    '<workbookPr date1904="1"/><sheets><sheet name="Rows" sheetId="1" r:id="r1"/></sheets></workbook>',
+    "xl/t.xml": f'<sst {MAIN} count="2"><si><t>caption</t></si><si><t>No_x000D_thing</t></si></sst>',
+    "xl/s.xml": f'<worksheet {MAIN}><dimension ref="A1:C9"/><sheetData>'
+    '<row r="1"><c r="A1" t="s"><v>0</v></c><c r="B1" t="inlineStr"><is><t>age</t></is></c></row>'
+    + "".join(
+        f'<row r="{n}"><c r="A{n}" t="s"><v>1</v></c><c r="B{n}"><v>{n}.5</v></c><c r="C{n}" t="e"><v>#N/A</v></c></row>'
+        for n in range(2, 9)
+    )
+    + "</sheetData></worksheet>",
+}
+"""The parts of a workbook with two columns."""
+
+
+def _zipped(parts: Mapping[str, str | bytes]) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as packed:
+        for name, data in parts.items():
+            packed.writestr(name, data)
+    return stream.getvalue()
+
+
+def _workbook(rng: random.Random) -> bytes:
+    """One whose archive is whole, with a damaged part or other values in its sheet."""
+    part = rng.choice([*WORKBOOK])
+    text = WORKBOOK[part]
+    if part != "xl/s.xml" or rng.random() < 0.3:
+        return _zipped(WORKBOOK | {part: _damaged(rng, text.encode())})
+    places = [*re.finditer(r'(?<=[>"])[^<>"]*(?=[<"])', text)]
+    place = rng.choice(places)
+    strange = (
+        "",
+        "-1",
+        "1E999",
+        "99999999999",
+        "XFD1048576",
+        "A0",
+        "n",
+        "d",
+        "b",
+        "str",
+        "e",
+        "2024-01-01T25:00",
+        "\ud7ff",
+        "#REF!",
+    )
+    return _zipped(WORKBOOK | {part: text[: place.start()] + rng.choice(strange) + text[place.end() :]})
 
 
 def archive_case(rng: random.Random) -> tuple[str, bytes]:
     name = rng.choice([*good_archives()])
     data, kind = good_archives()[name], name.partition(" ")[0]
-    if kind == "zip":
+    if kind == "workbook" and rng.random() < 0.7:
+        return kind, _workbook(rng)
+    if kind != "tar":
         places = [match.start() for match in re.finditer(rb"PK\x01\x02|PK\x03\x04|PK\x05\x06", data)]
         return kind, _damaged(rng, data, rng.choice((0, *places)))
     place = rng.randrange(len(data) // 512) * 512
@@ -354,9 +427,16 @@ def read_archive(data: bytes, folder: Path) -> str:
     from job.data.prepare import prepare
     from job.errors import JobError
 
-    file = folder / ("a.zip" if b"metadata.jsonl" in data else "a.tar")
+    kind = "images" if b"metadata.jsonl" not in data else "zip"
+    kind = "workbook" if b"xl/s.xml" in data else kind if data.startswith(b"PK") or b"PK\1\2" in data else "tar"
+    file = folder / {"zip": "a.zip", "workbook": "a.xlsx", "images": "images.zip", "tar": "a.tar"}[kind]
     file.write_bytes(data)
-    dataset = {"path": str(file), "max_bad_fraction": 1.0, "eval_rows": 1}
+    dataset: dict[str, Any] = {"path": str(file), "max_bad_fraction": 1.0, "eval_rows": 1}
+    if kind == "workbook":
+        dataset["image_column"] = None
+    if kind == "images":
+        dataset["path"] = str(folder / "rows.csv")
+        (folder / "rows.csv").write_text("image,caption\n" + "".join(f"{n},Nothing {n}.\n" for n in range(6)))
     spec = {"model": {"name_or_path": "x"}, "dataset": dataset, "output": {"url": "x"}}
     try:
         found = prepare(JobSpec.model_validate(spec), folder / "scratch")
@@ -365,6 +445,7 @@ def read_archive(data: bytes, folder: Path) -> str:
         return str(error)
     finally:
         shutil.rmtree(folder / "scratch", ignore_errors=True)
+        file.unlink()
     return "; ".join(sorted({row.reason for row in found.quarantined}))
 
 

@@ -217,16 +217,11 @@ def idefics3(folder: Path) -> Path:
 
 
 def smolvlm(folder: Path) -> Path:
-    from unittest.mock import patch
-
     from transformers import SmolVLMImageProcessor, SmolVLMProcessor, SmolVLMVideoProcessor
 
     size = {"longest_edge": 56}
     videos = SmolVLMVideoProcessor(size=size, max_image_size=size)
-    with patch(
-        "transformers.models.smolvlm.processing_smolvlm.num2words", str
-    ):  # it only speaks numbers of video frames
-        return idefics(folder, "smolvlm", SmolVLMImageProcessor, SmolVLMProcessor, videos)
+    return idefics(folder, "smolvlm", SmolVLMImageProcessor, SmolVLMProcessor, videos)
 
 
 def idefics(folder: Path, family: str, images: Any, kind: Any, *videos: Any) -> Path:
@@ -399,10 +394,7 @@ OTHERS = {
         "choose an instruction-tuned model",
     ),
     "idefics3": Other(idefics3),
-    "smolvlm": Other(
-        smolvlm,
-        "cannot be loaded here: Package `num2words` is required to run SmolVLM processor; install it, or choose another model",
-    ),
+    "smolvlm": Other(smolvlm),
     "glm4v": Other(glm4v),
     "gemma4": Other(gemma4),
     "gemma3n": Other(

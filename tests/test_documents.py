@@ -157,6 +157,14 @@ def test_the_changelog_begins_with_the_version_of_the_package():
     assert set(re.findall(r"^### (.+)$", text, re.MULTILINE)) <= kinds
 
 
+def test_the_page_of_versions_says_what_is_pinned():
+    names = "transformers|trl|peft|accelerate|unsloth|bitsandbytes|wandb|mlflow-skinny"
+    pins = re.findall(rf'"({names})==([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    page = (DOCS / "versions.md").read_text()
+    assert len(pins) == 8
+    assert [pin for pin in pins if pin[1] not in page] == []
+
+
 def test_the_form_for_bugs_knows_every_exit_code():
     form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text())
     (options,) = [part["attributes"]["options"] for part in form["body"] if part.get("id") == "code"]

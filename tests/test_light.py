@@ -1,43 +1,61 @@
-"""The light half works where none of the training libraries is installed: a login node, a laptop."""
+"""The light half works where none of the training libraries is installed: a login node, a laptop.
 
+It is the wheel, installed by pip beside the packages that it requires without an extra, and away from the checkout.
+"""
+
+import importlib.metadata
 import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Job
 
-LIGHT = (
-    *(
-        "click",
-        "pydantic",
-        "pydantic_core",
-        "annotated_types",
-        "typing_extensions.py",
-        "typing_inspection",
-        "yaml",
-        "regex",
-    ),
-    *("_yaml", "boto3", "botocore", "s3transfer", "jmespath", "dateutil", "six.py", "urllib3"),
-    "google_crc32c",
-)
+PURE = Path(sysconfig.get_path("purelib"))
+
+
+def required(name: str, found: set[str]) -> set[str]:
+    """The names of a distribution's requirements without extras, and theirs."""
+    for line in importlib.metadata.requires(name) or ():
+        wanted = Requirement(line)
+        if (wanted.marker is None or wanted.marker.evaluate({"extra": ""})) and wanted.name not in found:
+            found.add(wanted.name)
+            required(wanted.name, found)
+    return found
+
+
+@pytest.fixture(scope="session")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which pip installed the wheel, with links to what it requires."""
+    folder = tmp_path_factory.mktemp("light")
+    source, packages = folder / "source", folder / "packages"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "job", "k8s", "slurm"):
+        (source / name).symlink_to(ROOT / name)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    for command in (
+        ["wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source],
+        ["install", "-q", "--no-deps", "--no-index", "--find-links", folder, "--target", packages, "vision-lora-job"],
+    ):
+        done = subprocess.run([*pip, *command], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    for name in required("vision-lora-job", set()):
+        for file in importlib.metadata.files(name) or ():
+            if (top := file.parts[0]) != ".." and not (packages / top).exists():
+                (packages / top).symlink_to(PURE / top)
+    return packages
 
 
 @pytest.fixture
-def light(tmp_path: Path):
+def light(packages: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run Python with the light dependencies and nothing else."""
-    packages = tmp_path / "packages"
-    packages.mkdir()
-    for name in LIGHT:
-        found = Path(sysconfig.get_path("purelib")) / name
-        if found.exists():
-            (packages / name).symlink_to(found)
-    (packages / "job").symlink_to(ROOT / "job")
 
     def run(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         environment = {"PYTHONPATH": str(packages), "PATH": os.environ["PATH"], "JOB_SCRATCH": str(tmp_path / "s")}
@@ -47,6 +65,19 @@ def light(tmp_path: Path):
         )
 
     return run
+
+
+def test_the_wheel_is_whole(light, packages: Path, tree: dict[str, Any], job: Job):
+    """It has its templates, which are links in a checkout, and knows its version."""
+    for template in ("report/page.html", "report/page.md", "report/model_card.md", "py.typed"):
+        assert (packages / "job" / template).exists()
+    tree |= {"model": {"name_or_path": "s3://b/base"}, "dataset": {"path": "s3://b/d"}, "output": {"url": "s3://b/o"}}
+    image = ("--image", "registry.example.com/vision-lora-job:0.2.0")
+    for arguments in (["kubernetes", yaml.safe_dump(tree), *image, "--with", "spot"], ["slurm", yaml.safe_dump(tree)]):
+        installed = light("-m", "job", "render", *arguments)
+        assert installed.returncode == 0, installed.stderr
+        assert installed.stdout == job("render", *arguments).stdout
+    assert importlib.metadata.version("vision-lora-job") in light("-m", "job", "--version").stdout
 
 
 def test_spec_plan_store_checkpoint_and_command_line_import(light):

@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 
 from tests.conftest import Job
+from tests.data.test_dicom import made
 
 PART = re.compile(r'<h2 id="[^"]+">(.*?)</h2>(.*?)(?=<h2|</main>)', re.DOTALL)
 
@@ -25,7 +26,8 @@ def film(number: int, width: int = 120, height: int = 100) -> Image.Image:
 
 @pytest.fixture
 def spec(tmp_path: Path, tiny: Callable[..., Path]) -> Path:
-    """Thirty rows: one is blank, one tiny, one nearly a copy of a held-out one, one damaged, and two have odd answers."""
+    """Thirty rows: one is blank, one tiny, one large, one may have text, one is nearly a copy of a held-out one, one is
+    damaged, and two have odd answers."""
     data = tmp_path / "data"
     lines = []
     for side, count in (("train", 24), ("test", 6)):
@@ -39,16 +41,29 @@ def spec(tmp_path: Path, tiny: Callable[..., Path]) -> Path:
             if (side, number) == ("train", 7):
                 image = film(101)
                 image.putpixel((0, 0), (0, 0, 0))
-            image.save(data / side / f"{number}.png")
+            name = f"{number}.png"
+            if (side, number) == ("train", 15):
+                image = film(15, 480, 400)
+            image.save(data / side / name)
+            if (side, number) == ("train", 17):
+                name = "17.dcm"
+                grey = np.asarray(film(17).convert("L"), dtype=np.uint16)
+                (data / side / name).write_bytes(made(grey, Modality="US", WindowCenter=128, WindowWidth=256))
             caption = {9: "No.", 11: "Clear. " * 30 + "<b>End</b>."}.get(number, f"There is a nodule of {number} mm.")
-            lines.append(json.dumps({"file_name": f"{number}.png", "caption": caption}))
+            lines.append(json.dumps({"file_name": name, "caption": caption}))
         (data / side / "metadata.jsonl").write_text("\n".join(lines))
         lines.clear()
     (data / "train" / "13.png").write_bytes(b"no image")
     tree = {
         "name": "odd rows",
         "model": {"name_or_path": str(tiny("qwen2_5_vl"))},
-        "dataset": {"path": str(data / "train"), "eval_path": str(data / "test"), "max_bad_fraction": 0.1},
+        "dataset": {
+            "path": str(data / "train"),
+            "eval_path": str(data / "test"),
+            "max_bad_fraction": 0.1,
+            "image_max_side": 240,
+        },
+        "privacy": {"look_for_text": False},
         "output": {"url": str(tmp_path / "output")},
     }
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(tree))
@@ -67,6 +82,8 @@ def test_odd_rows_come_first_each_once_with_the_learned_text_marked(spec: Path, 
         "Rows set aside",
         "Nearly the same image in training and held-out rows",
         "Almost blank images",
+        "Possible burned-in text",
+        "Images shrunk most",
         "Smallest images",
         "Shortest answers",
         "Longest answers",
@@ -74,6 +91,8 @@ def test_odd_rows_come_first_each_once_with_the_learned_text_marked(spec: Path, 
     ]
     assert parts["Nearly the same image in training and held-out rows"] == ["row-1, held out", "row-7, training"]
     assert parts["Almost blank images"] == ["row-3, training"]
+    assert parts["Possible burned-in text"] == ["row-17, training"]
+    assert parts["Images shrunk most"] == ["row-15, training"]
     assert parts["Smallest images"][0] == "row-5, training"
     assert parts["Shortest answers"][0] == "row-9, training"
     assert parts["Longest answers"][0] == "row-11, training"

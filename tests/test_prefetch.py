@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +22,8 @@ from job.data import sources
 from job.data.prepare import prepare
 from job.errors import DataError, SpecError
 from job.evaluate.answer_cache import base_digest
-from job.output.ownership import check_owner, open_output
+from job.output.ownership import check_owner
+from job.output.stored import open_output
 from job.prefetch import asked_for, prefetch, use_bundle
 from job.runtime.staging import BUNDLE
 from job.store import OwnedStore, open_store
@@ -219,6 +221,36 @@ def test_a_bundle_in_a_bucket_holds_local_rows_with_their_images(
     names = [entry.key for entry in open_store(url).list("dataset/")]
     assert names == [*(f"dataset/{number}.png" for number in range(5)), "dataset/table.jsonl"]
     use_bundle(spec, url, tmp_path / "there")
+    rows = prepare(spec, tmp_path / "there").train
+    assert [row["images"][0].getpixel((0, 0))[0] for row in rows] == list(range(5))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_bundle_of_a_table_beside_its_images_reads_the_same_rows(
+    tree: dict[str, Any], tmp_path: Path, demo: Path, packed: bool
+):
+    """The images lie in another folder than the table, or in an archive there."""
+    folder = tmp_path / "set"
+    (folder / "annotations").mkdir(parents=True)
+    (folder / "images").mkdir()
+    with zipfile.ZipFile(folder / "images" / "all.zip", "w") as archive:
+        for number in range(6):
+            if packed:
+                archive.writestr(f"film{number}.png", png(number, (32, 32)))
+            else:
+                (folder / "images" / f"film{number}.png").write_bytes(png(number, (32, 32)))
+    (folder / "private.txt").write_text("not named")
+    lines = [json.dumps({"image": f"film{number}.png", "caption": f"c {number}"}) for number in range(5)]
+    (folder / "annotations" / "rows.jsonl").write_text("\n".join(lines))
+    tree["model"]["name_or_path"] = str(demo / "base")
+    tree["dataset"] = {"path": str(folder / "annotations" / "rows.jsonl"), "eval_fraction": 0}
+    spec = validate(tree)
+    prefetch(spec, str(tmp_path / "bundle"), tmp_path / "here")
+    shutil.rmtree(folder)
+    names = [entry.key for entry in open_store(str(tmp_path / "bundle")).list("dataset/")]
+    images = ["dataset/images/all.zip"] if packed else [f"dataset/images/film{number}.png" for number in range(5)]
+    assert names == ["dataset/annotations/rows.jsonl", *images]
+    use_bundle(spec, str(tmp_path / "bundle"), tmp_path / "there")
     rows = prepare(spec, tmp_path / "there").train
     assert [row["images"][0].getpixel((0, 0))[0] for row in rows] == list(range(5))
 

@@ -14,7 +14,7 @@ from job.errors import Preempted, Unavailable
 from job.evaluate.records import Answer
 from job.evaluate.stage import jsonl, stored_rows
 from job.layout import LEASE_KEY
-from job.output.ownership import own_json
+from job.output.stored import own_json
 from job.publish import ensure_published, send, write_result
 from job.store import Capabilities, Entry, LocalStore, OwnedStore, Store, check_writable, open_store
 from job.store.lease import Lease, acquire

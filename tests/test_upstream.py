@@ -2,8 +2,7 @@
 
 What is told by digest is of packages whose version pyproject.toml pins, so it changes with the pin alone. Unsloth and
 bitsandbytes want a GPU to be imported: where they are installed their sources are read as text, elsewhere those tests are
-skipped. NCCL's variable is looked for in torch's header. Not looked at: what W&B makes of WANDB_RUN_ID and WANDB_RESUME, which it
-documents.
+skipped. NCCL's variable is looked for in torch's header.
 """
 
 from __future__ import annotations
@@ -155,11 +154,13 @@ def test_torchrun_takes_signals_and_its_patience_from_where_they_are_set() -> No
 
 
 def test_variables_that_are_set_for_libraries_are_read_by_them() -> None:
-    """job/distributed/allreduce.py and job/train/trackers.py."""
+    """job/distributed/allreduce.py, and job/train/trainer.py, where other ranks than the first have no KubeflowCallback."""
     nccl = Path(torch.__file__).parent / "include" / "torch" / "csrc" / "distributed" / "c10d" / "ProcessGroupNCCL.hpp"
     assert '"TORCH_NCCL_ASYNC_ERROR_HANDLING"' in nccl.read_text(), "torch would abort a rank whose peer is gone"
-    boards = inspect.getsource(resolve_name("transformers.integrations:TensorBoardCallback"))
-    assert '"TENSORBOARD_LOGGING_DIR"' in boards, "TensorBoard's files would be written beside the job"
+    kubeflow = inspect.getsource(resolve_name("transformers.integrations:is_kubeflow_available"))
+    assert '"KUBEFLOW_TRAINER_SERVER_URL"' in kubeflow, "a TrainJob would show no progress: docs/kubernetes.md"
+    arguments = inspect.getsource(resolve_name("transformers:TrainingArguments"))
+    assert "is_kubeflow_available()" in arguments, "upstream no longer adds its KubeflowCallback by itself"
 
 
 @pytest.mark.parametrize(("file", "text", "why"), TEXTS)

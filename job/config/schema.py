@@ -120,11 +120,15 @@ class DicomSpec(Section):
     report_key: str | None = None
     """The column of that table that identifies the images: by study, series or instance UID, accession number, patient or
     path. Default: the column with such a name."""
-    frames: Literal["middle", "montage"] | Count | Annotated[list[int], Field(min_length=1)] = "middle"
+    frames: Literal["middle", "montage", "medgemma"] | Count | Annotated[list[int], Field(min_length=1)] = "middle"
     """Which frames of a multi-frame file or slices of a series to take: the middle one, a grid of 16, that many evenly spread, or
-    those at the given indices, counted from 0 in the direction of the slices' normal."""
+    those at the given indices, counted from 0 in the direction of the slices' normal. `medgemma` shows volumes as MedGemma 1.5
+    was shown them: up to 85 slices with their numbers, CT in three windows as red, green and blue."""
     window: tuple[float, Annotated[float, Field(gt=0)]] | None = None
     """Center and width of the grey-level window for all files. Default: each file's own; 40 and 400 for CT without one."""
+    prior: bool = False
+    """Also show the patient's study before, of the same modality, if there is one: its images first, each study announced. Needs
+    StudyDate in the files."""
     series: SeriesSpec = SeriesSpec()
     """Which series of a study become images."""
 
@@ -140,11 +144,13 @@ class DatasetSpec(Section):
     """The split to train on."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
-    format: Literal["auto", "imagefolder", "json", "csv", "parquet", "arrow", "webdataset", "dicom", "hub"] = "auto"
+    format: Literal["auto", "imagefolder", "json", "csv", "excel", "parquet", "arrow", "webdataset", "dicom", "hub"] = (
+        "auto"
+    )
     """Format of `path`. `auto` detects it and logs what it chose and why."""
     join: str | None = None
-    """Column that CSV or JSON tables of different columns share (a study): rows with an answer get the other tables' columns, as
-    lists if several rows have the same value. Default: tables are stacked, and must have the same columns."""
+    """Column that CSV, JSON or Excel tables of different columns share (a study): rows with an answer get the other tables'
+    columns, as lists if several rows have the same value. Default: tables are stacked, and must have the same columns."""
     image_column: str | list[str] | None = "image"
     """Column with the image or a list of images: embedded, a URL, or a path or name of a file in the folder that `path` names (in
     an image folder, in that of its metadata file). `images/{patient}/{name}.png` makes the path from columns. Several columns
@@ -244,8 +250,11 @@ class TrainingSpec(Section):
     """Steps between lines of `logs/metrics.jsonl`. Each line holds the mean loss since the previous one. Checkpoints and the
     last step also get a line."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = []
-    """Also log to these trackers, each with its own package and variables (`WANDB_API_KEY`, `MLFLOW_TRACKING_URI`).
-    TensorBoard's files are published under `logs/tensorboard/`."""
+    """Also send spec, curves and metrics to these trackers, each with its own package and variables (`WANDB_API_KEY`,
+    `MLFLOW_TRACKING_URI`). TensorBoard's files are published under `logs/tensorboard/`."""
+    report_samples: bool = False
+    """Whether trackers also get the report and sample answers. These show images and texts of rows: send them only to a server
+    that may hold patient data."""
 
 
 class CheckpointSpec(Section):
@@ -513,6 +522,7 @@ NEITHER = frozenset(
         "dataset.image_hosts",
         "training.logging_steps",
         "training.report_to",
+        "training.report_samples",
         "training.dataloader_num_workers",
         "training.vision_cache_gb",
         "export.scratch_copy",

@@ -39,6 +39,8 @@ class Rows(NamedTuple):
     floats: dict[str, Floats]
     notes: tuple[str, ...] = ()
     """What was read of the files, if not simply all their rows."""
+    of_split: bool = False
+    """Whether a list or sheet in them is named after the split."""
 
 
 Choose = Callable[[dict[str, tuple[str, ...]]], Iterable[str]]

@@ -14,7 +14,8 @@ from PIL import Image
 from job.config.schema import DatasetSpec
 from job.data.layouts import is_dicom
 from job.data.pixels import LARGEST, BadRow, Picture, check_size, stretch
-from job.data.stacks import choose, square
+from job.data.stacks import MEDGEMMA, choose, square
+from job.data.windows import HOUNSFIELD, Numbers, eight_bits, in_colours, windowed
 from job.errors import DataError
 
 try:
@@ -40,8 +41,6 @@ SCREENS = ("SCREEN SAVE", "SCREEN SNAPSHOT", "DOSE_INFO", "PROTOCOL")
 """Values of ImageType with which scanners mark pages of text."""
 NO_IMAGES = {"SEG": "1.2.840.10008.5.1.4.1.1.66.4", "RTDOSE": "1.2.840.10008.5.1.4.1.1.481.2"}
 """Modalities and classes (PS3.4 B.5) of objects whose pixels are no image: segmentations, doses."""
-HOUNSFIELD = (40.0, 400.0)
-"""Center and width of the window for a CT image that has none: soft tissue. Its whole range shows little but bone and air."""
 USUAL_BITS = 12
 """Bits of most detectors."""
 DEFLATED, EXPLICIT = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1\0\0\0"
@@ -50,8 +49,6 @@ LONG = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"
 """VRs whose length field has four bytes (PS3.5 7.1.2)."""
 META, HEADER = 2**16, 2**24
 """Bytes of a file that hold its meta group, and inflated bytes that hold everything before the pixels."""
-
-Numbers = NDArray[Any]
 
 
 def opened(data: bytes, spec: DatasetSpec) -> tuple[Any, list[int], int]:
@@ -146,7 +143,7 @@ def _frame(header: Any, number: int, spec: DatasetSpec) -> Picture:
         shades = values >> max(int(header.BitsStored) - 8, 0)
     else:
         padding = _padding(values, header)
-        shades = _grey(values, ~padding, own, header, spec)
+        shades = _shades(values, ~padding, own, header, spec)
         if header.PhotometricInterpretation == "MONOCHROME1" or header.get("PresentationLUTShape") == "INVERSE":
             shades = 255 - shades
         shades[padding] = 0
@@ -160,44 +157,37 @@ def _bits(tables: list[Any], declared: int) -> int:
     return max(used, 8) if used <= USUAL_BITS < declared else declared
 
 
-def _grey(values: Numbers, shown: Numbers, own: dict[str, Any], header: Any, spec: DatasetSpec) -> NDArray[np.uint8]:
-    """Returns 8-bit shades; `shown` marks the pixels that are not padding."""
+def _shades(values: Numbers, shown: Numbers, own: dict[str, Any], header: Any, spec: DatasetSpec) -> NDArray[np.uint8]:
+    """Returns 8-bit shades, grey or of three windows; `shown` marks the pixels that are not padding."""
     if header.get("ModalityLUTSequence"):
         scaled = apply_modality_lut(values, header).astype(np.float32)
     else:
         scaled = values * np.float32(own["RescaleSlope"] or 1) + np.float32(own["RescaleIntercept"] or 0)
     if spec.dicom.window is not None:
-        return _shades(_windowed(scaled, *spec.dicom.window, "LINEAR"))
+        return windowed(scaled, *spec.dicom.window)
+    if spec.dicom.frames == MEDGEMMA and _in_hounsfield(header):
+        return in_colours(scaled)
     if header.get("VOILUTSequence"):
         table = header.VOILUTSequence[0]
         bits = _bits([table.LUTData], int(table.LUTDescriptor[2]))
-        return _shades(apply_voi(scaled.astype(np.int32), header).astype(np.float32) / (2**bits - 1))
+        return eight_bits(apply_voi(scaled.astype(np.int32), header).astype(np.float32) / (2**bits - 1))
     center, width = _first(own["WindowCenter"]), _first(own["WindowWidth"])
     if center is not None and width is not None and width > 0:  # some writers put 0 for no window
-        return _shades(_windowed(scaled, center, width, str(own["VOILUTFunction"] or "LINEAR")))
+        return windowed(scaled, center, width, str(own["VOILUTFunction"] or "LINEAR"))
     if _by_default(header, spec):
-        return _shades(_windowed(scaled, *HOUNSFIELD, "LINEAR"))
+        return windowed(scaled, *HOUNSFIELD)
     return stretch(np.clip(scaled, scaled[shown].min(), scaled[shown].max()) if shown.any() else scaled)
 
 
 def _by_default(header: Any, spec: DatasetSpec) -> bool:
     """Whether this is an image in Hounsfield units that nothing gives a window."""
-    own = _own(header, 0)
-    given = spec.dicom.window is not None or header.get("VOILUTSequence") or _first(own["WindowWidth"])
-    return header.get("Modality") == "CT" and own["RescaleIntercept"] is not None and not given
+    coloured = spec.dicom.frames == MEDGEMMA
+    given = spec.dicom.window is not None or header.get("VOILUTSequence") or _first(_own(header, 0)["WindowWidth"])
+    return _in_hounsfield(header) and not (given or coloured)
 
 
-def _windowed(values: Numbers, center: float, width: float, function: str) -> Numbers:
-    """Returns values as fractions of full brightness (PS3.3 C.11.2.1.2, C.11.2.1.3)."""
-    if function == "SIGMOID":
-        return np.asarray(1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -60, 60))))
-    if function == "LINEAR_EXACT":
-        return (values - center) / max(width, 1e-6) + 0.5
-    return (values - (center - 0.5)) / max(width - 1, 1e-6) + 0.5
-
-
-def _shades(shares: Numbers) -> NDArray[np.uint8]:
-    return np.asarray(np.clip(shares, 0, 1) * 255 + 0.5).astype(np.uint8)
+def _in_hounsfield(header: Any) -> bool:
+    return header.get("Modality") == "CT" and _own(header, 0)["RescaleIntercept"] is not None
 
 
 def _own(header: Any, number: int) -> dict[str, Any]:

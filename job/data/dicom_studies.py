@@ -11,15 +11,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from sys import intern
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from job.config.schema import DatasetSpec, SeriesSpec
+from job.data.conversations import AFTER, BEFORE, SLICE
 from job.data.dicom import SCREENS, SECONDARY, TECHNICAL, read_header
 from job.data.pixels import BadRow
-from job.data.stacks import choose
+from job.data.stacks import MEDGEMMA, choose
 from job.data.tables import LINE, PATIENT, WHY, read_line
 from job.errors import DataError
 
@@ -43,6 +45,7 @@ WIDE = ("StudyInstanceUID", "AccessionNumber", "PatientID")
 """Keys that match more images than the report's author looked at: scouts, dose pages, screens."""
 TAGS = [*KEYS, "InstanceNumber", "SeriesNumber", "NumberOfFrames", "Rows", "ImageLaterality", *TECHNICAL.values()]
 TAGS += ["SOPClassUID", "ImageType", "SeriesDescription", "ImagePositionPatient", "ImageOrientationPatient"]
+TAGS += ["StudyDate", "StudyTime"]
 TAGS.remove("path")
 
 Header = dict[str, str]
@@ -62,9 +65,8 @@ def index_studies(
         raise DataError(f"{field}: {folder} holds {len(headers)} DICOM images and {len(said)} reports")
     key, column = _join(spec, headers, said, field)
     chosen = spec.dicom.series if key in WIDE else NAMED
-    found: dict[str, list[Header]] = {}
-    for header in headers:
-        found.setdefault(header[key], []).append(header)
+    found = _by(headers, key)
+    priors = _priors(headers, spec.dicom.series) if spec.dicom.prior else {}
 
     def lines() -> Iterator[str]:
         for report in table:
@@ -72,11 +74,14 @@ def index_studies(
                 yield report
             else:
                 headers = found.get(str(report.get(column) or ""), [])
-                yield json.dumps(_row(report, headers, take(headers, chosen), spec), default=str)
+                yield json.dumps(_row(report, headers, take(headers, chosen), priors, spec), default=str)
 
     named = {str(report.get(column) or "") for report in said}
-    alone = sum(len(those) for name, those in found.items() if name not in named)
+    studies = {header["StudyInstanceUID"] for name in named for header in found.get(name, [])}
+    before = {header["path"] for study in studies for header in priors.get(study, [])}
+    alone = sum(header[key] not in named and header["path"] not in before for header in headers)
     words = f"{len(headers)} DICOM images joined with {len(table)} reports by {key} (column {column})"
+    words += f", {len(studies & {*priors})} of {len(studies)} studies beside the one before" if spec.dicom.prior else ""
     words += f", {alone} images without a report left out" if alone else ""
     words += f", {len(damaged)} damaged files left out ({damaged[0].name} among them)" if damaged else ""
     return lines(), words + _left_out([header for name in named for header in found.get(name, [])], chosen)
@@ -97,7 +102,7 @@ def _headers(folder: Path, files: list[Path], damaged: list[Path]) -> Iterator[H
     def header(file: Path) -> Header | None:
         try:
             read = read_header(file, TAGS)
-            tags = {name: _text(read.get(name)) for name in TAGS}
+            tags = {name: intern(_text(read.get(name))) for name in TAGS}  # slices of a series share most values
         except Exception:  # pydicom may raise anything on other files
             return None
         kind = UID(str(read.file_meta.get("MediaStorageSOPClassUID") or tags["SOPClassUID"]))
@@ -126,6 +131,8 @@ def _join(spec: DatasetSpec, headers: list[Header], reports: list[dict[str, Any]
     )
 
 
+PRIOR, CURRENT = "Previous study:", "Current study:"
+"""What the model reads before the images of each of two studies."""
 NAMED = SeriesSpec(every_kind=True)
 """The rule for images that a report names one by one."""
 NO_PICTURES = ("SEG", "RTDOSE", "RTIMAGE", "SR", "PR", "KO", "DOC", "REG")
@@ -144,12 +151,37 @@ def kind_of(header: Mapping[str, str]) -> str:
     return "screens" if any(value in SCREENS for value in image_type) else ""
 
 
+def _by(headers: list[Header], tag: str) -> dict[str, list[Header]]:
+    found: dict[str, list[Header]] = {}
+    for header in headers:
+        found.setdefault(header[tag], []).append(header)
+    return found
+
+
+def _priors(headers: list[Header], rule: SeriesSpec) -> dict[str, list[Header]]:
+    """Returns for studies, by UID, the images of the latest earlier study of the same patient and modality. Studies without a
+    date are neither before nor after another."""
+    priors: dict[str, list[Header]] = {}
+    for patient, those in _by(headers, "PatientID").items():
+        studies = [taken for study in _by(those, "StudyInstanceUID").values() if (taken := take(study, rule))]
+        dated = sorted((study for study in studies if patient and study[0]["StudyDate"]), key=_date)
+        for study in dated:
+            earlier = [each for each in dated if _date(each) < _date(study) and _modality(each) == _modality(study)]
+            priors |= {study[0]["StudyInstanceUID"]: earlier[-1]} if earlier else {}
+    return priors
+
+
+def _date(study: list[Header]) -> tuple[str, str]:
+    return study[0]["StudyDate"], study[0]["StudyTime"]
+
+
+def _modality(study: list[Header]) -> str:
+    return Counter(header["Modality"] for header in study).most_common(1)[0][0]
+
+
 def take(headers: list[Header], rule: SeriesSpec) -> list[Header]:
     """Returns the images of the series that the rule selects."""
-    series: dict[str, list[Header]] = {}
-    for header in in_order(headers):
-        if _fits(header, rule):
-            series.setdefault(header["SeriesInstanceUID"], []).append(header)
+    series = _by([header for header in in_order(headers) if _fits(header, rule)], "SeriesInstanceUID")
     if rule.take == "all" or not series:
         return [header for those in series.values() for header in those]
     if rule.take == "first":
@@ -186,15 +218,25 @@ def _text(value: Any) -> str:
     return ("\\".join(map(str, value)) if several else str(value or "")).strip()
 
 
-def _row(report: dict[str, Any], there: list[Header], headers: list[Header], spec: DatasetSpec) -> dict[str, Any]:
+def _row(
+    report: dict[str, Any],
+    there: list[Header],
+    headers: list[Header],
+    priors: dict[str, list[Header]],
+    spec: DatasetSpec,
+) -> dict[str, Any]:
     """Builds a report's row. Without a file it has no image and is a bad row. `headers` are those selected from the files
-    `there`."""
+    `there`, and `priors` those of the studies before, by study."""
     patients = sorted({header["PatientID"] for header in there} - {""})
     digest = hashlib.sha256("\0".join(patients).encode()).hexdigest() if patients else None
     commonest = {tag: Counter(header[tag] for header in headers).most_common(1) for tag in TECHNICAL.values()}
     technical = {column: commonest[tag][0][0] if headers else "" for column, tag in TECHNICAL.items()}
     why = {WHY: "no image in the series that dataset.dicom.series selects"} if there and not headers else {}
-    return {**technical, **report, "image": _images(headers, spec) or None, PATIENT: digest, **why}
+    images, studies = _images(headers, spec), {header["StudyInstanceUID"] for header in headers}
+    before = _images(priors.get(studies.pop(), []), spec) if images and len(studies) == 1 else []
+    if before:
+        images = [{BEFORE: PRIOR} | before[0], *before[1:], {BEFORE: CURRENT} | images[0], *images[1:]]
+    return {**technical, **report, "image": images or None, PATIENT: digest, **why}
 
 
 def _images(headers: list[Header], spec: DatasetSpec) -> list[dict[str, Any]]:
@@ -209,6 +251,8 @@ def _images(headers: list[Header], spec: DatasetSpec) -> list[dict[str, Any]]:
             chosen = [{"path": stack[n]["path"]} for n in choose(len(stack), spec.dicom.frames)]
         except BadRow:
             return []
+        if spec.dicom.frames == MEDGEMMA and len(chosen) > 1:
+            chosen = [each | {AFTER: SLICE.format(n)} for n, each in enumerate(chosen, 1)]
         values += [{"montage": chosen}] if len(chosen) > 1 and spec.dicom.frames == "montage" else chosen
     return values
 
@@ -216,11 +260,8 @@ def _images(headers: list[Header], spec: DatasetSpec) -> list[dict[str, Any]]:
 def in_order(headers: list[Header]) -> list[Header]:
     """Sorts by series, and within a series by position along the normal of its slices, upwards, or by number if not all slices
     say where they are, or they are not parallel."""
-    stacks: dict[str, list[Header]] = {}
-    for header in sorted(headers, key=_order):
-        stacks.setdefault(header["SeriesInstanceUID"], []).append(header)
     found = []
-    for stack in stacks.values():
+    for stack in _by(sorted(headers, key=_order), "SeriesInstanceUID").values():
         placed = [_placed(header) for header in stack]
         normals = [each[0] for each in placed if each]
         if len(normals) == len(stack) and np.ptp(normals, axis=0).max() < PARALLEL:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import threading
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from PIL.PngImagePlugin import PngInfo
 
 SOURCE = "source"
 """Key of the text in a cached image that records what it was made from."""
+TOLD = "told"
+"""Key of the text that holds what is known of the original: its size, and whether text is burned into it."""
+KNOWN = ("whole", "burned_in")
 
 
 @dataclass
@@ -34,7 +38,9 @@ class ImageCache:
     def take(self, key: str) -> Image.Image | None:
         try:
             with Image.open(self.place(key)) as image:
-                return image.convert("RGB")
+                picture = image.convert("RGB")
+                picture.info = json.loads(image.info.get(TOLD, "{}"))
+                return picture
         except OSError:
             return None
 
@@ -51,6 +57,7 @@ class ImageCache:
             return
         said = PngInfo()
         said.add_text(SOURCE, source)
+        said.add_text(TOLD, json.dumps({name: picture.info[name] for name in KNOWN if name in picture.info}))
         red, green, blue = picture.split()
         grey = red.tobytes() == green.tobytes() == blue.tobytes()
         partial = place.with_suffix(f".{os.getpid()}-{threading.get_ident()}")

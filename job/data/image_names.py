@@ -17,6 +17,7 @@ from typing import NamedTuple
 from job.data.layouts import split_of
 from job.data.pixels import BadRow
 from job.data.webdataset import IMAGES
+from job.data.zipped import Member, images_in
 
 MISSING = "image cannot be read: No such file or directory"
 OUTSIDE = "image path leaves the dataset's folder"
@@ -31,10 +32,15 @@ Parts = tuple[str, ...]
 
 
 class Tree:
-    """The files below a folder, listed when first asked. Links to folders are followed, each folder once."""
+    """The files below a folder, listed when first asked; a zip archive counts as a folder of its images. Links to folders are
+    followed, each folder once."""
 
     def __init__(self, base: Path) -> None:
         self.base = base
+        self.zipped: dict[str, tuple[str, Member]] = {}
+        """Images in archives by path: the archive, and where it has them."""
+        self.unopened: list[Path] = []
+        """Archives that cannot be opened."""
 
     def __reduce__(self) -> tuple[type[Tree], tuple[Path]]:
         return Tree, (self.base,)  # each process lists the files itself, if it has to
@@ -56,9 +62,22 @@ class Tree:
             start = os.path.relpath(folder, self.base)
             for name in names:
                 if name[0] != ".":
-                    count += 1
-                    found.setdefault(_stem(name), []).append(name if start == "." else f"{start}/{name}")
+                    path = name if start == "." else f"{start}/{name}"
+                    inside = self._zipped(path) if name.lower().endswith(".zip") else []
+                    count += 1 + len(inside)
+                    for each in (path, *inside):
+                        found.setdefault(_stem(each.rpartition("/")[2]), []).append(each)
         return found
+
+    def _zipped(self, archive: str) -> list[str]:
+        whole = self.base / archive
+        there = images_in(whole)
+        if there is None:
+            self.unopened.append(whole)
+            return []
+        names = [name for name in there if not name.startswith("__MACOSX")]
+        self.zipped |= {str(whole / name): (str(whole), there[name]) for name in names}
+        return [f"{archive}/{name}" for name in names]
 
     def ending(self, parts: Parts) -> list[str]:
         """Returns the files whose path ends with `parts`. A name without the ending of an image matches any ending, and case
@@ -142,12 +161,15 @@ def beside(folder: Path, names: list[str], split: str | None = None) -> Lookup |
 
 
 def nearest(base: Path, name: str) -> str:
-    """Returns a file below `base` with a similar name, if any, else the deepest folder on the way to `name` that exists."""
-    files = Tree(base).files
-    with suppress(IndexError):
-        similar = difflib.get_close_matches(_stem(_parts(name)[-1]), list(files)[:COMPARED], 1, 0.8)
-        return str(base / files[similar[0]][0])
-    return str(next((folder for folder in (base / name).parents if folder.is_dir()), base))
+    """Returns a file below `base` with a similar name, if any, else the deepest folder on the way to `name` that exists; and
+    names archives that cannot be opened."""
+    tree = Tree(base)
+    similar = difflib.get_close_matches(
+        _stem(_parts(name)[-1] if _parts(name) else ""), list(tree.files)[:COMPARED], 1, 0.8
+    )
+    near = base / tree.files[similar[0]][0] if similar else None
+    found = str(near or next((folder for folder in (base / name).parents if folder.is_dir()), base))
+    return "; ".join([found, *(f"{archive} cannot be opened: copy it again" for archive in tree.unopened)])
 
 
 def _parts(name: str) -> Parts:

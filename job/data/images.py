@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from job.config.schema import DatasetSpec, PrivacySpec
 from job.data.image_cache import ImageCache
@@ -20,10 +20,11 @@ from job.data.image_names import OUTSIDE, Lookup
 from job.data.layouts import is_dicom
 from job.data.nifti import frames as nifti_frames
 from job.data.nifti import is_nifti
-from job.data.pixels import MIN_SIDE, BadRow, Picture, as_rgb, check_bytes, check_size, shrink
+from job.data.pixels import MIN_SIDE, BadRow, Picture, as_rgb, check_bytes, check_size, shrink, upright
 from job.data.remote import NO_HOST, Unfetchable, fetched, piece
 from job.data.stacks import montage
 from job.data.webdataset import IMAGES, ending_of
+from job.data.zipped import Member, read_member
 from job.errors import DataError
 from job.runtime.staging import BUNDLE
 from job.store.disk import FAILING, disk_fault
@@ -105,11 +106,12 @@ class Files(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where an encoded file is: a path, or the URL of a shard; and the byte range in it, else the whole."""
+    """Where an encoded file is: a path, or the URL of a shard; and the byte range in it or its place in a zip, else the whole."""
 
     name: str
     offset: int = 0
     size: int | None = None
+    member: Member | None = None
 
 
 def file_name(value: Any) -> str | None:
@@ -139,7 +141,9 @@ def locate(value: Any, files: Files) -> bytes | Place:
     name = name.removeprefix("file://")
     if not name.startswith(WEB):
         if files.base is not None:
-            name = _below(str(files.base), name) if files.lookup is None else _found(files.lookup, name)
+            if files.lookup is not None:
+                return _found(files.lookup, name)
+            name = _below(str(files.base), name)
         elif value is not given:  # the Hub's own files come as {"path"}; text in a stranger's row names no file here
             raise BadRow("image is a path, and there is no folder to resolve it in")
     if extent or not name.startswith(WEB):
@@ -152,11 +156,13 @@ def locate(value: Any, files: Files) -> bytes | Place:
         raise BadRow(f"image cannot be fetched: {error}") from None
 
 
-def _found(lookup: Lookup, name: str) -> str:
+def _found(lookup: Lookup, name: str) -> Place:
     with suppress(BadRow, OSError, ValueError):
         if (place := Path(_below(str(lookup.tree.base), name))).is_file():
-            return str(place)
-    return lookup.find(name)
+            return Place(str(place))
+    found = lookup.find(name)
+    archive, member = lookup.tree.zipped.get(found, (found, None))
+    return Place(archive, member=member)
 
 
 def _below(base: str, name: str) -> str:
@@ -192,6 +198,8 @@ def read(place: Place) -> bytes:
             return piece(place.name, place.offset, size) if size else b""
         file = os.open(place.name, os.O_RDONLY | os.O_NONBLOCK)  # does not wait for a pipe
         try:
+            if place.member is not None:
+                return read_member(file, place.member)
             there = os.fstat(file).st_size - place.offset
             size = there if size is None else size
             if not 0 <= size <= there:
@@ -342,7 +350,7 @@ def decode(data: bytes, spec: DatasetSpec, bounds: Bounds = AS_IT_IS, pictures: 
             if bounds.resample is None:  # a JPEG decodes at a half, a quarter or an eighth, but with other pixels
                 image.draft(None, bounds.size(*image.size, pictures))
             image.load()
-            picture = as_rgb(ImageOps.exif_transpose(image))
+            picture = as_rgb(upright(image))
             picture.info[WHOLE] = whole if picture.size == image.size else whole[::-1]
             return picture
     except BadRow:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from job.data.conversations import as_text
+from job.data.cells import as_text
 from job.data.pixels import BadRow
+from job.data.reading import did_you_mean
 from job.data.text import as_line
 from job.errors import DataError
 
@@ -25,14 +26,15 @@ class Join(NamedTuple):
 
 
 def joined(
-    parts: Mapping[str, Lines], join: Join, read: Callable[[str], Row], field: str, notes: dict[str, None]
+    parts: Mapping[str, Lines], join: Join, read: Callable[[str], Row], field: str, notes: dict[str, bool]
 ) -> dict[str, Iterator[str]]:
     """Returns the tables that hold answers. Their rows get the columns of the other tables' rows with the same key: one value, or
     the list of all. Adds to `notes` what was joined, once the rows are read. Raises DataError if tables cannot be joined."""
     columns = {title: _columns(lines, read) for title, lines in parts.items()}
     for title, names in columns.items():
         if join.key not in names:
-            raise DataError(f"{field}: dataset.join is {join.key}; {title} has no such column, but {', '.join(names)}")
+            key = f"{join.key}{did_you_mean(join.key, names)}"
+            raise DataError(f"{field}: dataset.join is {key}; {title} has no such column, but {', '.join(names)}")
     used = join.used(dict.fromkeys(name for names in columns.values() for name in names))
     answer = next((name for name in join.answers if any(name in names for names in columns.values())), "")
     main = [title for title, names in columns.items() if answer in names]
@@ -54,7 +56,12 @@ def joined(
 
 
 def _with(
-    lines: Lines, key: str, found: dict[str, dict[str, list[Any]]], read: Callable[[str], Row], said: str, notes: Row
+    lines: Lines,
+    key: str,
+    found: dict[str, dict[str, list[Any]]],
+    read: Callable[[str], Row],
+    said: str,
+    notes: dict[str, bool],
 ) -> Iterator[str]:
     count = alone = 0
     for line in lines():
@@ -68,7 +75,7 @@ def _with(
         more = {name: several[0] if len(several) == 1 else several for name, several in (theirs or {}).items()}
         yield as_line({**more, **row})
     without = f", {alone} of {count} rows without a counterpart" if alone else ""
-    notes[f"{said}{without}"] = None
+    notes[f"{said}{without}"] = False
 
 
 def _columns(lines: Lines, read: Callable[[str], Row]) -> list[str]:

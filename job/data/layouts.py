@@ -23,7 +23,18 @@ KINDS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".tar": "webdataset",
+    ".xlsx": "excel",
+    ".xlsm": "excel",
 }
+SHARDS = {".mds": "MosaicML shards", ".lance": "a Lance table"}
+"""Formats beside whose files lie JSON files that are no rows."""
+ANEW = "write it as Parquet, or as WebDataset (.tar)"
+UNREAD = {
+    **dict.fromkeys((".xls", ".xlsb", ".ods"), "save it as .xlsx or CSV"),
+    **dict.fromkeys((*SHARDS, ".h5", ".hdf5", ".tfrecord", ".npz", ".npy", ".pkl"), ANEW),
+    **dict.fromkeys((".tgz", ".7z", ".rar"), "unpack it"),
+}
+"""Formats that may hold rows and are not read, with what to do."""
 NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 """Files that `datasets` writes beside rows."""
 LARGEST_NOTE = 64_000_000
@@ -79,6 +90,10 @@ def find_rows(spec: DatasetSpec, here: Path, split: str, field: str, held_out: b
         if len({file.parent for file in beside}) == 1:
             return _found("", beside[:1], files, here, split)
     tables = rows_among(files)
+    if spec.join or asked == "excel":
+        tables += [file for file in files if KINDS.get(ending_of(file)) == "excel" and file not in tables]
+    if {KINDS[ending_of(file)] for file in tables} <= {"json"}:
+        _refuse_shards(files, here, field)
     rest = [file for file in files if ending_of(file) not in KINDS]
     kinds = Counter(KINDS[ending_of(file)] for file in tables)
     if asked == "dicom" or (asked == "auto" and not kinds["webdataset"] and any(map(_is_dicom, rest[:200]))):
@@ -94,7 +109,11 @@ def find_rows(spec: DatasetSpec, here: Path, split: str, field: str, held_out: b
         raise DataError(f"{field}: {unless}")
     kind = KINDS[ending_of(chosen[0])]
     if spec.join:
-        chosen = [file for file in tables if file in {*chosen, *unnamed} and KINDS[ending_of(file)] in ("json", "csv")]
+        chosen = [
+            file
+            for file in tables
+            if file in {*chosen, *unnamed} and KINDS[ending_of(file)] in ("json", "csv", "excel")
+        ]
     else:
         chosen = [file for file in chosen if KINDS[ending_of(file)] == kind]
     return replace(_found(kind, chosen, files, root, split), unless=unless)
@@ -128,7 +147,7 @@ def _found(kind: str, chosen: list[Path], files: list[Path], root: Path, split: 
 
 
 def files_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith((".", "~$")))
 
 
 def tables_below(folder: Path) -> list[Path]:
@@ -137,8 +156,9 @@ def tables_below(folder: Path) -> list[Path]:
 
 def rows_among(files: list[Path]) -> list[Path]:
     """Returns the tables among files, without JSON files that are a single object, which describe other files. If all tables are
-    JSON, an object on one line may be a row."""
-    tables = _tables_among(files)
+    JSON, an object on one line may be a row. A workbook beside other tables describes them."""
+    every = _tables_among(files)
+    tables = [file for file in every if KINDS[ending_of(file)] != "excel"] or every
     alike = {ending_of(file) for file in tables} == {".json"}
     rows = [file for file in tables if not _is_object(file, over_lines=alike)] if len(tables) > 1 else tables
     return rows or tables
@@ -223,10 +243,20 @@ def _nothing_for(spec: DatasetSpec, split: str, tables: list[Path], files: list[
             "dataset.split, or the file itself in dataset.path"
         )
     there = Counter(file.suffix.lower() or "no ending" for file in files).most_common(5)
+    unread = "".join(f"; {ending} is not read: {UNREAD[ending]}" for ending, _ in there if ending in UNREAD)
     found = ", ".join(f"{count} × {suffix}" for suffix, count in there) or "nothing"
-    wanted = "metadata.jsonl or .csv, .jsonl, .json, .csv, .parquet, .arrow, .tar, DICOM, or a .zip by its own name"
+    wanted = (
+        "metadata.jsonl or .csv, .jsonl, .json, .csv, .xlsx, .parquet, .arrow, .tar, DICOM, or a .zip by its own name"
+    )
     wanted = {"auto": wanted, "imagefolder": ", ".join(METADATA)}.get(spec.format, spec.format)
-    return f"{found}; expected {wanted}" + ("" if split == TRAIN else f", named after the split {split}")
+    return f"{found}; expected {wanted}" + ("" if split == TRAIN else f", named after the split {split}") + unread
+
+
+def _refuse_shards(files: list[Path], here: Path, field: str) -> None:
+    for file in files:
+        for ending, what in SHARDS.items():
+            if ending in file.suffixes:
+                raise DataError(f"{field}: {here} holds {what} ({file.name}), which is not read; {ANEW}")
 
 
 def _relative(file: Path, root: Path) -> str:

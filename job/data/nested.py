@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from job.data.layouts import of_split, split_of
+from job.data.reading import CONVERSATIONS
 
 COCO = ("images", "annotations")
 """The lists of COCO's format: an annotation belongs to the image whose `id` is its `image_id` (cocodataset.org, data format)."""
-CONVERSATIONS = ("messages", "conversations")
 
 Row = dict[str, Any]
 
@@ -24,10 +24,11 @@ class Selection(NamedTuple):
 
 
 class Inside(NamedTuple):
-    """Rows of an object, and which of its lists they are in words."""
+    """Rows of an object, which of its lists they are in words, and whether those are named after the split."""
 
     rows: list[Row]
     why: str
+    of_split: bool = False
 
 
 def rows_inside(whole: Mapping[str, Any], wanted: Selection) -> Inside | None:
@@ -38,18 +39,27 @@ def rows_inside(whole: Mapping[str, Any], wanted: Selection) -> Inside | None:
     lists = {name: value for name, value in whole.items() if isinstance(value, list) and _mappings(value)}
     if set(COCO) <= lists.keys():
         return Inside(_annotated(*(lists[name] for name in COCO)), "annotations, each with its image")
-    if splits := [name for name in lists if split_of(f"{name}/")]:
-        chosen = [name[:-1] for name in of_split([f"{name}/" for name in lists], wanted.split, wanted.held_out)]
-        if not chosen:
-            raise ValueError(f"it holds the splits {', '.join(splits)}, and not {wanted.split}")
+    if (chosen := lists_of_split([*lists], wanted)) is not None:
         rest = [name for name in lists if name not in chosen]
         left = f" (not read: {', '.join(rest)})" if rest else ""
-        return Inside([row for name in chosen for row in lists[name]], f"{', '.join(chosen)}{left}")
+        return Inside([row for name in chosen for row in lists[name]], f"{', '.join(chosen)}{left}", True)
     if len(lists) > 1:
         raise ValueError(
             f"it holds several lists, {', '.join(lists)}; write the rows among them as a file of their own"
         )
     return next((Inside(rows, name) for name, rows in lists.items()), None)
+
+
+def lists_of_split(names: list[str], wanted: Selection) -> list[str] | None:
+    """Returns the lists, or sheets, that hold the split; None if none is named after a split. Raises ValueError if only others
+    are there."""
+    splits = [name for name in names if split_of(f"{name}/")]
+    if not splits:
+        return None
+    chosen = [name[:-1] for name in of_split([f"{name}/" for name in names], wanted.split, wanted.held_out)]
+    if not chosen:
+        raise ValueError(f"it holds the splits {', '.join(splits)}, and not {wanted.split}")
+    return chosen
 
 
 def flat(row: Row) -> Row:

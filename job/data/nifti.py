@@ -11,7 +11,8 @@ from PIL import Image
 
 from job.config.schema import DatasetSpec
 from job.data.pixels import LARGEST, BadRow, Picture, check_size
-from job.data.stacks import choose, square
+from job.data.stacks import MEDGEMMA, choose, square
+from job.data.windows import HOUNSFIELD, eight_bits, in_colours, windowed
 from job.errors import DataError
 
 GZIP = b"\x1f\x8b"
@@ -20,6 +21,9 @@ MAGIC = {344: (b"n+1\0",), 4: (b"n+2\0",)}
 SHARES = (0.5, 99.5)
 """Percentiles of the values that become black and white without `dataset.dicom.window`: a few voxels of an MR image are far
 brighter than all others."""
+AIR = (-3100, -900)
+"""Bounds of the lowest value of a volume in Hounsfield units: air, or what scanners put outside their circle. NIfTI names no
+modality, and no other has such values."""
 THICK = 1.5
 """How much thicker than wide a voxel is along the axis in which a volume was acquired slice by slice."""
 AXIAL = 2
@@ -51,15 +55,19 @@ def frames(data: bytes, spec: DatasetSpec) -> list[Picture]:
         values = np.asarray(volume.dataobj[(..., *[0] * (len(volume.shape) - 3))])
         stack = np.moveaxis(values.reshape(shape), axis, 0)
         chosen = [_numbers(stack[n]) for n in choose(shape[axis], spec.dicom.frames)]
+        in_hounsfield = AIR[0] <= stack.min() <= AIR[1]
     except BadRow:
         raise
     except Exception as error:  # nibabel may raise anything on a broken file
         raise BadRow("NIfTI: file is broken") from error
-    low, high = _range(np.stack(chosen), spec)
     # Axes point to the right, the front and the head (RAS+): both sides of the picture begin at their ends.
-    shades = [(np.clip((each - low) / max(high - low, 1e-9), 0, 1) * 255 + 0.5).astype(np.uint8) for each in chosen]
+    shades = _shades(np.stack([each[::-1, ::-1].T for each in chosen]), in_hounsfield, spec)
     spacing = (float(zooms[down]), float(zooms[across]))
-    return [square(Image.fromarray(each[::-1, ::-1].T.copy()).convert("RGB"), spacing) for each in shades]
+    pictures = [square(Image.fromarray(each).convert("RGB"), spacing) for each in shades]
+    by_default = in_hounsfield and not (spec.dicom.window or spec.dicom.frames == MEDGEMMA)
+    for picture in pictures:
+        picture.info["default_window"] = by_default
+    return pictures
 
 
 def _numbers(values: NDArray[Any]) -> NDArray[np.float32]:
@@ -68,12 +76,15 @@ def _numbers(values: NDArray[Any]) -> NDArray[np.float32]:
     return np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
 
 
-def _range(values: NDArray[np.float32], spec: DatasetSpec) -> tuple[float, float]:
+def _shades(values: NDArray[np.float32], in_hounsfield: bool, spec: DatasetSpec) -> NDArray[np.uint8]:
+    """Returns slices of shape (slices, height, width) as grey of that shape, or as three windows with 3 as the last side."""
     if spec.dicom.window is not None:
-        center, width = spec.dicom.window
-        return center - width / 2, center + width / 2
+        return windowed(values, *spec.dicom.window, "LINEAR_EXACT")
+    if in_hounsfield:
+        return in_colours(values) if spec.dicom.frames == MEDGEMMA else windowed(values, *HOUNSFIELD)
     low, high = np.percentile(values, SHARES)
-    return float(low), float(high) if high > low else float(values.max())
+    high = high if high > low else values.max()
+    return eight_bits((values - low) / max(high - low, 1e-9))
 
 
 def _inflated(data: bytes) -> bytes:

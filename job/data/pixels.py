@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 
 from job.config.schema import DatasetSpec
 
@@ -16,6 +17,18 @@ MOST_NARROW = 200
 """Maximum ratio of the sides: Qwen's processor accepts no larger one (smart_resize's MAX_RATIO)."""
 MIN_SIDE = 4
 """Minimum side; below it, processors mistake the height for the number of channels."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""How to turn an image upright, by its EXIF orientation."""
+WHITE_IS_ZERO = 0
+"""TIFF's PhotometricInterpretation of grey images whose lowest value is white."""
 Picture = Image.Image
 
 
@@ -38,17 +51,30 @@ def check_size(width: int, height: int, spec: DatasetSpec) -> None:
         raise BadRow(f"image too narrow: {width}×{height}; one side may be {MOST_NARROW} times the other at most")
 
 
+def upright(image: Picture) -> Picture:
+    """Turns an image as its EXIF orientation says. `ImageOps.exif_transpose` also rewrites the other tags, and so refuses good
+    pixels beside one that it cannot write."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # it may raise anything on broken tags
+        return image
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+
+
 def as_rgb(image: Picture) -> Picture:
     """Converts every Pillow mode to RGB. Deep grey images (16 bits, floats) are stretched from their own darkest to brightest
-    value: scanners use 10 or 12 of 16 bits, and Pillow's own conversion would clip at 255. Transparent areas become white."""
+    value: scanners use 10 or 12 of 16 bits, and Pillow's own conversion would clip at 255. Nor does it invert deep TIFF images
+    whose zero is white, as it does those of 8 bits. Transparent areas become white."""
     if image.mode.startswith(("I", "F")):
-        return Image.fromarray(stretch(np.asarray(image, dtype=np.float32))).convert("RGB")
+        negative = getattr(image, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
+        values = np.asarray(image, dtype=np.float32)
+        return Image.fromarray(stretch(-values if negative else values)).convert("RGB")
     if image.mode in ("RGBA", "LA", "La", "PA", "RGBa") or "transparency" in image.info:
         solid = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", solid.size, "white"), solid).convert("RGB")
     if image.mode == "LAB":
         raise BadRow("image in LAB colours, which cannot be shown")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image.convert("RGB")
 
 
 def stretch(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -15,7 +15,8 @@ import numpy as np
 
 from job.config.schema import JobSpec, uncertain_key
 from job.data import Data, Row
-from job.data.conversations import as_text, fixed, labels_of, last_answer, read_sample, repeat_images
+from job.data.cells import as_text, labels_of
+from job.data.conversations import fixed, last_answer, read_sample, repeat_images
 from job.data.facts import DataFacts, NearPair
 from job.data.floats import in_both
 from job.data.images import AS_IT_IS, Bounds, file_name, load
@@ -226,7 +227,7 @@ def _one(place: int, unit: int, row: dict[str, Any], spec: JobSpec, source: Sour
         raise DataError(
             f"{source.field}: row {place} was valid before and is not now: {reason}; did the data change?"
         ) from None
-    messages = repeat_images(sample.messages, [len(each) for each in images])
+    messages = repeat_images(sample.messages, [len(each) for each in images], dataset.dicom.frames)
     made: Row = {
         "id": f"row-{place}",
         "messages": messages,

@@ -15,17 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from job.config.schema import DatasetSpec, PrivacySpec
 from job.data.cards import classes_noted
+from job.data.cells import as_text, images_of
 from job.data.classes import kinds_of, named
 from job.data.columns import FIRST, Choose, Rows, every, first_rows, undecoded
-from job.data.conversations import (
-    Reading,
-    answer_columns,
-    as_text,
-    choose_alike,
-    choose_columns,
-    images_of,
-    read_sample,
-)
+from job.data.conversations import read_sample
 from job.data.floats import Floats, floats_of
 from job.data.hub import from_hub, not_there
 from job.data.image_cache import ImageCache
@@ -35,6 +28,7 @@ from job.data.joined import Join
 from job.data.layouts import find_rows, listed, of_split, split_of, tables_below, values_of_split
 from job.data.nested import Selection, flat
 from job.data.pixels import LARGEST, BadRow
+from job.data.reading import Reading, answer_columns, choose_alike, choose_columns
 from job.data.tables import LINE, as_table, read_line, read_table
 from job.data.webdataset import IMAGES, fetched_shards, index_shards, shards_to_stream
 from job.errors import DataError, JobError
@@ -215,7 +209,7 @@ def open_source(
     join = Join(spec.join, answer_columns(spec), used) if spec.join else None
     table = _open(spec, path, split, scratch, field, choose, join)
     if join and not any(note.startswith("joined ") for note in table.found.notes):
-        raise DataError(f"{field}: dataset.join joins CSV and JSON tables, and this is {table.why}")
+        raise DataError(f"{field}: dataset.join joins CSV, JSON and Excel tables, and this is {table.why}")
     reading = choose_columns(table.found.columns, spec, field, also)
     bundled = scratch / BUNDLE / "images"
     fetched = bundled if bundled.exists() else scratch / "fetched" / "images"
@@ -297,8 +291,7 @@ def _open(
     why = "; ".join([why, *rows.notes])
     if here.is_dir():
         rows = rows._replace(classes={**classes_noted(here, spec.name), **rows.classes})
-    inside = any(" holds " in note for note in rows.notes)
-    unless = "" if inside else found.unless
+    unless = "" if rows.of_split else found.unless
     return Table(rows, why, base, left_out=found.left_out, files=tuple(chosen), named=here.is_file(), unless=unless)
 
 

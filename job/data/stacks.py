@@ -9,6 +9,8 @@ from PIL import Image
 
 from job.data.pixels import BadRow, Picture
 
+MEDGEMMA, MOST_SLICES = "medgemma", 85
+"""Value of `dicom.frames` for volumes as MedGemma 1.5 was shown them, and the most slices of one: see `windows.MEDGEMMA`."""
 MOST_TILES = 16
 TILE = 512
 MOST_OBLONG = 10
@@ -16,12 +18,19 @@ MOST_OBLONG = 10
 
 
 def choose(count: int, frames: str | int | list[int]) -> list[int]:
-    """Returns indices into a stack of `count`: the middle one, evenly spread ones (a number, or a montage), or those named (from
-    0; -1 is the last). A single frame is always chosen. Raises BadRow for an index out of range."""
+    """Returns indices into a stack of `count`: the middle one, evenly spread ones (a number, a montage, or as MedGemma's notebook
+    samples them), or those named (from 0; -1 is the last). A single frame is always chosen. Raises BadRow for an index out of
+    range."""
     if count == 1:
         return [0]
     if frames == "middle":
         return [count // 2]
+    if frames == MEDGEMMA:
+        return (
+            [round(n / MOST_SLICES * (count - 1)) for n in range(1, MOST_SLICES + 1)]
+            if count > MOST_SLICES
+            else [*range(count)]
+        )
     if isinstance(frames, int) or frames == "montage":
         tiles = min(count, MOST_TILES if frames == "montage" else int(frames))
         return [(2 * tile + 1) * count // (2 * tiles) for tile in range(tiles)]

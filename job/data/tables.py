@@ -34,6 +34,7 @@ PATIENT = "_patient"
 WHY = "_why"
 """Why a report has no image, if known; cannot be named in a spec."""
 POINTER = b"version https://git-lfs.github.com/spec/"
+EXCEL = (".xlsx", ".xlsm")
 LONGEST_NAME = 100
 """Maximum number of characters in a column name."""
 FIRST_LINE = 1000
@@ -55,14 +56,16 @@ def read_table(
         refuse_pointer(file, field)
     if ending_of(files[0]) in (".parquet", ".arrow"):
         if join:
-            raise DataError(f"{field}: dataset.join joins CSV and JSON tables, and {files[0].name} is neither")
+            raise DataError(
+                f"{field}: dataset.join joins CSV, JSON and Excel tables, and {files[0].name} is none of them"
+            )
         return read_columns(files, cache, field, choose)
-    notes = dict[str, None]()
+    notes = dict[str, bool]()
     tables = {title: partial(lines_of, file, field, wanted, notes) for title, file in titled(files).items()}
     parts = joined(tables, join, read_line, field, notes) if join else {title: each() for title, each in tables.items()}
     name = " ".join(map(str, (*files, *wanted[:2], join.key if join else "")))
     rows = as_table(parts, cache, name, field, choose)
-    return rows._replace(notes=tuple(notes))
+    return rows._replace(notes=tuple(notes), of_split=any(notes.values()))
 
 
 def refuse_pointer(file: Path, field: str) -> None:
@@ -76,10 +79,14 @@ def lines_of(
     file: Path,
     field: str,
     wanted: Selection = Selection(),  # noqa: B008 - it is frozen
-    notes: dict[str, None] | None = None,
+    notes: dict[str, bool] | None = None,
 ) -> Iterator[str]:
     """Yields a file as lines of JSON: its own, or one for each row of a CSV or item of a list, which may be in an object. CSV
-    values stay text: patient 007 is not 7. Adds to `notes` which list of an object was read."""
+    values stay text: patient 007 is not 7. Adds to `notes` which list of an object was read, and whether it is named after the
+    split."""
+    if ending_of(file) in EXCEL:
+        yield from _workbook_lines(file, field, wanted, {} if notes is None else notes)
+        return
     with disk(file):
         encoding = encoding_of(file)
     with open_text(file, encoding, newline="" if _is_csv(file) else "\n") as stream:
@@ -96,7 +103,7 @@ def lines_of(
                 inside = rows_inside(whole, wanted)
                 yield from map(as_line, inside.rows if inside else [whole])
                 if inside and notes is not None:
-                    notes[f"{file.name} holds {inside.why}"] = None
+                    notes[f"{file.name} holds {inside.why}"] = inside.of_split
                 return
             stream.seek(0)
             yield from (checked(line) for line in _lines(stream) if line.strip())
@@ -104,6 +111,16 @@ def lines_of(
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise DataError(f"{field}: {file} cannot be read: {error}; fix it, or rewrite it in UTF-8") from error
+
+
+def _workbook_lines(file: Path, field: str, wanted: Selection, notes: dict[str, bool]) -> Iterator[str]:
+    from job.data.excel import rows_of_workbook
+
+    try:
+        with disk(file):
+            yield from map(as_line, rows_of_workbook(file, field, wanted, _checked_names, notes))
+    except ValueError as error:
+        raise DataError(f"{field}: {file} cannot be read: {error}; fix it, or save the table as CSV") from error
 
 
 def _whole(stream: TextIO, what: str) -> str:
@@ -151,13 +168,19 @@ def _csv_lines(stream: Iterator[str]) -> Iterator[str]:
     except csv.Error:
         delimiter = ","
     names = next(csv.reader([head], delimiter=delimiter, skipinitialspace=True), [])
-    if len(set(names)) < len(names):
-        raise csv.Error("two columns have the same name")
-    if any(map(_is_value, names)):  # users are shown column names, never values of rows
-        raise csv.Error("its first line is a row, not column names")
+    _checked_names(names)
     # Strict: a quote that is never closed would swallow the rows after it.
     for row in csv.DictReader(stream, names, delimiter=delimiter, strict=True, skipinitialspace=True):
         yield as_line(None if None in row else row)
+
+
+def _checked_names(names: list[str]) -> list[str]:
+    """Raises ValueError for a first line that does not name columns. Names may be empty, as that of an index."""
+    if len(set(filter(None, names))) < len([*filter(None, names)]):
+        raise ValueError("two columns have the same name")
+    if any(map(_is_value, names)):  # users are shown column names, never values of rows
+        raise ValueError("its first line is a row, not column names")
+    return names
 
 
 def _is_value(name: str) -> bool:

@@ -17,7 +17,8 @@ import numpy as np
 from job.config.schema import DatasetSpec, JobSpec
 from job.data import BadRows
 from job.data.burned_in import BurnedIn
-from job.data.conversations import Message, as_text, labels_of, last_answer, prompt_text, read_sample, repeat_images
+from job.data.cells import as_text, labels_of
+from job.data.conversations import Message, last_answer, prompt_text, read_sample, repeat_images
 from job.data.decoder import dismiss
 from job.data.facts import ImageFacts, QuarantinedRow, ShrunkFacts, SplitFacts, TokenFacts
 from job.data.given_away import given_away, stated_answer, words
@@ -192,7 +193,7 @@ def _examine(
     sample = read_sample(values, dataset, source.reading)
     loaded = [load_anew(value, source.files, dataset, len(sample.images)) for value in sample.images]
     files, shown = [data for each, _ in loaded for data in each], [each for _, each in loaded]
-    messages = repeat_images(sample.messages, [len(each) for each in shown])
+    messages = repeat_images(sample.messages, [len(each) for each in shown], dataset.dicom.frames)
     sizes = tuple(picture.size for each in shown for picture in each)
     keys = tuple(pictures := [hashlib.sha256(data).hexdigest() for data in files])
     if not keys:  # text only: one question must not be asked on both sides

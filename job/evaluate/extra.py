@@ -18,7 +18,7 @@ from job.evaluate.encoder import refuse_unless_encoder
 from job.evaluate.radeval import RADEVAL, ask_radeval, refuse_without_radeval
 from job.evaluate.records import Answer, PerRow
 from job.layout import EXTRA_KEY
-from job.output.ownership import own_json, run_of
+from job.output.stored import own_json, run_of
 from job.runtime.staging import local_path
 
 LAYERS = {("bert", 12): 9, ("bert", 24): 18, ("roberta", 12): 10, ("roberta", 24): 17}

@@ -18,7 +18,7 @@ from job.errors import Preempted
 from job.evaluate.records import Answer, Comparison, Maps, Requirement, Sample, Settings, from_json
 from job.layout import OCCLUSION_KEY, answers_key, partial_key
 from job.model.loaded import Loaded
-from job.output.ownership import own_json, run_of
+from job.output.stored import own_json, run_of
 from job.runtime.progress import progress_bar
 from job.runtime.status import on_terminal
 from job.store import Missing, Store

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import get_worker_info
+from transformers.image_processing_backends import TorchvisionBackend
 
 from job.errors import DataError
 from job.model.families import FAMILIES
@@ -252,7 +254,7 @@ def _encode(
         )
     given = {
         "text": texts,
-        "images": images if any(images) else None,
+        "images": [[_planes(processor, image) for image in row] for row in images] if any(images) else None,
         "padding": True,
         "padding_side": side,
         "add_special_tokens": adds_bos(processor, texts[0]),
@@ -272,6 +274,14 @@ def _encode(
         alone = zip(texts, images, strict=True)
         return batch, [_encode(processor, [text], [row], side=side)[1][0] if row else [] for text, row in alone]
     return batch, [[processor.image_token] * len(each) for each in images]
+
+
+def _planes(processor: Any, image: Any) -> Any:
+    """Return an image as a tensor of shape (3, height, width). Processors that compute with torch make one too, but leave its
+    colours side by side, and then take half as long again."""
+    if not isinstance(processor.image_processor, TorchvisionBackend):
+        return image
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 @lru_cache(8)  # listing a vocabulary of 200,000 takes a tenth of a second

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from job.checkpoint import steps
 from job.errors import DataError
 from job.layout import REPORT_KEY, RESULT_KEY, STATUS_KEY
-from job.output.ownership import read_json
+from job.output.stored import read_json
 from job.runtime.status import HEARTBEAT_SECONDS
 from job.store import Store, open_store
 
@@ -67,14 +68,20 @@ def describe_status(store: Store, status: dict[str, Any] | None = None) -> str:
     return "\n".join(lines)
 
 
-def describe_all(store: Store) -> Iterator[str]:
-    """Yield a line for each job below a folder or prefix, sorted by place. Raises DataError if there is none."""
+def jobs_below(store: Store) -> dict[str, Store]:
+    """Return the output of each job below a folder or prefix, by place, 2 before 10. Raises DataError if there is none."""
     keys = (entry.key.rpartition("/") for entry in store.list())
-    places = sorted({place for place, _, name in keys if name in (STATUS_KEY, RESULT_KEY)})
+    places = {place for place, _, name in keys if name in (STATUS_KEY, RESULT_KEY)}
     if not places:
         raise DataError(f"{store.url} holds no job: there is no {STATUS_KEY} below it")
-    for place in places:
-        status = read_status(open_store(f"{store.url.rstrip('/')}/{place}".rstrip("/")))
+    ordered = sorted(places, key=lambda place: [part.zfill(20) for part in re.split(r"(\d+)", place)])
+    return {place: open_store(f"{store.url.rstrip('/')}/{place}".rstrip("/")) for place in ordered}
+
+
+def describe_all(store: Store) -> Iterator[str]:
+    """Yield a line for each job below a folder or prefix, sorted by place. Raises DataError if there is none."""
+    for place, output in jobs_below(store).items():
+        status = read_status(output)
         step = f", {_step(status)}" if "step" in status else ""
         verdict = status.get("verdict") or {}
         said = f"; {verdict['metric']}: {verdict['said']}" if verdict.get("said") else ""

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import yaml
 
-from job.checkpoint import steps
-from job.config.loader import validate
-from job.config.parsing import parse
 from job.config.rules import differences
 from job.config.schema import ANSWERS, JobSpec
-from job.errors import EXIT_CODES, DataError, JobError, NoHub, NoProgress, Preempted, SpecError, Unavailable
+from job.errors import DataError, NoHub, SpecError, Unavailable
 from job.layout import (
     ANSWER_KEYS,
     ATTEMPTS_KEY,
@@ -33,45 +26,18 @@ from job.layout import (
     STATUS_KEY,
     WORK,
 )
+from job.output.attempts import count_attempt
 from job.output.identity import Identity, changes, from_json
+from job.output.stored import read_json, stored_spec
 from job.runtime.status import bytes_text
-from job.store import Entry, Missing, OwnedStore, Store, lease, open_store
+from job.store import Entry, Missing, OwnedStore, Store, lease
 
-NEARLY_ALL = 0.85
-"""Share of host memory in use when a process was last seen, above which lack of memory is the likely reason for its end."""
-TRIED_AGAIN = {row.code for row in EXIT_CODES if row.kubernetes == "Count"}
 PROBE = re.compile("probe-[0-9a-f]{12}")
 """Objects that `job.store.check_writable` writes and deletes."""
 SHOWN = 3
 """Number of files that a sentence names."""
 
 log = logging.getLogger("job")
-
-
-def read_json(store: Store, key: str) -> dict[str, Any] | None:
-    """Read an object of the output; None if it is missing (or is not JSON, which only another program can cause)."""
-    try:
-        tree = json.loads(store.read(key))
-    except Preempted:
-        raise
-    except (JobError, ValueError) as error:
-        if isinstance(error, ValueError) or error.exit_code == 65:
-            return None
-        raise
-    return tree if isinstance(tree, dict) else None
-
-
-def run_of(spec: JobSpec, rows: Identity | None) -> str:
-    """Return the run that answers belong to, and carry: a digest of everything that decides them, including the rows. All
-    attempts are of one run, whatever their lease's token."""
-    asked = [getattr(spec.evaluation, field) for field in ANSWERS]
-    return hashlib.sha256(json.dumps([spec.digest, asked, rows.digest if rows else None]).encode()).hexdigest()[:32]
-
-
-def own_json(store: Store, key: str, run: str) -> dict[str, Any]:
-    """Read what attempts at this run keep there; empty if a late writer of another run replaced it."""
-    tree = read_json(store, key) or {}
-    return tree if tree.pop("run", None) == run else {}
 
 
 def is_published(store: Store, spec: JobSpec) -> bool:
@@ -259,82 +225,6 @@ def _recorded(store: OwnedStore, keep: Collection[str]) -> list[Entry]:
     return [entry for entry in store.list() if entry.key in recorded and entry.key not in keep]
 
 
-def count_attempt(store: Store, most_deaths: int) -> int:
-    """Return the number of this attempt. Raises NoProgress if the last `most_deaths` attempts left nothing new.
-
-    `attempts.json` records how earlier attempts died since there was progress, according to the status that they left. A
-    preemption is not a death. An ending that no scheduler retries (wrong data, for example) resets the count, since whoever runs
-    the job again has fixed something.
-    """
-    history = read_json(store, ATTEMPTS_KEY) or {}
-    number, done, last = int(history.get("attempts", 0)), progress(store), read_json(store, STATUS_KEY)
-    deaths: list[dict[str, Any]] = history.get("deaths", []) if history.get("progress") == done else []
-    if last is not None and last.get("attempt") == number:
-        died = last.get("state") == "running" or last.get("exit_code") in TRIED_AGAIN
-        mended = last.get("state") == "failed" and not died
-        deaths = [*deaths, _death(last, done)] if died else [] if mended else deaths
-    if len(deaths) >= most_deaths:
-        raise NoProgress(
-            f"{len(deaths)} attempts died without any progress: {'; '.join(_places(deaths))}; the last reason: "
-            f"{deaths[-1]['reason']}. Fix that, then raise preemption.max_attempts_without_progress to continue"
-        )
-    store.write(ATTEMPTS_KEY, json.dumps({"attempts": number + 1, "progress": done, "deaths": deaths}).encode())
-    return number + 1
-
-
-def progress(store: Store) -> dict[str, int]:
-    """What attempts leave for the next one: the newest checkpoint's step, and bytes of answers by file."""
-    answers = {entry.key: entry.size for entry in store.list(EVALUATION) if entry.key.startswith(ANSWER_KEYS)}
-    return {"step": max(steps(store), default=0)} | answers
-
-
-def _death(status: dict[str, Any], done: dict[str, int]) -> dict[str, Any]:
-    silent = "it was killed, or its machine was lost"
-    used, limit = status.get("host_used", 0), status.get("host_limit", 0)
-    if used > NEARLY_ALL * limit:
-        silent = f"it was killed when {bytes_text(used)} of {bytes_text(limit)} of host memory were in use; give the job more"
-    reason = status.get("reason", "unknown") if status["state"] == "failed" else silent
-    return {"place": f"stage {status.get('stage')}, after the checkpoint of step {done['step']}", "reason": reason}
-
-
-def _places(deaths: list[dict[str, Any]]) -> list[str]:
-    return [f"{count} in {place}" for place, count in Counter(death["place"] for death in deaths).items()]
-
-
-def stored_spec(store: Store) -> JobSpec | None:
-    """Read the spec of the run in the output. Raises SpecError if another version of this program wrote it, with fields that
-    are unknown here."""
-    try:
-        text = store.read(SPEC_KEY).decode()
-    except Preempted:
-        raise
-    except JobError as error:
-        if error.exit_code == 65:
-            return None
-        raise
-    try:
-        return validate(parse(text))
-    except SpecError as error:
-        problems = "; ".join(line.removeprefix("  - ") for line in str(error).splitlines()[1:])
-        raise SpecError(
-            f"output.url: {store.url} holds a run of another version of this program, whose spec.yaml does not fit this one "
-            f"({problems}). Choose another output, run that version, or set output.on_conflict to restart, which deletes that run"
-        ) from error
-
-
-def read_published(store: Store, output: str) -> tuple[dict[str, Any], JobSpec]:
-    """Return RESULT.json and the spec of the model published at `output`. Raises DataError if there is none."""
-    result, spec = read_json(store, RESULT_KEY), stored_spec(store)
-    if result is None or spec is None:
-        raise DataError(f"{output} holds no published model: there is no {RESULT_KEY}")
-    return result, spec
-
-
-def published_folders(result: dict[str, Any], names: Iterable[str]) -> list[str]:
-    """Return which of these folders RESULT.json lists files of."""
-    return [name for name in names if any(key.startswith(f"{name}/") for key in result["files"])]
-
-
 def _conflict(store: Store, spec: JobSpec) -> str:
     stored = stored_spec(store)
     fields = "; ".join(differences(stored, spec)) if stored is not None else "its spec.yaml is missing"
@@ -342,7 +232,3 @@ def _conflict(store: Store, spec: JobSpec) -> str:
         f"output.url: {spec.output.url} holds a run of another spec ({fields}). Choose another output, restore the "
         "fields, or set output.on_conflict to restart, which deletes that run"
     )
-
-
-def open_output(spec: JobSpec) -> OwnedStore:
-    return OwnedStore(open_store(spec.output.url, sse=spec.output.sse, sse_kms_key_id=spec.output.sse_kms_key_id))

@@ -26,7 +26,8 @@ from job.model.base_model import BaseFacts, base_facts, fetch_adapter, fetch_bas
 from job.model.families import family_of
 from job.model.init_adapter import fitted, other_base, read_init_adapter, rescaled, suited
 from job.model.load import choose_backend
-from job.output.ownership import is_published, outdated, read_json
+from job.output.ownership import is_published, outdated
+from job.output.stored import read_json
 from job.planning.facts import Device, Facts
 from job.planning.optional_packages import check_packages, uncompiled
 from job.planning.remote_headers import GLIMPSES, glimpse, glimpse_adapter

@@ -6,6 +6,7 @@ interval and each test is at the level that holds for all of them together (Bonf
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,14 +21,17 @@ from job.evaluate.compare import compare
 from job.evaluate.examples import labels_read, rouge_l
 from job.evaluate.records import Answer, Comparison, Settings
 from job.evaluate.verdict import chosen_metric
-from job.layout import SPEC_KEY
-from job.output.ownership import stored_spec
+from job.layout import FACTS_KEY, SPEC_KEY
+from job.output.describe import jobs_below
+from job.output.stored import read_json, stored_spec
 from job.report import gallery
 from job.report.conclusion import doubts, moved
 from job.report.contents import Contents
 from job.report.page import fill
 from job.report.rebuild import stored_contents
 from job.store import Store
+
+log = logging.getLogger("job")
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MOST_SAMPLES = 8
@@ -90,6 +94,18 @@ def compare_runs(stores: Sequence[Store], metric: str | None = None) -> Runs:
     others = [_beside(first, run, len(rest), metric) for run in rest]
     private = not all(run.contents.privacy.report_images for run in (first, *rest))
     return Runs(first, others, [] if private else _samples([first, *rest], labels_read(others[0].measured)))
+
+
+def finished_below(store: Store) -> list[Store]:
+    """Return the outputs below a folder or prefix, as of a sweep, that can be compared; a log line names the others.
+
+    Raises DataError if there is no job.
+    """
+    found = jobs_below(store)
+    without = [place for place, output in found.items() if read_json(output, FACTS_KEY) is None]
+    if without:
+        log.warning("left out, for there is no report yet: %s", ", ".join(without))
+    return [output for place, output in found.items() if place not in without]
 
 
 def _read(letter: str, store: Store) -> Run:

@@ -11,7 +11,8 @@ from job.config.schema import JobSpec
 from job.errors import DataError, SpecError
 from job.evaluate.records import Answer, Comparison, Sample, from_json
 from job.evaluate.stage import stored_rows
-from job.output.ownership import read_json, write_spec
+from job.output.ownership import write_spec
+from job.output.stored import read_json
 from job.report.contents import Contents, Privacy
 from job.store import Missing, OwnedStore, Store
 

@@ -12,7 +12,7 @@ from job.evaluate.compare import compare
 from job.evaluate.extra import by_side, model_folders, scored
 from job.evaluate.metric_info import needs_model
 from job.evaluate.records import Comparison, Settings
-from job.output.ownership import stored_spec
+from job.output.stored import stored_spec
 from job.report.page import fill
 from job.report.rebuild import stored_contents
 from job.store import Store

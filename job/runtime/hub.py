@@ -20,9 +20,9 @@ HUB_ID = re.compile(
     r"(?!.*(?:--|\.\.|\.git$))(?:\w(?:[\w.-]*\w)?/\w(?:[\w.-]{0,94}\w)?|\w(?:[\w-]{0,94}\w)?)", re.ASCII
 )
 """As in huggingface_hub's `validate_repo_id`."""
-TABLES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".tar"}
+TABLES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".tar", ".xlsx", ".xlsm"}
 """Suffixes of files that hold rows."""
-FILES = TABLES | {".zip", ".gz", ".tgz", ".txt", ".xlsx", ".xls", ".feather", ".dcm", ".h5"}
+FILES = TABLES | {".zip", ".gz", ".tgz", ".txt", ".xls", ".xlsb", ".ods", ".feather", ".dcm", ".h5"}
 """Suffixes of files, which are never a hub dataset."""
 TRIES = 5
 PAUSE = 2.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import re
@@ -16,10 +15,11 @@ from pathlib import Path
 from job.config.environment import Environment
 from job.errors import JobError, SpecError
 from job.runtime.peaks import used_bytes
+from job.runtime.prefixes import Fetched, fetch_listed, write_listing
 from job.runtime.progress import growing
 from job.runtime.scratch import disk_of
 from job.runtime.status import bytes_text
-from job.store import Missing, download_folder, open_store
+from job.store import Missing, open_store
 from job.store.disk import disk as disk_errors
 
 log = logging.getLogger("job")
@@ -92,30 +92,30 @@ def _fetched(name: str, scratch: Path, field: str, error: type[JobError]) -> Pat
     time writes to it."""
     folder = scratch / "fetched" / name_on_scratch(name.rstrip("/"))
     folder.mkdir(parents=True, exist_ok=True)
-    mark = folder.with_name(f"{folder.name}.json")
+    fetched = Fetched(folder.with_name(f"{folder.name}.json"), folder.with_name(f"{folder.name}.part"))
     with only_one(folder.with_name(f".{folder.name}.lock"), f"{field}: {name}"):
         store = open_store(name)
-        listing = list(store.list())
-        said = json.dumps(listing)
-        if listing and mark.exists() and mark.read_text() == said:
+        listing = write_listing(store, folder.with_name(f"{folder.name}.listing"))
+        if listing.keys and fetched.is_as(listing):
+            listing.file.unlink()
             return folder
-        mark.unlink(missing_ok=True)
+        fetched.begin()
         parent, _, last = name.rpartition("/")
-        if remove_others(folder, {entry.key for entry in listing} or {last}):
+        if remove_others(folder, listing.keys or {last}):
             _remove_copies(scratch, field)
-        if not listing:
+        if not listing.keys:
             try:
                 open_store(parent).download(last, folder / last)
             except Missing:
                 remove_others(folder, ())
                 raise error(f"{field}: there is nothing under {name}") from None
             return folder / last
-        total = sum(entry.size for entry in listing)
-        check_room(total - used_bytes(folder), folder, f"{field}: {name}")
-        with growing(f"fetch {field}", folder, total):
-            there = download_folder(store, "", folder)
-        remove_others(folder, there)  # an object may have gone since the listing
-        mark.write_text(said)
+        check_room(listing.size - used_bytes(folder), folder, f"{field}: {name}")
+        with growing(f"fetch {field}", folder, listing.size):
+            gone = fetch_listed(store, listing, fetched, folder)
+        if gone:
+            remove_others(folder, listing.keys - gone)
+        fetched.complete(listing)
     return folder
 
 

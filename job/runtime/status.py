@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -150,6 +150,7 @@ class Record:
     def __init__(self, store: Store, scratch: Path, **fields: Any) -> None:
         self._store = store
         self._metrics = scratch / "metrics.jsonl"
+        self.heard: Callable[[dict[str, Any]], object] | None = None  # is called with each line of numbers
         self._status: dict[str, Any] = {
             "state": "running",
             "stage": "plan",
@@ -261,6 +262,8 @@ class Record:
         """Append one line to `logs/metrics.jsonl` (local until `publish_numbers`)."""
         with self._metrics.open("a") as file:
             file.write(json.dumps({"time": now(), **values}) + "\n")
+        if self.heard is not None:
+            self.heard(values)
 
     def copy_numbers(self, folder: Path) -> None:
         """Copy the numbers so far into a checkpoint's folder, so that no kill loses those of the steps that it holds."""

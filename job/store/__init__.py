@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from job.errors import SpecError
-from job.store.folders import download_folder, files_of, inside, upload_files, upload_folder
+from job.store.folders import download_files, files_of, inside, upload_files, upload_folder
 from job.store.local import LocalStore
 from job.store.owned import OwnedStore, take_back
 from job.store.protocol import Capabilities, Conflict, Corrupt, Digest, Entry, Missing, Store, checked_key
@@ -28,7 +28,7 @@ __all__ = [
     "Store",
     "check_writable",
     "checked_key",
-    "download_folder",
+    "download_files",
     "files_of",
     "inside",
     "open_store",

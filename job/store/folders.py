@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TypeVar
@@ -11,7 +12,7 @@ from typing import TypeVar
 from job.errors import DataError
 from job.store.disk import disk
 from job.store.owned import OwnedStore
-from job.store.protocol import Digest, Store, checked_key
+from job.store.protocol import Digest, Missing, Store, checked_key
 
 FILES = 4  # at a time; their parts share the store's workers and buffers
 T = TypeVar("T")
@@ -38,14 +39,30 @@ def upload_files(store: Store, folder: Path, keys: dict[str, str]) -> dict[str, 
     return together({name: lambda name=name: store.upload(folder / name, keys[name]) for name in names})  # type: ignore[misc]
 
 
-def download_folder(store: Store, prefix: str, folder: Path) -> dict[str, Digest]:
-    """Download everything under `prefix/` into `folder`. A file that is already there is fetched again."""
-    beginning = prefix.rstrip("/") + "/" if prefix else ""
-    names = [entry.key.removeprefix(beginning) for entry in store.list(beginning)]
-    for name in names:
-        if not inside(folder, name):
-            raise DataError(f"The key {beginning + name!r} in {store.url} would be written outside {folder}.")
-    return together({name: lambda name=name: store.download(beginning + name, folder / name) for name in names})  # type: ignore[misc]
+def download_files(store: Store, keys: Iterable[str], folder: Path) -> Iterator[tuple[str, Digest | None]]:
+    """Download objects to `folder/key`, a few at a time, and yield their digests in order; None for an object that is gone. A
+    file that is already there is fetched again. Keys are taken as they are needed: there may be millions."""
+
+    def one(key: str) -> tuple[str, Digest | None]:
+        if not inside(folder, key):
+            raise DataError(f"The key {key!r} in {store.url} would be written outside {folder}.")
+        try:
+            return key, store.download(key, folder / key)
+        except Missing:
+            return key, None
+
+    waiting = deque[Future[tuple[str, Digest | None]]]()
+    with ThreadPoolExecutor(FILES, thread_name_prefix="files") as pool:
+        try:
+            for key in keys:
+                waiting.append(pool.submit(one, key))
+                if len(waiting) > 4 * FILES:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for each in waiting:
+                each.cancel()
 
 
 def inside(folder: Path, name: str) -> bool:

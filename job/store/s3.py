@@ -11,7 +11,6 @@ import base64
 import contextlib
 import hashlib
 import itertools
-import secrets
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -22,14 +21,13 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
-from botocore.parsers import ResponseParserError
+from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
 
 from job.errors import JobError, SpecError, Unavailable, without_secrets
-from job.store import connection, download, upload
+from job.store import connection, download, probe, upload
 from job.store.protocol import Capabilities, Conflict, Digest, Entry, Missing, Pieces, checked_key
-from job.store.s3_errors import DAMAGED, code_of, explain, is_page, page_instead
+from job.store.s3_errors import BROKEN, DAMAGED, code_of, explain, is_page, page_instead
 
 # http.client takes headers that were cut off in transit for complete ones, and a body lost with them looks like an empty answer.
 # These fields show that neither happened.
@@ -45,7 +43,6 @@ WITNESS = {
 }
 LIST_SECONDS = 900.0
 """For one page of a listing, with all tries. A page is at most a megabyte, which takes two minutes at 10 kB/s."""
-BROKEN = (BotoCoreError, ClientError, HTTPError, HTTPClientError, ResponseParserError, OSError)
 
 
 def _clock(answer: dict[str, Any]) -> float:
@@ -79,7 +76,7 @@ class S3Store:
         self.buffers = download.Buffers(connection.WORKERS + 2)
         self.room = threading.Semaphore(connection.WORKERS + 2)  # bodies in memory
         self._probed: Capabilities | None = None
-        self._quotes = True  # whether conditions name an ETag with its quotes
+        self.quotes = True  # whether conditions name an ETag with its quotes
         self._probing = threading.Lock()
 
     # Objects, small and whole
@@ -142,7 +139,9 @@ class S3Store:
 
         def one(key: str) -> None:
             with contextlib.suppress(Missing):
-                self.call("delete_object", "s3:DeleteObject", key, **(self._is(known[key]) if key in known else {}))
+                self.call(
+                    "delete_object", "s3:DeleteObject", key, **(self.unchanged(known[key]) if key in known else {})
+                )
 
         for done in [self.pool.submit(one, key) for key in keys]:
             done.result()
@@ -209,77 +208,24 @@ class S3Store:
     def capabilities(self) -> Capabilities:
         with self._probing:
             if self._probed is None:
-                self._probed = self.probe()
+                self._probed = probe.probe(self)
             return self._probed
 
     def probe(self) -> Capabilities:
-        """Test conditions, checksums and encryption on a small object of our own."""
-        key = f"probe-{secrets.token_hex(6)}"
-        try:
-            self._probed = self._try_out(key)
-        except BaseException:
-            with contextlib.suppress(JobError):
-                self.delete([key])
-            raise
-        try:
-            self.call("delete_object", "s3:DeleteObject", key, **self._is('"0"'))
-        except (Conflict, Missing, SpecError, Unavailable) as refused:
-            self._probed = self._probed._replace(deletes=isinstance(refused, Conflict))
-            self.delete([key])
+        """Find out anew."""
+        self._probed = probe.probe(self)
         return self._probed
 
-    def _try_out(self, key: str) -> Capabilities:
-        weaker = []
-        checksums = self._checks_checksums(key)
-        if not checksums:
-            weaker.append(f"{self.endpoint} checks no CRC32C, so each part is sent with an MD5 and its ETag compared.")
-        etag = self.put(key, b"a", {}, checksums=checksums)
-        self.read(key)
-        # First what must be refused, then what must not be: Ceph 16 accepts an ETag only without its quotes.
-        conditional = self._refuses(key, {"IfNoneMatch": "*"}) and self._refuses(key, {"IfMatch": '"0"'})
-        self._quotes = not self._refuses(key, {"IfMatch": etag})
-        if not self._quotes:
-            conditional = conditional and not self._refuses(key, self._is(self.version(key)))
-        if not conditional:
-            weaker.append(f"{self.endpoint} has no conditional writes, so two writers may collide.")
-        return Capabilities(conditional, checksums, deletes=False, weaker=tuple(weaker))
-
-    def _checks_checksums(self, key: str) -> bool:
-        """Return whether a wrong checksum is refused and a right one is not."""
-        for data, wrong in ((b"right", False), (b"wrong", True)):
-            refusal = self._refusal(key, data, **upload.crc32c(b"right"))
-            if refusal is not None and code_of(refusal)[1] not in (400, 501):
-                raise explain(refusal, "s3:PutObject", self.place(key), self.endpoint, self.sse) from refusal
-            if (refusal is not None) != wrong:
-                return False
-        return True
-
-    def _refuses(self, key: str, condition: dict[str, str]) -> bool:
-        refusal = self._refusal(key, b"a", **condition)
-        return refusal is not None and code_of(refusal)[1] == 412
-
-    def _refusal(self, key: str, data: bytes, **arguments: str) -> ClientError | None:
-        """Put an object without retries or checks of ours. Returns the store's refusal, if it refuses."""
-        try:
-            self.client.put_object(
-                Bucket=self.bucket, Key=self.prefix + key, Body=data, **arguments, **self.encryption()
-            )
-        except ClientError as error:
-            return error
-        except BROKEN as error:
-            raise explain(error, "s3:PutObject", self.place(key), self.endpoint, self.sse) from error
-        return None
-
-    def _is(self, etag: str) -> dict[str, str]:
+    def unchanged(self, etag: str) -> dict[str, str]:
         """The condition that the object is unchanged."""
-        return {"IfMatch": etag if self._quotes else etag.strip('"')}
+        return {"IfMatch": etag if self.quotes else etag.strip('"')}
 
     def condition(self, key: str, if_absent: bool, if_match: str | None) -> dict[str, str]:
         """The request arguments for a condition. If the store has no conditions, the object is checked now instead."""
         if (if_absent or if_match is not None) and not self.capabilities.conditional:
             self.look_first(key, if_match)
             return {}
-        return {"IfNoneMatch": "*"} if if_absent else {} if if_match is None else self._is(if_match)
+        return {"IfNoneMatch": "*"} if if_absent else {} if if_match is None else self.unchanged(if_match)
 
     def look_first(self, key: str, if_match: str | None) -> None:
         """Check, then write: the weaker guarantee. Two writers at the same moment may both pass."""
@@ -306,7 +252,7 @@ class S3Store:
             if checked or self.is_intact(answer, check["ContentMD5"]):
                 return str(answer["ETag"])
             if condition:
-                condition = self._is(answer["ETag"])  # overwrite only our own damaged bytes
+                condition = self.unchanged(answer["ETag"])  # overwrite only our own damaged bytes
         raise self.damaged(key)
 
     def call(self, method: str, action: str, key: str, **arguments: Any) -> Any:

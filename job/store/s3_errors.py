@@ -7,10 +7,13 @@ from urllib.parse import urlsplit
 
 from botocore import exceptions as aws
 from botocore.parsers import ResponseParserError
+from urllib3.exceptions import HTTPError
 
 from job.errors import JobError, NotAllowed, SpecError, Unavailable
 from job.store.protocol import Conflict, Missing
 
+BROKEN = (aws.BotoCoreError, aws.ClientError, HTTPError, aws.HTTPClientError, ResponseParserError, OSError)
+"""What a request raises when it fails."""
 # Bytes flipped in transit: the only kind of 400 that sending again can cure.
 DAMAGED = {"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken", "RequestExpired"}

@@ -15,7 +15,6 @@ from job.data import Data
 from job.distributed.allreduce import AllReduce, all_reduce
 from job.errors import Unavailable
 from job.evaluate.answer_cache import read_base_ahead
-from job.layout import TENSORBOARD
 from job.model.loaded import Loaded
 from job.model.memory_model import last_cure
 from job.model.transformers_backend import load_adapter
@@ -23,10 +22,10 @@ from job.planning.batch_fit import thriftier
 from job.planning.plan import Plan
 from job.runtime.preemption import Preemption
 from job.runtime.status import versions
-from job.store.folders import upload_folder
 from job.train.callbacks import Safety
 from job.train.eval_callback import HeldOut
 from job.train.oom_retry import StepRetry
+from job.train.trackers import publish_tensorboard
 from job.train.trainer import run_trainer
 
 log = logging.getLogger("job")
@@ -123,13 +122,6 @@ def uploader(ctx: RunContext, submitted: dict[int, float]) -> checkpoint.Uploade
         on_commit=committed,
         on_failure=lambda step, error, failures: record.update(checkpoint_failures=failures),
     )
-
-
-def publish_tensorboard(ctx: RunContext) -> None:
-    """Upload TensorBoard's files, if any, to `logs/tensorboard/`."""
-    folder = ctx.scratch / "tensorboard"
-    if folder.exists():
-        upload_folder(ctx.store, folder, TENSORBOARD)
 
 
 def wait_for_uploads(uploads: checkpoint.Uploader | None, preemption: Preemption) -> None:

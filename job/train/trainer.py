@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import get_peft_model_state_dict
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.integrations import KubeflowCallback
 from trl import SFTTrainer
 
 from job.context import RunContext
@@ -299,14 +300,13 @@ def run_trainer(
             group=group,
             compiles=plan.compile,
         )
-    for theirs in (PrinterCallback, ProgressCallback):
+    # KubeflowCallback, which is there in a TrainJob, takes each rank for the first.
+    for theirs in (PrinterCallback, ProgressCallback, *([KubeflowCallback] if group.ranks.rank else [])):
         trainer.remove_callback(theirs)
     safety.trainer = epochs.trainer = numbers.trainer = held_out.trainer = trainer
     to_training(loaded)
     group.as_first(loaded.model)
-    with tracked([] if group.ranks.rank else spec.training.report_to, ctx) as trackers:
-        for tracker in trackers:
-            trainer.add_callback(tracker)
+    with tracked(ctx):
         try:
             with features.given() if features else nullcontext(), suppress(NoneBetter):
                 trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)

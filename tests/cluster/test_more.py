@@ -1,4 +1,4 @@
-"""`slurm/array.sh` and `slurm/multinode.sh` on a real Slurm."""
+"""A sweep and `slurm/multinode.sh` on a real Slurm."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from job.config.loader import load_spec
+from job.render import read_runs, slurm
 from tests.cluster.conftest import Cluster
 from tests.conftest import ROOT
 from tests.resume_proof import small_spec, trajectory
@@ -60,7 +61,7 @@ def site(tmp_path: Path) -> dict[str, str]:
 TELL = """
 import json, os, sys
 json.dump(dict(os.environ), open(os.environ["JOB__OUTPUT__URL"] + ".json", "w"))
-sys.exit(75 if os.environ["JOB__OUTPUT__URL"].endswith("3") and "SLURM_RESTART_COUNT" not in os.environ else 0)
+sys.exit(75 if os.environ["JOB__OUTPUT__URL"].endswith("high") and "SLURM_RESTART_COUNT" not in os.environ else 0)
 """
 
 
@@ -68,25 +69,21 @@ def test_a_sweep_gives_each_row_of_its_table_an_output_of_its_own(
     cluster: Cluster, site: dict[str, str], tmp_path: Path
 ):
     """The last task is requeued, and it alone, although its number is also that of the whole array."""
-    table = tmp_path / "sweep.tsv"
-    rows = ("5e-4\t8", "1e-4\t16\ttrue", "2e-4\t32\tfalse")
-    table.write_text("\r\n".join(["training.learning_rate\tlora.r\tlora.finetune_vision_layers", *rows]))
-    spec = tmp_path / "spec.yaml"
-    spec.write_text("model: {name_or_path: m}\ndataset: {path: d}\noutput: {url: nowhere}\n")
-    more = {"JOB_IMAGE": str(fake(tmp_path, TELL)), "JOB_SPEC": str(spec)}
-    more |= {"JOB_SWEEP": str(table), "JOB_SWEEP_OUTPUT": str(tmp_path)}
-    array = cluster.submit("--mem=1G", "--array=1-3", "slurm/array.sh", **site | more)
-    cluster.until(lambda: (tmp_path / "3.json").exists(), "the third task")
-    tasks = [cluster.end(f"{array}_{task}") for task in (3, 2, 1)][::-1]
-    assert tasks[2]["JobId"] == array
-    assert [(task["ExitCode"], task["Restarts"]) for task in tasks] == [("78:0", "0"), ("0:0", "0"), ("0:0", "1")]
-    specs = [load_spec(json.loads((tmp_path / f"{task}.json").read_text())) for task in (2, 3)]
-    assert [(s.training.learning_rate, s.lora.r, s.lora.finetune_vision_layers) for s in specs] == [
-        (1e-4, 16, True),
-        (2e-4, 32, False),
-    ]
-    assert [s.output.url for s in specs] == [f"{tmp_path}/2", f"{tmp_path}/3"]
-    assert "SECRET" not in json.loads((tmp_path / "2.json").read_text())
+    table = tmp_path / "sweep.csv"
+    table.write_text('name,training.learning_rate,dataset.instruction\nlow,1e-4,\nhigh,2e-4,"It\'s $HOME, `so`"\n')
+    text = "model: {name_or_path: m}\ndataset: {path: d}\noutput: {url: nowhere}\n"
+    runs = read_runs({}, text, str(tmp_path), table)
+    script = tmp_path / "sweep.sh"
+    script.write_text(slurm(runs, {"JOB_IMAGE": str(fake(tmp_path, TELL))}))
+    array = cluster.submit("--mem=1G", str(script), **site)
+    cluster.until(lambda: (tmp_path / "high.json").exists(), "the second task")
+    low, high = (cluster.end(f"{array}_{task}") for task in (1, 2))
+    assert high["JobId"] == array
+    assert [(task["ExitCode"], task["Restarts"]) for task in (low, high)] == [("0:0", "0"), ("0:0", "1")]
+    seen = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("low", "high")]
+    assert [load_spec(each) for each in seen] == [run.spec for run in runs]
+    assert runs[1].spec.dataset.instruction == "It's $HOME, `so`"
+    assert "SECRET" not in seen[0]
 
 
 def test_ranks_of_two_nodes_meet_and_their_codes_reach_slurm(cluster: Cluster, site: dict[str, str], tmp_path: Path):

@@ -67,12 +67,13 @@ def vqa_rad(folder: Path) -> None:
             "question_rephrase": "NULL",
             "question_type": "PRES",
             "answer": "Yes" if n % 2 else n,
-            "answer_type": "CLOSED",
+            "answer_type": "CLOSED" if n % 2 else "OPEN",
         }
         for n in range(12)
     ]
     as_json(folder / "VQA_RAD Dataset Public.json", questions, indent=2)
     (folder / "VQA_RAD Dataset Public.xml").write_text("<questions/>")
+    (folder / "VQA_RAD Dataset Public.xlsx").write_bytes(b"PK")
     (folder / "Readme.docx").write_bytes(b"PK")
 
 
@@ -273,7 +274,8 @@ SETS = {
         (8, 4),
         (1,),
         ("Is there an effusion on side 0?", "0"),
-        "json: VQA_RAD Dataset Public.json; answers in answer, images in image_name found in VQA_RAD Image Folder/",
+        "json: VQA_RAD Dataset Public.json (not read: VQA_RAD Dataset Public.xlsx); answers in answer, images in image_name "
+        "found in VQA_RAD Image Folder/",
     ),
     "SLAKE": Published(
         slake,

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from job.config.schema import DatasetSpec
-from job.data.conversations import Sample, choose_columns, fill, read_sample, repeat_images
+from job.data.cells import fill
+from job.data.conversations import Sample, read_sample, repeat_images
 from job.data.pixels import BadRow
+from job.data.reading import choose_columns
 from job.errors import DataError
 
 
@@ -65,6 +67,25 @@ def test_a_template_with_an_unknown_column_is_refused_before_any_row_is_read():
         DataError, match=r"dataset\.instruction has \{histroy\}: no such column; dataset.path has caption"
     ):
         read({"image": "a", "caption": "b"}, instruction="{histroy}")
+
+
+@pytest.mark.parametrize(
+    ("named", "says"),
+    [
+        ({"answer_column": "Findings"}, r"answer_column is Findings \(did you mean findings\?\): no such column"),
+        ({"image_column": "imagepath"}, r"image_column is imagepath \(did you mean Image Path\?\)"),
+        ({"group_column": "patient_id"}, r"group_column is patient_id \(did you mean PatientID\?\)"),
+        ({"answer": "{findigns}"}, r"answer has \{findigns\} \(did you mean findings\?\)"),
+        (
+            {"stratify_column": "hospital"},
+            r"stratify_column is hospital: no such column; dataset\.path has Image Path, Pa",
+        ),
+    ],
+)
+def test_a_column_that_is_not_there_is_told_with_the_one_most_like_it(named: dict[str, Any], says: str):
+    spec = DatasetSpec.model_validate({"path": "d", "image_column": "Image Path", "answer_column": "findings"} | named)
+    with pytest.raises(DataError, match=says):
+        choose_columns(["Image Path", "PatientID", "findings"], spec)
 
 
 def test_several_images_come_from_a_list_or_from_several_columns():

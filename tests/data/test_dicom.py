@@ -452,31 +452,6 @@ def test_a_file_without_preamble_shows_the_same(tmp_path: Path, prepared, name: 
     assert "damaged" not in facts.source
 
 
-def test_every_real_file_is_an_image_or_has_a_reason():
-    """All that pydicom's own collection packs, with what they are known to be."""
-    found: dict[str, str] = {}
-    for path in sorted((Path(pydicom.__file__).parent / "data" / "test_files").glob("*.dcm")):
-        try:
-            (picture,) = pictures(path.read_bytes())
-            found[path.name] = "an image" if np.asarray(picture).std() > 0.5 else "blank"
-        except BadRow as reason:
-            found[path.name] = str(reason)
-    for start, reason in {
-        "rtdose": "DICOM: a RTDOSE object",
-        "liver": "DICOM: a SEG object",
-        "report": "DICOM: no image",
-    }.items():
-        those = [said for name, said in found.items() if name.startswith(start)]
-        assert those
-        assert all(said.startswith(reason) for said in those)
-    images = [name for name, said in found.items() if said == "an image"]
-    assert len(images) >= 45
-    assert {name for name in found if name.startswith(("CT", "MR", "SC_rgb_rle", "examples"))} - {
-        "MR_truncated.dcm"
-    } <= {*images}
-    assert "blank" not in found.values()
-
-
 def lut(values: np.ndarray, bits: int) -> Dataset:
     table = Dataset()
     table.LUTDescriptor, table.LUTData = [len(values), 0, bits], values.astype("<u2").tobytes()
@@ -566,3 +541,59 @@ def test_slices_are_in_the_order_in_which_they_lie(tmp_path: Path, prepared, pla
     assert order == ([1, 3, 2, 0] if placed else [0, 1, 2, 3])
     (row,) = prepared(dicom={"frames": 2}).train
     assert len(row["images"]) == 2
+
+
+def as_medgemma(values: np.ndarray) -> np.ndarray:
+    """As `window` and `norm` in its notebook: https://github.com/Google-Health/medgemma, high_dimensional_ct_hugging_face."""
+    clips = [(-1024, 1024), (-135, 215), (0, 80)]
+    return np.stack(
+        [np.round((np.clip(values, low, high) - low) / (high - low) * 255, 0) for low, high in clips], axis=-1
+    )
+
+
+def said_of(row: Any) -> list[str]:
+    return [part.get("text", "*") for part in row["messages"][0]["content"]]
+
+
+def test_a_volume_is_shown_as_medgemma_was_shown_it(tmp_path: Path, prepared):
+    n = 200
+    assert choose(n, "medgemma") == [round(i / 85 * (n - 1)) for i in range(1, 86)]
+    assert choose(85, "medgemma") == [*range(85)]
+    tags = {
+        "StudyInstanceUID": "1.4",
+        "SeriesInstanceUID": "1.4.1",
+        "PatientID": "P",
+        "WindowCenter": 40,
+        "WindowWidth": 80,
+    }
+    scaled = tags | {"Modality": "CT", "RescaleIntercept": -300, "RescaleSlope": 1}
+    files = {f"{k}.dcm": made(RAMP + 10 * k, InstanceNumber=k, **scaled) for k in range(3)}
+    tree_of(tmp_path / "d", [{"study": "1.4", "report": "R"}], files)
+    data = prepared(dicom={"frames": "medgemma"}, instruction="Read.")
+    (row,) = data.train
+    assert said_of(row) == ["*", "SLICE 1", "*", "SLICE 2", "*", "SLICE 3", "Read."]
+    for k, picture in enumerate(row["images"]):
+        assert np.abs(np.asarray(picture) - as_medgemma(RAMP + 10.0 * k - 300)).max() <= 1
+    assert data.facts.default_window == 0
+    grey = shown(made(RAMP, **tags, Modality="MR"), frames="medgemma")
+    assert (grey == shown(made(RAMP, **tags, Modality="MR"))).all()
+    assert (shown(next(iter(files.values())), frames="medgemma", window=[0, 100])[..., 0] == 255).any()
+
+
+def test_a_study_is_shown_beside_the_one_before(tmp_path: Path, prepared):
+    files, told = (
+        {},
+        {1: ("20200103", "CR"), 2: ("20200102", "CR"), 3: ("20200104", "CT"), 4: ("", "CR"), 5: ("20190101", "CR")},
+    )
+    for n, (date, modality) in told.items():
+        tags = {"StudyInstanceUID": f"1.{n}", "SeriesInstanceUID": f"1.{n}.1", "PatientID": "Q" if n == 5 else "P"}
+        tags |= {"StudyDate": date, "Modality": modality, "WindowCenter": 100, "WindowWidth": 201}
+        files[f"{n}.dcm"] = made(np.full((16, 16), 20 * n), **tags)
+    tree_of(tmp_path / "d", [{"study": f"1.{n}", "report": f"R{n}"} for n in (1, 3, 4, 5)], files)
+    data = prepared(dicom={"prior": True}, instruction="Compare.")
+    first, *others = data.train
+    assert said_of(first) == ["Previous study:", "*", "Current study:", "*", "Compare."]
+    assert [np.asarray(picture)[0, 0, 0] for picture in first["images"]] == [52, 26]
+    assert [said_of(row) for row in others] == [["*", "Compare."]] * 3
+    assert "StudyInstanceUID (column study), 1 of 4 studies beside the one before; " in f"{data.facts.source}; "
+    assert said_of(prepared(instruction="Compare.").train[0]) == ["*", "Compare."]

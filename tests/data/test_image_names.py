@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,50 @@ def test_names_are_found(tmp_path: Path, prepared, names: list[Any], files: list
     assert greys(data) == wanted
     assert data.facts.source.endswith(f"images in image found in {where or folder}")
     assert data.facts.absolute == 0
+
+
+def pack(folder: Path, archive: str, names: dict[str, int], packing: int = zipfile.ZIP_DEFLATED) -> None:
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / archive, "w", packing) as packed:
+        for name, grey in names.items():
+            packed.writestr(name, png(grey))
+
+
+@pytest.mark.parametrize(
+    ("names", "archives", "where"),
+    [
+        (["a.png", "b.png"], {"images.zip": {"a.png": 0, "b.png": 1}}, "images.zip/"),
+        (
+            ["images/a.png", "images/b.png"],
+            {"images.zip": {"images/a.png": 0, "images/b.png": 1}},
+            "images.zip/images/",
+        ),
+        (["a", "b"], {"0.zip": {"a.png": 0}, "1.zip": {"b.png": 1, "__MACOSX/b.png": 2}}, ""),
+    ],
+)
+def test_images_in_zips_are_read_where_they_are(prepared, tmp_path: Path, names: list[str], archives: Any, where: str):
+    for packing, (archive, files) in zip((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED), archives.items(), strict=False):
+        pack(tmp_path / "set", archive, files, packing)
+    data = prepared(names, [])
+    assert greys(data) == greys(pickle.loads(pickle.dumps(data))) == [0, 1]
+    assert f"images in image found in {where or tmp_path / 'set'}" in data.facts.source
+    assert not [*(tmp_path / "scratch").rglob("*.png")]
+
+
+def test_a_damaged_archive_spoils_its_rows_and_one_that_cannot_be_opened_is_named(
+    prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    archive = tmp_path / "set" / "images.zip"
+    pack(tmp_path / "set", "images.zip", {"a.png": 0, "b.png": 1})
+    whole = archive.read_bytes()
+    place = whole.index(b"b.png") + 20
+    archive.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    data = prepared(["a.png", "b.png"], [], max_bad_fraction=0.5)
+    assert (greys(data), [row.reason for row in data.quarantined]) == ([0], ["image in a zip archive is damaged"])
+    archive.write_bytes(whole[:-40])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with pytest.raises(DataError, match=r"images\.zip cannot be opened: copy it again$"):
+        prepared(["a.png", "b.png"], [])
 
 
 def test_a_missing_image_is_not_replaced_by_one_of_the_same_name(prepared):

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from pydicom.data import get_testdata_file
 
 from job.config.schema import DatasetSpec
@@ -47,6 +48,46 @@ def test_exif_orientation_is_applied():
     assert decode(data, limits()).size == (20, 40)
 
 
+ODD = b"\x1a\x01\x0a\0\x01\0\0\0\x26\0\0\0\0\0\0\0\xff\xff\xff\xff\0\0\0\0"
+"""A resolution of -1/0, as a signed fraction at byte 38 of the block."""
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_exif_turns_as_pillow_does_beside_any_other_tag(kind: str, turn: int):
+    """Pillow writes all tags anew when it turns an image, and cannot write some that it can read."""
+    image = Image.fromarray(np.arange(8 * 12 * 3, dtype=np.uint8).reshape(8, 12, 3))
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    plain = encoded(image, kind, exif=exif)
+    right = ImageOps.exif_transpose(Image.open(io.BytesIO(plain))).convert("RGB")
+    assert np.array_equal(decode(plain, limits()), right)
+    odd = b"Exif\0\0II*\0\x08\0\0\0\x02\0\x12\x01\x03\0\x01\0\0\0" + bytes([turn, 0, 0, 0]) + ODD
+    if kind != "TIFF":
+        assert np.array_equal(decode(encoded(image, kind, exif=odd), limits()), right)
+        assert decode(encoded(image, kind, exif=odd[:20]), limits()).size == (12, 8)
+
+
+@pytest.mark.parametrize("photometric", [0, 1])
+@pytest.mark.parametrize(("kind", "top"), [("u1", 255), ("<u2", 65535), ("<u2", 4095), ("<f4", 1.0)])
+def test_zero_is_white_or_black_at_every_depth_of_tiff(kind: str, top: float, photometric: int):
+    ramp = np.linspace(0, top, 256).reshape(16, 16)
+    stored = (ramp if photometric else top - ramp).astype(kind)
+    grey = np.asarray(decode(tiff(stored, photometric), limits()))[..., 0].astype(int)
+    assert np.abs(grey - np.arange(256).reshape(16, 16)).max() <= 1
+
+
+def tiff(values: np.ndarray, photometric: int) -> bytes:
+    """One uncompressed strip; Pillow writes deep images with black as zero alone."""
+    height, width = values.shape
+    short, form = (3, 3 if values.dtype.kind == "f" else 1)
+    tags = [(256, width), (257, height), (258, 8 * values.itemsize), (259, 1), (262, photometric), (273, 8)]
+    tags += [(277, 1), (278, height), (279, values.nbytes), (339, form)]
+    body = b"II*\0" + struct.pack("<I", 8 + values.nbytes) + values.tobytes() + struct.pack("<H", len(tags))
+    return body + b"".join(struct.pack("<HHIHH", tag, short, 1, value, 0) for tag, value in tags) + bytes(4)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "RGB"])
 def test_every_mode_becomes_rgb(mode: str):
     kind = "TIFF" if mode == "CMYK" else "PNG"
@@ -75,6 +116,17 @@ def test_sixteen_bits_are_stretched_not_cut(kind: str, top: int):
     ramp = np.linspace(0, top, 256, dtype=np.uint16).reshape(16, 16)
     grey = np.asarray(decode(deep(ramp, kind), limits()))[..., 0]
     assert np.abs(grey.astype(int) - np.arange(256).reshape(16, 16)).max() <= 1
+
+
+@pytest.mark.parametrize(("kind", "top"), [(np.uint8, 255), (np.uint16, 4095), (np.float32, 1)])
+def test_a_tiff_in_which_zero_is_white_is_no_negative(kind: type, top: int):
+    ramp = np.linspace(0, top, 256).reshape(16, 16)
+    black = deep(ramp.astype(kind), "TIFF")
+    entry = b"\x06\x01\x03\0\x01\0\0\0"  # PhotometricInterpretation, one short number
+    white = deep((top - ramp).astype(kind), "TIFF").replace(entry + b"\x01", entry + b"\0")
+    shown = [np.asarray(decode(data, limits()), dtype=int) for data in (black, white)]
+    assert (shown[0][0, 0, 0], shown[0][-1, -1, 0]) == (0, 255)
+    assert np.abs(shown[0] - shown[1]).max() <= 1
 
 
 def test_floats_and_flat_images_are_shown():

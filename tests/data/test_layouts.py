@@ -274,3 +274,10 @@ def test_packed_tables_are_read(tmp_path: Path, prepared, ending: str):
     (tmp_path / "d" / f"rows.{ending}.gz").write_bytes(packed[:-12])
     with pytest.raises(DataError, match=rf"rows\.{ending}\.gz cannot be read: .*end"):
         prepared()
+
+
+def test_rows_in_an_object_are_not_held_out_by_a_split_that_nothing_names(tmp_path: Path, prepared):
+    write(tmp_path / "d")
+    (tmp_path / "d" / "set.json").write_text(json.dumps({"images": rows("a", "b")}))
+    with pytest.raises(DataError, match=r"1 × \.json; expected .*, named after the split test"):
+        prepared(eval_split="test")

@@ -16,6 +16,7 @@ from job.config.schema import DatasetSpec
 from job.data.images import Files, load_anew
 from job.data.pixels import BadRow
 from job.data.prepare import prepare
+from tests.data.test_dicom import as_medgemma
 
 nibabel = pytest.importorskip("nibabel", reason="needs the extra nifti")
 THEIRS = Path(nibabel.__file__).parent / "tests" / "data"
@@ -67,6 +68,21 @@ def test_voxels_that_are_not_square_are_stretched_and_a_window_is_kept():
     assert len(pictures(made(marked()), frames=5)) == 5
 
 
+def test_a_volume_in_hounsfield_units_gets_a_window_of_its_own():
+    """NIfTI names no modality, but air is at -1000 in CT alone."""
+    units = np.tile(np.linspace(-1000, 1000, 20, dtype=np.int16)[:, None, None], (1, 16, 12))
+    (picture,) = pictures(made(units))
+    assert picture.info["default_window"]
+    expected = np.clip((units[::-1, 0, 0] - 39.5) / 399 + 0.5, 0, 1) * 255
+    assert np.abs(np.asarray(picture)[0, :, 0] - expected).max() <= 1
+    coloured = pictures(made(units), frames="medgemma")
+    assert (len(coloured), coloured[0].info["default_window"]) == (12, False)
+    assert np.abs(np.asarray(coloured[3])[5] - as_medgemma(units[::-1, 0, 0].astype(float))).max() <= 1
+    for other in (units + 1001, units * 4, units // 2):  # MR, phases, and what was cut
+        assert not pictures(made(other.astype(np.int16)))[0].info["default_window"]
+        assert np.ptp(np.asarray(pictures(made(other.astype(np.int16)), frames="medgemma")[0]), axis=2).max() == 0
+
+
 @pytest.mark.parametrize(
     "name", ["anatomical.nii", "functional.nii", "example4d.nii.gz", "example_nifti2.nii.gz", "standard.nii.gz"]
 )
@@ -106,7 +122,13 @@ def test_tables_name_volumes_with_or_without_their_endings(tree: dict[str, Any],
         (folder / "imagesTr" / f"case_{n}.nii.gz").write_bytes(gzip.compress(made(marked() + n)))
     rows = [{"image": f"case_{n}", "caption": f"c{n}"} for n in range(2)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tree["dataset"] = {"path": str(folder), "eval_fraction": 0, "dicom": {"frames": 3}}
+    tree["dataset"] = {"path": str(folder), "eval_fraction": 0, "dicom": {"frames": "medgemma"}}
     data = prepare(validate(tree), tmp_path / "scratch")
-    assert [len(row["images"]) for row in data.train] == [3, 3]
+    assert [len(row["images"]) for row in data.train] == [12, 12]
+    assert [part.get("text") for part in data.train[0]["messages"][0]["content"]][:4] == [
+        None,
+        "SLICE 1",
+        None,
+        "SLICE 2",
+    ]
     assert data.facts.source.endswith("images in image found in imagesTr/")

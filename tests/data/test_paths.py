@@ -16,7 +16,8 @@ from job.data.prepare import prepare
 from job.errors import SpecError
 from job.model.base_model import fetch_base
 from job.output.identity import Identity
-from job.output.ownership import open_output, take_data
+from job.output.ownership import take_data
+from job.output.stored import open_output
 from job.planning.survey import elsewhere, is_local
 from job.runtime.hub import is_hub_id
 from tests.conftest import ROOT, Job, job_environment

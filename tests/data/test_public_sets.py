@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from job.config.schema import RADIOGRAPHER
 from job.data import Row
 from job.data.prepare import prepare
 from job.look import look
-from tests.conftest import Job
+from tests.conftest import ROOT, Job
 from tests.data.public_sets import SETS, Published
+
+ALL = os.environ.get("PUBLIC_SETS") == "all"
+"""Set by `make public-sets`; the suite has whole jobs on two sets."""
 
 
 def spec_of(tree: dict[str, Any], folder: Path, published: Published) -> dict[str, Any]:
@@ -61,10 +65,9 @@ def test_a_page_shows_its_questions_and_answers(
     assert published.read in page
 
 
-@pytest.mark.parametrize(("name", "fields"), [("VQA-RAD", {"groups": ["answer_type"]}), ("IU X-ray", {})])
-def test_a_whole_job_runs_on_it(
-    tree: dict[str, Any], tmp_path: Path, tiny: Callable[..., Path], job: Job, name: str, fields: dict[str, Any]
-):
+@pytest.mark.parametrize("name", SETS if ALL else ("VQA-RAD", "IU X-ray"))
+def test_a_whole_job_runs_on_it(tree: dict[str, Any], tmp_path: Path, tiny: Callable[..., Path], job: Job, name: str):
+    fields = {"groups": ["answer_type"]} if name == "VQA-RAD" else {}
     made = spec_of(tree, tmp_path / "set", SETS[name]) | {
         "model": {"name_or_path": str(tiny("qwen2_5_vl"))},
         "lora": {"r": 2},
@@ -79,4 +82,21 @@ def test_a_whole_job_runs_on_it(
     answers = [json.loads(line) for line in (output / "evaluation" / "after.jsonl").read_text().splitlines()]
     assert len(answers) == SETS[name].rows[1]
     if fields:
-        assert {row["groups"]["answer_type"] for row in answers} == {"CLOSED"}
+        assert {row["groups"]["answer_type"] for row in answers} == {"CLOSED", "OPEN"}
+        metrics = json.loads((output / "evaluation" / "metrics.json").read_text())
+        apart = metrics["groups"]["answer_type"]
+        assert sum(apart[kind]["after"]["exact_match"]["n"] for kind in ("CLOSED", "OPEN")) == len(answers)
+    page = html.unescape((output / "report.html").read_text())
+    if "instruction_column" in SETS[name].dataset:
+        assert all(row["question"].startswith(("Is there an effusion", "Which organ")) for row in answers)
+        assert f"<dt>Question</dt><dd>{answers[0]['question']}</dd>" in page
+        asked = job("predict", str(output), str(next((tmp_path / "set").rglob("*.jpg"))))
+        assert (asked.returncode, "--instruction is missing: each row of" in asked.stderr) == (78, True)
+
+
+@pytest.mark.parametrize("name", sorted(set(SETS) - {"VQA-RAD", "COCO, one file"}))
+def test_the_documents_say_what_a_spec_needs(name: str):
+    lines = [line.replace('"', "") for line in (ROOT / "docs" / "data.md").read_text().splitlines()]
+    said = SETS[name].dataset | ({} if SETS[name].path == "." else {"path": SETS[name].path})
+    wanted = [f"{field}: {value}".replace("\n", "\\n") for field, value in said.items() if field != "eval_fraction"]
+    assert any(all(f"`{each}`" in line for each in wanted) for line in lines if line.startswith("| ")), wanted

@@ -110,7 +110,10 @@ def build(variant: str) -> str:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         context = copy_context(folder)
-        arguments = [f"--build-arg={key}" for key in (f"BASE_IMAGE={BASE}", f"VARIANT={variant}", "REVISION=test")]
+        arguments = [
+            f"--build-arg={key}"
+            for key in (f"BASE_IMAGE={BASE}", f"VARIANT={variant}", "REVISION=test", "VERSION=1.2.3")
+        ]
         how = ["--format", "docker", "--isolation", "chroot", "--layers=false", "--quiet", *pip_settings(folder)]
         tag = ["--tag", name_of(variant), "--file", str(context / "docker/Dockerfile")]
         run("buildah", "bud", *how, *arguments, *tag, str(context))

@@ -39,7 +39,48 @@ def test_the_dockerfile_and_the_scripts_are_clean():
     if shutil.which("shellcheck") is None:
         pytest.skip("there is no shellcheck; apt-get install shellcheck")
     scripts = [*(ROOT / "docker").glob("*.sh"), *(ROOT / "slurm").glob("*.sh"), ROOT / "tests/cluster/slurm.sh"]
+    scripts += (ROOT / "k8s").glob("*.sh")
     subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, check=True)
+
+
+BUILDER = """#!/bin/sh
+[ "$*" = "buildx version" ] && exit {buildx}
+case "$*" in *inspect*) echo sha256:{digest} ;; *) echo "${{0##*/}} $*" ;; esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("installed", "buildx", "expected"),
+    [
+        ("docker podman buildah", 0, "docker build"),
+        ("docker podman skopeo", 1, "podman build --format docker"),
+        ("buildah skopeo", 1, "buildah bud --format docker --isolation chroot --layers"),
+        ("docker", 1, None),
+        ("podman", 1, None),
+    ],
+)
+def test_the_image_is_built_by_what_can(installed: str, buildx: int, expected: str | None, tmp_path: Path):
+    """Stand-ins print how they were called; podman alone cannot look up a digest."""
+    digest, shell = "a" * 64, ("sh", "sed", "git", "dirname")
+    for name in installed.split():
+        (tmp_path / name).write_text(BUILDER.format(buildx=buildx, digest=digest))
+        (tmp_path / name).chmod(0o755)
+    for name in shell:
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    arguments = ["sh", ROOT / "docker/build.sh", "--build-arg", "VARIANT=cpu"]
+    done = subprocess.run(arguments, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+    if expected is None:
+        assert done.returncode == 1
+        assert (
+            "install one of them" in done.stderr or "set BASE_IMAGE to docker.io/library/debian@sha256" in done.stderr
+        )
+        return
+    assert done.returncode == 0, done.stderr
+    called = done.stdout.splitlines()[-1]
+    assert called.startswith(f"{expected} --build-arg VARIANT=cpu --tag vision-lora-job:gpu")
+    assert f"BASE_IMAGE=docker.io/library/debian@sha256:{digest}" in called
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"--build-arg VERSION={version}" in called
 
 
 def test_scripts_of_slurm_are_short_and_say_what_to_edit():

@@ -15,7 +15,7 @@ import yaml
 
 from job.store import open_store
 from job.store.lease import acquire
-from tests.docker.build import BAIT
+from tests.docker.build import BAIT, BASE
 from tests.docker.conftest import Podman
 
 # As the strictest of schedulers would: any user, no network, nothing to write to but one mount, no capability.
@@ -89,7 +89,8 @@ def test_its_settings_are_those_of_a_container_that_a_scheduler_starts(image: st
     assert config["User"].split(":")[0].isdigit()
     assert config["User"] != "0"
     assert facts["Healthcheck"]["Test"][0] == "CMD"
-    assert config["Labels"]["org.opencontainers.image.revision"] == "test"
+    labels = {name.removeprefix("org.opencontainers.image."): value for name, value in config["Labels"].items()}
+    assert (labels["version"], labels["revision"], labels["base.name"]) == ("1.2.3", "test", BASE)
     assert "NVIDIA_VISIBLE_DEVICES=all" in config["Env"]
 
 

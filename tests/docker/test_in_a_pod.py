@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from job.render import kubernetes, read_run
+from job.render import kubernetes, read_runs
 from job.store import open_store
 from job.store.lease import acquire
 from tests.docker.test_image import spec
@@ -25,8 +25,8 @@ def test_the_kubelet_ends_it_in_time_and_learns_why(image: str, unpacked: Path, 
     config = json.loads(subprocess.run(["buildah", "inspect", image], capture_output=True, check=True).stdout)
     given = dict(entry.split("=", 1) for entry in config["OCIv1"]["config"]["Env"])
     (tmp_path / "spec.yaml").write_text(spec("/output/run").replace('"/', '"/bundle/', 2))
-    run = read_run({}, str(tmp_path / "spec.yaml"), None, None)
-    (tree,) = documents(kubernetes(run, "example.com/vision-lora-job:0.2.0", ("cpu", "airgapped")))
+    runs = read_runs({}, str(tmp_path / "spec.yaml"), None, None)
+    (tree,) = documents(kubernetes(runs, "example.com/vision-lora-job:0.2.0", ("cpu", "airgapped")))
     pod = tree["spec"]["template"]["spec"]
     container = pod["containers"][0]
     bundle, output = tmp_path / "bundle", tmp_path / "output"

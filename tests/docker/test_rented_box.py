@@ -48,6 +48,7 @@ def box(tmp_path: Path) -> dict[str, str]:
         "JOB_SPEC": "s3://bucket/spec.yaml",
         "JOB_IMAGE": "registry/image",
         "JOB_RESTART_SECONDS": "0",
+        "RUNPOD_API": "http://127.0.0.1:9",  # nothing listens there
         "AWS_SECRET_ACCESS_KEY": "do-not-show",
     }
 
@@ -66,7 +67,7 @@ def test_it_runs_until_done_by_exit_code_and_then_stops_the_box(box: dict[str, s
         code, calls = rent(box, tmp_path, codes, RUNPOD_POD_ID="pod1")
         assert code == codes[-1]
         assert [call.split()[1] for call in calls if call.startswith("docker")].count("run") == len(codes), row
-        assert calls[-1] == "runpodctl stop pod pod1", row
+        assert calls[-1] == "runpodctl pod stop pod1", row
         assert "do-not-show" not in str(calls)
 
 
@@ -91,8 +92,14 @@ def test_it_is_stopped_though_the_provider_fails_once_and_the_number_of_restarts
     box: dict[str, str], tmp_path: Path
 ):
     (tmp_path / "calls.broken").touch()
-    code, calls = rent(box, tmp_path, [0], RUNPOD_POD_ID="pod1", JOB_MAX_RESTARTS="0")
-    assert (code, calls[-2:]) == (0, ["runpodctl stop pod pod1"] * 2)
+    code, calls = rent(box, tmp_path, [0], CONTAINER_ID="77", CONTAINER_API_KEY="key", JOB_MAX_RESTARTS="0")
+    assert (code, calls[-2:]) == (0, ["vastai stop instance 77 --api-key key"] * 2)
+
+
+def test_a_pod_is_stopped_by_an_old_runpodctl_where_nothing_else_does(box: dict[str, str], tmp_path: Path):
+    (tmp_path / "calls.broken").touch()
+    code, calls = rent(box, tmp_path, [0], RUNPOD_POD_ID="pod1")
+    assert (code, calls[-2:]) == (0, ["runpodctl pod stop pod1", "runpodctl stop pod pod1"])
 
 
 def test_a_spec_s_file_travels_as_text(box: dict[str, str], tmp_path: Path):
@@ -145,7 +152,7 @@ class Answer(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.asked.append((self.command, self.path, self.headers["Authorization"], json.loads(body or "null")))
-        self.send_response(200)
+        self.send_response(410 if self.path.startswith("/v1/pods") else 200)  # RunPod's first API ended in 2026
         self.end_headers()
 
     do_PUT = do_POST
@@ -171,7 +178,7 @@ def test_without_their_command_lines_it_asks_the_providers_themselves(box: dict[
     provider.server_close()
     assert codes == [0, 0, 0]
     assert provider.asked == [
-        ("POST", "/v1/pods/pod1/stop", "Bearer k1", None),
+        ("POST", "/v2/pods/pod1/action", "Bearer k1", {"action": "stop"}),
         ("PUT", "/api/v0/instances/77/", "Bearer k2", {"state": "stopped"}),
         ("POST", "/api/v1/instance-operations/terminate", "Bearer k3", {"instance_ids": ["i-9"]}),
     ]

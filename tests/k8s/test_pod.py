@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from job.render import kubernetes, read_run
+from job.render import kubernetes, read_runs
 from tests.conftest import ROOT
 from tests.k8s.conftest import documents
 from tests.k8s.kubelet import Container, missing, running
@@ -56,8 +56,8 @@ def test_evicted_it_leaves_with_75_and_its_next_pod_publishes(demo: Path, tmp_pa
         "output": {"url": "/output/run"},
     }
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
-    run = read_run({}, str(tmp_path / "spec.yaml"), None, None)
-    (tree,) = documents(kubernetes(run, "example.com/vision-lora-job:0.2.0", ("cpu", "airgapped")))
+    runs = read_runs({}, str(tmp_path / "spec.yaml"), None, None)
+    (tree,) = documents(kubernetes(runs, "example.com/vision-lora-job:0.2.0", ("cpu", "airgapped")))
     job, pod = tree["spec"], tree["spec"]["template"]["spec"]
     container = pod["containers"][0]
     claims = {"vision-lora-bundle": bundle, "vision-lora-output": output}

@@ -33,14 +33,12 @@ def action(job: Tree, code: int, *, disrupted: bool) -> str:
 
 
 def test_every_ending_is_treated_as_the_table_says(run: Pods):
-    final = "FailIndex" if "backoffLimitPerIndex" in run.job else "FailJob"
     for row in EXIT_CODES:
         if row.code:
-            expected = {"FailJob": final}.get(row.kubernetes, row.kubernetes)
-            assert action(run.job, row.code, disrupted=False) == expected, row
+            assert action(run.job, row.code, disrupted=False) == row.kubernetes, row
     assert action(run.job, KILLED, disrupted=False) == "Count"
     assert action(run.job, KILLED, disrupted=True) == "Ignore"
-    assert action(run.job, 78, disrupted=True) == final
+    assert action(run.job, 78, disrupted=True) == "FailJob"
     assert action(run.job, 1, disrupted=False) == "Count"
 
 
@@ -58,12 +56,11 @@ def test_the_api_takes_the_job(run: Pods):
             assert codes["values"] == sorted(set(codes["values"]))
             assert 0 not in codes["values"]
             assert codes["containerName"] in names
-        assert rule["action"] != "FailIndex" or "backoffLimitPerIndex" in job
     if job.get("completionMode") == "Indexed":
         assert job["completions"] >= job["parallelism"] >= 1
     else:
-        assert not {"completions", "backoffLimitPerIndex"} & set(job)
-    assert job.get("backoffLimit", job.get("backoffLimitPerIndex")) is not None
+        assert "completions" not in job
+    assert job["backoffLimit"] is not None
 
 
 def test_the_restricted_standard_lets_the_pod_in(run: Pods):

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import copy
 import re
-import subprocess
-import sys
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +14,10 @@ import yaml
 
 from job.config.loader import load_spec
 from job.errors import SpecError
-from job.render import kubernetes, read_job, read_run
-from tests.conftest import ROOT, Job
+from job.render import LATER, kubernetes, read_job, read_runs
+from tests.conftest import ROOT
 from tests.k8s.conftest import Strict, Tree, documents, of_kind
-from tests.k8s.kubelet import expand, variables
+from tests.k8s.kubelet import variables
 from tests.k8s.test_schema import RELEASES
 
 IMAGE = "registry.example.com/vision-lora-job:0.2.0"
@@ -37,19 +34,18 @@ OVERLAYS = {
     "monitoring": ("monitoring",),
     "multi-gpu": ("multi-gpu",),
     "multi-node": ("multi-gpu", "multi-node"),
-    "sweep": ("sweep",),
 }
 
 
 def rendered(spec: Tree, *components: str, image: str = IMAGE, **environment: str) -> Tree:
-    run = read_run(environment, yaml.safe_dump(spec), None, None)
-    (job,) = documents(kubernetes(run, image, components))
+    runs = read_runs(environment, yaml.safe_dump(spec), None, None)
+    (job,) = documents(kubernetes(runs, image, components))
     return job
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_it_patches_as_kustomize_does(overlay: str):
-    (theirs,) = of_kind(f"overlays/{overlay}", "Job")
+    (theirs,) = copy.deepcopy(of_kind(f"overlays/{overlay}", "Job"))
     ours = read_job(OVERLAYS[overlay])
     for entry in theirs["spec"]["template"]["spec"]["containers"][0]["env"]:
         if reference := entry.get("valueFrom", {}).get("configMapKeyRef"):
@@ -79,8 +75,8 @@ def test_the_job_reads_the_spec_that_was_given():
 @pytest.mark.parametrize("text", ["1e-4", "y", "0o17", "1e3", "-.5", "no", "8"])
 def test_what_looks_like_a_number_stays_text_for_kubectl_too(text: str):
     """A variable that is a number is one that the API refuses."""
-    run = read_run({}, yaml.safe_dump(SPEC), None, None)
-    written = kubernetes(replace(run, overrides={"JOB__NAME": text}), IMAGE, ())
+    (run,) = read_runs({}, yaml.safe_dump(SPEC), None, None)
+    written = kubernetes([replace(run, variables={"JOB__NAME": text})], IMAGE, ())
     assert re.search(rf"value: ['\"]{re.escape(text)}['\"]\n", written)
 
 
@@ -100,15 +96,22 @@ def test_components_go_together_and_the_api_takes_them(components: tuple[str, ..
 @pytest.mark.parametrize(
     ("components", "sentence"),
     [
-        (("multi-node", "multi-gpu"), "--with multi-gpu: cannot be combined with multi-node"),
-        (("sweep", "multi-node"), "--with multi-node: cannot be combined with sweep"),
-        (("cpu", "spot"), "--with spot: cannot be combined with cpu"),
+        (("cpu", "multi-gpu"), "--with cpu: cannot be combined with multi-gpu"),
+        (("airgapped", "hub"), "--with airgapped: cannot be combined with hub"),
         (("spots",), "--with spots: no such component; there are airgapped, cpu, hub,"),
     ],
 )
 def test_components_that_do_not_go_together_are_refused(components: tuple[str, ...], sentence: str):
     with pytest.raises(SpecError, match=f"^{sentence}"):
         rendered(SPEC, *components)
+
+
+def test_the_order_in_which_components_are_named_does_not_matter():
+    every = tuple(sorted({path.name for path in (ROOT / "k8s" / "components").iterdir()} - {"cpu", "airgapped"}))
+    assert read_job(every) == read_job(every[::-1])
+    assert read_job(("spot", "cpu", "airgapped")) == read_job(("airgapped", "cpu", "spot"))
+    page = (ROOT / "docs" / "kubernetes.md").read_text()
+    assert ", ".join(f"`{name}`" for name in LATER) in " ".join(page.split())
 
 
 @pytest.mark.parametrize(
@@ -145,95 +148,25 @@ def test_folders_that_no_pod_sees_are_refused_all_at_once(tmp_path: Path):
     rendered(spec | {"model": {"name_or_path": "/bundle/base"}}, "airgapped")
 
 
-def sweep(tmp_path: Path, table: str) -> Tree:
-    (tmp_path / "table").write_text(table)
-    run = read_run({}, yaml.safe_dump(SPEC), None, tmp_path / "table")
-    (job,) = documents(kubernetes(run, IMAGE, ()))
-    return job
+def test_a_bundle_is_handed_on_and_stands_for_all_that_the_spec_names(tmp_path: Path):
+    spec = SPEC | {"model": {"name_or_path": "org/name"}, "dataset": {"path": str(tmp_path)}}
+    spec |= {"output": {"url": "/output/run"}}
+    job = rendered(spec, "airgapped", JOB_BUNDLE="/bundle/chest")
+    env = job["spec"]["template"]["spec"]["containers"][0]["env"]
+    assert {"name": "JOB_BUNDLE", "value": "/bundle/chest"} in env
+    from_store = rendered(SPEC | {"model": {"name_or_path": "org/name"}}, JOB_BUNDLE="s3://bucket/chest")
+    assert from_store["spec"]["template"]["metadata"]["labels"]["vision-lora-job/egress"] == "store"
+    with pytest.raises(SpecError, match="JOB_BUNDLE: pods cannot see /lustre/chest; put it below /bundle or /output"):
+        rendered(spec, "airgapped", JOB_BUNDLE="/lustre/chest")
 
 
-def test_each_pod_of_a_sweep_gets_its_line(tmp_path: Path):
-    """The pod's own command, run by a real shell; a program that prints its environment stands where Python would."""
-    table = "# rank\nJOB__LORA__R=8 JOB__OUTPUT__URL=s3://b/r8\n\nJOB__LORA__TARGET_MODULES=.*[qk]_proj JOB__OUTPUT__URL=s3://b/qk\n"
-    job = sweep(tmp_path, table)
-    assert (job["spec"]["completions"], job["spec"]["completionMode"]) == (2, "Indexed")
-    container = job["spec"]["template"]["spec"]["containers"][0]
-    (tmp_path / "python").write_text("#!/bin/sh\nenv\n")
-    (tmp_path / "python").chmod(0o755)
-    (
-        tmp_path / "JOB__LORA__TARGET_MODULES=.xq_proj"
-    ).touch()  # what the shell would find for the pattern, were it asked
-    for index, expected in enumerate(
-        [("JOB__LORA__R=8", "s3://b/r8"), ("JOB__LORA__TARGET_MODULES=.*[qk]_proj", "s3://b/qk")]
-    ):
-        seen = variables(container, {"PATH": f"{tmp_path}:/usr/bin:/bin", "JOB_COMPLETION_INDEX": str(index)})
-        command = [expand(word, seen) for word in container["command"]]
-        said = subprocess.run(
-            command, env=seen, capture_output=True, text=True, check=True, cwd=tmp_path
-        ).stdout.splitlines()
-        assert expected[0] in said
-        assert f"JOB__OUTPUT__URL={expected[1]}" in said
-
-
-@pytest.mark.parametrize(
-    ("table", "sentence"),
-    [
-        ("JOB__LORA__R=8\nJOB__LORA__R=16\n", "runs 1 and 2 both write to s3://bucket/runs/1"),
-        ("JOB__LORA__R=8\nJOB__LORA__RANK=16 JOB__OUTPUT__URL=s3://b/16\n", r"run 2: the spec has 1 problem"),
-        ("LORA_R=8\n", "run 1: LORA_R=8 is not JOB__SECTION__FIELD=value"),
-        ("# nothing\n", "has no runs"),
-    ],
-)
-def test_a_wrong_table_is_refused(tmp_path: Path, table: str, sentence: str):
-    with pytest.raises(SpecError, match=sentence):
-        sweep(tmp_path, table)
-
-
-def test_an_installed_package_finds_its_templates(tmp_path: Path, job: Job):
-    """The wheel alone, away from the checkout, as it is in an image."""
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "job", "k8s", "slurm"):
-        if (ROOT / name).exists():
-            (source / name).symlink_to(ROOT / name)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-        str(source),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
-    for template in ("report/page.html", "report/page.md", "report/model_card.md"):
-        assert (tmp_path / "installed" / "job" / template).exists()
-    arguments = [
-        "render",
-        "kubernetes",
-        yaml.safe_dump(SPEC),
-        "--image",
-        IMAGE,
-        "--with",
-        "spot",
-        "--output",
-        "s3://b/2",
-    ]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
-    installed = subprocess.run(
-        [sys.executable, "-m", "job", *arguments],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert installed.returncode == 0, installed.stderr
-    assert installed.stdout == job(*arguments).stdout
-    (tree,) = documents(installed.stdout)
-    assert tree["metadata"]["annotations"] == {"vision-lora-job/output": "s3://b/2"}
+def test_each_row_of_a_sweep_is_a_job_of_its_own(tmp_path: Path):
+    (tmp_path / "runs.csv").write_text("name,lora.target_modules\nq,.*[qk]_proj\n,$(HOME)\n")
+    runs = read_runs({}, yaml.safe_dump(SPEC), "s3://b/sweep", tmp_path / "runs.csv")
+    jobs = documents(kubernetes(runs, IMAGE, ("multi-gpu",)))
+    labels = [job["spec"]["template"]["metadata"]["labels"] for job in jobs]
+    assert [job["metadata"]["generateName"] for job in jobs] == ["chest-1-gr-er-q-", "chest-1-gr-er-2-"]
+    assert {label["app.kubernetes.io/part-of"] for label in labels} == {"chest-1-gr-er"}
+    specs = [load_spec(variables(job["spec"]["template"]["spec"]["containers"][0], {})) for job in jobs]
+    assert [spec.lora.target_modules for spec in specs] == [".*[qk]_proj", "$(HOME)"]
+    assert [spec.output.url for spec in specs] == ["s3://b/sweep/q", "s3://b/sweep/2"]

@@ -20,7 +20,8 @@ from job.data.images import UNKNOWN_HOST
 from job.data.prepare import prepare
 from job.errors import DataError, SpecError, Unavailable
 from job.output.identity import Identity, changes, from_json, row_identity
-from job.output.ownership import begin, check_data, holds_work, open_output, take_data
+from job.output.ownership import begin, check_data, holds_work, take_data
+from job.output.stored import open_output
 from job.planning.stage_in import refuse_lost_hosts
 from job.store import LocalStore, OwnedStore, open_store, upload_folder
 from tests.data.test_data import png

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from job.checkpoint import commit, prune
 from job.config.loader import validate
 from job.errors import JobError, SpecError
-from job.output.ownership import begin, check_owner, open_output
+from job.output.ownership import begin, check_owner
+from job.output.stored import open_output
 from job.publish import keep_for_reports
 from job.report.contents import Contents
 from job.store import Conflict, OwnedStore, check_writable, open_store, upload_folder

@@ -17,7 +17,7 @@ from job.config.schema import ModelSpec
 from job.data.prepare import prepare
 from job.data.sources import unpacked
 from job.data.tables import read_table
-from job.errors import SpecError
+from job.errors import NotAllowed, SpecError
 from job.model.base_model import weight_files
 from job.planning.remote_headers import glimpse
 from job.runtime.staging import local_path
@@ -26,6 +26,8 @@ from tests.conftest import Job
 from tests.data.test_data import png
 from tests.data.test_sources import shard
 from tests.hub import serve
+from tests.s3 import address
+from tests.store.proxy import Proxy
 
 MB = 1_000_000
 FIELDS = ("dataset.path", "dataset.eval_path")
@@ -160,3 +162,37 @@ def test_parquet_that_scratch_has_no_room_for_is_told_as_such(tmp_path: Path, mo
     Dataset.from_dict({"image": images, "caption": ["a nodule"] * 60}).to_parquet(rows / "train.parquet")
     with pytest.raises(SpecError, match=r"dataset.path: .*unpacking .*rows \(6.0 MB\) to .* filled that disk"):
         read_table([rows / "train.parquet"], scratch / "cache", "dataset.path")
+
+
+def test_a_prefix_is_listed_once_and_only_what_is_new_is_fetched(
+    s3: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """An attempt that was stopped goes on where it was, and one object more costs one download."""
+    url = f"s3://{bucket}/films"
+    store = open_store(url)
+    for number in range(12):
+        store.write(f"p{number % 3}/{number}.txt", f"film {number}".encode())
+    with Proxy(address(s3)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
+
+        def fetch() -> tuple[int, set[str]]:
+            """Returns the listings and the names of what was downloaded."""
+            proxy.seen.clear()
+            local_path(url, tmp_path, "dataset.path")
+            got = [first.split()[1] for first in proxy.seen if first.startswith("GET")]
+            listings = [each for each in got if "list-type=2" in each]
+            return len(listings), {Path(each).name.partition("?")[0] for each in got if each not in listings}
+
+        denied = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        proxy.before = lambda request: denied if "p1/4.txt" in request.first else None
+        with pytest.raises(NotAllowed):
+            fetch()
+        proxy.before = None
+        assert fetch() == (1, {f"{number}.txt" for number in (4, 7, 11, 2, 5, 8)})  # those listed from p1/4.txt on
+        assert fetch() == (1, set())
+        store.write("p1/4.txt", b"retaken")
+        store.write("p2/new.txt", b"new")
+        store.delete(["p0/0.txt"])
+        assert fetch() == (1, {"4.txt", "new.txt"})
+        there = {file.name: file.read_text() for file in tmp_path.rglob("*.txt")}
+        assert there == {f"{n}.txt": f"film {n}" for n in range(1, 12)} | {"4.txt": "retaken", "new.txt": "new"}

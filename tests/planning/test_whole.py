@@ -17,7 +17,7 @@ import yaml
 from job.config.environment import Environment
 from job.config.loader import validate
 from job.errors import SpecError
-from job.output.ownership import open_output
+from job.output.stored import open_output
 from job.planning.needs import MARGIN, SMALL, Range
 from job.planning.plan import Plan, make_plan
 from job.planning.shortage import refuse

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from job.errors import DataError, SpecError
-from job.layout import FACTS_KEY, METRICS_KEY, SPEC_KEY, answers_key
+from job.layout import FACTS_KEY, METRICS_KEY, SPEC_KEY, STATUS_KEY, answers_key
 from job.report import compare_runs as shown
 from job.report.compare_runs import Runs, compare_runs
 from job.store import open_store
@@ -33,6 +33,7 @@ def output(folder: Path, share_known: float, *, rows: int = 48, held_out: str = 
     }
     facts = {"name": spec["name"], "lineage": {"held_out_sha256": held_out}, "privacy": {"report_images": True}} | given
     files = {
+        STATUS_KEY: "{}",
         SPEC_KEY: yaml.safe_dump(spec),
         FACTS_KEY: json.dumps(facts),
         METRICS_KEY: "{}",
@@ -67,6 +68,18 @@ def test_a_run_beside_its_own_copy_scores_the_same(tmp_path: Path) -> None:
     assert runs.others[0].said.startswith("B scores as A in every sample")
     assert "trained with the same spec" in shown.text(runs)
     assert runs.samples == []
+
+
+def test_the_finished_runs_of_a_sweep_are_compared(tmp_path: Path, job: Job, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("10", "2"):
+        output(tmp_path / name, 0.6)
+    (output(tmp_path / "3", 0.6) / FACTS_KEY).unlink()
+    found = shown.finished_below(open_store(str(tmp_path)))
+    assert [Path(store.url).name for store in found] == ["2", "10"]
+    assert caplog.messages == ["left out, for there is no report yet: 3"]
+    done = job("compare", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "B scores as A in every sample" in done.stdout
 
 
 def test_intervals_of_several_runs_hold_together(tmp_path: Path) -> None:

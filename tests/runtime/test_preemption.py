@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from job.errors import Preempted
-from job.output.ownership import count_attempt
+from job.output.attempts import count_attempt
 from job.runtime.preemption import Preemption, end_time
 from job.store import open_store
 
@@ -88,7 +88,7 @@ def test_the_end_time_is_what_slurm_says():
 
 def test_a_stage_that_does_not_notice_is_left_at_the_deadline_with_75_and_is_no_death(tmp_path: Path):
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom job.output.ownership import count_attempt\n"
+        "import sys, time\nfrom pathlib import Path\nfrom job.output.attempts import count_attempt\n"
         "from job.runtime.preemption import Preemption\nfrom job.runtime.status import Record\nfrom job.store import open_store\n"
         "store, preemption = open_store(sys.argv[1]), Preemption(4)\n"
         "record = Record(store, Path(sys.argv[1]), attempt=count_attempt(store, 1))\n"

@@ -25,7 +25,7 @@ from job.store import (
     Store,
     check_writable,
     checked_key,
-    download_folder,
+    download_files,
     inside,
     open_store,
     upload_folder,
@@ -181,8 +181,12 @@ def test_folders_survive_the_round_trip(store: Store, tmp_path: Path) -> None:
         (tmp_path / "up" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "up" / name).write_bytes(data)
     up = upload_folder(store, tmp_path / "up", "adapter")
-    assert download_folder(store, "adapter", tmp_path / "down") == up
-    assert {name: (tmp_path / "down" / name).read_bytes() for name in contents} == contents
+    keys = [entry.key for entry in store.list("adapter/")]
+    assert dict(download_files(store, keys, tmp_path / "down")) == {
+        f"adapter/{name}": there for name, there in up.items()
+    }
+    assert list(download_files(store, ["adapter/gone"], tmp_path / "down")) == [("adapter/gone", None)]
+    assert {name: (tmp_path / "down" / "adapter" / name).read_bytes() for name in contents} == contents
     assert set(up) == set(contents)
 
 

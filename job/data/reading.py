@@ -1,0 +1,110 @@
+"""Decides what the columns of a table mean: which hold images, the answer, a conversation or a split."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from job.config.schema import FIELD, DatasetSpec
+from job.errors import DataError
+
+SPLIT = ("split", "data_split", "dataset_split", "partition", "subset", "fold")
+"""Names, in any case, of columns that say which split a row belongs to."""
+SYSTEM = "system"
+"""The column beside a conversation that holds its system turn."""
+CONVERSATIONS = ("messages", "conversations")
+"""Usual names of columns with whole conversations."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which columns mean what: either `messages`, or instruction and answer as in the spec. `used` holds all columns that make up
+    a row; `split` is a column that names a row's split."""
+
+    images: tuple[str, ...]
+    answer: str
+    messages: str | None = None
+    used: frozenset[str] = frozenset()
+    split: str | None = None
+
+
+def choose_columns(
+    columns: Iterable[str],
+    spec: DatasetSpec,
+    field: str = "dataset.path",
+    also: Mapping[str, str] = MappingProxyType({}),
+) -> Reading:
+    """Decides what the columns of the source named by `field` mean. Columns named in the spec must exist, and so must those in
+    `also` (keyed by the field that needs them); a missing default falls back to other common names. Raises DataError with all
+    that is missing."""
+    present, given = set(columns), spec.model_fields_set
+    messages = spec.messages_column
+    if messages is None and not {"answer", "answer_column"} & given:
+        messages = next((name for name in CONVERSATIONS if name in present), None)
+    names = [spec.image_column] if isinstance(spec.image_column, str) else list(spec.image_column or [])
+    if "image_column" not in given:
+        usual = [*names, "file_name", "file_names", "images", "jpg", "png", "jpeg", "webp"]
+        names = [next((name for name in usual if name in present), "" if messages else names[0])]
+    answer = spec.answer_column
+    if "answer_column" not in given and answer not in present:
+        answer = next((name for name in ("text", "txt") if name in present), answer)
+    fields = ("group_column", "stratify_column", "weight_column", "messages_column")
+    wanted: dict[str, str | None] = {f"dataset.{name} is {getattr(spec, name)}": getattr(spec, name) for name in fields}
+    for name in filter(None, names):
+        wanted |= {f"dataset.image_column is {name}": name for _ in range(not FIELD.search(name))}
+        wanted |= {f"dataset.image_column has {{{part}}}": part for part in FIELD.findall(name)}
+    if messages is None:
+        wanted |= {f"dataset.instruction_column is {spec.instruction_column}": spec.instruction_column}
+        wanted |= {f"dataset.instruction has {{{name}}}": name for name in FIELD.findall(spec.instruction)}
+        wanted |= {f"dataset.answer has {{{name}}}": name for name in FIELD.findall(spec.answer or "")}
+        wanted |= {} if spec.answer else {f"dataset.answer_column is {answer}": answer}
+    wanted |= also
+    missing = [where for where, column in wanted.items() if column is not None and column not in present]
+    if missing:
+        said = "; ".join(f"{where}{did_you_mean(str(wanted[where]), present)}" for where in missing)
+        raise DataError(f"{said}: no such column; {field} has {', '.join(sorted(present))}")
+    used = {column for column in wanted.values() if column} | {
+        messages or answer if spec.answer is None or messages else ""
+    }
+    used |= {SYSTEM} & present if messages else set()
+    split = next((name for name in sorted(present) if name.lower() in SPLIT), None)
+    return Reading(tuple(name for name in names if name), answer, messages, frozenset(used - {""}), split)
+
+
+def did_you_mean(name: str, present: Iterable[str]) -> str:
+    """Names the column most like `name` in words; empty if none is."""
+    plain = {re.sub(r"[\W_]", "", each).lower(): each for each in present}
+    found = difflib.get_close_matches(re.sub(r"[\W_]", "", name).lower(), plain, 1, 0.7)
+    return f" (did you mean {plain[found[0]]}?)" if found else ""
+
+
+def answer_columns(spec: DatasetSpec) -> list[str]:
+    """Returns the columns that may hold what is learned, in the order in which they are tried."""
+    if spec.messages_column:
+        return [spec.messages_column]
+    given = {"answer", "answer_column"} & spec.model_fields_set
+    own = FIELD.findall(spec.answer) if spec.answer else [spec.answer_column]
+    return own if given else [*CONVERSATIONS, *own, "text", "txt"]
+
+
+def choose_alike(
+    tables: Mapping[str, Iterable[str]], spec: DatasetSpec, field: str, also: Mapping[str, str] = MappingProxyType({})
+) -> Reading:
+    """Decides what the columns of tables to be concatenated mean. Raises DataError if the tables differ in a column in use."""
+    reading = choose_columns((name for columns in tables.values() for name in columns), spec, field, also)
+    without = {table: sorted(reading.used - set(columns)) for table, columns in tables.items()}
+    for table, missing in without.items():
+        if missing:
+            other = next(each for each, lacks in without.items() if missing[0] not in lacks)
+            shared = [name for name in tables[table] if name in tables[other]]
+            cure = (
+                f"join them by a column that both have ({', '.join(shared)}): dataset.join" if shared else "merge them"
+            )
+            raise DataError(
+                f"{field}: {table} ({', '.join(tables[table])}) and {other} ({', '.join(tables[other])}) have different columns, "
+                f"and {table} has no {', '.join(missing)}; name one table in {field}, or {cure}"
+            )
+    return reading
