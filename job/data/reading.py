@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from job.config.parsing import nearest
 from job.config.schema import FIELD, DatasetSpec
 from job.errors import DataError
 
@@ -75,10 +74,9 @@ def choose_columns(
 
 
 def did_you_mean(name: str, present: Iterable[str]) -> str:
-    """Names the column most like `name` in words; empty if none is."""
-    plain = {re.sub(r"[\W_]", "", each).lower(): each for each in present}
-    found = difflib.get_close_matches(re.sub(r"[\W_]", "", name).lower(), plain, 1, 0.7)
-    return f" (did you mean {plain[found[0]]}?)" if found else ""
+    """Names the column most like `name`; empty if none is."""
+    near = nearest(name, present)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def answer_columns(spec: DatasetSpec) -> list[str]:
