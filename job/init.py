@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -19,6 +20,8 @@ from job.data.guess import Guess, guess, held_out
 from job.errors import DataError, SpecError
 from job.output.overlap import refuse_overlap
 from job.runtime.staging import exists
+
+log = logging.getLogger("job")
 
 DEFAULT_MODEL = "Qwen/Qwen3-VL-8B-Instruct"
 """What docs/choosing-a-model.md begins with."""
@@ -50,6 +53,7 @@ def init(data: str, given: Mapping[str, str | None], ask: Ask, scratch: Path, en
         )
     here = Path(data).resolve()
     found = guess(str(here), scratch, "DATA")
+    log.info("%s; its columns: %s", found.why, ", ".join(found.columns))
     fields = _dataset(found, given["answer"], ask)
     split = held_out(DatasetSpec(**fields), scratch)
     fields |= {"eval_split": split} if split else {"eval_fraction": 0.1}

@@ -17,7 +17,7 @@ Every field of the spec, as `job/config/schema.py` documents it. To change this 
 
 Only fields marked *required* must be given. Integers may be as large as 2,147,483,647 where the type names no other limit.
 The variable `JOB__SECTION__FIELD` overrides a field: `JOB__TRAINING__LEARNING_RATE=1e-4`.
-[evaluation.md](evaluation.md#measured-again) lists the fields that may change after training.
+[Evaluation](evaluation.md#measured-again) lists the fields that may change after training.
 """
 MOST = 2**31 - 1
 

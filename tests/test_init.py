@@ -110,6 +110,7 @@ def test_a_person_on_a_terminal_is_asked_and_the_spec_passes_check(job: Job, tmp
     said, questions = asked.communicate(timeout=120)
     assert asked.returncode == 0, questions
     assert (said.splitlines()[0], said.splitlines()[-1]) == ("spec.yaml", "False")
+    assert "image folder: it holds metadata.jsonl; its columns: file_name, caption, finding" in questions
     assert "no findign; did you mean finding?" in questions
     text = (tmp_path / "spec.yaml").read_text()
     (labels,) = (line for line in text.splitlines() if "# labels: " in line)

@@ -144,14 +144,15 @@ def describe(value: object) -> str:
     return f"{text if len(text) <= 60 else text[:57] + '…'} ({kind})"
 
 
-def did_you_mean(name: str, known: Iterable[str], before: str = "") -> str:
-    """Return the end of a sentence that offers the known names most like `name`, each after `before`; empty if none is."""
-    near = nearest(name, known)
-    return f"; did you mean {' or '.join(before + each for each in near)}?" if near else ""
-
-
 def nearest(name: str, known: Iterable[str]) -> list[str]:
-    """Return the known names that begin with `name`, else the one most like it, in any case; none if none is."""
-    folded = {each.lower(): each for each in known}
-    near = [each for each in folded if len(name) > 2 and each.startswith(name.lower())]
-    return [folded[each] for each in near or difflib.get_close_matches(name.lower(), folded, n=1)]
+    """Return the known names that begin with `name`, else the one most like it, whatever their case and punctuation."""
+    plain = {re.sub(r"[\W_]", "", each).lower(): each for each in known}
+    asked = re.sub(r"[\W_]", "", name).lower()
+    near = [each for each in plain if len(asked) > 2 and each.startswith(asked)]
+    return [plain[each] for each in near or difflib.get_close_matches(asked, plain, 1, 0.7)]
+
+
+def did_you_mean(name: str, known: Iterable[str], before: str = "") -> str:
+    """Return the end of a sentence that offers the nearest of the known names, each after `before`; empty if none is near."""
+    near = [before + each for each in nearest(name, known)]
+    return f"; did you mean {' or '.join(near)}?" if near else ""

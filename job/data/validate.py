@@ -32,7 +32,6 @@ from job.data.tables import PATIENT
 from job.errors import DataError
 from job.output.identity import row_identity
 from job.runtime.progress import progress_bar
-from job.runtime.status import on_terminal
 
 if TYPE_CHECKING:
     from job.model.token_length import TokenCounter

@@ -74,7 +74,9 @@ def jobs_below(store: Store) -> dict[str, Store]:
     places = {place for place, _, name in keys if name in (STATUS_KEY, RESULT_KEY)}
     if not places:
         raise DataError(f"{store.url} holds no job: there is no {STATUS_KEY} below it")
-    ordered = sorted(places, key=lambda place: [part.zfill(20) for part in re.split(r"(\d+)", place)])
+    ordered = sorted(
+        places, key=lambda place: [part.zfill(20) if part.isdigit() else part for part in re.split(r"(\d+)", place)]
+    )
     return {place: open_store(f"{store.url.rstrip('/')}/{place}".rstrip("/")) for place in ordered}
 
 
