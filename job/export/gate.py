@@ -44,7 +44,6 @@ from job.export.logits import (
     spread_rows,
 )
 from job.export.read_back import Check
-from job.export.tensor_map import Base
 from job.export.unmerged import Expected, adapters_of, beside, expected, jittered, samples, trained, trained_weights
 from job.export.verify import from_memory, wrong_tensors
 from job.model.loaded import Loaded, release
@@ -52,6 +51,7 @@ from job.model.lora_targets import group_of
 from job.model.memory_model import gate_batch, last_cure, served_precision
 from job.model.oom_retry import MicroBatches
 from job.model.transformers_backend import Offload, load_weights
+from job.model.weight_map import Base
 
 MOST_WRONG = 0.01
 """Share of the sampled numbers that may differ: float32 sums on another kind of device occasionally round differently."""
