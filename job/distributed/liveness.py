@@ -45,16 +45,22 @@ class Liveness:
         self._threads: list[threading.Thread] = []
         self._telling = threading.Lock()
 
-    def until(self, true: Callable[[], object], what: str, seconds: float = LONGEST_WAIT) -> None:
-        """Wait for something that other ranks do. Raises Preempted on a notice, or when one of them is gone, Unavailable when
-        it takes longer than `seconds`."""
+    def until(
+        self, true: Callable[[], object], what: str, seconds: float = LONGEST_WAIT, *, patient: bool = False
+    ) -> None:
+        """Wait for something that other ranks do. Raises Preempted on a notice (`patient`: only once one of them ends), or when
+        one of them is gone, Unavailable when it takes longer than `seconds`."""
         began, waited = time.monotonic(), 0.0
         while not true():
-            self.preemption.check()
+            if not patient or self.preemption.code is not None or self._others_end():
+                self.preemption.check()
             if waited > seconds:
                 raise Unavailable(f"rank {self.rank} waited {seconds:.0f} s for {what}; {self.table()}")
             time.sleep(min(max(waited / 100, 0.0002), 0.05))  # overshoots by at most a hundredth
             waited = time.monotonic() - began
+
+    def _others_end(self) -> bool:
+        return any(state["code"] is not None for rank, state in self.states.items() if rank != self.rank)
 
     def on_this_node(self) -> int:
         """Count the ranks that share this node, and so its scratch."""
