@@ -68,6 +68,7 @@ resume-proof:
 shard-proof:
 	@.ci/venv train dev
 	@OMP_NUM_THREADS=1 $(PYTHON_VENV) -m tests.shard_proof $(FAMILIES)
+	@OMP_NUM_THREADS=1 $(PYTHON_VENV) -m tests.shard_memory
 
 # N cases of each kind of wrong input, or of the KINDS that are named, and SPECS specs that are read alone; those that end as a
 # bug, late or with much memory are kept in build/fuzz.

@@ -74,12 +74,16 @@ class AllReduce:
     @contextmanager
     def connected(self) -> Iterator[None]:
         """Work inside which ranks wait for each other. If a connection breaks, raises what is then known of its rank."""
+        self.ranks.inside = True
         try:
             yield
         except RuntimeError as error:
+            self.ranks.inside = False  # so that there is time to save
             if isinstance(error, distributed.DistError) or "gloo" in str(error):
                 self._find_gone("the other ranks' shares of the weights")
             raise
+        finally:
+            self.ranks.inside = False
 
     def add_up(self, weights: Sequence[torch.Tensor], loss: torch.Tensor) -> torch.Tensor:
         """Sum the gradients of `weights`, in place, and return the sum of `loss`."""
