@@ -5,7 +5,7 @@ DEMO = build/demo
 # One more than there are cores, at most four: tests on a cluster mostly wait.
 WORKERS ?= $(shell n=$$(nproc); [ $$n -lt 3 ] && echo $$((n + 1)) || echo 4)
 
-.PHONY: demo example-vqa test check lint docs clean kill-proof fence-proof resume-proof verdict-proof near-duplicates reader-test fuzz hostile-stores disk-proof test-gpu test-image test-slurm test-gguf test-radeval test-trackers test-serve test-store bench-store bench-prefix public-sets bench-gpu bench-scaling bench-whole-job bench-release whole-job test-families bench
+.PHONY: demo example-vqa test check lint docs clean kill-proof fence-proof resume-proof shard-proof verdict-proof near-duplicates reader-test fuzz hostile-stores disk-proof test-gpu test-image test-slurm test-gguf test-radeval test-trackers test-serve test-store bench-store bench-prefix public-sets bench-gpu bench-scaling bench-whole-job bench-release whole-job test-families bench
 
 demo:
 	@.ci/venv train
@@ -78,6 +78,11 @@ test-trackers:
 resume-proof:
 	@.ci/venv train dev
 	@$(PYTHON_VENV) -m tests.resume_proof $(or $(N),50)
+
+shard-proof:
+	@.ci/venv train dev
+	@OMP_NUM_THREADS=1 $(PYTHON_VENV) -m tests.shard_proof $(FAMILIES)
+	@OMP_NUM_THREADS=1 $(PYTHON_VENV) -m tests.shard_memory
 
 # N cases of each kind of wrong input, or of the KINDS that are named, and SPECS specs that are read alone; those that end as a
 # bug, late or with much memory are kept in build/fuzz.

@@ -24,8 +24,9 @@ from job.export.gain import judge, label_shares
 from job.export.gate import compare
 from job.export.merge import copy_rest, merge_to_folder, recipe
 from job.export.read_back import read_folder
-from job.export.tensor_map import changes, read_adapter, read_base
+from job.export.tensor_map import changes, read_adapter
 from job.model.loaded import Loaded
+from job.model.weight_map import read_base
 from tests.export.trained import Trained, make_trained
 
 

@@ -148,7 +148,8 @@ def load(work: Path, precision: str, start: bool = True) -> Any:
 
 def recipe_of(work: Path) -> Any:
     from job.export.merge import recipe
-    from job.export.tensor_map import changes, read_adapter, read_base
+    from job.export.tensor_map import changes, read_adapter
+    from job.model.weight_map import read_base
     from job.planning.survey import torch_device
 
     base = read_base(work / "base")
@@ -231,8 +232,8 @@ def judged(work: Path, loaded: Any, folder: Path) -> Facts:
     from job.errors import GateRefused
     from job.export.gate import compare, refuse
     from job.export.read_back import read_folder
-    from job.export.tensor_map import read_base
     from job.model.loaded import release
+    from job.model.weight_map import read_base
 
     spec = spec_of(work)
     began = time.monotonic()

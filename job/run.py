@@ -35,7 +35,7 @@ def run(spec: JobSpec, environment: Environment, preemption: Preemption) -> None
             ctx, plan = agree_on_plan(ctx, staged)
             with ctx.record.stage("load"):
                 # Imported here: a published job, or one that waits for the lease, needs none of the training libraries.
-                from job.evaluate.stage import add_occlusion_maps, compare, measure
+                from job.evaluate.stage import add_occlusion_maps, compare, measure, share_occlusion_maps
                 from job.publish import publish
                 from job.train.stage import train
 
@@ -44,6 +44,8 @@ def run(spec: JobSpec, environment: Environment, preemption: Preemption) -> None
         train(ctx, plan, loaded, staged.data)
         after = measure(ctx, loaded, staged.data, "after")
         if ctx.ranks.rank:
+            if plan.shards > 1:
+                share_occlusion_maps(ctx, loaded, staged.data)
             ctx.ranks.end_with_rank_0()
         results = compare(ctx, staged.data, before, after)
         results = add_occlusion_maps(ctx, loaded, staged.data, results)
@@ -67,7 +69,14 @@ def keep_private(spec: JobSpec, environment: Environment, preemption: Preemption
 def load(ctx: RunContext, plan: Plan, staged: StagedIn) -> Loaded:
     """Load the base model with adapters as planned. Raises SpecError if they could not be merged later."""
     spec = ctx.spec
-    loaded = load_model(spec, staged.base, torch_device(), staged.backend, plan.precision, plan.kept, staged.adapter)
+    sharded = plan.shards > 1
+    if sharded:
+        from job.distributed.allreduce import connect
+
+        connect(ctx.ranks)
+    loaded = load_model(
+        spec, staged.base, torch_device(), staged.backend, plan.precision, plan.kept, staged.adapter, sharded=sharded
+    )
     if not ctx.ranks.rank:
         check_mergeable(spec, loaded)
     return loaded

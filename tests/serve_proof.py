@@ -35,9 +35,9 @@ from job.export.engines import Served, vllm
 from job.export.gate import Reference, refer
 from job.export.questions import Agreement, Asked, rows_to_ask
 from job.export.serving import Serving, serving
-from job.export.tensor_map import read_base
 from job.model.loaded import Loaded
 from job.model.transformers_backend import load
+from job.model.weight_map import read_base
 from job.planning.survey import survey
 from job.store import open_store
 from tests.test_predict import make_data

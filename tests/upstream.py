@@ -44,10 +44,10 @@ transformers.cache_utils:
 4207d7a06b51 StaticLayer `Buffer` of job/model/decoding.py counts beside it, and takes steps back
 3582d1fdd39f DynamicLayer `Pictures` of job/model/decoding.py calls it fit for graphs
 transformers.core_model_loading:
-ede1dd0395bf rename_source_key job/export/tensor_map.py names the files' tensors with it
-a4c96b7f56ab convert_and_load_state_dict_in_model job/export/tensor_map.py takes the same steps
+ede1dd0395bf rename_source_key job/model/weight_map.py names the files' tensors with it
+a4c96b7f56ab convert_and_load_state_dict_in_model job/model/weight_map.py takes the same steps
 transformers.conversion_mapping:
-55a051f01be6 get_model_conversion_mapping job/export/tensor_map.py asks it for the steps
+55a051f01be6 get_model_conversion_mapping job/model/weight_map.py asks it for the steps
 accelerate.hooks:AlignDevicesHook.
 1ad3adf8ba1d init_hook `waits` (job/model/transformers_backend.py) knows it by `meta`
 """

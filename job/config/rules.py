@@ -132,6 +132,10 @@ def _training(spec: JobSpec) -> Iterator[str]:
             "training: torch_compile: true needs Unsloth, which model.backend or model.attn_implementation rules out; "
             "remove it"
         )
+    if training.shard == "fsdp" and spec.model.precision == "4bit":
+        yield "training: shard: fsdp cannot shard a base in 4 bits; set model.precision to 16bit"
+    if training.shard == "fsdp" and spec.model.backend == "unsloth":
+        yield "training: shard: fsdp does not work with model.backend unsloth, which needs whole weights; set it to transformers"
     if micro != "auto" and training.effective_batch_size % micro:
         yield (
             f"training: effective_batch_size {training.effective_batch_size} is not a multiple of "

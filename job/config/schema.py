@@ -244,6 +244,10 @@ class TrainingSpec(Section):
     """Compute the loss on the answer only, not on the prompt."""
     seed: int = Field(3407, ge=0, lt=2**32)
     """Seed for the adapters' initial weights, the order of samples and dropout."""
+    shard: Literal["auto", "none", "fsdp"] = "auto"
+    """Whether the devices share the frozen base's weights among them (docs/gpus.md). `auto` does so if one device cannot hold the
+    base, the adapters and one row, and all devices together can; `fsdp` whenever there are several. Results differ by
+    rounding."""
     dataloader_num_workers: Annotated[int, Field(ge=0, le=64)] | Literal["auto"] = "auto"
     """Processes that prepare batches ahead. `auto` is up to 4 with a GPU, none without."""
     logging_steps: Count = 1
@@ -531,6 +535,7 @@ NEITHER = frozenset(
         "training.report_to",
         "training.report_samples",
         "training.dataloader_num_workers",
+        "training.shard",
         "training.vision_cache_gb",
         "export.scratch_copy",
         "export.serve.python",

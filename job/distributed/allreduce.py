@@ -1,8 +1,11 @@
-"""Sums over the ranks of a run in every step: gradients, losses, tokens.
+"""Sums over the ranks of a run in every step: gradients, losses, tokens. And what ranks do at the same time.
 
 Each rank trains as if it were the only one, on its share of the rows, with a loss divided by the tokens of the whole step. The
 sum of the gradients is then that of the step, and training needs nothing else from other ranks: one that runs out of memory and
 continues in halves, or has fewer micro-batches, or rows without images, affects no other.
+
+A sharded model (`job.model.sharding`) is another matter: inside it, each rank waits for all. Ranks then have the same number of
+rows, evaluate in `rounds`, and leave only where all `agree`.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
@@ -20,6 +23,9 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from job.distributed.ranks import Ranks
 from job.errors import Unavailable
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 MEETING_SECONDS = 1800.0
 """Seconds for all ranks to reach the end of a step, or of an evaluation: the first step compiles."""
@@ -49,6 +55,35 @@ class AllReduce:
         self._wait(distributed.all_reduce(total, async_op=True), total)
         found: list[float] = total.tolist()
         return found
+
+    def agree(self) -> None:
+        """Raise Preempted on every rank if any was asked to stop, so that none waits inside the model for one that left."""
+        asked = torch.tensor([self.ranks.preemption.requested], dtype=torch.uint8)
+        self._wait(distributed.all_reduce(asked, distributed.ReduceOp.MAX, async_op=True), asked, patient=True)
+        if asked.item():
+            self.ranks.until(lambda: False, "the notice of another rank")
+
+    def rounds(self, name: str, pieces: Sequence[T], work: Callable[[T], R]) -> Iterator[R]:
+        """Like `Ranks.spread`, but all ranks work at the same time: those without a piece of their own on the last one."""
+        for start in range(0, len(pieces), self.ranks.world):
+            self.agree()
+            with self.connected():
+                made = work(pieces[min(start + self.ranks.rank, len(pieces) - 1)])
+            yield from self.ranks.gathered(name, made)[: len(pieces) - start]
+
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        """Work inside which ranks wait for each other. If a connection breaks, raises what is then known of its rank."""
+        self.ranks.inside = True
+        try:
+            yield
+        except RuntimeError as error:
+            self.ranks.inside = False  # so that there is time to save
+            if isinstance(error, distributed.DistError) or "gloo" in str(error):
+                self._find_gone("the other ranks' shares of the weights")
+            raise
+        finally:
+            self.ranks.inside = False
 
     def add_up(self, weights: Sequence[torch.Tensor], loss: torch.Tensor) -> torch.Tensor:
         """Sum the gradients of `weights`, in place, and return the sum of `loss`."""
@@ -80,7 +115,7 @@ class AllReduce:
                 if weight.requires_grad:
                     self._wait(distributed.broadcast(weight.data, 0, async_op=True), weight)
 
-    def _wait(self, work: Any, tensor: torch.Tensor) -> None:
+    def _wait(self, work: Any, tensor: torch.Tensor, *, patient: bool = False) -> None:
         """Wait until all ranks have arrived, or one is known to be gone: every wait here checks for that."""
         what = "all ranks to add up a step"
         if tensor.is_cuda:
@@ -90,14 +125,18 @@ class AllReduce:
                 work.wait()
                 done = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 done.record()
-            self.ranks.until(done.query, what, MEETING_SECONDS)
+            self.ranks.until(done.query, what, MEETING_SECONDS, patient=patient)
             return
-        self.ranks.until(work.is_completed, what, MEETING_SECONDS)
+        self.ranks.until(work.is_completed, what, MEETING_SECONDS, patient=patient)
         try:
             work.wait()
-        except RuntimeError:  # a connection broke; which rank's is known in a moment
-            self.ranks.silence = min(self.ranks.silence, GONE_SECONDS)
-            self.ranks.until(lambda: False, what, 4 * GONE_SECONDS)
+        except RuntimeError:
+            self._find_gone(what)
+
+    def _find_gone(self, what: str) -> None:
+        """A connection broke; which rank's is known in a moment, and then raised."""
+        self.ranks.silence = min(self.ranks.silence, GONE_SECONDS)
+        self.ranks.until(lambda: False, what, 4 * GONE_SECONDS)
 
 
 def _mark(tensor: torch.Tensor) -> Callable[[], object]:
@@ -124,15 +163,20 @@ def buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 @contextmanager
 def all_reduce(ranks: Ranks) -> Iterator[AllReduce]:
-    """Connect the ranks with each other while the block runs: by NCCL for tensors on GPUs, by gloo for tensors on CPUs."""
-    if ranks.world == 1:
-        yield AllReduce(ranks)
-        return
+    """Connect the ranks with each other while the block runs, unless they are connected."""
+    if connects := ranks.world > 1 and not distributed.is_initialized():
+        connect(ranks)
+    yield AllReduce(ranks)
+    if connects:
+        distributed.destroy_process_group()
 
+
+def connect(ranks: Ranks) -> None:
+    """Connect the ranks with each other: by NCCL for tensors on GPUs, by gloo for tensors on CPUs."""
     # Otherwise torch ends this process with SIGABRT a minute after NCCL has lost a peer, before it is known which one.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
 
-    def connect() -> None:
+    def meet() -> None:
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
             store=PrefixStore("sums", ranks.store),
@@ -142,11 +186,9 @@ def all_reduce(ranks: Ranks) -> Iterator[AllReduce]:
         )
 
     try:
-        ranks.apart(connect, "all ranks to connect")
+        ranks.apart(meet, "all ranks to connect")
     except RuntimeError as error:
         raise Unavailable(
             f"rank {ranks.rank} cannot reach the others ({str(error).splitlines()[0]}); set GLOO_SOCKET_IFNAME and "
             "NCCL_SOCKET_IFNAME to the network between the nodes"
         ) from error
-    yield AllReduce(ranks)
-    distributed.destroy_process_group()

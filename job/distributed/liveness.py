@@ -24,6 +24,8 @@ LONGEST_WAIT = 6 * 3600.0
 """Seconds for what another rank does by itself while it is alive: fetching a base model, exporting."""
 LEAVE_SECONDS = 10.0
 """Seconds between the end of rank 0 and that of the others."""
+STUCK_SECONDS = 4.0
+"""Seconds until a rank ends that waits inside the model for one that is gone: nothing but its end can end that wait."""
 BEAT_SECONDS = 0.5
 
 
@@ -41,20 +43,28 @@ class Liveness:
         self._mine: dict[str, Any] = {"host": socket.gethostname(), "beat": 0, "code": None, "gone": False}
         self._mine["makes"] = place.local_rank == 0  # makes what is made once per node
         self._ticked = time.monotonic()
+        self.inside = False
+        """Whether this rank is where it cannot notice that another one is gone: in a gather of weights."""
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
         self._telling = threading.Lock()
 
-    def until(self, true: Callable[[], object], what: str, seconds: float = LONGEST_WAIT) -> None:
-        """Wait for something that other ranks do. Raises Preempted on a notice, or when one of them is gone, Unavailable when
-        it takes longer than `seconds`."""
+    def until(
+        self, true: Callable[[], object], what: str, seconds: float = LONGEST_WAIT, *, patient: bool = False
+    ) -> None:
+        """Wait for something that other ranks do. Raises Preempted on a notice (`patient`: only once one of them ends), or when
+        one of them is gone, Unavailable when it takes longer than `seconds`."""
         began, waited = time.monotonic(), 0.0
         while not true():
-            self.preemption.check()
+            if not patient or self.preemption.code is not None or self._others_end():
+                self.preemption.check()
             if waited > seconds:
                 raise Unavailable(f"rank {self.rank} waited {seconds:.0f} s for {what}; {self.table()}")
             time.sleep(min(max(waited / 100, 0.0002), 0.05))  # overshoots by at most a hundredth
             waited = time.monotonic() - began
+
+    def _others_end(self) -> bool:
+        return any(state["code"] is not None for rank, state in self.states.items() if rank != self.rank)
 
     def on_this_node(self) -> int:
         """Count the ranks that share this node, and so its scratch."""
@@ -125,7 +135,8 @@ class Liveness:
         last = self.states.get(rank, {}).get("where", "joining")
         if not self._over.is_set() and self.preemption.code is None:
             log.error("%s; it was last at: %s", why, last)
-            self.preemption.request(f"{why}; it was last at: {last}; run again", code=Unavailable.exit_code)
+            seconds = STUCK_SECONDS if self.inside else None
+            self.preemption.request(f"{why}; it was last at: {last}; run again", seconds, code=Unavailable.exit_code)
 
     def part(self, code: int, reason: str, own: bool) -> tuple[int, str]:
         """Tell the others how this rank ends (`own`: by itself), and return how the run ends: as rank 0 says."""

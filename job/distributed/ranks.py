@@ -215,7 +215,9 @@ def join_ranks(
         yield Ranks(here, preemption)
         return
     if environment.get("ACCELERATE_USE_FSDP", "false") == "true" or environment.get("ACCELERATE_USE_DEEPSPEED"):
-        raise SpecError("accelerate is set up to shard the model, which this job does not do; choose plain multi-GPU")
+        raise SpecError(
+            "accelerate is set up to shard the model, which the job does itself (training.shard); choose plain multi-GPU"
+        )
     ranks = Ranks(here, preemption, silence)
     with preemption.leave_at_once():
         ranks.meet_at(_connected(ranks, environment, run))

@@ -12,12 +12,13 @@ from torch.nn.functional import cross_entropy
 
 from job.config.schema import JobSpec
 from job.data import Row
+from job.distributed.allreduce import AllReduce
 from job.distributed.ranks import ONE, Ranks
 from job.evaluate.records import Answer, from_json
 from job.model.collator import IGNORE, Collator, encode, render
 from job.model.decoding import generate
 from job.model.load import to_generation
-from job.model.loaded import Loaded, logits_at
+from job.model.loaded import Loaded, is_sharded, logits_at, without_gradients
 from job.model.memory_model import last_cure
 from job.model.oom_retry import MicroBatches
 
@@ -65,7 +66,8 @@ def answers(
     to_generation(loaded)
     micro = micro_batches(loaded, spec.evaluation.batch, "evaluation")
     with base_or_tuned(loaded, tuned):
-        yield from ranks.spread(
+        spread = AllReduce(ranks).rounds if is_sharded(loaded.model) else ranks.spread
+        yield from spread(
             "answers",
             batches,
             lambda batch: micro.map(
@@ -76,7 +78,10 @@ def answers(
 
 def micro_batches(loaded: Loaded, size: int, what: str) -> MicroBatches:
     """Create micro-batches of `size` rows; `what` names the work."""
-    return MicroBatches(size, what, f"shrink images with dataset.image_max_side, {last_cure(loaded.precision)}")
+    sharded = is_sharded(loaded.model)
+    first = "lower evaluation.batch_size, " if sharded else ""
+    cure = f"{first}shrink images with dataset.image_max_side, {last_cure(loaded.precision)}"
+    return MicroBatches(size, what, cure, whole=sharded)
 
 
 def rows_ids(rows: Any) -> list[str]:
@@ -117,15 +122,17 @@ def _with_other_images(batch: list[Row]) -> list[tuple[Row, list[Any] | None]]:
     return found
 
 
-@torch.inference_mode()
 def _generate(loaded: Loaded, batch: list[tuple[Row, list[Any] | None]], spec: JobSpec) -> list[Answer]:
     rows = [row for row, _ in batch]
-    texts = answer(loaded, rows, spec.evaluation.max_new_tokens)
     length, truncate = spec.training.max_length, spec.dataset.over_length == "truncate"
-    losses = answer_losses(loaded, rows, length, truncate)
     swapped = [Row({**row, "images": other}) for row, other in batch if other]
     swapped_length = length if truncate else ANY_LENGTH  # other images may take more tokens than the row's own
-    with_others = iter(answer_losses(loaded, swapped, swapped_length, truncate) if swapped else ())
+    with without_gradients(loaded.model):
+        texts = answer(loaded, rows, spec.evaluation.max_new_tokens)
+        losses = answer_losses(loaded, rows, length, truncate)
+        with_others = iter(answer_losses(loaded, swapped, swapped_length, truncate) if swapped else ())
+        if not swapped and is_sharded(loaded.model):
+            answer_losses(loaded, rows, length, truncate)  # while other ranks look at other images
     return [
         from_json(
             Answer,

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageStat
 
 from job.config.schema import JobSpec
@@ -19,7 +18,7 @@ from job.data import Row
 from job.evaluate.generate import answer_losses, micro_batches
 from job.evaluate.records import Maps
 from job.model.load import to_generation
-from job.model.loaded import Loaded
+from job.model.loaded import Loaded, without_gradients
 from job.model.memory_model import gate_batch
 
 LossesOf = Callable[[list[Row]], list[float]]
@@ -63,7 +62,7 @@ def explain(loaded: Loaded, rows: Any, wanted: dict[str, str], spec: JobSpec, ea
 
     found = {}
     to_generation(loaded)
-    with torch.inference_mode():
+    with without_gradients(loaded.model):
         for row in (row for row in rows if row["id"] in wanted):
             each()
             if row["images"] and wanted[row["id"]].strip():

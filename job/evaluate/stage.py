@@ -17,7 +17,7 @@ from job.data import Data
 from job.errors import Preempted
 from job.evaluate.records import Answer, Comparison, Maps, Requirement, Sample, Settings, from_json
 from job.layout import OCCLUSION_KEY, answers_key, partial_key
-from job.model.loaded import Loaded
+from job.model.loaded import Loaded, is_sharded
 from job.output.stored import own_json, run_of
 from job.runtime.progress import progress_bar
 from job.runtime.status import on_terminal
@@ -213,27 +213,44 @@ def add_occlusion_maps(ctx: RunContext, loaded: Loaded, data: Data, results: Res
     """Add occlusion maps of a few gallery rows to the results. They are read from the output if it has them. Raises Preempted on
     a preemption notice."""
     from job.evaluate import examples
-    from job.evaluate.generate import rows_ids
-    from job.evaluate.occlusion import explain
 
     spec, store, after = ctx.spec, ctx.store, results.after
     count = spec.evaluation.explained_rows if spec.privacy.report_images and after else 0
-    if not count:
-        return results
     run = run_of(spec, data.identity)
-    stored = own_json(store, OCCLUSION_KEY, run)
-    chosen = examples.chosen(results.before, after, results.metrics)
+    stored = own_json(store, OCCLUSION_KEY, run) if count else {}
+    chosen = examples.chosen(results.before, after, results.metrics) if count else {}
     ranks = [places[rank] for rank in range(examples.EACH) for places in chosen.values() if rank < len(places)]
     wanted = {after[place].id: after[place].generated for place in ranks[:count]}
-    if stored.keys() >= wanted.keys():
+    missing = not stored.keys() >= wanted.keys()
+    if is_sharded(loaded.model):
+        ctx.ranks.shared("rows to map", wanted if missing else {})
+    if not missing:
         return replace(results, maps=stored)
     with ctx.record.stage("map where it looks") as facts:
-        place = {identity: index for index, identity in enumerate(rows_ids(data.evaluation))}
-        rows = data.evaluation.select([place[identity] for identity in wanted])
-        stored = explain(loaded, rows, wanted, spec, ctx.preemption.check)
+        stored = _explained(ctx, loaded, data, wanted)
         store.write(OCCLUSION_KEY, json.dumps(stored | {"run": run}).encode())
         facts.append(f"{len(stored)} rows")
     return replace(results, maps=stored)
+
+
+def share_occlusion_maps(ctx: RunContext, loaded: Loaded, data: Data) -> None:
+    """On ranks other than 0, run a sharded model while rank 0 maps where it looks."""
+    wanted: dict[str, str] = ctx.ranks.shared("rows to map", {})
+    _explained(ctx, loaded, data, wanted)
+
+
+def _explained(ctx: RunContext, loaded: Loaded, data: Data, wanted: dict[str, str]) -> Maps:
+    from job.distributed.allreduce import AllReduce
+    from job.evaluate.generate import rows_ids
+    from job.evaluate.occlusion import explain
+
+    group = AllReduce(ctx.ranks)
+    place = {identity: index for index, identity in enumerate(rows_ids(data.evaluation))}
+    rows = data.evaluation.select([place[identity] for identity in wanted])
+    with group.connected():
+        return explain(
+            loaded, rows, wanted, ctx.spec, group.agree if is_sharded(loaded.model) else ctx.preemption.check
+        )
 
 
 def values(measured: Comparison) -> dict[str, dict[str, float]]:

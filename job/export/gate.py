@@ -44,14 +44,14 @@ from job.export.logits import (
     spread_rows,
 )
 from job.export.read_back import Check
-from job.export.tensor_map import Base
 from job.export.unmerged import Expected, adapters_of, beside, expected, jittered, samples, trained, trained_weights
 from job.export.verify import from_memory, wrong_tensors
-from job.model.loaded import Loaded, release
+from job.model.loaded import Loaded, is_sharded, release
 from job.model.lora_targets import group_of
 from job.model.memory_model import gate_batch, last_cure, served_precision
 from job.model.oom_retry import MicroBatches
 from job.model.transformers_backend import Offload, load_weights
+from job.model.weight_map import Base
 
 MOST_WRONG = 0.01
 """Share of the sampled numbers that may differ: float32 sums on another kind of device occasionally round differently."""
@@ -132,9 +132,10 @@ def compare(
     `processor` published with it (default: that of `loaded`), against base + adapter on `rows`.
 
     Both are in the training precision; if that is 4bit, both are in 16 bits, in which merged weights are made and served. Both
-    run on transformers: Unsloth's kernels round differently, which some models amplify beyond the effect of folding. One model
-    at a time is in memory: `let_go` is called once `loaded.model` is no longer needed, before another is loaded. `offload`
-    keeps part of a 16-bit model outside the GPU, for a base that was held in 4 bits. `keep` is called with what was measured on
+    run on transformers: Unsloth's kernels round differently, which some models amplify beyond the effect of folding. Both run on
+    this rank alone: of a sharded model, only the adapters are used. One model at a time is in memory: `let_go` is called once
+    `loaded.model` is no longer needed, before another is loaded. `offload` keeps part of a 16-bit model outside the GPU, for a
+    base that was held in 4 bits or sharded. `keep` is called with what was measured on
     base + adapter.
     """
     right, wrong = from_memory(base, loaded.model, loaded.device), list[str]()
@@ -158,9 +159,11 @@ def refer(
     micro = micro_batches(spec, loaded)
     batches = spread_rows(rows, spec.export.gate.rows, gate_batch(spec))
     as_trained, adapted = None, trained(loaded)
-    apart_from_served = loaded.precision == "4bit" or loaded.backend == "unsloth"
-    if apart_from_served:
+    sharded = is_sharded(loaded.model)  # no rank can run it alone
+    differs = loaded.precision == "4bit" or loaded.backend == "unsloth"
+    if differs:
         as_trained = answers(loaded, batches, spec, micro)
+    if differs or sharded:
         adapters, others = adapters_of(loaded.model), trained_weights(loaded.model)
         let_go()
         whole = load_weights(spec.model, loaded.folder, loaded.device, served_precision(loaded.precision), offload)
@@ -182,7 +185,7 @@ def refer(
             min(agreed, agreement(tuned, jitter, near(spec, scale))),
         )
         del jitter
-    if apart_from_served:
+    if differs or sharded:
         release(adapted.loaded.model)
     else:
         let_go()

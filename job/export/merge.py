@@ -26,8 +26,9 @@ from torch import Tensor
 
 from job.errors import JobError, Preempted
 from job.export.fold import Change, changed
-from job.export.tensor_map import DTYPES, Base
+from job.export.tensor_map import DTYPES
 from job.layout import MERGING_KEY
+from job.model.weight_map import Base
 from job.store import Digest, Store
 from job.store.disk import disk
 from job.store.folders import together

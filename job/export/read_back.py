@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 
 from job.config.schema import ModelSpec
-from job.export.tensor_map import Base
 from job.model.patches import mllama_attention
 from job.model.transformers_backend import DTYPES, Offload, load_weights, placement
+from job.model.weight_map import Base
 from job.store import Digest, Store
 
 Check = Callable[[str, Path], None]

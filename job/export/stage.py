@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from job.export.gate import Reference, Verdict
     from job.export.questions import Agreement
     from job.export.serving import Serving
-    from job.export.tensor_map import Base
     from job.model.base_model import BaseFacts
     from job.model.loaded import Loaded
     from job.model.transformers_backend import Offload
+    from job.model.weight_map import Base
 
 log = logging.getLogger("job")
 
@@ -82,7 +82,8 @@ def check_mergeable(spec: JobSpec, loaded: Loaded) -> None:
 
     from job.export.gguf import converter, rehearse
     from job.export.served import interpreter, server_version
-    from job.export.tensor_map import changes, read_base
+    from job.export.tensor_map import changes
+    from job.model.weight_map import read_base
 
     if spec.export.merged:
         base = read_base(loaded.folder, spec.model.trust_remote_code)
@@ -105,9 +106,9 @@ def export(
     `gate_room`: bytes of a 16-bit model's weights that the GPU holds; None if all of them fit.
     """
     from job.export.serving import serving, spoilt, write_settings
-    from job.export.tensor_map import read_base
     from job.model.oom_retry import free_cached
     from job.model.transformers_backend import Offload
+    from job.model.weight_map import read_base
 
     spec, record = ctx.spec, ctx.record
     folder = ctx.scratch / "export"

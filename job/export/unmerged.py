@@ -16,11 +16,12 @@ from torch import Tensor
 
 from job.evaluate.generate import base_or_tuned
 from job.export.fold import Lora, changed
-from job.export.tensor_map import DTYPES, Base
+from job.export.tensor_map import DTYPES
 from job.model.loaded import Loaded
 from job.model.lora_targets import group_of
 from job.model.memory_model import served_precision
 from job.model.transformers_backend import waits
+from job.model.weight_map import Base
 
 SAMPLE = 4096
 """Numbers compared per weight."""

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from job.export.fold import Change, Whole
 from job.export.merge import Recipe, pieces
-from job.export.tensor_map import DTYPES, Base, place
+from job.export.tensor_map import DTYPES, place
 from job.export.unmerged import adapters_of, trained_weights
+from job.model.weight_map import Base
 from job.store.disk import disk
 
 MOST_ROUNDED = 0.01

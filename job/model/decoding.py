@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from job.model.loaded import Loaded
+from job.model.loaded import Loaded, base, is_sharded
 from job.model.patches.model_forward import replaced_forward
 from job.model.patches.sdpa_attention import grouped_heads
 
@@ -64,12 +64,15 @@ def buffers(config: Any, length: int) -> Cache | None:
 
 def generate(loaded: Loaded, inputs: dict[str, torch.Tensor], max_new_tokens: int, **settings: Any) -> torch.Tensor:
     """Like `loaded.model.generate`, with its steps as a CUDA graph where device and model allow."""
-    bare = loaded.model.get_base_model() if hasattr(loaded.model, "get_base_model") else loaded.model
+    bare, sharded = base(loaded.model), is_sharded(loaded.model)
     length = inputs["input_ids"].shape[1] + max_new_tokens
-    cache = buffers(bare.config, length) if graphs(loaded.device) and not hasattr(bare, NO_GRAPH) else None
+    graph = graphs(loaded.device) and not sharded and not hasattr(bare, NO_GRAPH)
+    cache = buffers(bare.config, length) if graph else None
     produced: torch.Tensor
     if cache is None:
         with grouped_heads():
+            if sharded:  # ranks whose answers end early go on, since the others need their shares
+                settings["synced_gpus"] = True
             produced = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
         return produced
     # Unsloth's own `generate` chooses another cache. It otherwise only adds autocast, which it also trains under.

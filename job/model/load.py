@@ -35,10 +35,19 @@ def import_first(backend: str) -> None:
 
 
 def load_model(
-    spec: JobSpec, folder: Path, device: torch.device, backend: str, precision: str, kept: Kept, start: Path | None
+    spec: JobSpec,
+    folder: Path,
+    device: torch.device,
+    backend: str,
+    precision: str,
+    kept: Kept,
+    start: Path | None,
+    *,
+    sharded: bool = False,
 ) -> Loaded:
     """Load the base model in `folder` with fresh adapters, or those in `start`, through the named backend. `kept` says which
-    activations stay on the GPU for the backward, which Unsloth needs at load time."""
+    activations stay on the GPU for the backward, which Unsloth needs at load time. `sharded`: only this rank's share of the
+    weights, which Unsloth cannot do."""
     avoid_cudnn_attention()
     if backend == "unsloth":
         from job.model import unsloth_backend
@@ -47,7 +56,7 @@ def load_model(
     else:
         from job.model import transformers_backend
 
-        loaded = transformers_backend.load(spec, folder, device, start, precision)
+        loaded = transformers_backend.load(spec, folder, device, start, precision, sharded=sharded)
     from job.model.patches.compile_stance import hold_stance
     from job.model.patches.fla_autotune import without_autotuning
 

@@ -8,6 +8,7 @@ tests/model/test_memory_model.py compares the estimates with those same peaks.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -120,6 +121,23 @@ def weights_of(linears: Mapping[str, Linear], parameters: int, precision: str) -
 def weight_bytes(base: BaseFacts, precision: str) -> int:
     """Apply `weights_of` to a base's facts."""
     return weights_of(base.linears, base.parameters, precision)
+
+
+def card_bytes(base: BaseFacts, precision: str, shards: int) -> int:
+    """Bytes of a base on each of `shards` devices that share its language model (`job.model.sharding`): its share, the rest
+    whole, and what is gathered at a time, which was not measured: three layers (one computes, the next arrives and is copied)
+    and twice the embeddings or the head."""
+    whole = weight_bytes(base, precision)
+    if shards == 1:
+        return whole
+    layers = Counter[str]()
+    for name, size in base.matrices.items():
+        if match := re.match(r"model\.language_model\.layers\.\d+\.", name):
+            layers[match[0]] += size
+    table = vocabulary(base.config, base.linears) * int(base.config.get("text_config", {}).get("hidden_size", 0))
+    shared = layers.total() + table + base.matrices.get("lm_head", 0)
+    gathered = 3 * max(layers.values(), default=0) + 2 * table
+    return int(whole / base.parameters * (base.parameters - shared + shared / shards + min(gathered, shared)))
 
 
 def asked_row(

@@ -22,11 +22,12 @@ Made = TypeVar("Made")
 class MicroBatches:
     """Runs work without gradients in micro-batches of `size` rows, halving `size` when GPU memory runs out.
 
-    `what` names the work in messages; `cure` says what to change when a single row does not fit.
+    `what` names the work in messages; `cure` says what to change when a single row does not fit. `whole`: never halve, since the
+    other ranks of a sharded model would not.
     """
 
-    def __init__(self, size: int, what: str, cure: str) -> None:
-        self.size, self.what, self.cure = size, what, cure
+    def __init__(self, size: int, what: str, cure: str, *, whole: bool = False) -> None:
+        self.size, self.what, self.cure, self.whole = size, what, cure, whole
 
     def map(self, rows: Sequence[Row], work: Callable[[Sequence[Row]], list[Made]]) -> list[Made]:
         """Join what `work` returns for each micro-batch. Raises OutOfMemory when a single row does not fit."""
@@ -41,7 +42,7 @@ class MicroBatches:
             else:
                 found, done = found + made, done + len(part)
                 continue
-            self.size = half(len(part), f"{self.what} does not fit the GPU; {self.cure} ({said})")
+            self.size = half(1 if self.whole else len(part), f"{self.what} does not fit the GPU; {self.cure} ({said})")
             log.warning("%s: out of GPU memory with %d rows; continuing with %d", self.what, len(part), self.size)
         return found
 

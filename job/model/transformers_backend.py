@@ -29,14 +29,20 @@ DTYPES = {"16bit": torch.bfloat16, "32bit": torch.float32, "4bit": torch.bfloat1
 
 
 def load(
-    spec: JobSpec, folder: Path, device: torch.device, start: Path | None = None, precision: str = "32bit"
+    spec: JobSpec,
+    folder: Path,
+    device: torch.device,
+    start: Path | None = None,
+    precision: str = "32bit",
+    *,
+    sharded: bool = False,
 ) -> Loaded:
     """Load the base model in `folder` to `device`, frozen, with adapters in exactly the requested groups: fresh ones, or those
-    in the folder `start`.
+    in the folder `start`. `sharded` loads this rank's share of it (`job.model.sharding`).
 
     Raises SpecError when `folder` is not a vision-language model or lacks a requested group.
     """
-    model = load_weights(spec.model, folder, device, precision)
+    model = (load_share if sharded else load_weights)(spec.model, folder, device, precision)
     make_recomputable(model)
     processor = load_processor(spec.model, folder)
     model.generation_config = greedy(processor, folder)
@@ -99,6 +105,28 @@ def load_weights(
         raise _unusable(folder, "is not a vision-language model", error) from error
     if offload is not None:
         _bring_vectors(model)
+    return _ready(spec, model)
+
+
+def load_share(spec: ModelSpec, folder: Path, device: torch.device, precision: str) -> Any:
+    """Like `load_weights`, but only this rank's share of the language model's weights."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from job.model.sharding import load_shards
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+    how = {"dtype": DTYPES[precision], "attn_implementation": spec.attn_implementation}
+
+    def build() -> Any:
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=spec.trust_remote_code, **how)
+
+    try:
+        return _ready(spec, load_shards(folder, build, device))
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory("this rank's share of the base model does not fit the GPU; use more GPUs") from error
+
+
+def _ready(spec: ModelSpec, model: Any) -> Any:
     if spec.attn_implementation == "sdpa":
         mllama_attention.install(model)
     return model.eval()

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from job.errors import Unavailable
 from job.model.families import Layout, family_of
 from job.model.image_layout import FEATURES, Batch, number_of_pictures, picture, with_features, without_pixels
-from job.model.loaded import Loaded
+from job.model.loaded import Loaded, base
 from job.model.patches.image_features import features_for_pixels, pixels_again
 from job.runtime.status import versions
 
@@ -184,11 +184,6 @@ def vision_cache(loaded: Loaded, folder: Path, limit: int, bias: str) -> VisionC
     if layout is None or trained or bias == "all":
         return None
     return VisionCache(loaded.model, Features(folder, layout, fingerprint(loaded), limit))
-
-
-def base(model: Any) -> Any:
-    """Return the model inside PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def tower(model: Any) -> Any:

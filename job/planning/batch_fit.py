@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from job.config.schema import JobSpec
 from job.errors import SpecError
-from job.model.memory_model import Kept, Memory
+from job.model.memory_model import Kept, Memory, card_bytes
 from job.model.memory_model import memory as model_memory
 from job.planning.facts import Device, Facts
-from job.runtime.status import bytes_text
 
 HEADROOM = 0.9
 """Share of GPU memory that the plan fills; the rest is for longer rows and fragmentation."""
@@ -59,7 +58,7 @@ def needed_memory(spec: JobSpec, facts: Facts, groups: dict[str, int], precision
     if facts.base is None:
         return None
     tokens, pictures = facts.longest_row(spec.training.max_length)
-    return model_memory(
+    memory = model_memory(
         facts.base.config,
         facts.base.linears,
         facts.base.parameters,
@@ -71,6 +70,7 @@ def needed_memory(spec: JobSpec, facts: Facts, groups: dict[str, int], precision
         tokens=tokens,
         pictures=pictures,
     )
+    return memory._replace(weights=card_bytes(facts.base, precision, facts.shards))
 
 
 def fits(memory: Memory | None, device: Device, rows: int) -> bool:
@@ -88,17 +88,6 @@ def share_of_batch(spec: JobSpec, world: int) -> int:
             f"multiple of {least}"
         )
     return effective // world
-
-
-def refuse_many(facts: Facts, memory: Memory | None, cure: str) -> None:
-    """Raises SpecError if several devices cannot train this model: it is not sharded."""
-    device = facts.device
-    if facts.world > 1 and device and device.kind == "cuda" and memory and memory.of(1) > device.memory and facts.base:
-        raise SpecError(
-            f"model.name_or_path: one row of {facts.base.architecture} needs about {bytes_text(memory.of(1))} "
-            f"({bytes_text(memory.weights)} of it weights), and {device.name} has {bytes_text(device.memory)}; each of the "
-            f"{facts.world} GPUs holds the whole model, since it is not sharded: {cure}"
-        )
 
 
 def micro_batch(spec: JobSpec, device: Device | None, memory: Memory | None, share: int) -> int:

@@ -14,6 +14,7 @@ from job.planning.device_memory import offload_seconds
 from job.planning.facts import Facts
 from job.planning.needs import Need, Range
 from job.planning.plan import Plan
+from job.planning.sharding import sharding_text
 from job.runtime.limits import Limits
 from job.runtime.status import bytes_text
 
@@ -39,6 +40,8 @@ def describe(spec: JobSpec, plan: Plan, facts: Facts, *, example: bool = False) 
         base = facts.base
         lines.append(f"base model: {base.architecture}, {base.parameters:,} parameters, held in {plan.precision}")
         lines.append(f"merged weights are served by: {_servers(base.model_type)}")
+        if plan.shards > 1:
+            lines.append(sharding_text(base, plan.precision, plan.shards, plan.accumulation))
     if plan.groups:
         trained = sum(plan.groups.values())
         share = f" ({100 * trained / facts.base.parameters:.2f} % of the base)" if facts.base else ""

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from job.config.schema import JobSpec
 from job.errors import SpecError
-from job.model.memory_model import GATE_ROWS, WORKSPACE, Memory, asked_row, gate_batch, served_precision, weight_bytes
+from job.model.memory_model import (
+    GATE_ROWS,
+    WORKSPACE,
+    Memory,
+    asked_row,
+    card_bytes,
+    gate_batch,
+    served_precision,
+    weight_bytes,
+)
 from job.planning.facts import Facts
 from job.runtime.status import bytes_text
 
@@ -29,7 +38,7 @@ def stage_memory(
     """Returns peak bytes on the GPU by stage; empty without a GPU or a base to measure. `room` comes from `gate_room`."""
     if facts.base is None or training is None or facts.device is None or facts.device.kind != "cuda":
         return {}
-    weights, batch = weight_bytes(facts.base, precision), spec.evaluation.batch
+    weights, batch = card_bytes(facts.base, precision, facts.shards), spec.evaluation.batch
     held_out = batch if facts.data is None else facts.data.evaluation
     asked = _asked(spec, facts, groups, weights, min(batch, held_out))
     exported = asked
@@ -47,14 +56,16 @@ def stage_memory(
 def gate_room(spec: JobSpec, facts: Facts, groups: dict[str, int], precision: str) -> int | None:
     """Returns the bytes of weights that the GPU holds in the gate if a 16-bit model does not fit whole; None if it does.
 
-    A base trained in 16 bits fits as it did in training. A GPU that trained a base in 4 bits has room for as many bytes of it in
-    16 bits, beside at least one row: the gate uses a smaller batch where it must. Raises SpecError for biases that are trained
-    beside such a base.
+    A base trained whole in 16 bits fits as it did in training. A GPU that trained a base in 4 bits, or a share of one, has room
+    for as many bytes of it in 16 bits, beside at least one row: the gate uses a smaller batch where it must. Raises SpecError
+    for biases that are trained beside such a base.
     """
     device, base = facts.device, facts.base
-    if base is None or device is None or device.kind != "cuda" or precision != "4bit" or not spec.export.merged:
+    if base is None or device is None or device.kind != "cuda" or not spec.export.merged:
         return None
-    weights, filled = weight_bytes(base, "16bit"), int(FILLED * device.memory)
+    if precision != "4bit" and facts.shards == 1:
+        return None
+    weights, filled = weight_bytes(base, served_precision(precision)), int(FILLED * device.memory)
     if weights + _gate(spec, facts, groups, 0) <= filled:
         return None
     if spec.lora.bias != "none":
@@ -63,7 +74,7 @@ def gate_room(spec: JobSpec, facts: Facts, groups: dict[str, int], precision: st
             f"does not fit on {device.name}; set it to none, or export.merged to false"
         )
     rooms = [filled - _gate(spec, facts, groups, 0, most=rows) for rows in (GATE_ROWS, 4, 2, 1)]
-    return next((room for room in rooms if room >= weight_bytes(base, "4bit")), rooms[-1])
+    return next((room for room in rooms if room >= card_bytes(base, precision, facts.shards)), rooms[-1])
 
 
 def offload_seconds(spec: JobSpec, weights: int, room: int) -> float:
@@ -78,7 +89,7 @@ def answer_batch(spec: JobSpec, facts: Facts, groups: dict[str, int], precision:
     given, device, base = spec.evaluation.batch_size, facts.device, facts.base
     if given != "auto" or device is None or device.kind != "cuda" or base is None:
         return spec.evaluation.batch
-    room = FILLED * device.memory - _beside(groups) - weight_bytes(base, precision)
+    room = FILLED * device.memory - _beside(groups) - card_bytes(base, precision, facts.shards)
     fitting = [rows for rows in (MOST_ANSWERED, 16, 8, 4, 2) if rows * _row(spec, facts) <= room]
     return max(fitting, default=1)
 

@@ -33,6 +33,8 @@ class Facts:
     backend: str | None = None
     world: int = 1
     """Number of processes, each with a device like this one."""
+    shards: int = 1
+    """Over how many of them the plan shards the base."""
     on_this_node: int = 1
     """How many of them share this node's memory and scratch."""
     limits: Limits | None = None

@@ -26,6 +26,7 @@ from job.model.memory_model import (
     OPTIMIZER_BYTES,
     Kept,
     Memory,
+    card_bytes,
     kept_by_towers,
     vision_tokens,
     vocabulary,
@@ -183,7 +184,7 @@ def _memory(spec: JobSpec, facts: Facts, base: BaseFacts, training: Training, sc
     the process. On a CPU, the model is memory. Every rank of a node holds its own; only rank 0 exports."""
     kind = facts.device.kind if facts.device else "cpu"
     ranks, libraries = facts.on_this_node, LIBRARIES[kind]
-    weights = ranks * base.parameters * WEIGHT_BYTES.get(training.precision, 0) * (kind == "cpu")
+    weights = ranks * card_bytes(base, training.precision, facts.shards) * (kind == "cpu")
     loaded = ranks * libraries + weights
     likely = ranks * ON_CUDA * (kind == "cuda")
     checkpoint = 0 if training.done else checkpoint_bytes(spec, training.lora)

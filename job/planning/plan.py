@@ -12,11 +12,12 @@ from job.layout import RESULT_KEY, answers_key, partial_key
 from job.model.families import family_of
 from job.model.lora_targets import GROUPS, left_alone, parameters, targets
 from job.model.memory_model import Kept, Memory, last_cure
-from job.planning.batch_fit import by_unsloth, fits, fitted, held_precision, refuse_many, share_of_batch, thriftier
+from job.planning.batch_fit import by_unsloth, fits, fitted, held_precision, share_of_batch, thriftier
 from job.planning.compile import compiles
 from job.planning.device_memory import answer_batch, gate_room, stage_memory
 from job.planning.facts import Facts
 from job.planning.needs import Training, checkpoint_bytes, room_for_features
+from job.planning.sharding import refuse_many, sharded, shared_precision
 from job.planning.shortage import Foreseen, foresee
 from job.planning.warnings import short_of, warnings
 
@@ -36,7 +37,8 @@ class Stage:
 class Plan:
     """Sizes are in bytes; `micro_batch` × `accumulation` × `world` = the effective batch. `kept` is what stays on the device for
     the backward pass; `device_memory` is each stage's peak on a GPU; `answer_batch` is the rows generated at once; `gate_room` is
-    the bytes of weights that the GPU holds while the gate runs a 16-bit model, None if it holds all. With `compile`, whole
+    the bytes of weights that the GPU holds while the gate runs a 16-bit model, None if it holds all. `shards` is the number of
+    devices that share the base, 1 if each holds all of it. With `compile`, whole
     micro-batches of training use torch.compile. `features` is the room for the vision cache, None if free space is unknown."""
 
     stages: tuple[Stage, ...]
@@ -46,6 +48,7 @@ class Plan:
     world: int
     precision: str
     kept: Kept
+    shards: int = 1
     answer_batch: int = 8
     gate_room: int | None = None
     device_memory: dict[str, int] = field(default_factory=dict)
@@ -73,8 +76,11 @@ def make_plan(spec: JobSpec, facts: Facts) -> Plan:
         groups = {name: counts[name] for name in (*GROUPS, "other") if name in counts}
     precision = held_precision(spec, facts, groups)
     kept, memory, micro = fitted(spec, facts, groups, precision, share)
+    if (shared := sharded(spec, facts, memory)) is not None:
+        facts, precision = shared, shared_precision(spec, facts)
+        kept, memory, micro = fitted(spec, facts, groups, precision, share)
     cure = thriftier(kept, unsloth=by_unsloth(spec, facts))
-    refuse_many(facts, memory, cure + last_cure(precision))
+    refuse_many(spec, facts, memory, cure + last_cure(precision))
     answered = answer_batch(spec, facts, groups, precision)
     spec = spec.model_copy(update={"evaluation": spec.evaluation.model_copy(update={"batch_size": answered})})
     _refuse_mixed_batches(spec, facts, micro)
@@ -92,6 +98,7 @@ def make_plan(spec: JobSpec, facts: Facts) -> Plan:
         micro_batch=micro,
         accumulation=share // micro,
         world=facts.world,
+        shards=facts.shards,
         precision=precision,
         kept=kept,
         answer_batch=answered,

@@ -17,6 +17,7 @@ from job.distributed.ranks import Ranks
 from job.errors import DataError, SpecError, Unavailable
 from job.export import hub
 from job.layout import EXAMPLE_KEY, NEAR_KEY, QUARANTINE_KEY
+from job.model.base_model import base_facts, fetch_base
 from job.model.load import choose_backend, import_first
 from job.output import ownership
 from job.output.identity import Identity
@@ -24,6 +25,7 @@ from job.planning.describe import describe, foreseen_bytes
 from job.planning.facts import Facts
 from job.planning.optional_packages import check_packages
 from job.planning.plan import Plan, apply_plan, make_plan
+from job.planning.sharding import backend_for
 from job.planning.shortage import refuse
 from job.planning.survey import arriving, find_device, keep_within, look_at_output, survey
 from job.prefetch import use_bundle
@@ -125,6 +127,9 @@ def _brought(ctx: RunContext, scratch: Path) -> StagedIn:
                 "on a node as it has GPUs"
             )
         backend = choose_backend(spec.model, device.kind == "cuda")
+        if backend == "unsloth" and ranks.world > 1:
+            base = ranks.once_per_node(scratch, "base", lambda: base_facts(fetch_base(spec.model, scratch)))
+            backend = backend_for(spec, backend, base, device, ranks.world)
         import_first(backend)
     if ranks.rank:
         importlib.import_module("job.train.stage")  # while rank 0 validates the rows

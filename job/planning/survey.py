@@ -31,6 +31,7 @@ from job.output.stored import read_json
 from job.planning.facts import Device, Facts
 from job.planning.optional_packages import check_packages, uncompiled
 from job.planning.remote_headers import GLIMPSES, glimpse, glimpse_adapter
+from job.planning.sharding import backend_for
 from job.runtime.hub import is_hub_id
 from job.runtime.limits import Limits, cores, disk, host_memory
 from job.runtime.peaks import used_bytes
@@ -98,6 +99,8 @@ def survey(
     if extra and (fetch or bundled or all(map(is_local, extra.values()))):
         model_folders(extra, scratch)
     known = base_facts(base) if base else None
+    if backend and known:
+        backend = backend_for(spec, backend, known, device, world)
     adapter = _adapter(spec, scratch, known, notes, here=fetch or bundled)
     if importlib.util.find_spec("datasets") is None:
         notes.append("the data was not validated: install the train extra to do so")

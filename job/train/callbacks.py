@@ -163,7 +163,8 @@ class Safety(TrainerCallback):
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.half_made += 1
-        self.preemption.check()
+        if not self.trainer.sharded:  # else other ranks wait for this one's share of the weights
+            self.preemption.check()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not self.random_states and not self.trainer.ranks.rank:  # from here on the optimizer has state

@@ -29,7 +29,7 @@ from job.evaluate.records import Sample, from_json
 from job.evaluate.stage import jsonl
 from job.layout import SAMPLES_KEY
 from job.model.load import to_generation, to_training
-from job.model.loaded import Loaded
+from job.model.loaded import Loaded, is_sharded
 from job.model.memory_model import last_cure
 from job.model.oom_retry import MicroBatches
 from job.model.transformers_backend import load_adapter
@@ -154,15 +154,24 @@ class HeldOut(TrainerCallback):
 
     def _mean(self) -> float:
         """Mean loss over answer tokens, weighted as in training; after a notice, over those so far. Each rank takes its share
-        of the rows."""
+        of the rows; with a sharded model, in rounds."""
 
-        def measure(places: Sequence[int]) -> list[tuple[float, float]]:
-            if self.ctx.preemption.requested:
-                return []
+        def loss_of(places: Sequence[int]) -> list[tuple[float, float]]:
             return [self.trainer.loss_of([self.rows[place] for place in places])]
 
-        places = range(self.group.ranks.rank, len(self.rows), self.group.ranks.world)
-        measured = self._micro_batches(self.retry.micro_batch).map(places, measure)
+        def measure(places: Sequence[int]) -> list[tuple[float, float]]:
+            return [] if self.ctx.preemption.requested else loss_of(places)
+
+        ranks, size = self.group.ranks, self.retry.micro_batch
+        micro = self._micro_batches(size)
+        if is_sharded(self.loaded.model):
+            parts = [range(len(self.rows))[start : start + size] for start in range(0, len(self.rows), size)]
+            measured = list[tuple[float, float]]()
+            with suppress(Preempted):
+                for part in self.group.rounds("held-out losses", parts, lambda part: micro.map(part, loss_of)):
+                    measured += part
+        else:
+            measured = micro.map(range(ranks.rank, len(self.rows), ranks.world), measure)
         tokens = sum(count for _, count in measured)
         total = sum(loss * count for loss, count in measured)
         with suppress(Preempted):  # the step's metrics line has yet to be written
@@ -171,18 +180,23 @@ class HeldOut(TrainerCallback):
 
     def _answers(self, step: int) -> list[Sample]:
         rows = [self.rows[place] for place in range(min(len(self.rows), self.spec.eval_samples))]
-        if not rows or self.ctx.preemption.requested or self.group.ranks.rank:
+        sharded = is_sharded(self.loaded.model)  # then all ranks generate them, and rank 0 keeps them
+        if not rows or (not sharded and (self.ctx.preemption.requested or self.group.ranks.rank)):
             return []
-        to_generation(self.loaded)
         features = self.trainer.features
         micro = self._micro_batches(len(rows))
-        with torch.no_grad(), features.pixels() if features else nullcontext():
-            said = micro.map(rows, lambda part: answer(self.loaded, list(part), self.spec.max_new_tokens))
+        with suppress(Preempted), torch.no_grad(), features.pixels() if features else nullcontext():
+            if sharded:
+                self.group.agree()
+            to_generation(self.loaded)
+            with self.group.connected():
+                said = micro.map(rows, lambda part: answer(self.loaded, list(part), self.spec.max_new_tokens))
         return [Sample(step, row["id"], row["reference"], text) for row, (text, _) in zip(rows, said, strict=True)]
 
     def _micro_batches(self, size: int) -> MicroBatches:
         cure = f"remove evaluation.eval_steps, shrink images with dataset.image_max_side, {last_cure(self.loaded.precision)}"
-        return MicroBatches(size, f"measuring on {self.kind} rows while training", cure)
+        whole = is_sharded(self.loaded.model)
+        return MicroBatches(size, f"measuring on {self.kind} rows while training", cure, whole=whole)
 
     def _note(self, step: int, loss: float, answers: list[Sample]) -> None:
         self.losses[step] = round(loss, 6) if math.isfinite(loss) else math.inf

@@ -17,12 +17,13 @@ class StepRetry:
     """Halves `micro_batch`, the rows per forward, on out-of-memory, down to one.
 
     Each part's loss is a sum over its tokens divided by the tokens of the whole step, so a step in parts has the same
-    gradients as a step in one, except for rounding. `cure` says what to change when a single row does not fit.
+    gradients as a step in one, except for rounding. `cure` says what to change when a single row does not fit. `whole`: never
+    halve, since the other ranks of a sharded model would not.
     """
 
-    def __init__(self, micro_batch: int, cure: str = "use a GPU with more memory") -> None:
+    def __init__(self, micro_batch: int, cure: str = "use a GPU with more memory", *, whole: bool = False) -> None:
         self.micro_batch = micro_batch
-        self.cure = cure
+        self.cure, self.whole = cure, whole
 
     def run(self, rows: int, model: Any, part: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
         """Return the summed loss of `part(start, stop)` over `rows` rows. A failed attempt's gradients are undone.
@@ -45,7 +46,11 @@ class StepRetry:
             yield start, min(start + self.micro_batch, rows)
 
     def _halve(self, tried: int, said: str) -> None:
-        self.micro_batch = half(tried, f"a micro-batch of one row does not fit the GPU; {self.cure} ({said})")
+        rows, cure = "one row", self.cure
+        if self.whole and tried > 1:
+            rows, cure = f"{tried} rows", f"lower training.per_device_train_batch_size, {cure}"
+        refusal = f"a micro-batch of {rows} does not fit the GPU; {cure} ({said})"
+        self.micro_batch = half(1 if self.whole else tried, refusal)
         log.warning("out of GPU memory with micro-batch %d; continuing with %d (%s)", tried, self.micro_batch, said)
 
 

@@ -63,7 +63,7 @@ def _train(
     record.resume_numbers(restored.folder if restored else None)
     less_kept = thriftier(plan.kept, unsloth=loaded.backend == "unsloth")
     cure = f"{less_kept}shrink images with dataset.image_max_side, lower training.max_length, {last_cure(loaded.precision)}"
-    retry = StepRetry(plan.micro_batch, cure)
+    retry = StepRetry(plan.micro_batch, cure, whole=plan.shards > 1)
     measured = data.validation if ctx.spec.evaluation.chooses_step else data.evaluation
     held_out = HeldOut(ctx, loaded, measured, retry, group)
     if restored is not None:

@@ -22,14 +22,14 @@ from job.context import RunContext
 from job.data import Row
 from job.distributed.allreduce import AllReduce
 from job.errors import DataError, OutOfMemory, Preempted
-from job.model.collator import Collator
+from job.model.collator import IGNORE, Collator
 from job.model.families import Family, family_of
 from job.model.image_layout import cut
 from job.model.load import to_generation, to_training
-from job.model.loaded import Loaded
+from job.model.loaded import Loaded, base, is_sharded
 from job.model.memory_model import last_cure
 from job.model.patches.compile_stance import compiled
-from job.model.vision_cache import Features, VisionCache, base, vision_cache
+from job.model.vision_cache import Features, VisionCache, vision_cache
 from job.planning.plan import Plan
 from job.runtime.preemption import Preemption
 from job.runtime.scratch import free_bytes
@@ -72,7 +72,7 @@ class LoraTrainer(SFTTrainer):
         compiles: bool,
         **named: Any,
     ) -> None:
-        self.group, self.ranks = group, group.ranks
+        self.group, self.ranks, self.sharded = group, group.ranks, is_sharded(named["model"])
         super().__init__(*arguments, **named)
         self.record, self.preemption = record, preemption
         self.retry, self.features, self.compiles = retry, features, compiles
@@ -95,7 +95,7 @@ class LoraTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
         rows = train_dataset if train_dataset is not None else self.train_dataset
         batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.ranks.world
-        self.order = EpochOrder(len(rows), self.args.seed, batch, self.ranks.rank, self.ranks.world)
+        self.order = EpochOrder(len(rows), self.args.seed, batch, self.ranks.rank, self.ranks.world, even=self.sharded)
         return self.order
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
@@ -104,19 +104,22 @@ class LoraTrainer(SFTTrainer):
         with self.preemption.leave_at_once():  # nothing of this step is done yet, and rows may take long
             batches = list(islice(epoch_iterator, num_batches))
         self.waited += time.monotonic() - began
+        own = self.order.own(self.state.global_step)
+        for batch in batches:  # the rows added to a short step teach nothing
+            rows = batch["rows"]
+            batch["rows"], batch["labels"][own:], own = rows[:own], IGNORE, max(own - len(rows), 0)
         items = count_tokens(batches).to(device) if batches else torch.zeros((), device=device)
         if self.ranks.world > 1:
-            if idle := self.order.idle(self.state.global_step):
-                for batch in batches:
-                    batch["rows"].clear()
-            (total,) = self.group.sums(0.0 if idle else float(items))
+            (total,) = self.group.sums(float(items))
             items = torch.tensor(total, device=self.args.device)
+        if self.sharded:
+            self.group.agree()
         return batches, items
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Run forward and backward of one micro-batch, in parts if the retry requires. Returns the loss, detached."""
         numbers, counts, keys = inputs.pop("rows"), inputs.pop("pictures"), inputs.pop("picture_keys")
-        tokens = int(inputs["attention_mask"].sum())
+        tokens = int(inputs["attention_mask"][: len(numbers)].sum())
 
         def part(start: int, stop: int) -> torch.Tensor:
             cut_out = inputs
@@ -132,10 +135,12 @@ class LoraTrainer(SFTTrainer):
                 loss: torch.Tensor = Trainer.training_step(self, model, seen, num_items_in_batch)
             return loss
 
+        loss = torch.zeros((), device=self.args.device)
+        if numbers or self.sharded:
+            with self.group.connected():
+                loss = self.retry.run(len(counts), model, part)
         if self.ranks.world > 1:
-            loss = self.retry.run(len(counts), model, part) if numbers else torch.zeros((), device=self.args.device)
-            return self._over_ranks(loss, numbers, tokens if numbers else 0)
-        loss = self.retry.run(len(counts), model, part)
+            return self._over_ranks(loss, numbers, tokens)
         self.rows_of_step += numbers
         self.tokens_of_step += tokens
         self.finite = torch.isfinite(loss) & self.finite

@@ -10,8 +10,8 @@ import torch
 
 from job.export.fold import Change, Whole
 from job.export.merge import Recipe, merge_to_folder, merge_to_store
-from job.export.tensor_map import Base, Slot
 from job.model.header import read_header
+from job.model.weight_map import Base, Slot
 from job.store import open_store
 
 

@@ -14,8 +14,9 @@ from job.export.gain import Smaller, judge, label_shares
 from job.export.gate import Verdict, compare
 from job.export.merge import copy_rest, merge_to_folder, recipe
 from job.export.read_back import read_folder
-from job.export.tensor_map import changes, read_adapter, read_base
+from job.export.tensor_map import changes, read_adapter
 from job.model.transformers_backend import load_weights
+from job.model.weight_map import read_base
 from job.report import conclusion
 from tests.export.trained import Trained, make_trained
 from tests.tiny import CPU

@@ -19,10 +19,11 @@ from job.errors import GateRefused
 from job.export.gate import Verdict, compare, refuse
 from job.export.merge import copy_rest, merge_to_folder, merge_to_store, recipe
 from job.export.read_back import Check, read_back, read_folder
-from job.export.tensor_map import Base, changes, read_adapter, read_base
+from job.export.tensor_map import changes, read_adapter
 from job.export.verify import from_memory, wrong_tensors
 from job.model.loaded import Loaded
 from job.model.transformers_backend import Offload, adapted, load, load_processor
+from job.model.weight_map import Base, read_base
 from job.store import open_store
 from job.store.protocol import Corrupt
 from tests.tiny import CPU, batch, job_spec, load_tiny, perturb, row

@@ -28,11 +28,12 @@ from job.errors import SpecError, Unavailable
 from job.export.fold import Lora, changed, dither
 from job.export.merge import Recipe, copy_rest, merge_to_folder, merge_to_store, recipe
 from job.export.stage import check_mergeable
-from job.export.tensor_map import Base, changes, read_adapter, read_base
+from job.export.tensor_map import changes, read_adapter
 from job.model.base_model import base_facts, module_name
 from job.model.collator import Collator
 from job.model.loaded import Loaded
 from job.model.transformers_backend import adapted
+from job.model.weight_map import Base, read_base
 from job.store import open_store
 from tests.conftest import ROOT
 from tests.export import stalling

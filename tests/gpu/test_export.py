@@ -24,11 +24,12 @@ from job.export.gate import Verdict, compare, refuse
 from job.export.merge import copy_rest, merge_to_folder, recipe
 from job.export.quantise import write_nf4
 from job.export.read_back import read_folder
-from job.export.tensor_map import changes, read_adapter, read_base
+from job.export.tensor_map import changes, read_adapter
 from job.model.load import load_model
 from job.model.loaded import Loaded, release
 from job.model.oom_retry import free_cached
 from job.model.transformers_backend import Offload
+from job.model.weight_map import read_base
 from tests.tiny import batch, job_spec, make_model, perturb
 
 FAMILIES = ("mllama", "qwen2_5_vl", "gemma3")
