@@ -58,9 +58,11 @@ def rows_of_workbook(file: Path, field: str, wanted: Selection, check: Check, no
                 for values in rows:
                     there = dict(zip(names, values, strict=False))
                     yield {name: there.get(name) for name in names if name}
-    except (DataError, ValueError, OSError):
+    except (DataError, ValueError):
         raise
-    except Exception as error:  # openpyxl may raise anything on a broken file
+    except Exception as error:  # openpyxl may raise anything on a broken file, also an OSError that is none of the disk
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise _damaged(file, field) from error
 
 

@@ -82,13 +82,18 @@ def test_a_workbook_is_joined_with_a_csv(tmp_path: Path, prepared):
     assert learned(prepared(join="uid")) == ["a"]
 
 
-@pytest.mark.parametrize("how", ["cut", "text", "password", "empty zip", "bomb", "head"])
+@pytest.mark.parametrize("how", ["cut", "text", "password", "empty zip", "no workbook", "bomb", "head"])
 def test_a_workbook_that_cannot_be_read_is_told(tmp_path: Path, prepared, how: str, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "d" / "r.xlsx"
     workbook(file, Sheet1=[("0.png", "a" * 120)] * 2 if how == "head" else [HEAD, ("0.png", "a")])
     whole, reason = file.read_bytes(), r"r\.xlsx cannot be read as an Excel workbook; save it anew as \.xlsx, or as CSV"
     if how == "empty zip":
         zipfile.ZipFile(file, "w").close()
+    elif how == "no workbook":
+        with zipfile.ZipFile(file, "w") as packed:
+            packed.writestr(
+                "[Content_Types].xml", '<Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types"/>'
+            )
     elif how == "head":
         reason = "its first line is a row, not column names; fix it, or save the table as CSV"
     elif how == "bomb":
