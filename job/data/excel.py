@@ -36,6 +36,7 @@ def rows_of_workbook(file: Path, field: str, wanted: Selection, check: Check, no
         ) from missing
     _refuse_unreadable(file, field)
     warnings.filterwarnings("ignore", module="openpyxl")  # of styles and validation, which say nothing of values
+    refusal: ValueError | None = None
     try:
         with closing(load_workbook(file, read_only=True, data_only=True)) as book:
             heads = dict[str, list[str]]()
@@ -52,16 +53,20 @@ def rows_of_workbook(file: Path, field: str, wanted: Selection, check: Check, no
                 named is not None
             )
             for title in chosen:
-                names = check(heads[title])
+                try:
+                    names = check(heads[title])
+                except ValueError as refused:
+                    refusal = refused
+                    raise
                 rows = _rows(book[title])
                 next(rows)
                 for values in rows:
                     there = dict(zip(names, values, strict=False))
                     yield {name: there.get(name) for name in names if name}
-    except (DataError, ValueError):
+    except DataError:
         raise
-    except Exception as error:  # openpyxl may raise anything on a broken file, also an OSError that is none of the disk
-        if isinstance(error, OSError) and error.errno is not None:
+    except Exception as error:  # openpyxl may raise anything on a broken file, and quote a cell
+        if error is refusal or (isinstance(error, OSError) and error.errno is not None):  # an error of the disk has a number
             raise
         raise _damaged(file, field) from error
 

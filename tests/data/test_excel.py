@@ -108,6 +108,19 @@ def test_a_workbook_that_cannot_be_read_is_told(tmp_path: Path, prepared, how: s
         prepared()
 
 
+def test_a_cell_that_openpyxl_quotes_is_not_quoted(tmp_path: Path, prepared):
+    file = tmp_path / "d" / "r.xlsx"
+    workbook(file, Sheet1=[HEAD, ("0.png", 12345)])
+    with zipfile.ZipFile(file) as packed:
+        parts = {name: packed.read(name) for name in packed.namelist()}
+    with zipfile.ZipFile(file, "w") as packed:
+        for name, part in parts.items():
+            packed.writestr(name, part.replace(b"<v>12345</v>", b"<v>Jane Doe</v>"))
+    with pytest.raises(DataError, match=r"r\.xlsx cannot be read as an Excel workbook") as told:
+        prepared()
+    assert "Jane" not in str(told.value)
+
+
 def test_without_openpyxl_it_is_told_what_to_install(tmp_path: Path, prepared, monkeypatch: pytest.MonkeyPatch):
     workbook(tmp_path / "d" / "r.xlsx", Sheet1=[HEAD, ("0.png", "a")])
     monkeypatch.setitem(sys.modules, "openpyxl", None)
