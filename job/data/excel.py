@@ -66,7 +66,8 @@ def rows_of_workbook(file: Path, field: str, wanted: Selection, check: Check, no
     except DataError:
         raise
     except Exception as error:  # openpyxl may raise anything on a broken file, and quote a cell
-        if error is refusal or (isinstance(error, OSError) and error.errno is not None):  # an error of the disk has a number
+        of_disk = isinstance(error, OSError) and error.errno is not None
+        if of_disk or error is refusal:
             raise
         raise _damaged(file, field) from error
 
