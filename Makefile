@@ -2,8 +2,8 @@
 PYTHON_VENV = .venv/bin/python
 DEMO = build/demo
 
-# Two more than there are cores, at most four: tests on a cluster mostly wait.
-WORKERS ?= $(shell n=$$(nproc); [ $$n -lt 2 ] && echo $$((n + 2)) || echo 4)
+# One more than there are cores, at most four: tests on a cluster mostly wait.
+WORKERS ?= $(shell n=$$(nproc); [ $$n -lt 3 ] && echo $$((n + 1)) || echo 4)
 
 .PHONY: demo example-vqa test check lint docs clean kill-proof fence-proof resume-proof shard-proof verdict-proof near-duplicates reader-test fuzz hostile-stores disk-proof test-gpu test-image test-slurm test-gguf test-radeval test-trackers test-serve test-store bench-store bench-prefix public-sets bench-gpu bench-scaling bench-whole-job bench-release whole-job test-families bench
 

@@ -76,6 +76,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _scope(item.nodeid) in ONE_AT_A_TIME:
             item.add_marker(pytest.mark.timeout(900))  # an image and a cluster are made within the first of them
+        elif "demo" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("timeout"):
+            item.add_marker(
+                pytest.mark.timeout(600)
+            )  # the first of them makes the demo, or waits while another process does
     rank = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(_scope(item.nodeid), len(LONGEST)))
 

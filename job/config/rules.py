@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import regex
 
-from job.config.parsing import did_you_mean
+from job.config.parsing import nearest
 from job.config.schema import (
     CHEXBERT,
     FIELD,
@@ -198,7 +198,14 @@ def _evaluation(spec: JobSpec) -> Iterator[str]:
 
 
 def _metrics(name: str, known: set[str]) -> str:
-    return did_you_mean(name, sorted(known)) or f"; the metrics are {', '.join(sorted(known))}"
+    """Offer the nearest metric; of a finding's rates, one whose finding is near. Without one, list all."""
+    rate = max((end for end in rates([""], True) if name.endswith(end)), key=len, default="")
+    near = [f"{stem}{rate}" for stem in nearest(name.removesuffix(rate), _stems(sorted(known), rate))]
+    return f"; did you mean {' or '.join(near)}?" if near else f"; the metrics are {', '.join(sorted(known))}"
+
+
+def _stems(names: Iterable[str], end: str) -> list[str]:
+    return [name.removesuffix(end) for name in names if name.endswith(end)]
 
 
 def _output(spec: JobSpec) -> Iterator[str]:

@@ -273,6 +273,11 @@ def test_bounds_on_findings_are_accepted_in_a_spec_and_others_are_not(tree: dict
     tree["evaluation"]["require"] = {"mass_sensitivity": {"min_value": 0.9}}
     with pytest.raises(SpecError, match=r"require.mass_sensitivity: no such metric.*pneumothorax_sensitivity"):
         validate(tree)
+    tree["evaluation"]["require"] = {"pneumotorax_sensitivity": {"min_value": 0.9}}
+    with pytest.raises(
+        SpecError, match=r"pneumotorax_sensitivity: no such metric; did you mean pneumothorax_sensitivity\?"
+    ):
+        validate(tree)
     tree["evaluation"]["require"] = {"pneumothorax_sensitivity_by_chexbert": {"min_value": 0.9}}
     with pytest.raises(SpecError, match="no such metric"):
         validate(tree)
