@@ -72,8 +72,12 @@ class AllReduce:
             yield from self.ranks.gathered(name, made)[: len(pieces) - start]
 
     @contextmanager
-    def connected(self) -> Iterator[None]:
-        """Work inside which ranks wait for each other. If a connection breaks, raises what is then known of its rank."""
+    def connected(self, sharded: bool = True) -> Iterator[None]:
+        """Run the model, inside which ranks wait for each other if it is `sharded`. If a connection breaks, raises what is then
+        known of its rank. Of another model nothing changes: a rank that loses another one has its grace period to save."""
+        if not sharded:
+            yield
+            return
         self.ranks.inside = True
         try:
             yield

@@ -244,13 +244,11 @@ def _explained(ctx: RunContext, loaded: Loaded, data: Data, wanted: dict[str, st
     from job.evaluate.generate import rows_ids
     from job.evaluate.occlusion import explain
 
-    group = AllReduce(ctx.ranks)
+    group, sharded = AllReduce(ctx.ranks), is_sharded(loaded.model)
     place = {identity: index for index, identity in enumerate(rows_ids(data.evaluation))}
     rows = data.evaluation.select([place[identity] for identity in wanted])
-    with group.connected():
-        return explain(
-            loaded, rows, wanted, ctx.spec, group.agree if is_sharded(loaded.model) else ctx.preemption.check
-        )
+    with group.connected(sharded):
+        return explain(loaded, rows, wanted, ctx.spec, group.agree if sharded else ctx.preemption.check)
 
 
 def values(measured: Comparison) -> dict[str, dict[str, float]]:

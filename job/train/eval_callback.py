@@ -185,12 +185,14 @@ class HeldOut(TrainerCallback):
             return []
         features = self.trainer.features
         micro = self._micro_batches(len(rows))
-        with suppress(Preempted), torch.no_grad(), features.pixels() if features else nullcontext():
+        try:
             if sharded:
                 self.group.agree()
             to_generation(self.loaded)
-            with self.group.connected():
+            with torch.no_grad(), features.pixels() if features else nullcontext(), self.group.connected(sharded):
                 said = micro.map(rows, lambda part: answer(self.loaded, list(part), self.spec.max_new_tokens))
+        except Preempted:
+            return []
         return [Sample(step, row["id"], row["reference"], text) for row, (text, _) in zip(rows, said, strict=True)]
 
     def _micro_batches(self, size: int) -> MicroBatches:

@@ -137,7 +137,7 @@ class LoraTrainer(SFTTrainer):
 
         loss = torch.zeros((), device=self.args.device)
         if numbers or self.sharded:
-            with self.group.connected():
+            with self.group.connected(self.sharded):
                 loss = self.retry.run(len(counts), model, part)
         if self.ranks.world > 1:
             return self._over_ranks(loss, numbers, tokens)

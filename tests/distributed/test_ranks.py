@@ -20,7 +20,9 @@ from typing import Any
 import pytest
 import yaml
 
+from job.distributed.allreduce import AllReduce
 from job.distributed.launch_env import LaunchEnv, one_gpu, read_launch_env
+from job.distributed.liveness import STUCK_SECONDS
 from job.distributed.ranks import Ranks, join_ranks
 from job.errors import DataError, JobError, SpecError
 from job.output.identity import Identity
@@ -415,6 +417,14 @@ def test_a_rank_of_another_run_at_the_same_port_disturbs_nobody(tmp_path: Path):
         finally:
             stranger.kill()
     assert not list(tmp_path.glob("another *"))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_only_inside_a_sharded_model_is_there_no_time_to_save(sharded: bool):
+    ranks = Ranks(read_launch_env({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}), Preemption())
+    with AllReduce(ranks).connected(sharded):
+        ranks.lose_store()
+    assert (ranks.preemption.remaining > STUCK_SECONDS) is not sharded
 
 
 def test_a_process_that_is_alone_sees_one_gpu_too(tmp_path: Path):
