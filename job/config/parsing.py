@@ -152,7 +152,8 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
     return [plain[each] for each in near or difflib.get_close_matches(asked, plain, 1, 0.7)]
 
 
-def did_you_mean(name: str, known: Iterable[str], before: str = "") -> str:
-    """Return the end of a sentence that offers the nearest of the known names, each after `before`; empty if none is near."""
-    near = [before + each for each in nearest(name, known)]
+def did_you_mean(name: str, known: Iterable[str], before: str = "", after: str = "") -> str:
+    """Return the end of a sentence that offers the nearest of the known names, each between `before` and `after`; empty if none
+    is near."""
+    near = [before + each + after for each in nearest(name, known)]
     return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import regex
 
-from job.config.parsing import nearest
+from job.config.parsing import did_you_mean
 from job.config.schema import (
     CHEXBERT,
     FIELD,
@@ -200,12 +200,8 @@ def _evaluation(spec: JobSpec) -> Iterator[str]:
 def _metrics(name: str, known: set[str]) -> str:
     """Offer the nearest metric; of a finding's rates, one whose finding is near. Without one, list all."""
     rate = max((end for end in rates([""], True) if name.endswith(end)), key=len, default="")
-    near = [f"{stem}{rate}" for stem in nearest(name.removesuffix(rate), _stems(sorted(known), rate))]
-    return f"; did you mean {' or '.join(near)}?" if near else f"; the metrics are {', '.join(sorted(known))}"
-
-
-def _stems(names: Iterable[str], end: str) -> list[str]:
-    return [name.removesuffix(end) for name in names if name.endswith(end)]
+    stems = [each.removesuffix(rate) for each in sorted(known) if each.endswith(rate)]
+    return did_you_mean(name.removesuffix(rate), stems, after=rate) or f"; the metrics are {', '.join(sorted(known))}"
 
 
 def _output(spec: JobSpec) -> Iterator[str]:

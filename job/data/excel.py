@@ -34,10 +34,10 @@ def rows_of_workbook(file: Path, field: str, wanted: Selection, check: Check, no
             f"{field}: {file.name} is an Excel workbook and needs the excel extra (pip install 'vision-lora-job[excel]'); "
             "install it, or save the table as CSV"
         ) from missing
-    _refuse_unreadable(file, field)
     warnings.filterwarnings("ignore", module="openpyxl")  # of styles and validation, which say nothing of values
     refusal: ValueError | None = None
     try:
+        _refuse_unreadable(file, field)
         with closing(load_workbook(file, read_only=True, data_only=True)) as book:
             heads = dict[str, list[str]]()
             for sheet in book.worksheets:
@@ -69,7 +69,9 @@ def rows_of_workbook(file: Path, field: str, wanted: Selection, check: Check, no
         of_disk = isinstance(error, OSError) and error.errno is not None
         if of_disk or error is refusal:
             raise
-        raise _damaged(file, field) from error
+        raise DataError(
+            f"{field}: {file} cannot be read as an Excel workbook; save it anew as .xlsx, or as CSV"
+        ) from error
 
 
 def _with_answers(heads: dict[str, list[str]], own: frozenset[str]) -> str:
@@ -103,16 +105,9 @@ def _refuse_unreadable(file: Path, field: str) -> None:
             raise DataError(
                 f"{field}: {file} has a password, or is in Excel's old format; save it as .xlsx without a password, or as CSV"
             )
-    try:
-        with zipfile.ZipFile(file) as packed:
-            size = sum(each.file_size for each in packed.infolist())
-    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError) as error:
-        raise _damaged(file, field) from error
+    with zipfile.ZipFile(file) as packed:
+        size = sum(each.file_size for each in packed.infolist())
     if size > LARGEST:
         raise DataError(
             f"{field}: {file} unpacks to {size / 1e9:.1f} GB, over {LARGEST / 1e9:g}; save the table as CSV"
         )
-
-
-def _damaged(file: Path, field: str) -> DataError:
-    return DataError(f"{field}: {file} cannot be read as an Excel workbook; save it anew as .xlsx, or as CSV")

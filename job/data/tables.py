@@ -57,7 +57,7 @@ def read_table(
     if ending_of(files[0]) in (".parquet", ".arrow"):
         if join:
             raise DataError(
-                f"{field}: dataset.join joins CSV, JSON and Excel tables, and {files[0].name} is none of them"
+                f"{field}: dataset.join joins CSV, JSON and Excel tables, and {files[0].name} is of another kind"
             )
         return read_columns(files, cache, field, choose)
     notes = dict[str, bool]()

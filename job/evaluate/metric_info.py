@@ -57,7 +57,7 @@ ABOUT = {
     ),
     "open_token_f1": About("Open token F1", "fraction", 1, "token F1 of the answers that are neither yes nor no", 1),
     "length_ratio": About("Length ratio", "number", 0, "generated words per reference word; 1 is equally long"),
-    "empty": About("Empty outputs", "share", -1, "answers without a word", 1),
+    "empty": About("Empty outputs", "share", -1, "answers that hold no words", 1),
     "repeated": About("Repeating outputs", "share", -1, "a phrase three times or more in a row", 1),
     "loss": About("Loss", "number", -1, "mean over held-out answer tokens, in nats"),
     "perplexity": About("Perplexity", "number", -1, "exponential of the loss"),

@@ -30,11 +30,10 @@ def verify(store: Store, told: Callable[[str], None] = lambda _key: None) -> Ver
     Raises DataError naming each file that differs, is missing, or lies in a published folder without being named; and if there
     is no result.
     """
-    result = read_json(store, RESULT_KEY)
+    result = read_json(store, RESULT_KEY) or {}
     try:
-        assert result is not None
         files = {key: Digest(int(each["size"]), str(each["sha256"])) for key, each in result["files"].items()}
-    except (AssertionError, LookupError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError):
         raise DataError(f"{store.url} holds no published result: {RESULT_KEY} is missing or names no files") from None
 
     def compare(key: str, published: Digest) -> str | None:

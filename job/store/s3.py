@@ -207,9 +207,7 @@ class S3Store:
     @property
     def capabilities(self) -> Capabilities:
         with self._probing:
-            if self._probed is None:
-                self._probed = probe.probe(self)
-            return self._probed
+            return self._probed or self.probe()
 
     def probe(self) -> Capabilities:
         """Find out anew."""

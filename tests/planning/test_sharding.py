@@ -1,4 +1,4 @@
-"""When the plan has several devices share a base, and what it says of that."""
+"""The plan shards a base over several devices where one cannot hold it, and says so."""
 
 from __future__ import annotations
 
