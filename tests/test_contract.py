@@ -15,6 +15,8 @@ from PIL import Image
 from job.data.images import Bounds
 from job.model.base_model import base_facts
 from job.model.collator import IGNORE, Collator, replacement
+from job.model.families import family_of
+from job.model.image_layout import Uncuttable, cut
 from job.model.lora_targets import CONNECTOR, GROUPS, left_alone, parameters, targets
 from job.model.token_length import TokenCounter
 from job.model.transformers_backend import load_processor
@@ -93,6 +95,31 @@ def test_rows_of_any_number_of_images_learn_together_as_they_do_alone(base: Path
     assert counted == together["attention_mask"].sum(dim=1).tolist()
     alone = sum(float(token_loss(loaded.model, collator([each]), 1.0)) for each in rows)
     assert float(token_loss(loaded.model, together, 1.0)) == pytest.approx(alone, rel=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("counts", [[1, 1, 1, 1], [0, 2, 1, 3]], ids=["one image each", "any number of images"])
+@pytest.mark.parametrize("base", WHOLE, indirect=True)
+def test_a_micro_batch_of_any_family_is_cut_into_its_rows(base: Path, counts: list[int]) -> None:
+    """As a step that ran out of memory does. The parts have the loss of the whole."""
+    loaded = load_tiny(base)
+    config = loaded.model.config
+    batch = Collator(loaded.processor, 4096)(
+        [with_images(row(n, "No. " * n), each) for n, each in enumerate(counts, 1)]
+    )
+    layout = family_of(config.model_type).layout
+    parts = [cut(batch, layout, counts, *edges, config.image_token_id) for edges in ((0, 1), (1, 2), (2, 4))]
+    assert [len(part["input_ids"]) for part in parts] == [1, 1, 2]
+    parted = sum(float(token_loss(loaded.model, part, 1.0)) for part in parts)
+    assert parted == pytest.approx(float(token_loss(loaded.model, batch, 1.0)), rel=1e-5)
+
+
+def test_what_may_be_cut_in_two_ways_is_not_cut() -> None:
+    """Four rows with four images, but not one each: the axis may be that of the rows or that of the images."""
+    batch = {"input_ids": torch.zeros(4, 9, dtype=torch.int64), "pixel_values": torch.zeros(4, 3, 8, 8)}
+    with pytest.raises(Uncuttable, match="pixel_values"):
+        cut(batch, None, [0, 2, 1, 1], 1, 2, 7)
+    assert len(cut(batch, "list", [0, 2, 1, 1], 1, 2, 7)["pixel_values"]) == 2
 
 
 def with_images(row: dict[str, Any], images: int) -> dict[str, Any]:

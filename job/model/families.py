@@ -62,7 +62,7 @@ class Family:
     layout: Layout | None = None
     """How a batch stores images (image_layout): `rows` (rows, images per row, tiles, …); `patches` (patches of all images, …)
     with image_grid_thw (images, 3); `pictures` (images, channels, height, width); `list` the same, but the model's forward
-    takes a list of features. None: micro-batches cannot be halved, and there is no vision cache."""
+    takes a list of features. None: there is no vision cache."""
     fences: tuple[str, ...] = ()
     """Image delimiter tokens that the processor does not name and no model should learn to write."""
     cross_attention: bool = False
@@ -70,6 +70,8 @@ class Family:
     tiles: int | None = None
     """Maximum number of tiles of `image_size` per image. None: the image's tokens are in the text, one for every four of the
     tower, but an image takes at least one tile."""
+    budgets: tuple[int, ...] = ()
+    """Tokens of an image that its processor may be set to, if it pads every image to the patches of as many."""
     padded_tiles: bool = False
     """Images with fewer tiles are padded and masked; the tower uses our attention (patches/mllama_attention)."""
     kept: tuple[tuple[int, int], tuple[int, int]] = ((15, 4), (13, 6))
@@ -152,7 +154,7 @@ FAMILIES = {
         named=((r"medgemma", "health-ai-developer-foundations"), (r"^(?!.*gemma-?4).*gemma", "gemma")),
         maker=("Google's Gemma 3", "gemma"),
     ),
-    "gemma4": Family(named=((r"gemma-?4", APACHE),)),
+    "gemma4": Family(budgets=(70, 140, 280, 560, 1120), kept=((19, 4), (13, 6)), named=((r"gemma-?4", APACHE),)),
     "paligemma": Family(maker=("Google's PaliGemma", "gemma")),
     "llava": Family(
         "LLaVA",

@@ -12,23 +12,56 @@ Batch = dict[str, torch.Tensor]
 FEATURES = "vision_features"
 """Key of the vision tower's features in a batch: (rows, images, tiles, tokens, hidden) in the layout `rows`, else (tokens of
 all images, levels, hidden). Level 0 is the image, the others are Qwen3-VL's deepstack."""
+WEIGHTS = "row_weights"
+"""Key of the row weights in a batch, shape (rows,); absent when the spec names no column for them."""
 _ROWS_INPUTS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 
 
-def cut(batch: Batch, layout: Layout, counts: Sequence[int], start: int, stop: int) -> Batch:
-    """Return rows `start` to `stop` of a batch whose rows have `counts` images."""
-    first, last = sum(counts[:start]), sum(counts[:stop])
+class Uncuttable(Exception):
+    """The first axis of a tensor does not tell which of its entries belong to which rows."""
+
+
+def cut(
+    batch: Batch, layout: Layout | None, counts: Sequence[int], start: int, stop: int, image_token: int | None
+) -> Batch:
+    """Return rows `start` to `stop` of a batch whose rows have `counts` images. `image_token` is the ID of the token that stands
+    for a part of an image in the text.
+
+    The first axis of a tensor holds rows, images, the rows that have images, or parts of images (patches, tiles, features), which
+    rows have in proportion to their image tokens. Raises Uncuttable if it fits none of these, or fits several that differ.
+    """
+    text = batch["input_ids"]
+    exact = {"rows": [1] * len(counts), "images": counts, "rows with images": [min(count, 1) for count in counts]}
     part = {}
     for name, tensor in batch.items():
-        if layout == "rows" or name not in ("pixel_values", "image_grid_thw", FEATURES):
+        if tensor.shape[:2] == text.shape or name == WEIGHTS:
             part[name] = tensor[start:stop]
-        elif first == last:
-            continue  # rows without images: the model accepts no empty tensor for them
-        elif name == "image_grid_thw":
-            part[name] = tensor[first:last]
-        else:
-            part[name] = tensor[_place(batch, tensor, first) : _place(batch, tensor, last)]
+            continue
+        if not any(counts[start:stop]):
+            continue  # rows without images: the models accept no empty tensor for them
+        found = {axis: _edges(of, start, stop) for axis, of in exact.items() if sum(of) == len(tensor)}
+        if not found and image_token is not None:
+            found = _of_parts((text == image_token).sum(dim=1).tolist(), len(tensor), start, stop)
+        if len({*found.values()}) > 1 and layout is not None:
+            found = {axis: edges for axis, edges in found.items() if (axis == "rows") == (layout == "rows")}
+        edges = {*found.values()}
+        if len(edges) != 1:
+            raise Uncuttable(name)
+        part[name] = tensor[slice(*edges.pop())]
     return part
+
+
+def _edges(of_rows: Sequence[int], start: int, stop: int) -> tuple[int, int]:
+    return sum(of_rows[:start]), sum(of_rows[:stop])
+
+
+def _of_parts(tokens: Sequence[int], parts: int, start: int, stop: int) -> dict[str, tuple[int, int]]:
+    """Return where rows `start` to `stop` lie on an axis of `parts`, if every row's share of it is whole; else nothing."""
+    total = sum(tokens)
+    if not total or any(parts * of_row % total for of_row in tokens):
+        return {}
+    first, last = _edges(tokens, start, stop)
+    return {"parts": (parts * first // total, parts * last // total)}
 
 
 def number_of_pictures(batch: Batch, layout: Layout) -> int:

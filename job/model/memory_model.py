@@ -43,7 +43,8 @@ GATE_ROWS = 8
 """Micro-batch size of the gate and of occlusion maps: without generation, more rows gain little and leave less room for
 weights that do not all fit."""
 ANSWER = 128
-"""Maximum answer tokens whose logits are counted; most of a row's tokens belong to the image and the question."""
+"""Maximum answer tokens whose logits are counted; most of a row's tokens belong to the image and the question. Where our own
+loss or the gate computes them, they are computed at answers alone."""
 ASKED = 1.3
 """Ratio of inference memory to the counted terms: fitted to peaks of 36.2 and 36.7 GB at 16 rows of Llama 3.2 11B, and of 20.0
 and 21.2 GB at 18 rows of Qwen3-VL 8B, in 16 bits."""
@@ -101,8 +102,11 @@ def memory(
     reading = 2.0 * tokens * values(language, LAYER)
     if family_in(config).cross_attention:
         reading += 2 * CROSS * seen * language.hidden
-    if not unsloth:
-        reading += 10.0 * tokens * vocabulary(config, linears)  # the logits once in 16 and twice in 32 bits
+    logits = 10.0 * vocabulary(config, linears)  # of a token: once in 16 and twice in 32 bits
+    if not family_in(config).loss_divides:
+        reading = max(reading, min(tokens, ANSWER) * logits)
+    elif not unsloth:
+        reading += tokens * logits
     looking = 2.0 * seen * values(vision, VISION_LAYER) if trained else 0
     row = for_vision + max(for_language + reading, looking)  # the language model runs its backward first
     one = vision_tokens(config, tokens, 1)
@@ -214,12 +218,28 @@ def vision_tokens(config: Mapping[str, Any], tokens: int, pictures: int) -> int:
     """Return the maximum tokens of a row's images inside the vision tower."""
     family, vision = family_in(config), config.get("vision_config", {})
     patches = (int(vision.get("image_size", 560)) // int(vision.get("patch_size", 14))) ** 2
+    if family.budgets:  # the processor pads each image to as many patches as its setting allows
+        of_image = max((each for each in family.budgets if pictures * each <= tokens), default=family.budgets[0])
+        return pictures * of_image * patches_per_token(config)
     if family.tiles is None:
-        return max(4 * tokens, pictures * patches if "image_size" in vision else 0)
+        return max(patches_per_token(config) * tokens, pictures * patches if "image_size" in vision else 0)
     if not family.padded_tiles:
         return pictures * family.tiles * patches
     # Each tile has one extra token and is padded to a multiple of eight.
     return pictures * int(vision.get("max_num_tiles", family.tiles)) * -(-(patches + 1) // 8) * 8
+
+
+def patches_per_token(config: Mapping[str, Any]) -> int:
+    """Return how many patches of the tower are joined into one token of the text: by the names that the families give to the
+    side of their square, or to its inverse; 4 where none is given."""
+    vision = config.get("vision_config", {})
+    for part, side in ((vision, "pooling_kernel_size"), (vision, "spatial_merge_size"), (config, "spatial_merge_size")):
+        if part.get(side):
+            return int(part[side]) ** 2
+    if config.get("scale_factor"):
+        return int(config["scale_factor"]) ** 2
+    ratio = config.get("downsample_ratio") or vision.get("pixel_shuffle_ratio") or 0.5
+    return round(1 / float(ratio) ** 2)
 
 
 def family_in(config: Mapping[str, Any]) -> Family:

@@ -8,10 +8,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from job.model.collator import IGNORE
+from job.model.image_layout import WEIGHTS
 from job.model.loaded import logits_at
-
-WEIGHTS = "row_weights"
-"""Key of the row weights in a batch, shape (rows,); absent when the spec names no column for them."""
 
 
 def token_loss(model: Any, inputs: dict[str, Any], divisor: torch.Tensor | float | None) -> torch.Tensor:

@@ -24,7 +24,7 @@ from job.distributed.allreduce import AllReduce
 from job.errors import DataError, OutOfMemory, Preempted
 from job.model.collator import IGNORE, Collator
 from job.model.families import Family, family_of
-from job.model.image_layout import cut
+from job.model.image_layout import WEIGHTS, Uncuttable, cut
 from job.model.load import to_generation, to_training
 from job.model.loaded import Loaded, base, is_sharded
 from job.model.memory_model import last_cure
@@ -36,7 +36,7 @@ from job.runtime.scratch import free_bytes
 from job.runtime.status import Record
 from job.train.callbacks import Numbers, Safety, lost
 from job.train.eval_callback import HeldOut, NoneBetter
-from job.train.loss import WEIGHTS, count_tokens, token_loss
+from job.train.loss import count_tokens, token_loss
 from job.train.oom_retry import StepRetry
 from job.train.sampler import EpochOrder
 from job.train.sft_config import arguments
@@ -77,6 +77,8 @@ class LoraTrainer(SFTTrainer):
         self.record, self.preemption = record, preemption
         self.retry, self.features, self.compiles = retry, features, compiles
         self.layout, self.own_loss_divides = family.layout, family.loss_divides
+        config = self.model.config
+        self.image_token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
         # Upstream marks some families as unable to divide by the tokens of a step, and would give every micro-batch the same
         # weight, however few tokens it learns from. `compute_loss` divides for all.
         self.model_accepts_loss_kwargs = True
@@ -124,9 +126,10 @@ class LoraTrainer(SFTTrainer):
         def part(start: int, stop: int) -> torch.Tensor:
             cut_out = inputs
             if (start, stop) != (0, len(counts)):
-                if self.layout is None:
-                    raise OutOfMemory(self._too_large(len(counts)))
-                cut_out = cut(inputs, self.layout, counts, start, stop)
+                try:
+                    cut_out = cut(inputs, self.layout, counts, start, stop, self.image_token)
+                except Uncuttable as error:
+                    raise OutOfMemory(self._too_large(len(counts), str(error))) from None
             named = keys[sum(counts[:start]) : sum(counts[:stop])]
             seen = self._seen(dict(cut_out), named)
             # Short batches and parts run eagerly: another number of rows would recompile everything, and how they run must not
@@ -182,10 +185,10 @@ class LoraTrainer(SFTTrainer):
         with self.compute_loss_context_manager():
             return float(self.compute_loss(self.model, inputs)), count
 
-    def _too_large(self, rows: int) -> str:
+    def _too_large(self, rows: int, tensor: str) -> str:
         return (
-            f"a micro-batch of {rows} does not fit the GPU, and images of a {self.model.config.model_type} model cannot "
-            "be split here; lower training.per_device_train_batch_size"
+            f"a micro-batch of {rows} rows does not fit the GPU, and its {tensor} cannot be split between them in a "
+            f"{self.model.config.model_type} model; lower training.per_device_train_batch_size"
         )
 
     def compute_loss(

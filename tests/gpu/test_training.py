@@ -27,6 +27,7 @@ from job.context import RunContext
 from job.data.prepare import prepare
 from job.errors import Preempted
 from job.model.collator import Collator
+from job.model.image_layout import WEIGHTS
 from job.model.load import load_model
 from job.model.loaded import Loaded
 from job.planning.facts import Facts
@@ -36,7 +37,7 @@ from job.runtime.preemption import Preemption
 from job.runtime.status import Record
 from job.store import open_store
 from job.store.lease import acquire
-from job.train.loss import WEIGHTS, token_loss
+from job.train.loss import token_loss
 from job.train.stage import train
 from tests.tiny import job_spec, make_model, picture
 

@@ -28,14 +28,14 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from job.evaluate.generate import answer
-from job.model.collator import Collator
-from job.model.image_layout import FEATURES, cut
+from job.model.collator import Collator, image_token
+from job.model.image_layout import FEATURES, WEIGHTS, cut
 from job.model.load import load_model, to_generation, to_training
 from job.model.memory_model import Kept
 from job.model.patches import mllama_attention
 from job.model.patches.compile_stance import compiled
 from job.model.vision_cache import TOGETHER, tower, vision_cache
-from job.train.loss import WEIGHTS, token_loss
+from job.train.loss import token_loss
 from tests.gpu.plain import GRADIENTS, gradients
 from tests.tiny import batch, job_spec, make_model, perturb
 
@@ -138,7 +138,8 @@ def test_features_of_a_frozen_tower_give_the_loss_of_the_pixels(
     inputs = on_gpu(loaded, batch())
     with torch.autocast("cuda", torch.bfloat16):
         together = frozen.look(inputs, [])
-        alone = [frozen.look(cut(inputs, frozen.features.layout, [1, 1, 1], n, n + 1), [])[FEATURES] for n in range(3)]
+        token, layout = image_token(loaded.processor), frozen.features.layout
+        alone = [frozen.look(cut(inputs, layout, [1, 1, 1], n, n + 1, token), [])[FEATURES] for n in range(3)]
     assert torch.equal(together[FEATURES], torch.cat(alone)), f"groups of {TOGETHER} are not pure"
     of_pixels = gradients(loaded, inputs)
     loaded.model.zero_grad()

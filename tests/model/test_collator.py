@@ -18,7 +18,7 @@ from job.data.conversations import conversation
 from job.data.images import Bounds
 from job.data.prepare import prepare
 from job.errors import DataError
-from job.model.collator import IGNORE, Collator, finished, render, replacement, tokens, without_end
+from job.model.collator import IGNORE, Collator, finished, image_token, render, replacement, tokens, without_end
 from job.model.families import family_of
 from job.model.image_layout import cut
 from job.model.loaded import Loaded
@@ -385,7 +385,9 @@ def test_a_loaders_process_makes_the_same_batches(loaded: Loaded) -> None:
 # In Llama 3.2, rows with and without pictures do not share a batch.
 @pytest.mark.parametrize("family", [family for family in LAID_OUT if family != "mllama"], indirect=True)
 def test_a_part_of_a_batch_without_pictures_has_no_empty_tensors(family: str, loaded: Loaded) -> None:
-    part = cut(collate(loaded, [spoken_only(1), row(2)]), family_of(family).layout, [0, 1], 0, 1)
+    part = cut(
+        collate(loaded, [spoken_only(1), row(2)]), family_of(family).layout, [0, 1], 0, 1, image_token(loaded.processor)
+    )
     assert not {"pixel_values", "image_grid_thw"} & part.keys()
     with torch.inference_mode():
         assert torch.isfinite(loaded.model(**part).loss)

@@ -75,6 +75,26 @@ def test_the_estimate_is_near_the_peak(vision: bool, kept: Kept, rows: int, meas
     assert found.of(rows) == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("config", "tokens", "pictures", "patches"),
+    [
+        ({"model_type": "gemma4", "vision_config": {"pooling_kernel_size": 3}}, 380, 1, 2520),
+        ({"model_type": "gemma4", "vision_config": {"pooling_kernel_size": 3}}, 660, 2, 2 * 2520),
+        ({"model_type": "gemma4", "vision_config": {"pooling_kernel_size": 3}}, 1200, 1, 1120 * 9),
+        ({"model_type": "gemma4", "vision_config": {"pooling_kernel_size": 3}}, 20, 0, 0),
+        ({"model_type": "smolvlm", "scale_factor": 4, "vision_config": {"image_size": 512}}, 1200, 1, 16 * 1200),
+        ({"model_type": "mistral3", "spatial_merge_size": 2}, 500, 1, 2000),
+        ({"model_type": "glm4v", "vision_config": {"spatial_merge_size": 2}}, 500, 1, 2000),
+        ({"model_type": "internvl", "downsample_ratio": 0.5}, 300, 1, 1200),
+        ({"model_type": "llama4", "vision_config": {"pixel_shuffle_ratio": 0.5}}, 300, 1, 1200),
+    ],
+)
+def test_the_tower_sees_as_many_patches_as_the_processor_gives_it(
+    config: dict[str, Any], tokens: int, pictures: int, patches: int
+) -> None:
+    assert vision_tokens(config, tokens, pictures) == patches
+
+
 class Sizes(torch.autograd.Function):
     """What flash attention keeps, on tensors without numbers, for which torch would take another way."""
 

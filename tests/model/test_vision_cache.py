@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from job.model.collator import Collator
+from job.model.collator import Collator, image_token
 from job.model.families import family_of
 from job.model.image_layout import FEATURES, cut
 from job.model.vision_cache import Features, VisionCache, tower, vision_cache
@@ -72,7 +72,8 @@ def test_a_second_look_reads_the_same_bits_and_asks_no_tower(language_only: Any,
 def test_features_of_a_picture_do_not_depend_on_its_neighbours(language_only: Any, tmp_path: Path) -> None:
     frozen, inputs = made(language_only, tmp_path)
     together = frozen.look(inputs, [])
-    alone = [frozen.look(cut(inputs, frozen.features.layout, [1, 1, 1], n, n + 1), [])[FEATURES] for n in range(3)]
+    token, layout = image_token(language_only.processor), frozen.features.layout
+    alone = [frozen.look(cut(inputs, layout, [1, 1, 1], n, n + 1, token), [])[FEATURES] for n in range(3)]
     assert torch.equal(together[FEATURES], torch.cat(alone))
 
 
@@ -102,7 +103,8 @@ def test_a_trained_tower_is_not_frozen(tiny: Callable[..., Path], family: str, t
 
 def test_a_batch_cut_in_two_is_two_batches(folder: Path, loaded: Any, family: str) -> None:
     inputs, layout = Collator(loaded.processor, 512)(batch()), family_of(family).layout
+    token = image_token(loaded.processor)
     with torch.no_grad():
         whole = loaded.model(**inputs).logits
-        parts = [loaded.model(**cut(inputs, layout, [1, 1, 1], a, b)).logits for a, b in ((0, 2), (2, 3))]
+        parts = [loaded.model(**cut(inputs, layout, [1, 1, 1], a, b, token)).logits for a, b in ((0, 2), (2, 3))]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-4)

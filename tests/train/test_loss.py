@@ -11,8 +11,9 @@ import torch
 
 from job.model.collator import Collator
 from job.model.families import family_of
+from job.model.image_layout import WEIGHTS
 from job.model.loaded import Loaded
-from job.train.loss import WEIGHTS, count_tokens, token_loss
+from job.train.loss import count_tokens, token_loss
 from tests.tiny import load_tiny, perturb, row
 
 
