@@ -100,6 +100,16 @@ class LoraTrainer(SFTTrainer):
         self.order = EpochOrder(len(rows), self.args.seed, batch, self.ranks.rank, self.ranks.world, even=self.sharded)
         return self.order
 
+    def get_train_dataloader(self) -> Any:
+        self.loader = super().get_train_dataloader()
+        return self.loader
+
+    def stop_loading(self) -> None:
+        """End the loader's processes. The garbage collector would do so in the middle of a later stage, after the queues that
+        tell them to end, and so wait 5 s for each (MP_STATUS_CHECK_INTERVAL of torch.utils.data)."""
+        if (iterator := self.loader.base_dataloader._iterator) is not None:
+            iterator._shutdown_workers()
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Return the micro-batches of a step and its loss divisor. Unsloth's replacement ignores row weights."""
         began = time.monotonic()
@@ -318,6 +328,7 @@ def run_trainer(
         try:
             with features.given() if features else nullcontext(), suppress(NoneBetter):
                 trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+            trainer.stop_loading()
         except Preempted:
             safety.leave()
             raise

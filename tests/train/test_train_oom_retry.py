@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,11 @@ def test_what_fits_is_remembered_in_the_checkpoint(tiny: Callable[..., Path], tr
     trained(tiny("mllama"), 1)
     manifests = list((tmp_path / "out" / "checkpoints").glob("*/MANIFEST.json"))
     assert [json.loads(manifest.read_text())["extra"]["micro_batch"] for manifest in manifests] == [1, 1]
+
+
+def test_the_processes_of_the_loader_end_with_the_training(tiny: Callable[..., Path], trained: Trained) -> None:
+    trained(tiny("qwen3_vl"), 4, dataloader_num_workers=2)
+    assert not active_children()
 
 
 def test_a_lost_training_stops_and_names_the_last_good_checkpoint(
