@@ -30,7 +30,6 @@ OF_512 = {
     "mllama": (6432, 6432, 1),
     "qwen2_5_vl": (1296, 218, 4),
     "qwen3_vl": (1024, 1024, 4),
-    "qwen3_vl_moe": (1024, 1024, 4),
     "qwen3_5": (1024, 1024, 4),
     "gemma3": (4096, 4096, 1),
     "internvl": (1025, 1025, 4),
@@ -84,7 +83,7 @@ def share_of_peak(
     config: Mapping[str, Any], linears: Mapping[str, Linear], text: float, speed: float, *, vision: bool, gpu: str
 ) -> float | None:
     """Share of the card's bf16 limit that `speed` rows a second of `text` tokens and an image of 512 pixels reach; None where
-    the card or the family is not known here. Experts do not count, so a mixture's share is a lower bound."""
+    the card or the family is not known here, as no mixture is, whose experts are not counted."""
     family = str(config.get("model_type"))
     if gpu not in PEAK or family not in OF_512:
         return None
