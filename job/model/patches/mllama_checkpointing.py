@@ -8,6 +8,7 @@ May go: when `MllamaVisionEncoderLayer` derives from `GradientCheckpointingLayer
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from job.model.patches.mllama_attention import llamas
@@ -18,6 +19,8 @@ def make_recomputable(model: Any) -> None:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     tower, made = llamas(model), dict[type, type]()
+    if tower is not None:  # transformers 5.17 calls these layers by an old name, and would say so at every call
+        warnings.filterwarnings("ignore", "`hidden_state` is deprecated", FutureWarning)
     for layer in [*tower.transformer.layers, *tower.global_transformer.layers] if tower is not None else []:
         kind = type(layer)
         if not issubclass(kind, GradientCheckpointingLayer):
