@@ -30,10 +30,11 @@ class NearPair:
 
 @dataclass(frozen=True)
 class TokenFacts:
-    """Tokens of a row."""
+    """Tokens of a row; `learned` is the largest number whose loss is taken."""
 
     median: int
     longest: int
+    learned: int
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,8 @@ WAITING = 16
 
 class ValidatedRow(NamedTuple):
     """A good row: its index, its keys (the group column's value if there is one, then a digest of each image), thumbnail
-    and size of each image, its labels, its stratum, its tokens (0 if not counted), and whether text is burned into its
-    pixels (`yes`, `maybe`, `masked`, or nothing)."""
+    and size of each image, its labels, its stratum, its tokens and those whose loss is taken (0 if not counted), and
+    whether text is burned into its pixels (`yes`, `maybe`, `masked`, or nothing)."""
 
     place: int
     keys: tuple[str, ...]
@@ -56,6 +56,7 @@ class ValidatedRow(NamedTuple):
     labels: dict[str, str | list[str]]
     stratum: str
     tokens: int
+    learned: int
     burned_in: str
     digest: str
     """SHA-256 of its texts and image files."""
@@ -174,7 +175,7 @@ def _examine(
         keys = (values[PATIENT], *keys)
     stratum = _needed(values, dataset.stratify_column) if dataset.stratify_column else ""
     labels = labels_of(values, spec.evaluation.labels)
-    tokens = _length(messages, sizes, spec, measure) if measure else 0
+    tokens, learned = _length(messages, sizes, spec, measure) if measure else (0, 0)
     thumbnails = tuple(thumbnail(picture) for each in shown for picture in each)
     burned_in = max((str(picture.info.get("burned_in", "")) for each in shown for picture in each), default="")
     text = json.dumps([keys, messages])
@@ -190,6 +191,7 @@ def _examine(
         labels,
         stratum,
         tokens,
+        learned,
         burned_in,
         digest,
         lossy,
@@ -208,7 +210,9 @@ def _other_split(said: Any, split: str) -> str:
     return own if own and wanted and own != wanted else ""
 
 
-def _length(messages: list[Message], sizes: tuple[tuple[int, int], ...], spec: JobSpec, measure: TokenCounter) -> int:
+def _length(
+    messages: list[Message], sizes: tuple[tuple[int, int], ...], spec: JobSpec, measure: TokenCounter
+) -> tuple[int, int]:
     try:
         length = measure(messages, list(sizes))
     except DataError as error:
@@ -218,7 +222,7 @@ def _length(messages: list[Message], sizes: tuple[tuple[int, int], ...], spec: J
         raise BadRow(f"longer than training.max_length {most}")
     if length.prompt >= most and policy == "truncate":
         raise BadRow(f"longer than training.max_length {most} before the answer begins")
-    return length.whole
+    return length.whole, length.whole - length.prompt * spec.training.train_on_responses_only
 
 
 def _needed(row: dict[str, Any], column: str) -> str:
@@ -250,7 +254,7 @@ def _facts(good: list[ValidatedRow], bad: list[QuarantinedRow], spec: JobSpec, t
         absolute=sum(row.absolute for row in good),
         blank=sum(row.blank for row in good),
         default_window=sum(row.default_window for row in good),
-        tokens=TokenFacts(int(np.median(lengths)), max(lengths)) if lengths else None,
+        tokens=TokenFacts(int(np.median(lengths)), max(lengths), max(row.learned for row in good)) if lengths else None,
         images=images,
     )
 

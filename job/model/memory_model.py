@@ -43,8 +43,7 @@ GATE_ROWS = 8
 """Micro-batch size of the gate and of occlusion maps: without generation, more rows gain little and leave less room for
 weights that do not all fit."""
 ANSWER = 128
-"""Maximum answer tokens whose logits are counted; most of a row's tokens belong to the image and the question. Where our own
-loss or the gate computes them, they are computed at answers alone."""
+"""Tokens of an answer where none were counted; most of a row's tokens belong to the image and the question."""
 ASKED = 1.3
 """Ratio of inference memory to the counted terms: fitted to peaks of 36.2 and 36.7 GB at 16 rows of Llama 3.2 11B, and of 20.0
 and 21.2 GB at 18 rows of Qwen3-VL 8B, in 16 bits."""
@@ -92,8 +91,10 @@ def memory(
     kept: Kept,
     tokens: int,
     pictures: int = 1,
+    learned: int = ANSWER,
 ) -> Memory:
-    """Estimate memory for rows of `tokens` text tokens and `pictures` images; `groups` counts LoRA parameters by group."""
+    """Estimate memory for rows of `tokens` text tokens, whose loss is taken at `learned` of them, and of `pictures` images;
+    `groups` counts LoRA parameters by group."""
     lora = sum(groups.values())
     language, vision = widths(linears, "language"), widths(linears, "vision")
     seen = vision_tokens(config, tokens, pictures)
@@ -104,7 +105,7 @@ def memory(
         reading += 2 * CROSS * seen * language.hidden
     logits = 10.0 * vocabulary(config, linears)  # of a token: once in 16 and twice in 32 bits
     if not family_in(config).loss_divides:
-        reading = max(reading, min(tokens, ANSWER) * logits)
+        reading = max(reading, min(tokens, learned) * logits)  # our own loss
     elif not unsloth:
         reading += tokens * logits
     looking = 2.0 * seen * values(vision, VISION_LAYER) if trained else 0
@@ -145,9 +146,14 @@ def card_bytes(base: BaseFacts, precision: str, shards: int) -> int:
 
 
 def asked_row(
-    config: Mapping[str, Any], linears: Mapping[str, Linear], tokens: int, pictures: int, new_tokens: int
+    config: Mapping[str, Any],
+    linears: Mapping[str, Linear],
+    tokens: int,
+    pictures: int,
+    new_tokens: int,
+    learned: int = ANSWER,
 ) -> float:
-    """Bytes per row during inference, without gradients: generation of `new_tokens` tokens, or the loss of the answer.
+    """Bytes per row during inference, without gradients: generation of `new_tokens` tokens, or the loss of `learned` tokens.
 
     The tower encodes all images of a batch first; its output stays beside keys and values, or beside the answers' logits.
     """
@@ -158,7 +164,7 @@ def asked_row(
         (layer.out_features for name, layer in linears.items() if name.endswith("k_proj")), default=language.hidden
     )
     cache = 2.0 * 2 * keys * language.layers * (tokens + new_tokens)
-    logits = LOGIT_BYTES * min(tokens, ANSWER) * vocabulary(config, linears)
+    logits = LOGIT_BYTES * min(tokens, learned) * vocabulary(config, linears)
     reading = 2.0 * tokens * values(language, FORWARD)
     if family_in(config).cross_attention:
         crossing = sum("cross_attn.q_proj" in name for name in linears)

@@ -69,6 +69,7 @@ def needed_memory(spec: JobSpec, facts: Facts, groups: dict[str, int], precision
         kept=kept,
         tokens=tokens,
         pictures=pictures,
+        learned=facts.most_learned(tokens),
     )
     return memory._replace(weights=card_bytes(facts.base, precision, facts.shards))
 

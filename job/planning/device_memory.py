@@ -111,4 +111,5 @@ def _beside(groups: dict[str, int]) -> float:
 def _row(spec: JobSpec, facts: Facts) -> float:
     assert facts.base is not None
     tokens, pictures = facts.longest_row(spec.training.max_length)
-    return asked_row(facts.base.config, facts.base.linears, tokens, pictures, spec.evaluation.max_new_tokens)
+    learned, new = facts.most_learned(tokens), spec.evaluation.max_new_tokens
+    return asked_row(facts.base.config, facts.base.linears, tokens, pictures, new, learned)

@@ -9,6 +9,7 @@ from typing import Literal
 from job.config.environment import Environment
 from job.data.facts import DataFacts
 from job.model.base_model import BaseFacts
+from job.model.memory_model import ANSWER
 from job.runtime.limits import Limits
 
 
@@ -54,6 +55,10 @@ class Facts:
         """Returns the tokens (at most `most`) and images of the longest row; `most` and one if no rows were examined."""
         tokens, images = (self.data.tokens, self.data.images) if self.data else (None, None)
         return min(tokens.longest, most) if tokens else most, images.most if images else 1
+
+    def most_learned(self, most: int) -> int:
+        """Returns the largest number of a row's tokens (at most `most`) whose loss is taken; `ANSWER` if none were counted."""
+        return min(self.data.tokens.learned if self.data and self.data.tokens else ANSWER, most)
 
     def held_out(self, most: int) -> int:
         """Returns the number of held-out rows, at most `most`; `most` if there are none or they were not counted."""

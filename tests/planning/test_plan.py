@@ -251,9 +251,9 @@ LLAMA = replace(
 )
 
 
-def on_a_card(tree, gigabytes, precision="auto", **sections):
+def on_a_card(tree, gigabytes, precision="auto", learned=128, **sections):
     device = Device("cuda", "card", int(gigabytes * 1e9))
-    data = replace(DATA, tokens=TokenFacts(median=130, longest=138))
+    data = replace(DATA, tokens=TokenFacts(median=130, longest=max(138, learned), learned=learned))
     facts = replace(FACTS, base=LLAMA, device=device, backend="unsloth", data=data)
     return plan(tree, facts, model={"name_or_path": "m", "precision": precision}, **sections)
 
@@ -263,6 +263,12 @@ def test_the_gate_of_a_base_in_16_bits_needs_no_more_than_evaluation(tree):
     assert (found.precision, found.gate_room) == ("16bit", None)
     assert 21.3e9 < found.device_memory["export"] <= found.device_memory["evaluate after"] < 0.9 * 48e9
     assert found.answer_batch == 16
+
+
+def test_long_answers_come_in_smaller_batches(tree):
+    """Their logits, 128,256 for each token, take more room than all else."""
+    batches = [on_a_card(tree, 80, learned=tokens).answer_batch for tokens in (128, 1200)]
+    assert batches == [32, 16]
 
 
 def test_answers_come_in_the_largest_batch_that_fits(tree):
