@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
@@ -22,10 +23,10 @@ class Uncuttable(Exception):
 
 
 def cut(
-    batch: Batch, layout: Layout | None, counts: Sequence[int], start: int, stop: int, image_token: int | None
+    batch: Batch, layout: Layout | None, counts: Sequence[int], rows: Sequence[int], image_token: int | None
 ) -> Batch:
-    """Return rows `start` to `stop` of a batch whose rows have `counts` images. `image_token` is the ID of the token that stands
-    for a part of an image in the text.
+    """Return `rows` of a batch whose rows have `counts` images. `image_token` is the ID of the token that stands for a part of an
+    image in the text.
 
     The first axis of a tensor holds rows, images, the rows that have images, or parts of images (patches, tiles, features), which
     rows have in proportion to their image tokens. Raises Uncuttable if it fits none of these, or fits several that differ.
@@ -35,33 +36,42 @@ def cut(
     part = {}
     for name, tensor in batch.items():
         if tensor.shape[:2] == text.shape or name == WEIGHTS:
-            part[name] = tensor[start:stop]
+            part[name] = _taken(tensor, exact["rows"], rows)
             continue
-        if not any(counts[start:stop]):
+        if not any(counts[row] for row in rows):
             continue  # rows without images: the models accept no empty tensor for them
-        found = {axis: _edges(of, start, stop) for axis, of in exact.items() if sum(of) == len(tensor)}
+        found = {axis: tuple(of_rows) for axis, of_rows in exact.items() if sum(of_rows) == len(tensor)}
         if not found and image_token is not None:
-            found = _of_parts((text == image_token).sum(dim=1).tolist(), len(tensor), start, stop)
+            found = _parts((text == image_token).sum(dim=1).tolist(), len(tensor))
         if len({*found.values()}) > 1 and layout is not None:
-            found = {axis: edges for axis, edges in found.items() if (axis == "rows") == (layout == "rows")}
-        edges = {*found.values()}
-        if len(edges) != 1:
+            found = {axis: of_rows for axis, of_rows in found.items() if (axis == "rows") == (layout == "rows")}
+        shares = {*found.values()}
+        if len(shares) != 1:
             raise Uncuttable(name)
-        part[name] = tensor[slice(*edges.pop())]
+        part[name] = _taken(tensor, shares.pop(), rows)
     return part
 
 
-def _edges(of_rows: Sequence[int], start: int, stop: int) -> tuple[int, int]:
-    return sum(of_rows[:start]), sum(of_rows[:stop])
+def without_padding(batch: Batch) -> Batch:
+    """Drop the columns that only pad, on the right of every row."""
+    text, longest = batch["input_ids"].shape, int(batch["attention_mask"].sum(dim=1).max())
+    return {name: each[:, :longest] if each.shape[:2] == text else each for name, each in batch.items()}
 
 
-def _of_parts(tokens: Sequence[int], parts: int, start: int, stop: int) -> dict[str, tuple[int, int]]:
-    """Return where rows `start` to `stop` lie on an axis of `parts`, if every row's share of it is whole; else nothing."""
+def _taken(tensor: torch.Tensor, of_rows: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
+    """Return the part of a tensor that belongs to `rows`, if row n owns `of_rows[n]` entries of its first axis."""
+    ends = [0, *accumulate(of_rows)]
+    if isinstance(rows, range):
+        return tensor[ends[rows.start] : ends[rows.stop]]
+    return torch.cat([tensor[ends[row] : ends[row + 1]] for row in rows])
+
+
+def _parts(tokens: Sequence[int], parts: int) -> dict[str, tuple[int, ...]]:
+    """Return how many of an axis of `parts` each row owns by its image tokens, if every share is whole; else nothing."""
     total = sum(tokens)
     if not total or any(parts * of_row % total for of_row in tokens):
         return {}
-    first, last = _edges(tokens, start, stop)
-    return {"parts": (parts * first // total, parts * last // total)}
+    return {"parts": tuple(parts * of_row // total for of_row in tokens)}
 
 
 def number_of_pictures(batch: Batch, layout: Layout) -> int:

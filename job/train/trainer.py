@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from itertools import chain, islice, zip_longest
+from itertools import accumulate, chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from job.distributed.allreduce import AllReduce
 from job.errors import DataError, OutOfMemory, Preempted
 from job.model.collator import IGNORE, Collator
 from job.model.families import Family, family_of
-from job.model.image_layout import WEIGHTS, Uncuttable, cut
+from job.model.image_layout import WEIGHTS, Uncuttable, cut, without_padding
 from job.model.load import to_generation, to_training
 from job.model.loaded import Loaded, base, is_sharded
 from job.model.memory_model import last_cure
@@ -36,6 +36,7 @@ from job.runtime.scratch import free_bytes
 from job.runtime.status import Record
 from job.train.callbacks import Numbers, Safety, lost
 from job.train.eval_callback import HeldOut, NoneBetter
+from job.train.lengths import of_like_length
 from job.train.loss import count_tokens, token_loss
 from job.train.oom_retry import StepRetry
 from job.train.sampler import EpochOrder
@@ -130,14 +131,48 @@ class LoraTrainer(SFTTrainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Run forward and backward of one micro-batch, in parts if the retry requires. Returns the loss, detached."""
-        numbers, counts, keys = inputs.pop("rows"), inputs.pop("pictures"), inputs.pop("picture_keys")
+        numbers = inputs.pop("rows")
         tokens = int(inputs["attention_mask"][: len(numbers)].sum())
+        loss = torch.zeros((), device=self.args.device)
+        if numbers or self.sharded:
+            with self.group.connected(self.sharded):
+                for part in self._of_like_length(inputs):
+                    loss = loss + self._part_step(model, part, num_items_in_batch)
+        if self.ranks.world > 1:
+            return self._over_ranks(loss, numbers, tokens)
+        self.rows_of_step += numbers
+        self.tokens_of_step += tokens
+        self.finite = torch.isfinite(loss) & self.finite
+        return loss
+
+    def _of_like_length(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """Cut a batch into parts that need less padding. A compiled step runs whole, since every shape would be compiled anew;
+        so does a sharded one, in which all ranks make the same passes."""
+        counts, keys = inputs["pictures"], inputs["picture_keys"]
+        parts = [] if self.compiles or self.sharded else of_like_length(inputs["attention_mask"].sum(dim=1).tolist())
+        if len(parts) < 2:
+            return [inputs]
+        tensors = {name: each for name, each in inputs.items() if name not in ("pictures", "picture_keys")}
+        ends = [0, *accumulate(counts)]
+        try:
+            return [
+                without_padding(cut(tensors, self.layout, counts, rows, self.image_token))
+                | {"pictures": [counts[row] for row in rows]}
+                | {"picture_keys": [key for row in rows for key in keys[ends[row] : ends[row + 1]]]}
+                for rows in parts
+            ]
+        except Uncuttable:
+            return [inputs]
+
+    def _part_step(self, model: Any, inputs: dict[str, Any], divisor: Any) -> torch.Tensor:
+        """Run forward and backward of rows, in fewer at a time if the retry requires. Returns their loss, detached."""
+        counts, keys = inputs.pop("pictures"), inputs.pop("picture_keys")
 
         def part(start: int, stop: int) -> torch.Tensor:
             cut_out = inputs
             if (start, stop) != (0, len(counts)):
                 try:
-                    cut_out = cut(inputs, self.layout, counts, start, stop, self.image_token)
+                    cut_out = cut(inputs, self.layout, counts, range(start, stop), self.image_token)
                 except Uncuttable as error:
                     raise OutOfMemory(self._too_large(len(counts), str(error))) from None
             named = keys[sum(counts[:start]) : sum(counts[:stop])]
@@ -145,19 +180,10 @@ class LoraTrainer(SFTTrainer):
             # Short batches and parts run eagerly: another number of rows would recompile everything, and how they run must not
             # depend on what was compiled before.
             with compiled(self.compiles and stop - start == self.args.per_device_train_batch_size):
-                loss: torch.Tensor = Trainer.training_step(self, model, seen, num_items_in_batch)
+                loss: torch.Tensor = Trainer.training_step(self, model, seen, divisor)
             return loss
 
-        loss = torch.zeros((), device=self.args.device)
-        if numbers or self.sharded:
-            with self.group.connected(self.sharded):
-                loss = self.retry.run(len(counts), model, part)
-        if self.ranks.world > 1:
-            return self._over_ranks(loss, numbers, tokens)
-        self.rows_of_step += numbers
-        self.tokens_of_step += tokens
-        self.finite = torch.isfinite(loss) & self.finite
-        return loss
+        return self.retry.run(len(counts), model, part)
 
     def _over_ranks(self, loss: torch.Tensor, numbers: list[int], tokens: int) -> torch.Tensor:
         """Return 0 until the last micro-batch of a step, then the step's loss summed over all ranks; gradients are summed too."""

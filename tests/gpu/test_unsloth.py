@@ -139,7 +139,7 @@ def test_features_of_a_frozen_tower_give_the_loss_of_the_pixels(
     with torch.autocast("cuda", torch.bfloat16):
         together = frozen.look(inputs, [])
         token, layout = image_token(loaded.processor), frozen.features.layout
-        alone = [frozen.look(cut(inputs, layout, [1, 1, 1], n, n + 1, token), [])[FEATURES] for n in range(3)]
+        alone = [frozen.look(cut(inputs, layout, [1, 1, 1], [n], token), [])[FEATURES] for n in range(3)]
     assert torch.equal(together[FEATURES], torch.cat(alone)), f"groups of {TOGETHER} are not pure"
     of_pixels = gradients(loaded, inputs)
     loaded.model.zero_grad()

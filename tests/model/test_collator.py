@@ -386,7 +386,7 @@ def test_a_loaders_process_makes_the_same_batches(loaded: Loaded) -> None:
 @pytest.mark.parametrize("family", [family for family in LAID_OUT if family != "mllama"], indirect=True)
 def test_a_part_of_a_batch_without_pictures_has_no_empty_tensors(family: str, loaded: Loaded) -> None:
     part = cut(
-        collate(loaded, [spoken_only(1), row(2)]), family_of(family).layout, [0, 1], 0, 1, image_token(loaded.processor)
+        collate(loaded, [spoken_only(1), row(2)]), family_of(family).layout, [0, 1], [0], image_token(loaded.processor)
     )
     assert not {"pixel_values", "image_grid_thw"} & part.keys()
     with torch.inference_mode():
