@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from itertools import accumulate, chain, islice, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from job.distributed.allreduce import AllReduce
 from job.errors import DataError, OutOfMemory, Preempted
 from job.model.collator import IGNORE, Collator
 from job.model.families import Family, family_of
-from job.model.image_layout import WEIGHTS, Uncuttable, cut, without_padding
+from job.model.image_layout import WEIGHTS, Uncuttable, cut
 from job.model.load import to_generation, to_training
 from job.model.loaded import Loaded, base, is_sharded
 from job.model.memory_model import last_cure
@@ -36,7 +36,7 @@ from job.runtime.scratch import free_bytes
 from job.runtime.status import Record
 from job.train.callbacks import Numbers, Safety, lost
 from job.train.eval_callback import HeldOut, NoneBetter
-from job.train.lengths import of_like_length
+from job.train.lengths import unpadded_parts
 from job.train.loss import count_tokens, token_loss
 from job.train.oom_retry import StepRetry
 from job.train.sampler import EpochOrder
@@ -135,8 +135,11 @@ class LoraTrainer(SFTTrainer):
         tokens = int(inputs["attention_mask"][: len(numbers)].sum())
         loss = torch.zeros((), device=self.args.device)
         if numbers or self.sharded:
+            # Whole if compiled, since every shape would be compiled anew, or sharded, since all ranks make the same passes.
+            whole = self.compiles or self.sharded
+            parts = [inputs] if whole else unpadded_parts(inputs, self.layout, self.image_token)
             with self.group.connected(self.sharded):
-                for part in self._of_like_length(inputs):
+                for part in parts:
                     loss = loss + self._part_step(model, part, num_items_in_batch)
         if self.ranks.world > 1:
             return self._over_ranks(loss, numbers, tokens)
@@ -144,25 +147,6 @@ class LoraTrainer(SFTTrainer):
         self.tokens_of_step += tokens
         self.finite = torch.isfinite(loss) & self.finite
         return loss
-
-    def _of_like_length(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-        """Cut a batch into parts that need less padding. A compiled step runs whole, since every shape would be compiled anew;
-        so does a sharded one, in which all ranks make the same passes."""
-        counts, keys = inputs["pictures"], inputs["picture_keys"]
-        parts = [] if self.compiles or self.sharded else of_like_length(inputs["attention_mask"].sum(dim=1).tolist())
-        if len(parts) < 2:
-            return [inputs]
-        tensors = {name: each for name, each in inputs.items() if name not in ("pictures", "picture_keys")}
-        ends = [0, *accumulate(counts)]
-        try:
-            return [
-                without_padding(cut(tensors, self.layout, counts, rows, self.image_token))
-                | {"pictures": [counts[row] for row in rows]}
-                | {"picture_keys": [key for row in rows for key in keys[ends[row] : ends[row + 1]]]}
-                for rows in parts
-            ]
-        except Uncuttable:
-            return [inputs]
 
     def _part_step(self, model: Any, inputs: dict[str, Any], divisor: Any) -> torch.Tensor:
         """Run forward and backward of rows, in fewer at a time if the retry requires. Returns their loss, detached."""

@@ -102,22 +102,21 @@ def test_halves_have_the_loss_and_the_gradients_of_the_whole(
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
 
 
-@pytest.mark.parametrize("family", LAID_OUT)
+@pytest.mark.parametrize("family", ["mllama", "qwen3_vl", "gemma3"])
 def test_short_rows_are_not_padded_to_long_ones(
     family: str, tiny: Callable[..., Path], rows: Path, trained: Trained
 ) -> None:
-    """Two long rows and two short ones of a step train apart, where four at once do not fit, and as they would one by one."""
+    """Long rows and short ones of a step train apart, where four at once do not fit, and as they would one by one; in the second
+    epoch with features from the cache."""
     lines = [json.loads(line) for line in (rows / "metadata.jsonl").read_text().splitlines()]
-    long = [line | {"caption": line["caption"] * (100 if n % 2 else 1)} for n, line in enumerate(lines)]
+    long = [line | {"caption": line["caption"] * (50 if n % 2 else 1)} for n, line in enumerate(lines)]
     (rows / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in long))
-    mixed = {"max_steps": 1, "max_length": 4096}
-    (apart,), (alone,) = (
-        trained(tiny(family), 3, "apart", **mixed),
-        trained(tiny(family), 1, "alone", per_device_train_batch_size=1, **mixed),
-    )
-    assert (apart["micro_batch"], apart["rows"]) == (4, alone["rows"])
-    assert apart["loss"] == pytest.approx(alone["loss"], rel=1e-4)
-    assert apart["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-3)
+    mixed = {"max_steps": 3, "max_length": 4096}
+    parts = trained(tiny(family), 3, "parts", **mixed)
+    for part, one in zip(parts, trained(tiny(family), 1, "ones", per_device_train_batch_size=1, **mixed), strict=True):
+        assert (part["micro_batch"], part["rows"]) == (4, one["rows"])
+        assert part["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert part["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
 
 
 def test_weighted_rows_have_the_loss_of_the_whole_step_too(
