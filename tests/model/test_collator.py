@@ -18,7 +18,7 @@ from job.data.conversations import conversation
 from job.data.images import Bounds
 from job.data.prepare import prepare
 from job.errors import DataError
-from job.model.collator import IGNORE, Collator, finished, render, replacement, tokens, without_end
+from job.model.collator import IGNORE, Collator, adds_bos, encode, finished, render, replacement, tokens, without_end
 from job.model.families import family_of
 from job.model.image_layout import cut
 from job.model.loaded import Loaded
@@ -156,6 +156,23 @@ def test_tokens_are_those_of_the_processors_own_template(family: str, loaded: Lo
         assert ids == reference
     bos = loaded.processor.tokenizer.bos_token_id
     assert bos is None or ids.count(bos) == 1
+
+
+def test_a_batch_is_the_processors_own_bit_for_bit(loaded: Loaded) -> None:
+    """Also where it is written in place (patches/image_processors.py): images of all shapes, one or several of them in a row."""
+    pair = row(2, "Both are clear.", shape=(300, 40))
+    pair["messages"][0]["content"].insert(1, {"type": "image"})
+    pair["images"].append(picture(5, 56, 56))
+    rows = [row(1, shape=(90, 350)), pair, row(3, "No.", shape=(560, 420))]
+    texts, images = [finished(loaded.processor, each["messages"]) for each in rows], [each["images"] for each in rows]
+    given = {"padding": True, "add_special_tokens": adds_bos(loaded.processor, texts[0]), "return_tensors": "pt"}
+    for side in ("left", "right"):
+        own = dict(loaded.processor(text=list(texts), images=images, padding_side=side, **given))
+        made = encode(loaded.processor, texts, images, side=side)
+        assert made.keys() == own.keys()
+        for name, tensor in made.items():
+            assert tensor.dtype == own[name].dtype
+            assert torch.equal(tensor, own[name]), name
 
 
 def test_a_row_over_max_length_is_named(loaded: Loaded) -> None:
