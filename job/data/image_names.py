@@ -53,8 +53,11 @@ class Tree:
         for folder, inner, names in os.walk(self.base, followlinks=True):
             if count > MOST:
                 return {}
-            status = Path(folder).stat()
             inner[:] = sorted(name for name in inner if name[0] != "." and name != "__MACOSX")
+            try:
+                status = Path(folder).stat()
+            except FileNotFoundError:  # another program has removed it meanwhile
+                continue
             if (status.st_dev, status.st_ino) in entered:
                 inner.clear()
                 continue
