@@ -198,6 +198,14 @@ def test_folders_behind_links_are_searched_once(tmp_path: Path):
     assert len(pickle.dumps(Lookup(Tree(tmp_path)))) < 500
 
 
+def test_archives_beside_a_table_that_may_hold_its_images_are_told_by_their_kind_alone(prepared: Any) -> None:
+    with pytest.raises(
+        DataError, match=r"Not read beside the table: 2 × \.tar\.gz, 1 × \.7z; unpack archives"
+    ) as refused:
+        prepared(["a.png", "b.png"], ["Doe_John.tar.gz", "films/2.tar.gz", "films/3.7z"])
+    assert "Doe" not in str(refused.value)
+
+
 def test_a_folder_that_another_program_removes_during_the_search_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
