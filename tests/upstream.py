@@ -48,6 +48,16 @@ ede1dd0395bf rename_source_key job/model/weight_map.py names the files' tensors 
 a4c96b7f56ab convert_and_load_state_dict_in_model job/model/weight_map.py takes the same steps
 transformers.conversion_mapping:
 55a051f01be6 get_model_conversion_mapping job/model/weight_map.py asks it for the steps
+transformers.models.qwen2_vl.image_processing_qwen2_vl:Qwen2VLImageProcessor.
+dc6fbf82d46c _preprocess patches/image_processors.py makes the same numbers
+9fb7b0b9928f patchify patches/image_processors.py makes the same numbers
+transformers.models.mllama.image_processing_mllama:
+b50d5131c5f3 pad_batches_and_tiles patches/image_processors.py makes the same numbers
+transformers.models.mllama.image_processing_mllama:MllamaImageProcessor.
+5e7ff5b7b59b _preprocess patches/image_processors.py makes the same numbers
+transformers.image_processing_backends:TorchvisionBackend.
+d39006d49ecf rescale_and_normalize patches/image_processors.py normalises by the same operations
+d5ee4957e8fe _fuse_mean_std_and_rescale_factor patches/image_processors.py normalises by the same operations
 accelerate.hooks:AlignDevicesHook.
 1ad3adf8ba1d init_hook `waits` (job/model/transformers_backend.py) knows it by `meta`
 """

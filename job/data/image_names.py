@@ -7,6 +7,7 @@ import difflib
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cached_property
@@ -14,7 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-from job.data.layouts import split_of
+from job.data.layouts import packed_as, split_of
 from job.data.pixels import BadRow
 from job.data.webdataset import IMAGES
 from job.data.zipped import Member, images_in
@@ -53,8 +54,11 @@ class Tree:
         for folder, inner, names in os.walk(self.base, followlinks=True):
             if count > MOST:
                 return {}
-            status = Path(folder).stat()
             inner[:] = sorted(name for name in inner if name[0] != "." and name != "__MACOSX")
+            try:
+                status = Path(folder).stat()
+            except FileNotFoundError:  # another program has removed it meanwhile
+                continue
             if (status.st_dev, status.st_ino) in entered:
                 inner.clear()
                 continue
@@ -170,6 +174,16 @@ def nearest(base: Path, name: str) -> str:
     near = base / tree.files[similar[0]][0] if similar else None
     found = str(near or next((folder for folder in (base / name).parents if folder.is_dir()), base))
     return "; ".join([found, *(f"{archive} cannot be opened: copy it again" for archive in tree.unopened)])
+
+
+def packed(base: Path) -> str:
+    """Returns a hint about archives below `base` that may hold the images and are not read; empty if there are none."""
+    names = [name for paths in Tree(base).files.values() for name in paths]
+    endings = Counter(
+        filter(None, (packed_as(name) or (".tar" if name.lower().endswith(".tar") else "") for name in names))
+    )
+    there = ", ".join(f"{count} × {ending}" for ending, count in endings.most_common())
+    return f"Not read beside the table: {there}; unpack archives of images" if there else ""
 
 
 def _parts(name: str) -> Parts:

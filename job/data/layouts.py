@@ -29,10 +29,12 @@ KINDS = {
 SHARDS = {".mds": "MosaicML shards", ".lance": "a Lance table"}
 """Formats beside whose files lie JSON files that are no rows."""
 ANEW = "write it as Parquet, or as WebDataset (.tar)"
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
+"""Archives that cannot be read in place."""
 UNREAD = {
     **dict.fromkeys((".xls", ".xlsb", ".ods"), "save it as .xlsx or CSV"),
     **dict.fromkeys((*SHARDS, ".h5", ".hdf5", ".tfrecord", ".npz", ".npy", ".pkl"), ANEW),
-    **dict.fromkeys((".tgz", ".7z", ".rar"), "unpack it"),
+    **dict.fromkeys(PACKED, "unpack it"),
 }
 """Formats that may hold rows and are not read, with what to do."""
 NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -242,7 +244,7 @@ def _nothing_for(spec: DatasetSpec, split: str, tables: list[Path], files: list[
             f"only tables named after other splits than {split}: {names}; name the split to train on in "
             "dataset.split, or the file itself in dataset.path"
         )
-    there = Counter(file.suffix.lower() or "no ending" for file in files).most_common(5)
+    there = Counter(packed_as(file.name) or file.suffix.lower() or "no ending" for file in files).most_common(5)
     unread = "".join(f"; {ending} is not read: {UNREAD[ending]}" for ending, _ in there if ending in UNREAD)
     found = ", ".join(f"{count} × {suffix}" for suffix, count in there) or "nothing"
     wanted = (
@@ -250,6 +252,11 @@ def _nothing_for(spec: DatasetSpec, split: str, tables: list[Path], files: list[
     )
     wanted = {"auto": wanted, "imagefolder": ", ".join(METADATA)}.get(spec.format, spec.format)
     return f"{found}; expected {wanted}" + ("" if split == TRAIN else f", named after the split {split}") + unread
+
+
+def packed_as(name: str) -> str:
+    """Returns the ending of an archive that cannot be read in place; empty for other files."""
+    return next((ending for ending in PACKED if name.lower().endswith(ending)), "")
 
 
 def _refuse_shards(files: list[Path], here: Path, field: str) -> None:

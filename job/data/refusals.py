@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job.config.schema import JobSpec
 from job.data import BadRows
 from job.data.facts import QuarantinedRow
-from job.data.image_names import MISSING, OUTSIDE
+from job.data.image_names import MISSING, OUTSIDE, packed
 from job.errors import DataError
 from job.runtime.status import on_terminal
 
@@ -58,11 +59,14 @@ def _where_pictures_are(source: Source) -> str:
 
 
 def _first_missing(source: Source, bad: list[QuarantinedRow]) -> str:
-    """Names the first path without a file; on a terminal alone, since names of files may hold the names of patients."""
+    """Names the first path without a file, on a terminal alone, since names of files may hold the names of patients; and kinds of
+    archives beside the table."""
     missing = next((row.row for row in bad if row.reason in (MISSING, OUTSIDE)), None)
     if missing is None:
         return ""
-    return source.tried(missing) if on_terminal() else "On a terminal, job check names the first path that was tried"
+    tried = source.tried(missing) if on_terminal() else "On a terminal, job check names the first path that was tried"
+    hint = packed(source.files.base) if isinstance(source.files.base, Path) else ""
+    return ". ".join(filter(None, [hint, tried]))
 
 
 def _too_many(field: str, bad: list[QuarantinedRow], total: int, allowed: float) -> str:

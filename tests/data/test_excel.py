@@ -137,6 +137,7 @@ def test_without_openpyxl_it_is_told_what_to_install(tmp_path: Path, prepared, m
             r"holds MosaicML shards \(shard\.00000\.mds\.zstd\), which is not read; write it as Par",
         ),
         ("films.lance/data/1.lance", r"holds a Lance table \(1\.lance\), which is not read; write it as Parquet"),
+        ("films.TAR.GZ", r"1 × \.tar\.gz; expected .*; \.tar\.gz is not read: unpack it"),
         ("films.h5", r"\.h5 is not read: write it as Parquet, or as WebDataset"),
     ],
 )
@@ -144,7 +145,7 @@ def test_formats_that_are_not_read_are_refused_by_name(tmp_path: Path, prepared,
     (tmp_path / "d" / "0.png").unlink()
     (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / "d" / name).write_bytes(b"x")
-    if ".h5" not in name and ".xls" not in name:
+    if ".mds" in name or ".lance" in name:
         (tmp_path / "d" / "index.json").write_text(json.dumps({"version": 2, "shards": [{"format": "mds"}]}))
     with pytest.raises(DataError, match=says):
         prepared()

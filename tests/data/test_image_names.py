@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import shutil
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +196,30 @@ def test_folders_behind_links_are_searched_once(tmp_path: Path):
     assert lookup.find("a.png") == str(tmp_path / "set" / "images" / "a.png")
     assert pickle.loads(pickle.dumps(lookup)).find("a") == lookup.find("a.png")
     assert len(pickle.dumps(Lookup(Tree(tmp_path)))) < 500
+
+
+def test_archives_beside_a_table_that_may_hold_its_images_are_told_by_their_kind_alone(prepared: Any) -> None:
+    with pytest.raises(
+        DataError, match=r"Not read beside the table: 2 × \.tar\.gz, 1 × \.7z; unpack archives"
+    ) as refused:
+        prepared(["a.png", "b.png"], ["Doe_John.tar.gz", "films/2.tar.gz", "films/3.7z"])
+    assert "Doe" not in str(refused.value)
+
+
+def test_a_folder_that_another_program_removes_during_the_search_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the data lie folders of other programs: their temporary ones come and go."""
+    for name in ("gone/inside", "images"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "images" / "1.png").touch()
+    walk = os.walk
+
+    def removing(*given: Any, **named: Any) -> Iterator[Any]:
+        for each in walk(*given, **named):
+            if each[0].endswith("gone"):
+                shutil.rmtree(each[0])
+            yield each
+
+    monkeypatch.setattr(os, "walk", removing)
+    assert list(Tree(tmp_path).files) == ["1"]

@@ -18,10 +18,23 @@ from job.data.conversations import conversation
 from job.data.images import Bounds
 from job.data.prepare import prepare
 from job.errors import DataError
-from job.model.collator import IGNORE, Collator, finished, image_token, render, replacement, tokens, without_end
+from job.model.collator import (
+    IGNORE,
+    Collator,
+    adds_bos,
+    encode,
+    finished,
+    image_token,
+    render,
+    replacement,
+    tokens,
+    without_end,
+)
 from job.model.families import family_of
 from job.model.image_layout import cut
+from job.model.image_runs import takes_runs
 from job.model.loaded import Loaded
+from job.model.patches.image_processors import written_in_place
 from job.model.token_length import TokenCounter
 from tests.families import FAMILIES, LAID_OUT
 from tests.tiny import QUESTION, batch, job_spec, load_tiny, picture, row
@@ -156,6 +169,30 @@ def test_tokens_are_those_of_the_processors_own_template(family: str, loaded: Lo
         assert ids == reference
     bos = loaded.processor.tokenizer.bos_token_id
     assert bos is None or ids.count(bos) == 1
+
+
+def test_a_batch_is_the_processors_own_bit_for_bit(loaded: Loaded) -> None:
+    """Also where it is made in another way (image_runs.py, patches/image_processors.py): images of all shapes, one or several of
+    them in a row."""
+    pair = row(2, "Both are clear.", shape=(300, 40))
+    pair["messages"][0]["content"].insert(1, {"type": "image"})
+    pair["images"].append(picture(5, 56, 56))
+    rows = [row(1, shape=(90, 350)), pair, row(3, "No.", shape=(560, 420))]
+    texts, images = [finished(loaded.processor, each["messages"]) for each in rows], [each["images"] for each in rows]
+    given = {"padding": True, "add_special_tokens": adds_bos(loaded.processor, texts[0]), "return_tensors": "pt"}
+    for side in ("left", "right"):
+        own = dict(loaded.processor(text=list(texts), images=images, padding_side=side, **given))
+        made = encode(loaded.processor, texts, images, side=side)
+        assert made.keys() == own.keys()
+        for name, tensor in made.items():
+            assert tensor.dtype == own[name].dtype
+            assert torch.equal(tensor, own[name]), name
+
+
+def test_batches_of_these_families_are_made_the_faster_way(family: str, loaded: Loaded) -> None:
+    assert takes_runs(loaded.processor) == (family not in ("mllama", "gemma3"))
+    own, fast = (type(each.image_processor) for each in (loaded.processor, written_in_place(loaded.processor)))
+    assert (fast is not own) == (own.__name__ in ("Qwen2VLImageProcessor", "MllamaImageProcessor"))
 
 
 def test_a_row_over_max_length_is_named(loaded: Loaded) -> None:
