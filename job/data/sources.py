@@ -124,6 +124,10 @@ class Source:
                     value = self.read(row).get(name)
                 yield value
 
+    def _every_path(self) -> Iterator[str]:
+        for start in range(0, len(self.table.rows), CHUNK):
+            yield from self.paths(list(range(start, min(start + CHUNK, len(self.table.rows)))))
+
     def paths(self, places: list[int]) -> list[str]:
         """Returns the paths of images in these rows, as the rows write them."""
         found = []
@@ -147,6 +151,8 @@ class Source:
             lookup = beside(base, names, named)
         if lookup is None:
             return self
+        if lookup.dropped != 0:
+            lookup = lookup.without_shared(self._every_path())
         decided = f"{self.decided} found in {lookup.folder(names) or lookup.tree.base}"
         return replace(self, files=self.files._replace(base=lookup.tree.base, lookup=lookup), decided=decided)
 
