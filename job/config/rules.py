@@ -99,6 +99,8 @@ def _dataset(data: DatasetSpec) -> Iterator[str]:
     given = {name for name, field in fields if getattr(data, name) != field.get_default()}  # a resolved spec sets all
     if data.eval_path is not None and data.eval_split is not None:
         yield "dataset: eval_path and eval_split both name held-out rows; keep one"
+    if data.eval_split and data.eval_split.strip().casefold() == data.split.strip().casefold():
+        yield f"dataset: eval_split and split both name {data.split}, so every held-out row would be trained on; name another"
     if data.eval_path or data.eval_split:
         for field in sorted({"eval_fraction", "eval_rows", "stratify_column"} & given):
             yield f"dataset: {field} holds out rows of path, but eval_path or eval_split already names held-out rows; remove one"

@@ -45,7 +45,11 @@ def rows_of_workbook(file: Path, field: str, wanted: Selection, check: Check, no
                     heads[sheet.title] = [str("" if name is None else name).strip() for name in head]
             if not heads:
                 return
-            named = lists_of_split([*heads], wanted)
+            try:
+                named = lists_of_split([*heads], wanted)
+            except ValueError as refused:
+                refusal = refused
+                raise
             chosen = named or [_with_answers(heads, wanted.own)]
             rest = [title for title in heads if title not in chosen]
             left = f" (not read: {', '.join(rest)})" if rest else ""

@@ -91,7 +91,7 @@ def guess(path: str, scratch: Path, field: str) -> Guess:
 def held_out(dataset: DatasetSpec, scratch: Path) -> str | None:
     """Returns the split that the data themselves hold out, if any: `test`, else `validation`."""
     train = open_source(dataset, dataset.path, dataset.split, scratch)
-    if not (train.table.left_out or train.reading.split or "not read: " in train.table.why):
+    if not (train.table.left_out or train.reading.splits or "not read: " in train.table.why):
         return None
     for split in ("test", "validation"):
         with suppress(JobError):

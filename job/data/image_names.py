@@ -79,7 +79,7 @@ class Tree:
         if there is None:
             self.unopened.append(whole)
             return []
-        names = [name for name in there if not name.startswith("__MACOSX")]
+        names = [name for name in there if not re.search(r"(^|/)(__MACOSX/|\.[^/]*$)", name)]
         self.zipped |= {str(whole / name): (str(whole), there[name]) for name in names}
         return [f"{archive}/{name}" for name in names]
 
@@ -101,10 +101,24 @@ class Lookup(NamedTuple):
     tree: Tree
     split: str | None = None
     dropped: int | None = 0
+    shared: frozenset[Parts] = frozenset()
+    """Names, without these parts, that different names of the table have in common."""
+
+    def without_shared(self, names: Iterable[str]) -> Lookup:
+        """Returns a lookup that refuses names of which these tell only after the dropped parts that they differ: the only file of
+        that name is the image of one, and nobody knows of which."""
+        first, shared = dict[Parts, Parts](), set[Parts]()
+        for parts in map(_parts, names):
+            rest = self._rest(parts)
+            if first.setdefault(rest, parts) != parts:
+                shared.add(rest)
+        return self._replace(shared=frozenset(shared))
 
     def find(self, name: str) -> str:
         """Returns the path of the only file that a name may mean. Raises BadRow if there is none, or several."""
         found = self._meant(name)
+        if self._rest(_parts(name)) in self.shared:
+            raise BadRow("image paths of different folders end with this name; lay the images out in these folders")
         if len(found) > 1:
             several = "several folders" if len({Path(each).parent for each in found}) > 1 else "several formats"
             raise BadRow(
@@ -126,10 +140,12 @@ class Lookup(NamedTuple):
         return sum(1 / min(len(found), 2) for name in names if (found := self._meant(name)))
 
     def _meant(self, name: str) -> list[str]:
-        parts = _parts(name)
-        found = self.tree.ending(parts[-1:] if self.dropped is None else parts[self.dropped :])
+        found = self.tree.ending(self._rest(_parts(name)))
         own = [path for path in found if split_of(path.rpartition("/")[0]) == self.split] if len(found) > 1 else []
         return own if len(own) == 1 else found
+
+    def _rest(self, parts: Parts) -> Parts:
+        return parts[-1:] if self.dropped is None else parts[self.dropped :]
 
 
 def learned(base: Path, names: list[str], split: str | None = None) -> Lookup | None:

@@ -28,31 +28,39 @@ class Join(NamedTuple):
 def joined(
     parts: Mapping[str, Lines], join: Join, read: Callable[[str], Row], field: str, notes: dict[str, bool]
 ) -> dict[str, Iterator[str]]:
-    """Returns the tables that hold answers. Their rows get the columns of the other tables' rows with the same key: one value, or
-    the list of all. Adds to `notes` what was joined, once the rows are read. Raises DataError if tables cannot be joined."""
+    """Returns the tables that hold answers. Their rows get the columns of the other tables' rows with the same key: the value
+    that all have, or the list of all. Adds to `notes` what was joined, once the rows are read. Raises DataError if tables cannot
+    be joined."""
     columns = {title: _columns(lines, read) for title, lines in parts.items()}
     for title, names in columns.items():
         if join.key not in names:
             key = f"{join.key}{perhaps(join.key, names)}"
             raise DataError(f"{field}: dataset.join is {key}; {title} has no such column, but {', '.join(names)}")
-    used = join.used(dict.fromkeys(name for names in columns.values() for name in names))
     answer = next((name for name in join.answers if any(name in names for names in columns.values())), "")
     main = [title for title, names in columns.items() if answer in names]
     others = [title for title in columns if title not in main]
     if not (main and others):
         raise DataError(
             f"{field}: dataset.join is {join.key}, but there is nothing to join: {', '.join(main or others)} "
-            f"{'all have' if main else 'have no'} column {answer or join.answers[0]}"
+            f"{'all have' if main else 'have no'} column {answer or join.answers[0]}; put the other table (a "
+            "sheet of a workbook as CSV) beside it"
         )
+    used = join.used(dict.fromkeys(name for names in columns.values() for name in names))
     found: dict[str, dict[str, list[Any]]] = {}
     for title in others:
         taken = [name for name in columns[title] if name in used and name != join.key]
         for row in _rows(parts[title], read):
-            values = found.setdefault(_key(row.get(join.key)), {})
+            if not (key := _key(row.get(join.key))):
+                continue
+            values = found.setdefault(key, {})
             for name in taken:
                 values.setdefault(name, []).append(row.get(name))
     said = f"joined with {', '.join(others)} by {join.key}"
-    return {title: _with(parts[title], join.key, found, read, said, notes) for title in main}
+    apart = {
+        title: f"{field}: dataset.join is {join.key}, and no value of it in {title} is in {', '.join(others)}; write them alike"
+        for title in main
+    }
+    return {title: _with(parts[title], join.key, found, read, said, notes, apart[title]) for title in main}
 
 
 def _with(
@@ -62,7 +70,9 @@ def _with(
     read: Callable[[str], Row],
     said: str,
     notes: dict[str, bool],
+    apart: str,
 ) -> Iterator[str]:
+    """Yields rows with the columns of their counterparts. Raises DataError with `apart` if no row has one."""
     count = alone = 0
     for line in lines():
         try:
@@ -72,8 +82,10 @@ def _with(
             continue
         theirs = found.get(_key(row.get(key)))
         count, alone = count + 1, alone + (theirs is None)
-        more = {name: several[0] if len(several) == 1 else several for name, several in (theirs or {}).items()}
+        more = {name: several[0] if _alike(several) else several for name, several in (theirs or {}).items()}
         yield as_line({**more, **row})
+    if alone and alone == count:
+        raise DataError(apart)
     without = f", {alone} of {count} rows without a counterpart" if alone else ""
     notes[f"{said}{without}"] = False
 
@@ -93,6 +105,11 @@ def _rows(lines: Lines, read: Callable[[str], Row]) -> Iterator[Row]:
             continue
 
 
+def _alike(several: list[Any]) -> bool:
+    """Whether all values are one: both films of a study name its patient, who is then "P1", and not "P1, P1"."""
+    return all(value == several[0] for value in several)
+
+
 def _key(value: Any) -> str:
-    """Returns a key as text: 7, 7.0 and "7" are one."""
+    """Returns a key as text: 7, 7.0 and "7" are one. Rows whose key is empty have no counterpart."""
     return as_text(int(value) if isinstance(value, float) and value.is_integer() else value)

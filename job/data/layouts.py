@@ -11,6 +11,7 @@ from pathlib import Path
 
 from job.config.schema import DatasetSpec
 from job.data.cards import files_by_split
+from job.data.split import same_name
 from job.data.text import encoding_of, ending_of
 from job.errors import DataError
 
@@ -222,10 +223,17 @@ def values_of_split(values: Iterable[str], split: str, own: str | None, held_out
     `train`, all but those of other splits and `own`, the name of held-out rows; for held-out rows see `of_split`."""
     known = set(values)
     if split_of(split) != TRAIN:
-        return {split} & known or {value for value in known if split_of(split) and split_of(value) == split_of(split)}
+        return {value for value in known if _same(value, split)} or {
+            value for value in known if split_of(split) and split_of(value) == split_of(split)
+        }
     if held_out:
         return {name[:-1] for name in of_split([f"{value}/" for value in known], split, held_out)}
-    return {value for value in known if split_of(value) in (None, TRAIN) and value != own}
+    return {value for value in known if split_of(value) in (None, TRAIN) and not (own and _same(value, own))}
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two names of a split or fold are one: `External` and `external `, 2 and 2.0."""
+    return re.sub(r"^(\d+)\.0+$", r"\1", same_name(one)) == re.sub(r"^(\d+)\.0+$", r"\1", same_name(other))
 
 
 def _files_of_split(files: list[Path], root: Path, split: str, held_out: bool) -> list[Path]:

@@ -24,6 +24,7 @@ brighter than all others."""
 AIR = (-3100, -900)
 """Bounds of the lowest value of a volume in Hounsfield units: air, or what scanners put outside their circle. NIfTI names no
 modality, and no other has such values."""
+NO_VALUE = -(2**15)
 THICK = 1.5
 """How much thicker than wide a voxel is along the axis in which a volume was acquired slice by slice."""
 AXIAL = 2
@@ -54,8 +55,12 @@ def frames(data: bytes, spec: DatasetSpec) -> list[Picture]:
         check_size(shape[across], shape[down], spec)
         values = np.asarray(volume.dataobj[(..., *[0] * (len(volume.shape) - 3))])
         stack = np.moveaxis(values.reshape(shape), axis, 0)
-        chosen = [_numbers(stack[n]) for n in choose(shape[axis], spec.dicom.frames)]
-        in_hounsfield = AIR[0] <= stack.min() <= AIR[1]
+        if stack.dtype.fields or np.iscomplexobj(stack):
+            raise BadRow("NIfTI: voxels are colours or complex numbers")
+        there = stack[_there(stack)]
+        lowest = float(there.min()) if there.size else 0.0
+        chosen = [_numbers(stack[n], lowest) for n in choose(shape[axis], spec.dicom.frames)]
+        in_hounsfield = AIR[0] <= lowest <= AIR[1]
     except BadRow:
         raise
     except Exception as error:  # nibabel may raise anything on a broken file
@@ -70,10 +75,14 @@ def frames(data: bytes, spec: DatasetSpec) -> list[Picture]:
     return pictures
 
 
-def _numbers(values: NDArray[Any]) -> NDArray[np.float32]:
-    if values.dtype.fields or np.iscomplexobj(values):
-        raise BadRow("NIfTI: voxels are colours or complex numbers")
-    return np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
+def _there(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Where a volume has values: not where programs wrote NaN, infinity or the lowest number of 16 bits for no value."""
+    return np.asarray(np.isfinite(values) & (values != NO_VALUE))
+
+
+def _numbers(values: NDArray[Any], lowest: float) -> NDArray[np.float32]:
+    """Returns voxels with `lowest`, that of the volume, where there is no value: black, as around the patient."""
+    return np.where(_there(values), values, lowest).astype(np.float32)
 
 
 def _shades(values: NDArray[np.float32], in_hounsfield: bool, spec: DatasetSpec) -> NDArray[np.uint8]:

@@ -21,13 +21,13 @@ CONVERSATIONS = ("messages", "conversations")
 @dataclass(frozen=True)
 class Reading:
     """Which columns mean what: either `messages`, or instruction and answer as in the spec. `used` holds all columns that make up
-    a row; `split` is a column that names a row's split."""
+    a row; `splits` are columns that name a row's split."""
 
     images: tuple[str, ...]
     answer: str
     messages: str | None = None
     used: frozenset[str] = frozenset()
-    split: str | None = None
+    splits: tuple[str, ...] = ()
 
 
 def choose_columns(
@@ -69,8 +69,10 @@ def choose_columns(
         messages or answer if spec.answer is None or messages else ""
     }
     used |= {SYSTEM} & present if messages else set()
-    split = next((name for name in sorted(present) if name.lower() in SPLIT), None)
-    return Reading(tuple(name for name in names if name), answer, messages, frozenset(used - {""}), split)
+    splits = sorted(
+        (name for name in present if name.lower() in SPLIT), key=lambda name: (SPLIT.index(name.lower()), name)
+    )
+    return Reading(tuple(name for name in names if name), answer, messages, frozenset(used - {""}), tuple(splits))
 
 
 def perhaps(name: str, present: Iterable[str]) -> str:

@@ -24,7 +24,7 @@ from job.data.image_cache import ImageCache
 from job.data.image_names import SAMPLED, beside, learned, nearest
 from job.data.images import AS_IT_IS, Bounds, Files, Place, locate, path_of
 from job.data.joined import Join
-from job.data.layouts import find_rows, listed, of_split, split_of, tables_below, values_of_split
+from job.data.layouts import TRAIN, find_rows, listed, of_split, split_of, tables_below, values_of_split
 from job.data.nested import Selection, flat
 from job.data.pixels import BadRow
 from job.data.reading import Reading, answer_columns, choose_alike, choose_columns
@@ -96,21 +96,35 @@ class Source:
         return values | plain | {name: named(values.get(name), kind, name) for name, kind in classes.items()}
 
     def of_split(self, spec: DatasetSpec, split: str) -> Source:
-        """Selects the rows that the table's own column puts in the split, if it puts any there. Raises DataError if the split is
-        nowhere."""
-        column, table = self.reading.split, self.table
-        said = [as_text(value) for value in self._column(column)] if column else []
-        chosen = values_of_split(said, split, spec.eval_split, self.field == "dataset.eval_path")
-        chosen |= set() if table.unless else {""}  # its file is named after the split
-        kept = [place for place, value in enumerate(said) if value in chosen]
-        if table.unless and not kept:
-            values = f"; column {column} says {listed(sorted(set(said) - {''}))}" if column else ""
-            raise DataError(f"{self.field}: {table.unless}{values}")
-        if len(kept) in (0, len(said)):
-            return self
-        left = Counter(value for value in said if value not in chosen).most_common()
-        rest = listed([f"{count} rows of {value or 'no split'}" for value, count in left])
-        read = listed([value or "no split" for value in sorted(chosen & set(said))])
+        """Selects the rows that the table's own columns put in the split, if they put any there: those that no column puts in
+        another split than `train`, or those that the first column with any other split puts there. Raises DataError if the split
+        is nowhere."""
+        found, values, named = self, "", False
+        for column in self.reading.splits:
+            said = [
+                {as_text(each) for each in (value if isinstance(value, list) else [value])}
+                for value in found._column(column)
+            ]
+            known = set[str]().union(*said)
+            chosen = values_of_split(known, split, spec.eval_split, self.field == "dataset.eval_path")
+            chosen |= set() if self.table.unless else {""}  # its file is named after the split
+            kept = [place for place, each in enumerate(said) if each <= chosen]
+            values += f"; column {column} says {listed(sorted(known - {''}))}"
+            named = named or bool(kept)
+            if len(kept) not in (0, len(said)):
+                found = found._only(column, said, kept)
+            if kept and split_of(split) != TRAIN:
+                break
+        if self.table.unless and not named:
+            raise DataError(f"{self.field}: {self.table.unless}{values}")
+        return found
+
+    def _only(self, column: str, said: list[set[str]], kept: list[int]) -> Source:
+        """Keeps rows by what the column says of each."""
+        table, names = self.table, [", ".join(sorted(each - {""})) for each in said]
+        left = Counter(names) - Counter(names[place] for place in kept)
+        rest = listed([f"{count} rows of {value or 'no split'}" for value, count in left.most_common()])
+        read = listed([value or "no split" for value in sorted({names[place] for place in kept})])
         why = f"{table.why}; {len(kept)} rows of {read} by column {column} (not read: {rest})"
         found = table.found._replace(rows=table.rows.select(kept))
         table = replace(table, found=found, why=why, left_out=(*table.left_out, rest))
@@ -123,6 +137,10 @@ class Source:
                 with suppress(BadRow):
                     value = self.read(row).get(name)
                 yield value
+
+    def _every_path(self) -> Iterator[str]:
+        for start in range(0, len(self.table.rows), CHUNK):
+            yield from self.paths(list(range(start, min(start + CHUNK, len(self.table.rows)))))
 
     def paths(self, places: list[int]) -> list[str]:
         """Returns the paths of images in these rows, as the rows write them."""
@@ -147,6 +165,8 @@ class Source:
             lookup = beside(base, names, named)
         if lookup is None:
             return self
+        if lookup.dropped != 0:
+            lookup = lookup.without_shared(self._every_path())
         decided = f"{self.decided} found in {lookup.folder(names) or lookup.tree.base}"
         return replace(self, files=self.files._replace(base=lookup.tree.base, lookup=lookup), decided=decided)
 
@@ -199,12 +219,11 @@ def open_source(
 
     def choose(tables: dict[str, tuple[str, ...]]) -> Iterable[str]:
         reading = choose_alike(tables, spec, field, also)
-        everywhere = all(reading.split in columns for columns in tables.values())
-        return reading.used | ({reading.split} if reading.split and everywhere else set())
+        return reading.used | set.intersection({*reading.splits}, *map(set, tables.values()))
 
     def used(columns: Iterable[str]) -> frozenset[str]:
         reading = choose_columns(columns, spec, field, also)
-        return reading.used | ({reading.split} if reading.split else set())
+        return reading.used | {*reading.splits}
 
     join = Join(spec.join, answer_columns(spec), used) if spec.join else None
     table = _open(spec, path, split, scratch, field, choose, join)

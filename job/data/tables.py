@@ -10,7 +10,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -167,10 +167,10 @@ def _csv_lines(stream: Iterator[str]) -> Iterator[str]:
         delimiter = csv.Sniffer().sniff(head, ",;\t|").delimiter
     except csv.Error:
         delimiter = ","
-    names = next(csv.reader([head], delimiter=delimiter, skipinitialspace=True), [])
-    _checked_names(names)
     # Strict: a quote that is never closed would swallow the rows after it.
-    for row in csv.DictReader(stream, names, delimiter=delimiter, strict=True, skipinitialspace=True):
+    rows = csv.DictReader(chain([head], stream), delimiter=delimiter, strict=True, skipinitialspace=True)
+    _checked_names(list(rows.fieldnames or ()))  # one may hold line breaks
+    for row in rows:
         yield as_line(None if None in row else row)
 
 

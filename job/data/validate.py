@@ -128,7 +128,7 @@ def validate_rows(
     refuse_unusable(source, spec, good, bad, burned, total)
     facts = replace(
         _facts(good, bad, spec, there),
-        split_column=source.reading.split,
+        split_column=next(iter(source.reading.splits), None),
         decoders=decoders,
         shrunk=_shrunk(good, source, dataset, measure),
     )
@@ -170,6 +170,8 @@ def _examine(
         group = _needed(values, dataset.group_column)
         if not same_name(group):
             raise BadRow(f"no {dataset.group_column}")
+        if isinstance(several := values[dataset.group_column], list) and len({*map(as_text, several)} - {""}) > 1:
+            raise BadRow(f"{dataset.group_column} has several values, and a row can be in one group only")
         keys = (group, *keys)
     elif values.get(PATIENT):
         keys = (values[PATIENT], *keys)
@@ -182,7 +184,7 @@ def _examine(
     digest, lossy = hashlib.sha256(text.encode()).hexdigest(), "\\ufffd" in text
     identity = row_identity(pictures, [digest, sample.weight])
     absolute = any(is_absolute(image, source.files) for image in sample.images)
-    other = _other_split(values.get(source.reading.split or ""), dataset.split)
+    other = _other_split([values.get(name) for name in source.reading.splits], dataset.split)
     return ValidatedRow(
         index,
         keys,
@@ -205,9 +207,10 @@ def _examine(
     )
 
 
-def _other_split(said: Any, split: str) -> str:
-    own, wanted = split_of(said) if isinstance(said, str) else None, split_of(split)
-    return own if own and wanted and own != wanted else ""
+def _other_split(said: list[Any], split: str) -> str:
+    wanted = split_of(split)
+    named = (split_of(each) for each in said if isinstance(each, str))
+    return next((own for own in named if own and wanted and own != wanted), "")
 
 
 def _length(

@@ -19,6 +19,8 @@ from job.runtime.staging import check_room, only_one
 HEADER = struct.Struct("<4s22xHH")
 """A local file header: its signature, and the lengths of name and extra field that follow it (APPNOTE 4.3.7)."""
 LOCAL = b"PK\3\4"
+ENCRYPTED = -1
+"""In place of the method of a file that needs a password."""
 DAMAGED = "image in a zip archive is damaged"
 
 
@@ -33,23 +35,37 @@ class Member(NamedTuple):
 
 
 def images_in(archive: Path) -> dict[str, Member] | None:
-    """Returns the images in an archive by name, without encrypted ones; None if it cannot be opened."""
+    """Returns the images in an archive by name; None if it cannot be opened."""
     try:
         with zipfile.ZipFile(archive) as opened:
             there = opened.infolist()
     except Exception:  # zipfile may raise anything on a broken archive
         return None
     return {
-        each.filename: Member(each.header_offset, each.compress_size, each.file_size, each.compress_type, each.CRC)
+        _with_slashes(each.filename): Member(
+            each.header_offset,
+            each.compress_size,
+            each.file_size,
+            ENCRYPTED if each.flag_bits & 1 else each.compress_type,
+            each.CRC,
+        )
         for each in there
         if ending_of(each.filename) in IMAGES
-        and not each.flag_bits & 1
-        and each.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
     }
 
 
+def _with_slashes(name: str) -> str:
+    """Returns a name as the format wants it: programs of Windows write backslashes (APPNOTE 4.4.17.1)."""
+    return name.replace("\\", "/")
+
+
 def read_member(file: int, member: Member) -> bytes:
-    """Reads a file of the archive with this descriptor. Raises BadRow if it is not what the archive's directory says."""
+    """Reads a file of the archive with this descriptor. Raises BadRow if it is not what the directory says, or cannot be
+    unpacked here."""
+    if member.method == ENCRYPTED:
+        raise BadRow("image is in a zip archive with a password; unpack it")
+    if member.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise BadRow("image is in a zip archive that is packed in a rare way; unpack it")
     check_bytes(max(member.size, member.packed))
     try:
         mark, name, extra = HEADER.unpack(os.pread(file, HEADER.size, member.offset))
@@ -76,6 +92,10 @@ def unpacked(archive: Path, scratch: Path, field: str) -> Path:
             try:
                 with zipfile.ZipFile(archive) as packed:
                     members = packed.infolist()
+                    if any(member.flag_bits & 1 for member in members):
+                        raise DataError(f"{field}: {archive} has a password; unpack it, and name the folder")
+                    for member in members:
+                        member.filename = _with_slashes(member.filename)
                     pictures = [each.file_size for each in members if Path(each.filename).suffix.lower()[1:] in IMAGES]
                     if (largest := max(pictures, default=0)) > LARGEST:
                         raise DataError(
@@ -84,11 +104,13 @@ def unpacked(archive: Path, scratch: Path, field: str) -> Path:
                         )
                     need = sum(member.file_size for member in members)
                     check_room(need, folder, f"{field}: {archive}, unpacked,")
-                    packed.extractall(partial)
+                    packed.extractall(partial, members)
             except JobError:
                 raise
-            except Exception as error:  # zipfile may raise anything on a broken archive
-                raise DataError(f"{field}: {archive} cannot be unpacked: {error}") from error
+            except Exception as error:  # zipfile may raise anything on a broken archive, and name its files
+                raise DataError(
+                    f"{field}: {archive} cannot be unpacked; copy it again, or unpack it yourself"
+                ) from error
             partial.rename(folder)
     inside = [path for path in folder.iterdir() if path.name not in ("__MACOSX", ".DS_Store")]
     return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder

@@ -109,6 +109,7 @@ def test_a_file_that_is_no_spec_is_called_by_its_name(tmp_path: Path, text: str,
         ("model: {name_or_path: m, backend: unsloth, precision: 32bit}", "not 32bit"),
         ("dataset: {path: d, eval_path: e, eval_split: s}", "keep one"),
         ("dataset: {path: d, eval_path: e, eval_fraction: 0.5}", "remove one"),
+        ("dataset: {path: d, eval_split: Train}", "every held-out row would be trained on"),
         ("lora: {finetune_attention_modules: false, finetune_mlp_modules: false}", "nothing would be trained"),
         (
             "lora: {finetune_expert_modules: true}",

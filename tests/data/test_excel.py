@@ -67,6 +67,12 @@ def test_the_sheet_with_answers_is_read_and_the_others_are_named(tmp_path: Path,
     assert ([row["reference"] for row in data.evaluation], learned(data)) == (["t"], ["a"])
 
 
+def test_a_workbook_without_a_sheet_of_the_split_is_not_called_broken(tmp_path: Path, prepared):
+    workbook(tmp_path / "d" / "r.xlsx", Train=[HEAD, ("0.png", "a")], Notes=[("x",)])
+    with pytest.raises(DataError, match=r"r\.xlsx cannot be read: it holds the splits Train, and not test"):
+        prepared(eval_split="test")
+
+
 def test_a_workbook_beside_a_table_is_read_only_where_it_is_named(tmp_path: Path, prepared):
     workbook(tmp_path / "d" / "Data dictionary.xlsx", Sheet1=[HEAD, ("0.png", "x")])
     (tmp_path / "d" / "~$reports.xlsx").write_bytes(b"a lock of Excel")

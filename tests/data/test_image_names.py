@@ -20,6 +20,7 @@ from job.data.image_names import Lookup, Tree, learned
 from job.data.prepare import prepare
 from job.errors import DataError
 from tests.data.test_data import png
+from tests.data.test_sources import encrypted
 
 
 @pytest.fixture
@@ -90,7 +91,8 @@ def pack(folder: Path, archive: str, names: dict[str, int], packing: int = zipfi
             {"images.zip": {"images/a.png": 0, "images/b.png": 1}},
             "images.zip/images/",
         ),
-        (["a", "b"], {"0.zip": {"a.png": 0}, "1.zip": {"b.png": 1, "__MACOSX/b.png": 2}}, ""),
+        (["a", "b"], {"0.zip": {"a.png": 0}, "1.zip": {"b.png": 1, "__MACOSX/b.png": 2, "x/__MACOSX/b.png": 3}}, ""),
+        (["x/a.png", "x/b.png"], {"0.zip": {"set\\x\\a.png": 0, "set\\x\\b.png": 1}}, "0.zip/set/x/"),
     ],
 )
 def test_images_in_zips_are_read_where_they_are(prepared, tmp_path: Path, names: list[str], archives: Any, where: str):
@@ -116,6 +118,24 @@ def test_a_damaged_archive_spoils_its_rows_and_one_that_cannot_be_opened_is_name
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with pytest.raises(DataError, match=r"images\.zip cannot be opened: copy it again$"):
         prepared(["a.png", "b.png"], [])
+
+
+@pytest.mark.parametrize("how", ["with a password", "that is packed in a rare way"])
+def test_what_an_archive_does_not_give_away_is_told(prepared, tmp_path: Path, how: str):
+    pack(tmp_path / "set", "images.zip", {"a.png": 0}, zipfile.ZIP_STORED if "password" in how else zipfile.ZIP_LZMA)
+    archive = tmp_path / "set" / "images.zip"
+    if "password" in how:
+        archive.write_bytes(encrypted(archive.read_bytes()))
+    with pytest.raises(DataError, match=rf"image is in a zip archive {how}; unpack it"):
+        prepared(["a.png"], [])
+
+
+def test_the_only_file_of_a_name_is_not_the_image_of_two_paths(prepared):
+    """Whoever moved all images into one folder overwrote those of the same name. The second path is none of those sampled."""
+    names = [f"/mnt/p{n}/{3 if n == 99 else n}.png" for n in range(100)]
+    data = prepared(names, [f"images/{n}.png" for n in range(99)], max_bad_fraction=0.5)
+    assert [row.row for row in data.quarantined] == [3, 99]
+    assert len(greys(data)) == 98
 
 
 def test_a_missing_image_is_not_replaced_by_one_of_the_same_name(prepared):

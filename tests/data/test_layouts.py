@@ -253,6 +253,57 @@ def test_tables_are_joined_by_a_column_they_share(tmp_path: Path, prepared):
         prepared("e", join="uid", image_column="image", answer_column="caption")
 
 
+def test_rows_without_a_key_are_joined_with_nothing(tmp_path: Path, prepared):
+    write(tmp_path / "d", films_DOT_csv=[{"uid": uid, "image": "0.png"} for uid in ("", " ", 1)])
+    write(tmp_path / "d", reports_DOT_csv=[{"uid": uid, "caption": f"r{uid}"} for uid in ("", 1)])
+    data = prepared(join="uid", max_bad_fraction=0.5)
+    assert (learned(data), [row.reason for row in data.quarantined]) == (["r1"], ["no image"])
+    write(tmp_path / "d", reports_DOT_csv=[{"uid": uid, "caption": "r"} for uid in ("001", "002")])
+    with pytest.raises(DataError, match=r"no value of it in reports\.csv is in films\.csv; write them alike"):
+        prepared(join="uid")
+
+
+def test_a_patient_and_a_fold_are_those_of_all_films_of_a_study(tmp_path: Path, prepared):
+    films = [
+        (1, "P1", 0),
+        (1, "P1", 0),
+        (2, "P1", 0),
+        (3, "P2", 1),
+        (3, "P2", 1),
+        (4, "P3", 1),
+        (4, "P4", 2),
+        (5, "P5", 2),
+    ]
+    made = [{"uid": uid, "image": "0.png", "who": who, "fold": fold} for uid, who, fold in films]
+    write(tmp_path / "d", films_DOT_csv=made, reports=[{"uid": n, "caption": f"r{n}"} for n in range(1, 6)])
+    how: Row = {"join": "uid", "group_column": "who", "max_bad_fraction": 0.5, "image_column": "image"}
+    data = prepared(**how)
+    assert [row["unit"] for row in data.train] == [0, 0, 2, 3]
+    assert [row.reason for row in data.quarantined] == ["who has several values, and a row can be in one group only"]
+    data = prepared(**how, eval_split="1")
+    assert ([row["reference"] for row in data.evaluation], learned(data)) == (["r3"], ["r1", "r2", "r5"])
+
+
+@pytest.mark.parametrize("ending", ["csv", "json"])
+def test_of_a_split_and_a_fold_neither_is_forgotten(tmp_path: Path, prepared, ending: str):
+    made = [row for n in range(4) for row in rows(f"a{n}", fold=n % 2, split="train" if n < 3 else "test")]
+    write(tmp_path / "d", **{f"r_DOT_{ending}" if ending == "csv" else "r": made})
+    assert learned(prepared()) == ["a0", "a1", "a2"]
+    for split, held, trained in (("test", ["a3"], ["a0", "a1", "a2"]), ("1", ["a1", "a3"], ["a0", "a2"])):
+        data = prepared(eval_split=split)
+        assert ([row["reference"] for row in data.evaluation], learned(data)) == (held, trained)
+    with pytest.raises(DataError, match="column split says test, train; column fold says 0, 1"):
+        prepared(eval_split="7")
+
+
+@pytest.mark.parametrize(("split", "spelled"), [("external", "EXTERNAL "), ("2", "2.0"), ("Test", "test")])
+def test_a_split_that_is_spelled_in_two_ways_is_one(tmp_path: Path, prepared, split: str, spelled: str):
+    made = rows("a", split="site A") + rows("b", split=split) + rows("c", split=spelled)
+    write(tmp_path / "d", r=made)
+    data = prepared(eval_split=split)
+    assert ([row["reference"] for row in data.evaluation], learned(data)) == (["b", "c"], ["a"])
+
+
 def test_tables_that_could_be_joined_are_told_so(tmp_path: Path, prepared):
     write(tmp_path / "d", films_DOT_csv=[{"uid": 1, "image": "0.png"}], reports_DOT_csv=[{"uid": 1, "caption": "a"}])
     with pytest.raises(DataError, match=r"or join them by a column that both have \(uid\): dataset\.join"):

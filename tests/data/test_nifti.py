@@ -60,6 +60,14 @@ def test_slices_are_those_of_the_acquisition(zooms: tuple[float, ...], shape: tu
     assert shades[-1, -1] == 0
 
 
+@pytest.mark.parametrize("nothing", [np.nan, np.inf, -(2**15)])
+def test_voxels_without_a_value_are_as_dark_as_air_and_change_no_other(nothing: float):
+    scan = np.where(marked() == 1000, 60, -1000).astype(np.float32)
+    whole = np.asarray(pictures(made(scan), frames=[-1])[0])
+    scan[:3] = nothing
+    assert (np.asarray(pictures(made(scan), frames=[-1])[0]) == whole).all()
+
+
 def test_voxels_that_are_not_square_are_stretched_and_a_window_is_kept():
     (picture,) = pictures(made(marked(), zooms=(1, 1.25, 2)), window=(550, 1800))
     assert picture.size == (20, 20)

@@ -339,12 +339,25 @@ def test_a_zip_that_does_not_fit_scratch_is_not_unpacked(tmp_path: Path, prepare
     assert not list((tmp_path / "scratch" / "fetched").rglob("large.png"))
 
 
+def encrypted(archive: bytes) -> bytes:
+    """Sets the flag of a password in every header of a zip archive."""
+    for mark, place in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        first, *parts = archive.split(mark)
+        archive = b"".join([first, *(mark + part[: place - 4] + b"\1" + part[place - 3 :] for part in parts)])
+    return archive
+
+
 def test_a_zip_is_the_folder_in_it(tmp_path: Path, prepared):
     folder_of(rows_of(3), tmp_path / "x" / "chest")
     archive = Path(shutil.make_archive(str(tmp_path / "chest"), "zip", tmp_path / "x"))
     assert [answer for answer, _ in shades(prepared(archive))] == ["caption 0", "caption 1", "caption 2"]
+    archive.write_bytes(archive.read_bytes().replace(b"chest/", b"chest\\"))
+    assert [answer for answer, _ in shades(prepared(archive))] == ["caption 0", "caption 1", "caption 2"]
+    archive.write_bytes(encrypted(archive.read_bytes()))
+    with pytest.raises(DataError, match=r"chest\.zip has a password; unpack it, and name the folder"):
+        prepared(archive)
     archive.write_bytes(archive.read_bytes()[:200])
-    with pytest.raises(DataError, match=r"chest\.zip cannot be unpacked: File is not a zip file"):
+    with pytest.raises(DataError, match=r"chest\.zip cannot be unpacked; copy it again"):
         prepared(archive)
 
 
@@ -390,6 +403,8 @@ def test_odd_tables_are_read(tmp_path: Path, prepared):
     assert shades(prepared(folder / "b.jsonl")) == [("a\u2028b", [0])]
     (folder / "c.csv").write_text('image, caption\n0.png, "a, b"\n')
     assert shades(prepared(folder / "c.csv")) == [("a, b", [0])]
+    (folder / "d.csv").write_text('"image","the\ncaption"\n"0.png","a\nb"\n')
+    assert shades(prepared(folder / "d.csv", answer_column="the\ncaption")) == [("a\nb", [0])]
 
 
 def test_values_of_a_stranger_are_bad_rows_at_most(tmp_path: Path, prepared):
