@@ -128,6 +128,7 @@ def validate_rows(
     facts = replace(
         _facts(good, bad, spec, there),
         split_column=source.reading.split,
+        filtered=source.table.filtered,
         decoders=decoders,
         shrunk=_shrunk(good, source, dataset, measure),
     )
