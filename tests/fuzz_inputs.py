@@ -823,6 +823,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
         {"answer": "{label}: {x}"},
         {"image_column": "x"},
     ),
+    *({"filter": {"label": ["a", True], "x": "1"}}, {"dropna": ["history", "patient"]}),
     *(
         {"image_column": None},
         {"image_column": ["file_name", "x"]},

@@ -106,6 +106,8 @@ def _dataset(data: DatasetSpec) -> Iterator[str]:
             yield f"dataset: {field} holds out rows of path, but eval_path or eval_split already names held-out rows; remove one"
     if data.eval_rows is not None and "eval_fraction" in given:
         yield "dataset: eval_fraction and eval_rows both set how many rows are held out; keep one"
+    for column in [column for column, values in data.filter.items() if values == []]:
+        yield f"dataset: filter names no value of {column}, so no row would be left; name one, or remove the column"
     if data.messages_column is not None:
         for field in sorted({"answer", "answer_column", "instruction", "instruction_column"} & given):
             yield f"dataset: {field} has no effect with messages_column; remove one"

@@ -188,6 +188,11 @@ class DatasetSpec(Section):
     """Rows with the same value in this column (a patient) are never on both sides of the split."""
     dicom: DicomSpec = DicomSpec()
     """Options for DICOM files."""
+    filter: dict[str, str | bool | list[str | bool]] = {}
+    """Use only rows whose columns have these values: `{q_lang: en, view: [PA, AP]}`. Letter case does not matter, and a list in a
+    cell needs one of them. Holds for held-out rows too."""
+    dropna: list[str] = []
+    """Use only rows in which none of these columns is empty, as pandas' `dropna(subset=…)`. Holds for held-out rows too."""
     max_rows: Count | None = None
     """Use only this many rows from the start, for a trial."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)

@@ -85,6 +85,8 @@ class SplitFacts:
     """Rows with an image of one colour throughout."""
     default_window: int = 0
     """Rows with a CT image that has no window."""
+    filtered: int = 0
+    """Rows left out by `dataset.filter` and `dataset.dropna`, which are counted nowhere else."""
     tokens: TokenFacts | None = None
     images: ImageFacts | None = None
     shrunk: ShrunkFacts | None = None
@@ -138,6 +140,7 @@ BOTH = (
     "absolute",
     "blank",
     "default_window",
+    "filtered",
 )
 """Facts that count training rows and the user's held-out rows together."""
 NULLS = ("split_column", "instruction")

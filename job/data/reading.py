@@ -60,6 +60,8 @@ def choose_columns(
         wanted |= {f"dataset.instruction has {{{name}}}": name for name in FIELD.findall(spec.instruction)}
         wanted |= {f"dataset.answer has {{{name}}}": name for name in FIELD.findall(spec.answer or "")}
         wanted |= {} if spec.answer else {f"dataset.answer_column is {answer}": answer}
+    wanted |= {f"dataset.filter has {name}": name for name in spec.filter}
+    wanted |= {f"dataset.dropna has {name}": name for name in spec.dropna}
     wanted |= also
     missing = [where for where, column in wanted.items() if column is not None and column not in present]
     if missing:

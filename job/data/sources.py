@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from job.config.schema import DatasetSpec, PrivacySpec
 from job.data.cards import classes_noted
-from job.data.cells import as_text, images_of
+from job.data.cells import as_text, images_of, several
 from job.data.classes import kinds_of, named
 from job.data.columns import FIRST, Choose, Rows, every, first_rows, undecoded
 from job.data.conversations import read_sample
 from job.data.encoded import looks_like_picture
+from job.data.filtered import filtered
 from job.data.floats import Floats, floats_of
 from job.data.hub import from_hub, not_there
 from job.data.image_cache import ImageCache
@@ -62,6 +63,8 @@ class Table:
     """Whether the spec names the only file, and not its folder."""
     unless: str = ""
     """What is wrong unless a column says which rows are of the split."""
+    filtered: int = 0
+    """Rows that `dataset.filter` and `dataset.dropna` leave out."""
 
     @property
     def rows(self) -> Dataset:
@@ -101,10 +104,7 @@ class Source:
         is nowhere."""
         found, values, named = self, "", False
         for column in self.reading.splits:
-            said = [
-                {as_text(each) for each in (value if isinstance(value, list) else [value])}
-                for value in found._column(column)
-            ]
+            said = [{*cells[column]} or {""} if cells else {""} for cells in found.cells_of([column])]
             known = set[str]().union(*said)
             chosen = values_of_split(known, split, spec.eval_split, self.field == "dataset.eval_path")
             chosen |= set() if self.table.unless else {""}  # its file is named after the split
@@ -126,17 +126,24 @@ class Source:
         rest = listed([f"{count} rows of {value or 'no split'}" for value, count in left.most_common()])
         read = listed([value or "no split" for value in sorted({names[place] for place in kept})])
         why = f"{table.why}; {len(kept)} rows of {read} by column {column} (not read: {rest})"
-        found = table.found._replace(rows=table.rows.select(kept))
-        table = replace(table, found=found, why=why, left_out=(*table.left_out, rest))
+        return self.selected(kept, why, left_out=(*table.left_out, rest))
+
+    def selected(self, kept: list[int], why: str, **changes: Any) -> Source:
+        """Selects rows by index; `why` then describes how the table was read, and `changes` are fields of it."""
+        found = self.table.found._replace(rows=self.table.rows.select(kept))
+        table = replace(self.table, found=found, why=why, **changes)
         return replace(self, table=table, decided=self.decided.replace(self.table.why, why, 1))
 
-    def _column(self, name: str) -> Iterator[Any]:
+    def cells_of(self, columns: Iterable[str]) -> Iterator[dict[str, list[str]] | None]:
+        """Yields the texts in these cells of each row, several for a list; None for a row that cannot be read."""
+        names = [*columns]
         for start in range(0, len(self.table.rows), CHUNK):
             for row in self.rows_at(list(range(start, min(start + CHUNK, len(self.table.rows))))):
-                value = None
-                with suppress(BadRow):
-                    value = self.read(row).get(name)
-                yield value
+                cells = None
+                with suppress(BadRow, RecursionError):
+                    values = self.read(row)
+                    cells = {name: _texts(values.get(name)) for name in names}
+                yield cells
 
     def _every_path(self) -> Iterator[str]:
         for start in range(0, len(self.table.rows), CHUNK):
@@ -202,6 +209,14 @@ class Source:
         return [*found.values()]
 
 
+def _texts(cell: Any) -> list[str]:
+    """Returns the texts in a cell, several for a list; none for values nested too deeply."""
+    try:
+        return several(cell, None) or [as_text(cell)]
+    except RecursionError:
+        return []
+
+
 def open_source(
     spec: DatasetSpec,
     path: str,
@@ -243,7 +258,7 @@ def open_source(
         what = "answers by template"
     images = f"images in {', '.join(reading.images)}" if reading.images else "no images"
     source = Source(table, files, reading, f"{table.why}; {what}, {images}", field, table.found.floats)
-    return source.of_split(spec, split).with_lookup(split)
+    return filtered(source.of_split(spec, split), spec).with_lookup(split)
 
 
 def open_whole(path: str, scratch: Path, field: str) -> tuple[Source, dict[str, tuple[str, ...]]]:

@@ -129,6 +129,7 @@ def validate_rows(
     facts = replace(
         _facts(good, bad, spec, there),
         split_column=next(iter(source.reading.splits), None),
+        filtered=source.table.filtered,
         decoders=decoders,
         shrunk=_shrunk(good, source, dataset, measure),
     )

@@ -35,6 +35,7 @@ SEEN = {
     "absolute": 0,
     "blank": 11,
     "default_window": 0,
+    "filtered": 0,
 }
 TOKENS = {"median": 25, "longest": 25, "learned": 20}
 IMAGES = {"count": 9, "smallest": [8, 8], "median": [8, 8], "largest": [30, 20], "most": 1}

@@ -222,6 +222,13 @@ def test_what_is_not_measured_is_said(facts: dict[str, Any]) -> None:
     assert "similarity of word pieces" in page
 
 
+def test_rows_that_the_spec_leaves_out_are_counted(facts: dict[str, Any]) -> None:
+    said = "rows of the data were left out by <code>dataset.filter</code>"
+    assert said not in report.render(contents_of(facts))
+    facts["data"] = {"filtered": 4321}
+    assert f"4,321 {said}" in report.render(contents_of(facts))
+
+
 def test_the_curves_are_of_numbers_that_training_writes(facts: dict[str, Any]) -> None:
     written = inspect.getsource(callbacks.Numbers) + inspect.getsource(gpu_stats) + inspect.getsource(eval_callback)
     for key in {*report.SPEED, *(key for keys, _ in report.CURVES.values() for key in keys), "gpu_power_watts"}:
