@@ -192,7 +192,10 @@ def test_what_is_missing_is_one_sentence(job: Job, made: Made, tiny: Callable[..
         return job("predict", *arguments).stderr.splitlines()[-1]
 
     image, adapter = next(iter(made.measured())), tmp_path / "adapter only"
-    assert ending(str(tmp_path), image) == f"exit 65: {tmp_path} holds no published model: there is no RESULT.json"
+    assert (
+        ending(str(tmp_path), image)
+        == f"exit 65: {tmp_path} holds no published model: RESULT.json is missing or names no files"
+    )
     shutil.copytree(made.output, adapter, ignore=lambda _, names: {"merged"} & {*names})
     result = json.loads((adapter / "RESULT.json").read_text())
     result["files"] = {key: digest for key, digest in result["files"].items() if key.startswith("adapter/")}

@@ -71,4 +71,7 @@ def test_a_server_that_is_not_there_is_one_sentence(job: Job, made: Made, tmp_pa
     assert ending(str(made.output), "--run").startswith("exit 78: --run: vllm cannot be started (No such file")
     wrong = ending(str(made.output), "--run", "--engine", "sglang", "--weights", "adapter")
     assert wrong.startswith("exit 78: --run: no such command; this output has --engine vllm --weights merged, ")
-    assert ending(str(tmp_path)) == f"exit 65: {tmp_path} holds no published model: there is no RESULT.json"
+    assert (
+        ending(str(tmp_path))
+        == f"exit 65: {tmp_path} holds no published model: RESULT.json is missing or names no files"
+    )

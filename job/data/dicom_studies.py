@@ -19,6 +19,7 @@ import numpy as np
 from job.config.schema import DatasetSpec, SeriesSpec
 from job.data.conversations import AFTER, BEFORE, SLICE
 from job.data.dicom import SCREENS, SECONDARY, TECHNICAL, read_header
+from job.data.joined import key_of
 from job.data.pixels import BadRow
 from job.data.stacks import MEDGEMMA, Plane, by_position, choose, plane
 from job.data.tables import LINE, PATIENT, WHY, read_line
@@ -62,7 +63,7 @@ def index_studies(
         raise DataError(f"{field}: {folder} holds {len(headers)} DICOM images and {len(said)} reports")
     key, column = _join(spec, headers, said, field)
     chosen = spec.dicom.series if key in WIDE else NAMED
-    found = _by(headers, key)
+    found = {value: those for value, those in _by(headers, key).items() if value}
     priors = _priors(headers, spec.dicom.series) if spec.dicom.prior else {}
 
     def lines() -> Iterator[str]:
@@ -70,10 +71,10 @@ def index_studies(
             if isinstance(report, str):
                 yield report
             else:
-                headers = found.get(str(report.get(column) or ""), [])
+                headers = found.get(key_of(report.get(column)), [])
                 yield json.dumps(_row(report, headers, take(headers, chosen), priors, spec), default=str)
 
-    named = {str(report.get(column) or "") for report in said}
+    named = {key_of(report.get(column)) for report in said}
     studies = {header["StudyInstanceUID"] for name in named for header in found.get(name, [])}
     before = {header["path"] for study in studies for header in priors.get(study, [])}
     alone = sum(header[key] not in named and header["path"] not in before for header in headers)
@@ -120,7 +121,7 @@ def _join(spec: DatasetSpec, headers: list[Header], reports: list[dict[str, Any]
     for key, names in KEYS.items():
         column = spec.dicom.report_key or next((columns[name] for name in names if name in columns), None)
         there = {header[key] for header in headers} - {""}
-        if column is not None and any(str(report.get(column) or "") in there for report in reports):
+        if column is not None and any(key_of(report.get(column)) in there for report in reports):
             return key, column
     raise DataError(
         f"{field}: no column of the reports names a DICOM file by {', '.join(KEYS)}; the columns are "
@@ -161,7 +162,7 @@ def _priors(headers: list[Header], rule: SeriesSpec) -> dict[str, list[Header]]:
     priors: dict[str, list[Header]] = {}
     for patient, those in _by(headers, "PatientID").items():
         studies = [taken for study in _by(those, "StudyInstanceUID").values() if (taken := take(study, rule))]
-        dated = sorted((study for study in studies if patient and study[0]["StudyDate"]), key=_date)
+        dated = sorted((study for study in studies if patient and _date(study)[0]), key=_date)
         for study in dated:
             earlier = [each for each in dated if _date(each) < _date(study) and _modality(each) == _modality(study)]
             priors |= {study[0]["StudyInstanceUID"]: earlier[-1]} if earlier else {}
@@ -169,7 +170,10 @@ def _priors(headers: list[Header], rule: SeriesSpec) -> dict[str, list[Header]]:
 
 
 def _date(study: list[Header]) -> tuple[str, str]:
-    return study[0]["StudyDate"], study[0]["StudyTime"]
+    """Returns date and time so that later ones are larger: old files have 2020.12.31 and 10:30 (PS3.5 6.2). A date that is none
+    is empty."""
+    date, time = study[0]["StudyDate"].replace(".", ""), study[0]["StudyTime"].replace(":", "")
+    return date if re.fullmatch(r"\d{4}(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])", date) else "", time
 
 
 def _modality(study: list[Header]) -> str:
@@ -229,6 +233,8 @@ def _row(
     commonest = {tag: Counter(header[tag] for header in headers).most_common(1) for tag in TECHNICAL.values()}
     technical = {column: commonest[tag][0][0] if headers else "" for column, tag in TECHNICAL.items()}
     why = {WHY: "no image in the series that dataset.dicom.series selects"} if there and not headers else {}
+    if len(patients) > 1:  # one number is given twice, or a blank one
+        headers, why = [], {WHY: "its images are of several patients"}
     images, studies = _images(headers, spec), {header["StudyInstanceUID"] for header in headers}
     before = _images(priors.get(studies.pop(), []), spec) if images and len(studies) == 1 else []
     if before:

@@ -50,7 +50,7 @@ def joined(
     for title in others:
         taken = [name for name in columns[title] if name in used and name != join.key]
         for row in _rows(parts[title], read):
-            if not (key := _key(row.get(join.key))):
+            if not (key := key_of(row.get(join.key))):
                 continue
             values = found.setdefault(key, {})
             for name in taken:
@@ -80,7 +80,7 @@ def _with(
         except BadRow:
             yield line
             continue
-        theirs = found.get(_key(row.get(key)))
+        theirs = found.get(key_of(row.get(key)))
         count, alone = count + 1, alone + (theirs is None)
         more = {name: several[0] if _alike(several) else several for name, several in (theirs or {}).items()}
         yield as_line({**more, **row})
@@ -110,6 +110,6 @@ def _alike(several: list[Any]) -> bool:
     return all(value == several[0] for value in several)
 
 
-def _key(value: Any) -> str:
+def key_of(value: Any) -> str:
     """Returns a key as text: 7, 7.0 and "7" are one. Rows whose key is empty have no counterpart."""
     return as_text(int(value) if isinstance(value, float) and value.is_integer() else value)

@@ -33,7 +33,7 @@ class Inside(NamedTuple):
 
 def rows_inside(whole: Mapping[str, Any], wanted: Selection) -> Inside | None:
     """Returns the rows in an object; None if it has none, and so is a row itself. Raises ValueError if several lists may be the
-    rows."""
+    rows, or annotations do not say of which image they are."""
     if wanted.own & whole.keys() or any(name in whole for name in CONVERSATIONS):
         return None
     lists = {name: value for name, value in whole.items() if isinstance(value, list) and _mappings(value)}
@@ -76,5 +76,9 @@ def _mappings(value: list[Any]) -> bool:
 
 
 def _annotated(images: list[Row], annotations: list[Row]) -> list[Row]:
-    by_id = {str(image.get("id")): image for image in images}
+    """Joins annotations with their images; without an id, with none. Raises ValueError if two images have one id, as in files
+    that were merged."""
+    by_id = {str(image["id"]): image for image in images if image.get("id") is not None}
+    if len(by_id) < sum(image.get("id") is not None for image in images):
+        raise ValueError("two of its images have the same id, and annotations name images by id; number them anew")
     return [{**by_id.get(str(each.get("image_id")), {}), **each} for each in annotations]

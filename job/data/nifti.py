@@ -81,8 +81,8 @@ def _there(values: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def _numbers(values: NDArray[Any], lowest: float) -> NDArray[np.float32]:
-    """Returns voxels with `lowest`, that of the volume, where there is no value: black, as around the patient."""
-    return np.where(_there(values), values, lowest).astype(np.float32)
+    """Returns voxels, and where there is no value 0 or, if that is lower, `lowest`, that of the volume: air in a CT."""
+    return np.where(_there(values), values, min(lowest, 0)).astype(np.float32)
 
 
 def _shades(values: NDArray[np.float32], in_hounsfield: bool, spec: DatasetSpec) -> NDArray[np.uint8]:

@@ -18,7 +18,7 @@ from job.errors import Preempted
 from job.evaluate.records import Answer, Comparison, Maps, Requirement, Sample, Settings, from_json
 from job.layout import OCCLUSION_KEY, answers_key, partial_key
 from job.model.loaded import Loaded, is_sharded
-from job.output.stored import own_json, run_of
+from job.output.stored import NOT_OURS, damaged, own_json, run_of
 from job.runtime.progress import progress_bar
 from job.runtime.status import on_terminal
 from job.store import Missing, Store
@@ -280,16 +280,19 @@ def pictures(rows: Any, ids: Iterable[str], longest_side: int = 384) -> dict[str
 
 def stored_rows(store: Store, key: str, kind: type[T], run: str | None = None) -> list[T]:
     """Return the rows of an earlier attempt; an empty list if there are none, or if they belong to another run than `run`.
-    Errors of the store are raised, since they are no reason to generate the rows again."""
+    Errors of the store are raised, since they are no reason to generate the rows again.
+    Raises DataError if the file is damaged."""
     try:
         rows = [json.loads(line) for line in store.read(key).decode().splitlines()]
+        runs = {row.pop("run", None) for row in rows}
+        if run is not None and runs - {run}:
+            log.warning("skipped %s: its answers are for another spec or other rows, and are generated again", key)
+            return []
+        return [from_json(kind, row) for row in rows]
     except Missing:
         return []
-    runs = {row.pop("run", None) for row in rows}
-    if run is not None and runs - {run}:
-        log.warning("skipped %s: its answers are for another spec or other rows, and are generated again", key)
-        return []
-    return [from_json(kind, row) for row in rows]
+    except NOT_OURS as error:
+        raise damaged(store, key) from error
 
 
 def jsonl(rows: Sequence[Answer | Sample], run: str | None = None, places: Mapping[str, int] | None = None) -> bytes:

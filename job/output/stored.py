@@ -15,6 +15,13 @@ from job.layout import RESULT_KEY, SPEC_KEY
 from job.output.identity import Identity
 from job.store import OwnedStore, Store, open_store
 
+NOT_OURS = (ValueError, TypeError, LookupError, AttributeError)
+"""What reading the JSON of a job raises if it was cut or edited."""
+
+
+def damaged(store: Store, key: str) -> DataError:
+    return DataError(f"{store.url}: {key} is not as a job wrote it; copy the output again, or put the file back")
+
 
 def open_output(spec: JobSpec) -> OwnedStore:
     return OwnedStore(open_store(spec.output.url, sse=spec.output.sse, sse_kms_key_id=spec.output.sse_kms_key_id))
@@ -70,8 +77,8 @@ def stored_spec(store: Store) -> JobSpec | None:
 def read_published(store: Store, output: str) -> tuple[dict[str, Any], JobSpec]:
     """Return RESULT.json and the spec of the model published at `output`. Raises DataError if there is none."""
     result, spec = read_json(store, RESULT_KEY), stored_spec(store)
-    if result is None or spec is None:
-        raise DataError(f"{output} holds no published model: there is no {RESULT_KEY}")
+    if result is None or spec is None or not isinstance(result.get("files"), dict):
+        raise DataError(f"{output} holds no published model: {RESULT_KEY} is missing or names no files")
     return result, spec
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import NamedTuple
 
 from job.errors import DataError
-from job.layout import RESULT_KEY
+from job.layout import ADAPTER, MADE_OF_MERGED, RESULT_KEY
 from job.output.stored import read_json
 from job.store import Digest, Missing, Store
 from job.store.folders import together
@@ -34,7 +34,9 @@ def verify(store: Store, told: Callable[[str], None] = lambda _key: None) -> Ver
     try:
         files = {key: Digest(int(each["size"]), str(each["sha256"])) for key, each in result["files"].items()}
     except (LookupError, TypeError, ValueError, AttributeError):
-        raise DataError(f"{store.url} holds no published result: {RESULT_KEY} is missing or names no files") from None
+        files = {}
+    if not files:
+        raise DataError(f"{store.url} holds no published result: {RESULT_KEY} is missing or names no files")
 
     def compare(key: str, published: Digest) -> str | None:
         problem = _difference(store, key, published)
@@ -43,7 +45,7 @@ def verify(store: Store, told: Callable[[str], None] = lambda _key: None) -> Ver
         return problem and f"{key}: {problem}"
 
     found = together({key: partial(compare, key, digest) for key, digest in files.items()})
-    folders = sorted({f"{key.partition('/')[0]}/" for key in files})
+    folders = sorted({f"{key.partition('/')[0]}/" for key in files} | {f"{ADAPTER}/", *MADE_OF_MERGED})
     there = [entry.key for folder in folders for entry in store.list(folder)]
     problems = [each for each in found.values() if each] + [
         f"{key}: was not published" for key in there if key not in files

@@ -12,19 +12,25 @@ from job.errors import DataError, SpecError
 from job.evaluate.records import Answer, Comparison, Sample, from_json
 from job.evaluate.stage import stored_rows
 from job.output.ownership import write_spec
-from job.output.stored import read_json
+from job.output.stored import NOT_OURS, damaged, read_json
 from job.report.contents import Contents, Privacy
 from job.store import Missing, OwnedStore, Store
 
 
 def stored_contents(store: Store) -> Contents:
-    """Returns the contents of the report at an output. Raises DataError if no job has written a report there."""
+    """Returns the contents of the report at an output. Raises DataError if no job has written a report there, or a file of it is
+    damaged."""
     kept = read_json(store, layout.FACTS_KEY)
     if kept is None:
         raise DataError(f"{store.url} holds no {layout.FACTS_KEY}: no job has written a report there yet")
+    try:
+        contents = from_json(Contents, kept)
+        metrics = from_json(Comparison, read_json(store, layout.METRICS_KEY) or {})
+    except NOT_OURS as error:
+        raise damaged(store, f"{layout.FACTS_KEY} or {layout.METRICS_KEY}") from error
     return replace(
-        from_json(Contents, kept),
-        metrics=from_json(Comparison, read_json(store, layout.METRICS_KEY) or {}),
+        contents,
+        metrics=metrics,
         before=stored_rows(store, layout.answers_key("before"), Answer),
         after=stored_rows(store, layout.answers_key("after"), Answer),
         samples=stored_rows(store, layout.SAMPLES_KEY, Sample),

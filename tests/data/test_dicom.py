@@ -601,6 +601,20 @@ def test_a_volume_is_shown_as_medgemma_was_shown_it(tmp_path: Path, prepared):
     assert (shown(next(iter(files.values())), frames="medgemma", window=[0, 100])[..., 0] == 255).any()
 
 
+def test_a_blank_number_joins_nothing_and_one_of_two_patients_is_a_bad_row(tmp_path: Path, prepared):
+    numbers = {1: "", 2: "", 3: "A3", 4: "A4", 5: "A4", 6: "A6"}
+    tags = {
+        n: {"AccessionNumber": number, "PatientID": f"P{n}", "StudyInstanceUID": f"1.{n}"}
+        for n, number in numbers.items()
+    }
+    files = {f"{n}.dcm": made(np.full((16, 16), 20 * n), **each) for n, each in tags.items()}
+    reports = [{"accession": number, "report": f"R{n}"} for n, number in ((1, ""), (3, "A3 "), (4, "A4"), (6, "A6"))]
+    tree_of(tmp_path / "d", reports, files)
+    data = prepared(max_bad_fraction=0.5)
+    assert [row["reference"] for row in data.train] == ["R3", "R6"]
+    assert [row.reason for row in data.quarantined] == ["no image", "its images are of several patients"]
+
+
 def test_a_study_is_shown_beside_the_one_before(tmp_path: Path, prepared):
     files, told = (
         {},
@@ -617,4 +631,10 @@ def test_a_study_is_shown_beside_the_one_before(tmp_path: Path, prepared):
     assert [np.asarray(picture)[0, 0, 0] for picture in first["images"]] == [52, 26]
     assert [said_of(row) for row in others] == [["*", "Compare."]] * 3
     assert "StudyInstanceUID (column study), 1 of 4 studies beside the one before; " in f"{data.facts.source}; "
+    for date, shown in (("2020.12.31", 1), ("20201399", 1), ("2020.01.01", 2)):
+        files["2.dcm"] = made(
+            np.full((16, 16), 40), StudyInstanceUID="1.2", PatientID="P", Modality="CR", StudyDate=date
+        )
+        tree_of(tmp_path / "d", [{"study": "1.1", "report": "R1"}], files)
+        assert len(prepared(dicom={"prior": True}, instruction="Compare.").train[0]["images"]) == shown
     assert said_of(prepared(instruction="Compare.").train[0]) == ["*", "Compare."]

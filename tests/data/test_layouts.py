@@ -253,6 +253,19 @@ def test_tables_are_joined_by_a_column_they_share(tmp_path: Path, prepared):
         prepared("e", join="uid", image_column="image", answer_column="caption")
 
 
+def test_an_annotation_is_never_joined_with_another_image(tmp_path: Path, prepared):
+    write(tmp_path / "d")
+    images: list[Row] = [{"id": 1, "file_name": "0.png"}, {"file_name": "1.png"}]
+    coco: Row = {"images": images, "annotations": [{"image_id": 1, "caption": "a"}, {"caption": "b"}]}
+    (tmp_path / "d" / "coco.json").write_text(json.dumps(coco))
+    data = prepared(image_column="file_name", max_bad_fraction=0.5)
+    assert (learned(data), [row.reason for row in data.quarantined]) == (["a"], ["no image"])
+    images.append({"id": 1, "file_name": "1.png"})
+    (tmp_path / "d" / "coco.json").write_text(json.dumps(coco))
+    with pytest.raises(DataError, match=r"coco\.json cannot be read: two of its images have the same id"):
+        prepared(image_column="file_name")
+
+
 def test_rows_without_a_key_are_joined_with_nothing(tmp_path: Path, prepared):
     write(tmp_path / "d", films_DOT_csv=[{"uid": uid, "image": "0.png"} for uid in ("", " ", 1)])
     write(tmp_path / "d", reports_DOT_csv=[{"uid": uid, "caption": f"r{uid}"} for uid in ("", 1)])

@@ -47,6 +47,7 @@ CHANGES: dict[str, Callable[[Store], object]] = {
     "adapter/config.json: has 3 bytes in place of 2": lambda store: store.write("adapter/config.json", b"{ }"),
     "merged/empty: is missing": lambda store: store.delete(["merged/empty"]),
     "merged/modeling.py: was not published": lambda store: store.write("merged/modeling.py", b"import os"),
+    "gguf/model.gguf: was not published": lambda store: store.write("gguf/model.gguf", b"of another base"),
 }
 
 
@@ -59,7 +60,7 @@ def test_every_change_is_named(store: Store):
     assert sorted(str(caught.value).splitlines()[1:-1]) == sorted(f"  - {problem}" for problem in CHANGES)
 
 
-@pytest.mark.parametrize("text", [None, "[]", '{"files": null}', '{"files": {"a": {}}}', "not JSON"])
+@pytest.mark.parametrize("text", [None, "[]", '{"files": null}', '{"files": {}}', '{"files": {"a": {}}}', "not JSON"])
 def test_an_output_without_a_result_is_told(tmp_path: Path, text: str | None):
     if text is not None:
         (tmp_path / "RESULT.json").write_text(text)

@@ -12,13 +12,14 @@ import pytest
 
 from job.data import Data
 from job.data.facts import DataFacts
+from job.errors import DataError
 from job.evaluate import answer_cache
 from job.evaluate.records import Answer, Comparison, from_json
 from job.evaluate.stage import compare, jsonl, stored_rows
 from job.export.gain import Smaller
 from job.export.gate import Verdict
 from job.export.stage import Exported
-from job.layout import FACTS_KEY, METRICS_KEY, RESULT_KEY, answers_key
+from job.layout import FACTS_KEY, METRICS_KEY, NUMBERS_KEY, RESULT_KEY, answers_key
 from job.planning.facts import Device, Facts
 from job.planning.plan import Plan
 from job.planning.stage_in import StagedIn
@@ -177,3 +178,14 @@ def test_a_key_that_is_missing_null_or_unknown_stops_no_report(output: Store, tm
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return published(tmp_path_factory.mktemp("published"))
+
+
+@pytest.mark.parametrize("key", [answers_key("after"), NUMBERS_KEY, METRICS_KEY])
+@pytest.mark.parametrize("text", ['{"before": 3', '{"before": 3}\n[1]', '{"change": 3, "before": {"values": 3}}\n3'])
+def test_a_damaged_file_is_named(output: Store, tmp_path: Path, key: str, text: str) -> None:
+    copy = open_store(str(tmp_path / "copy"))
+    for entry in output.list():
+        copy.write(entry.key, output.read(entry.key))
+    copy.write(key, (text if key != METRICS_KEY else '{"before": 3}').encode())
+    with pytest.raises(DataError, match=rf"{key} is not as a job wrote it; copy the output again"):
+        stored_contents(copy)
