@@ -33,7 +33,18 @@ ROOMS = (
     "report.page",
     "data.prepare",
 )
-OURS = ("JOB_", "AWS_", "PYTEST_", "GDCM_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "PYTHONFAULTHANDLER")
+OURS = (
+    "JOB_",
+    "AWS_",
+    "PYTEST_",
+    "GDCM_",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "MASTER_",
+    "PYTHONFAULTHANDLER",
+)
 """Variables that no library reads while it is imported."""
 
 
