@@ -5,7 +5,7 @@ DEMO = build/demo
 # One more than there are cores, at most four: tests on a cluster mostly wait.
 WORKERS ?= $(shell n=$$(nproc); [ $$n -lt 3 ] && echo $$((n + 1)) || echo 4)
 
-.PHONY: demo example-vqa test check lint docs clean kill-proof fence-proof resume-proof shard-proof verdict-proof near-duplicates reader-test fuzz hostile-stores disk-proof test-gpu test-image test-slurm test-gguf test-radeval test-trackers test-serve test-store bench-store bench-prefix public-sets bench-gpu bench-scaling bench-whole-job bench-release whole-job test-families bench
+.PHONY: demo example-vqa test check lint docs clean kill-proof fence-proof resume-proof shard-proof verdict-proof near-duplicates reader-test fuzz hostile-stores disk-proof test-gpu test-image image-gpu test-slurm test-gguf test-radeval test-trackers test-serve test-store bench-store bench-prefix public-sets bench-gpu bench-scaling bench-whole-job bench-release whole-job test-families bench
 
 demo:
 	@.ci/venv train
@@ -139,6 +139,15 @@ test-image:
 	@.ci/system
 	@.ci/venv train dev
 	@TEST_IMAGE_VARIANT=cpu $(PYTHON_VENV) -m pytest tests/docker
+
+# The GPU image, or IMAGE, in pieces of at most MIB mebibytes, for a GPU machine without a registry; as root on Debian. It takes
+# 20 GB. docker/trial.sh puts them together there and tries the image.
+image-gpu:
+	@.ci/system
+	@.ci/venv train dev
+	@image=$(IMAGE); image=$${image:-$$($(PYTHON_VENV) -m tests.docker.build gpu)} && \
+	  nice docker/pieces.sh $$image build/image-gpu/pieces $(or $(MIB),58)
+	@echo "there, with this checkout and the pieces in FOLDER/pieces: docker/trial.sh FOLDER"
 
 # The tests of slurm/ on the newest Slurm that Debian has, and under Apptainer; as root on Debian.
 test-slurm:
