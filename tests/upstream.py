@@ -77,7 +77,7 @@ PRIVATE = {
     "store": {"_raw_stream", "_fp"},
     "train": {
         *("_tr_loss", "_globalstep_last_logged", "_get_learning_rate", "_prepare_inputs"),
-        *("_save", "_save_checkpoint"),
+        *("_save", "_save_checkpoint", "_iterator", "_shutdown_workers"),
     },
 }
 """Private names of other people that a room may use."""

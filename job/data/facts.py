@@ -34,7 +34,7 @@ class TokenFacts:
 
     median: int
     longest: int
-    learned: int
+    learned: int = 0
 
 
 @dataclass(frozen=True)

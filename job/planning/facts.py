@@ -58,7 +58,7 @@ class Facts:
 
     def most_learned(self, most: int) -> int:
         """Returns the largest number of a row's tokens (at most `most`) whose loss is taken; `ANSWER` if none were counted."""
-        return min(self.data.tokens.learned if self.data and self.data.tokens else ANSWER, most)
+        return min((self.data and self.data.tokens and self.data.tokens.learned) or ANSWER, most)
 
     def held_out(self, most: int) -> int:
         """Returns the number of held-out rows, at most `most`; `most` if there are none or they were not counted."""

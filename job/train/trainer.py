@@ -101,14 +101,11 @@ class LoraTrainer(SFTTrainer):
         self.order = EpochOrder(len(rows), self.args.seed, batch, self.ranks.rank, self.ranks.world, even=self.sharded)
         return self.order
 
-    def get_train_dataloader(self) -> Any:
-        self.loader = super().get_train_dataloader()
-        return self.loader
-
     def stop_loading(self) -> None:
         """End the loader's processes. The garbage collector would do so in the middle of a later stage, after the queues that
         tell them to end, and so wait 5 s for each (MP_STATUS_CHECK_INTERVAL of torch.utils.data)."""
-        if (iterator := self.loader.base_dataloader._iterator) is not None:
+        loader = self.callback_handler.train_dataloader.base_dataloader
+        if (iterator := loader._iterator) is not None:
             iterator._shutdown_workers()
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
