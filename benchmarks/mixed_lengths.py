@@ -65,18 +65,19 @@ def main() -> None:
 
     from job.model.collator import Collator, image_token
     from job.model.families import family_of
-    from job.model.image_layout import Batch, cut, without_padding
-    from job.train.lengths import of_like_length
+    from job.model.image_layout import Batch
+    from job.train.lengths import of_like_length, unpadded_parts
     from job.train.loss import count_tokens, token_loss
 
     family = str(loaded.model.config.model_type)
     batch = Collator(loaded.processor, 1 << 15)(rows_of(given.sides, given.words))  # type: ignore[arg-type]
-    lengths, counts = batch["attention_mask"].sum(dim=1).tolist(), [1] * ROWS
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
     divisor = count_tokens([batch])
 
     def parts() -> list[Batch]:
-        layout, token = family_of(family).layout, image_token(loaded.processor)
-        return [without_padding(cut(batch, layout, counts, rows, token)) for rows in of_like_length(lengths)]
+        rows = {**batch, "pictures": [1] * ROWS, "picture_keys": [""] * ROWS}
+        found = unpadded_parts(rows, family_of(family).layout, image_token(loaded.processor))
+        return [{name: part[name] for name in batch if name in part} for part in found]
 
     def step(make: Callable[[], list[Batch]]) -> tuple[float, float]:
         """The loss, and seconds of cutting, forward and backward."""

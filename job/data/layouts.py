@@ -233,7 +233,8 @@ def values_of_split(values: Iterable[str], split: str, own: str | None, held_out
 
 def _same(one: str, other: str) -> bool:
     """Whether two names of a split or fold are one: `External` and `external `, 2 and 2.0."""
-    return re.sub(r"^(\d+)\.0+$", r"\1", same_name(one)) == re.sub(r"^(\d+)\.0+$", r"\1", same_name(other))
+    one, other = (re.sub(r"^(\d+)\.0+$", r"\1", same_name(each)) for each in (one, other))
+    return one == other
 
 
 def _files_of_split(files: list[Path], root: Path, split: str, held_out: bool) -> list[Path]:

@@ -68,8 +68,8 @@ class Family:
     cross_attention: bool = False
     """Its text attends to images through separate layers rather than through tokens within the text."""
     tiles: int | None = None
-    """Maximum number of tiles of `image_size` per image. None: the image's tokens are in the text, one for every four of the
-    tower, but an image takes at least one tile."""
+    """Maximum number of tiles of `image_size` per image. None: the image's tokens are in the text, each for as many patches of
+    the tower as `memory_model.patches_per_token` says, but an image takes at least one tile."""
     budgets: tuple[int, ...] = ()
     """Tokens of an image that its processor may be set to, if it pads every image to the patches of as many."""
     padded_tiles: bool = False

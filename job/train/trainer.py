@@ -78,8 +78,7 @@ class LoraTrainer(SFTTrainer):
         self.record, self.preemption = record, preemption
         self.retry, self.features, self.compiles = retry, features, compiles
         self.layout, self.own_loss_divides = family.layout, family.loss_divides
-        config = self.model.config
-        self.image_token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+        self.image_token = getattr(self.model.config, "image_token_id", None)
         # Upstream marks some families as unable to divide by the tokens of a step, and would give every micro-batch the same
         # weight, however few tokens it learns from. `compute_loss` divides for all.
         self.model_accepts_loss_kwargs = True
@@ -127,7 +126,7 @@ class LoraTrainer(SFTTrainer):
         return batches, items
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Run forward and backward of one micro-batch, in parts if the retry requires. Returns the loss, detached."""
+        """Run forward and backward of one micro-batch, in parts of rows of like length. Returns the loss, detached."""
         numbers = inputs.pop("rows")
         tokens = int(inputs["attention_mask"][: len(numbers)].sum())
         loss = torch.zeros((), device=self.args.device)

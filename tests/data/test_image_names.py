@@ -131,7 +131,7 @@ def test_what_an_archive_does_not_give_away_is_told(prepared, tmp_path: Path, ho
 
 
 def test_the_only_file_of_a_name_is_not_the_image_of_two_paths(prepared):
-    """Whoever moved all images into one folder overwrote those of the same name. The second path is none of those sampled."""
+    """Moving all images into one folder overwrites images of the same name. The sample of paths does not hold the second path."""
     names = [f"/mnt/p{n}/{3 if n == 99 else n}.png" for n in range(100)]
     data = prepared(names, [f"images/{n}.png" for n in range(99)], max_bad_fraction=0.5)
     assert [row.row for row in data.quarantined] == [3, 99]
