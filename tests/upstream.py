@@ -31,10 +31,13 @@ trl.trainer.sft_trainer:SFTTrainer.
 368d7695faa4 compute_loss LoraTrainer (job/train/trainer.py) goes around it; look whether it does anything new that is needed
 transformers.models.mllama.modeling_mllama:
 3f09da3d811b _prepare_aspect_ratio_attention_mask patches/mllama_attention.py reads padding off its diagonal
+236c61e9ab01 _prepare_cross_attention_mask patches/mllama_cross_attention.py reads what is seen off it
+transformers.models.mllama.modeling_mllama:MllamaTextCrossAttention.
+532639fd6214 forward patches/mllama_cross_attention.py replaces its attention function
 transformers.models.mllama.modeling_mllama:MllamaVisionAttention.
 f6348f1bd5df forward patches/mllama_attention.py replaces its attention function
 transformers.models.mllama.modeling_mllama:MllamaVisionEncoder.
-3023373a0ed7 forward patches/mllama_attention.py changes the mask that it takes by name
+3023373a0ed7 forward patches/mllama_attention.py arranges its states and changes the mask that it takes by name
 transformers.modeling_layers:GradientCheckpointingLayer.
 734ddf2c6cf9 __call__ patches/mllama_checkpointing.py lends it
 transformers.integrations.sdpa_attention:

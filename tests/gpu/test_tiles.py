@@ -54,9 +54,12 @@ def test_attention_without_a_mask_is_as_near_to_the_truth_as_with_it(patches: in
         return float((one.double() - truth).norm() / truth.norm())
 
     def ours() -> torch.Tensor:
-        return mllama_attention.attention(None, query, key, value, mllama_attention.tokens(mask), scaling=width**-0.5)[
-            0
-        ].transpose(1, 2)
+        arranged = mllama_attention.arrangement(mask)
+        moved = [arranged.arrange(each.transpose(1, 2).flatten(2)).unflatten(2, (heads, width)) for each in given]
+        said, _ = mllama_attention.attention(
+            None, *(each.transpose(1, 2) for each in moved), arranged, scaling=width**-0.5
+        )
+        return arranged.put_back(said.flatten(2)).unflatten(2, (heads, width)).transpose(1, 2)
 
     def theirs() -> torch.Tensor:
         return scaled_dot_product_attention(*given, attn_mask=mask.expand(-1, heads, -1, -1), scale=width**-0.5)

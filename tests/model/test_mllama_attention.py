@@ -48,6 +48,7 @@ def seen(tiny: Callable[..., Path]) -> Callable[[dict[str, torch.Tensor]], Any]:
         vision.config._attn_implementation = "sdpa"
         for encoder in (vision.transformer, vision.global_transformer):
             encoder._forward_pre_hooks.clear()
+            encoder._forward_hooks.clear()
         theirs = run(inputs)
         mllama_attention.install(loaded.model.get_base_model())
         return theirs, ours
@@ -81,16 +82,28 @@ def test_padding_is_told_from_the_mask(mask: str) -> None:
     prepare = modeling_mllama._prepare_aspect_ratio_attention_mask
     patterns = prepare(torch.tensor([[1, 0], [1, 1], [1, 0]]), num_patches=3, target_length=4, dtype=torch.float32)
     assert (patterns.dtype == torch.bool) == (mask == "bools")
-    groups = mllama_attention.tokens(patterns)
-    found = {tuple(group.rows.tolist()): (group.real.tolist(), group.padding.tolist()) for group in groups}
-    assert found == {(0, 2): ([0, 1, 2], [3, 4, 5, 6, 7]), (1,): ([0, 1, 2, 4, 5, 6], [3, 7])}
+    arranged = mllama_attention.arrangement(patterns)
+    assert arranged.groups == [(2, 3), (1, 6)]
+    tokens = torch.arange(24).view(3, 8, 1)
+    first, third, second = (row.tolist() for row in arranged.arrange(tokens)[..., 0])
+    assert first == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert third == [16, 17, 18, 19, 20, 21, 22, 23]
+    assert second == [8, 9, 10, 12, 13, 14, 11, 15]
+    assert torch.equal(arranged.put_back(arranged.arrange(tokens)), tokens)
+
+
+def test_tokens_without_padding_stay_where_they_are(mask: str) -> None:
+    prepare = modeling_mllama._prepare_aspect_ratio_attention_mask
+    full = prepare(torch.ones(2, 2), num_patches=4, target_length=4, dtype=torch.float32)
+    tokens = torch.randn(2, 8, 3)
+    assert mllama_attention.arrangement(full).arrange(tokens) is tokens
 
 
 def test_a_mask_that_means_something_else_is_refused(mask: str) -> None:
     prepare = modeling_mllama._prepare_aspect_ratio_attention_mask
     patterns = prepare(torch.tensor([[1, 0], [1, 1]]), num_patches=3, target_length=4, dtype=torch.float32)
     with pytest.raises(RuntimeError, match="mask is of an unknown kind"):
-        mllama_attention.tokens(~patterns if mask == "bools" else turned(patterns))
+        mllama_attention.arrangement(~patterns if mask == "bools" else turned(patterns))
 
 
 def bare(folder: Path) -> Any:
