@@ -17,17 +17,22 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 from results import append, this_machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if TYPE_CHECKING:
+    from job.model.loaded import Loaded
+    from job.model.memory_model import Kept
+
 ROWS = 8
 
 
-def rows_of(sides: list[int], words: list[int]) -> list[dict[str, Any]]:
+def rows_of(sides: list[int], words: list[int], rows: int = ROWS) -> list[dict[str, Any]]:
     noise = np.random.default_rng(0)
 
     def row(number: int) -> dict[str, Any]:
@@ -38,7 +43,25 @@ def rows_of(sides: list[int], words: list[int]) -> list[dict[str, Any]]:
         messages = [("user", asked), ("assistant", [{"type": "text", "text": answer.strip()}])]
         return {"messages": [{"role": role, "content": content} for role, content in messages], "images": [image]}
 
-    return [row(number) for number in range(ROWS)]
+    return [row(number) for number in range(rows)]
+
+
+def loaded_for_training(model: Path, kept: Kept) -> Loaded:
+    """As in training: by Unsloth in 16 bits on a GPU, by plain transformers, which keeps all, on a CPU."""
+    import torch
+
+    from job.config.schema import JobSpec
+    from job.model.load import choose_backend, import_first, load_model, to_training
+
+    spec = JobSpec.model_validate(
+        {"model": {"name_or_path": str(model)}, "dataset": {"path": "."}, "output": {"url": "none"}}
+    )
+    on_gpu = torch.cuda.is_available()
+    device, backend = torch.device("cuda", 0) if on_gpu else torch.device("cpu"), choose_backend(spec.model, on_gpu)
+    import_first(backend)
+    loaded = load_model(spec, model, device, backend, "16bit" if on_gpu else "32bit", kept if on_gpu else "all", None)
+    to_training(loaded)
+    return loaded
 
 
 def main() -> None:
@@ -51,22 +74,14 @@ def main() -> None:
     given = parser.parse_args()
     import torch
 
-    from job.config.schema import JobSpec
-    from job.model.load import choose_backend, import_first, load_model, to_training
-
-    needed = {"model": {"name_or_path": str(given.model)}, "dataset": {"path": "."}, "output": {"url": "none"}}
-    spec, on_gpu = JobSpec.model_validate(needed), torch.cuda.is_available()
-    device, backend = torch.device("cuda", 0) if on_gpu else torch.device("cpu"), choose_backend(spec.model, on_gpu)
-    import_first(backend)
-    loaded = load_model(
-        spec, given.model, device, backend, "16bit" if on_gpu else "32bit", given.kept if on_gpu else "all", None
-    )
-    to_training(loaded)
+    on_gpu = torch.cuda.is_available()
+    loaded = loaded_for_training(given.model, given.kept)
+    device = loaded.device
 
     from job.model.collator import Collator, image_token
     from job.model.families import family_of
     from job.model.image_layout import Batch
-    from job.train.lengths import of_like_length, unpadded_parts
+    from job.train.lengths import of_like_length, pass_tokens, unpadded_parts
     from job.train.loss import count_tokens, token_loss
 
     family = str(loaded.model.config.model_type)
@@ -76,7 +91,7 @@ def main() -> None:
 
     def parts() -> list[Batch]:
         rows = {**batch, "pictures": [1] * ROWS, "picture_keys": [""] * ROWS}
-        found = unpadded_parts(rows, family_of(family).layout, image_token(loaded.processor))
+        found = unpadded_parts(rows, family_of(family).layout, image_token(loaded.processor), pass_tokens(device))
         return [{name: part[name] for name in batch if name in part} for part in found]
 
     def step(make: Callable[[], list[Batch]]) -> tuple[float, float]:
@@ -99,7 +114,9 @@ def main() -> None:
                 taken[name].append(seconds)
     padded, apart = (statistics.median(taken[name]) for name in ("padded", "parts"))
     tokens = (
-        ROWS * max(lengths) / sum(len(rows) * max(lengths[row] for row in rows) for rows in of_like_length(lengths))
+        ROWS
+        * max(lengths)
+        / sum(len(rows) * max(lengths[row] for row in rows) for rows in of_like_length(lengths, pass_tokens(device)))
     )
     case = f"{family}, {max(lengths)} and {min(lengths)} tokens in turn"
     where = torch.cuda.get_device_name(0) if on_gpu else this_machine()

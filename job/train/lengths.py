@@ -6,12 +6,31 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
+import torch
+
 from job.model.families import Layout
 from job.model.image_layout import Uncuttable, cut, without_padding
 
 PASS_TOKENS = 512
-"""What one more forward and backward pass costs beside its tokens, in tokens: about 0.1 s of launches, where Qwen3-VL 8B takes
-0.24 ms a token on an H200 (benchmarks/RESULTS.md, whole job: 0.76 s for eight rows of 400 tokens)."""
+"""What one more forward and backward pass costs beside its tokens, in tokens, on an RTX A6000 and on a CPU. Launching the
+kernels of Qwen3-VL 8B takes about 0.7 s, in which that GPU computes some 500 tokens and an H200 over 3,000: there, eight rows of
+300 tokens took 0.7 s in one pass, and 1.5 s in two (benchmarks/step.py)."""
+OF_A_CYCLE = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192, (10, 3): 8192}
+"""Dense bf16 operations of a multiprocessor in a clock cycle, by compute capability, from NVIDIA's architecture papers; 1024 in
+all others since 8.6."""
+OF_AN_A6000 = 84 * 1024
+
+
+def pass_tokens(device: torch.device) -> int:
+    """Return what a pass costs on `device`, in tokens. It depends on the kind of GPU alone: a resumed run cuts as before."""
+    if device.type != "cuda":
+        return PASS_TOKENS
+    found = torch.cuda.get_device_properties(device)
+    return _scaled(found.multi_processor_count, (found.major, found.minor))
+
+
+def _scaled(multiprocessors: int, capability: tuple[int, int]) -> int:
+    return round(PASS_TOKENS * multiprocessors * OF_A_CYCLE.get(capability, 1024) / OF_AN_A6000)
 
 
 def of_like_length(lengths: Sequence[int], cost: int = PASS_TOKENS) -> list[list[int]]:
@@ -30,10 +49,12 @@ def of_like_length(lengths: Sequence[int], cost: int = PASS_TOKENS) -> list[list
     return parts if len(parts) > 1 else [[*range(len(lengths))]]
 
 
-def unpadded_parts(inputs: dict[str, Any], layout: Layout | None, image_token: int | None) -> list[dict[str, Any]]:
+def unpadded_parts(
+    inputs: dict[str, Any], layout: Layout | None, image_token: int | None, cost: int
+) -> list[dict[str, Any]]:
     """Cut a batch of `NumberedRows` into the parts that `of_like_length` chooses, each padded to its own longest row; whole where
     one part is best, or where its images cannot be told apart."""
-    parts = of_like_length(inputs["attention_mask"].sum(dim=1).tolist())
+    parts = of_like_length(inputs["attention_mask"].sum(dim=1).tolist(), cost)
     if len(parts) == 1:
         return [inputs]
     counts, keys = inputs["pictures"], inputs["picture_keys"]

@@ -36,7 +36,7 @@ from job.runtime.scratch import free_bytes
 from job.runtime.status import Record
 from job.train.callbacks import Numbers, Safety, lost
 from job.train.eval_callback import HeldOut, NoneBetter
-from job.train.lengths import unpadded_parts
+from job.train.lengths import pass_tokens, unpadded_parts
 from job.train.loss import count_tokens, token_loss
 from job.train.oom_retry import StepRetry
 from job.train.sampler import EpochOrder
@@ -79,6 +79,7 @@ class LoraTrainer(SFTTrainer):
         self.retry, self.features, self.compiles = retry, features, compiles
         self.layout, self.own_loss_divides = family.layout, family.loss_divides
         self.image_token = getattr(self.model.config, "image_token_id", None)
+        self.pass_tokens = pass_tokens(self.args.device)
         # Upstream marks some families as unable to divide by the tokens of a step, and would give every micro-batch the same
         # weight, however few tokens it learns from. `compute_loss` divides for all.
         self.model_accepts_loss_kwargs = True
@@ -133,7 +134,7 @@ class LoraTrainer(SFTTrainer):
         if numbers or self.sharded:
             # Whole if compiled, since every shape would be compiled anew, or sharded, since all ranks make the same passes.
             whole = self.compiles or self.sharded
-            parts = [inputs] if whole else unpadded_parts(inputs, self.layout, self.image_token)
+            parts = [inputs] if whole else unpadded_parts(inputs, self.layout, self.image_token, self.pass_tokens)
             with self.group.connected(self.sharded):
                 for part in parts:
                     loss = loss + self._part_step(model, part, num_items_in_batch)

@@ -2,7 +2,10 @@
 
 import random
 
-from job.train.lengths import PASS_TOKENS, of_like_length
+import pytest
+import torch
+
+from job.train.lengths import PASS_TOKENS, _scaled, of_like_length, pass_tokens
 
 
 def cost(parts: list[list[int]], lengths: list[int]) -> int:
@@ -34,3 +37,19 @@ def test_no_way_to_cut_is_cheaper():
 def test_rows_of_one_length_stay_together_in_their_order():
     assert of_like_length([400, 380, 410, 390]) == [[0, 1, 2, 3]]
     assert of_like_length([2000, 400] * 4) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+@pytest.mark.parametrize(
+    ("multiprocessors", "capability", "tokens"),
+    [(84, (8, 6), 512), (108, (8, 0), 1317), (132, (9, 0), 3218), (142, (8, 9), 866)],
+    ids=["A6000", "A100", "H200", "L40S"],
+)
+def test_a_pass_costs_more_tokens_where_tokens_take_less_time(multiprocessors, capability, tokens):
+    assert _scaled(multiprocessors, capability) == tokens
+
+
+def test_a_pass_that_costs_more_is_made_for_more_tokens_alone():
+    assert pass_tokens(torch.device("cpu")) == PASS_TOKENS
+    assert len(of_like_length([400, 200] * 4, PASS_TOKENS)) == 2
+    assert len(of_like_length([320, 200] * 4, PASS_TOKENS)) == 1  # two would save 480 tokens
+    assert len(of_like_length([400, 200] * 4, _scaled(132, (9, 0)))) == 1
