@@ -25,6 +25,8 @@ PLACES = ("--model", "--folder", "--limit", "--json", "--scratch")
 """Options that decide where a benchmark runs, and how long it may, and nothing of what it measures."""
 ROUNDS = ("--rounds", "--saves", "--seconds")
 """Options that decide how often something is measured, or for how long."""
+SPEED = ("model, layers", "peer", "job, samples/s", "peer, samples/s", "job over peer", "job, share of the limit")
+SPEED += ("peer, share of the limit", "first loss apart", "card", "commit")
 HOUR = timedelta(hours=1)
 Row = dict[str, Any]
 
@@ -127,7 +129,7 @@ def render(rows: Iterable[Row]) -> str:
     """What `newest` keeps, by benchmark."""
     kept = newest(rows)
     lines = ["# Results", "", "The newest run of each case on each machine; `results.jsonl` holds every run."]
-    lines += ["Rendered by `python benchmarks/results.py`."]
+    lines += ["Rendered by `python benchmarks/results.py`.", *speed(kept)]
     for bench in sorted({row["bench"] for row in kept}):
         lines += [
             "",
@@ -144,6 +146,46 @@ def render(rows: Iterable[Row]) -> str:
         commands = {shlex.join(without_places(shlex.split(row["command"]))) for row in kept if row["bench"] == bench}
         lines += ["", *(f"    {command}" for command in sorted(commands))]
     return "\n".join(lines) + "\n"
+
+
+def speed(kept: Sequence[Row]) -> list[str]:
+    """One line for each flow that was timed beside the job on the same GPU, in the same run."""
+    flows: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in kept:
+        what, _, figure = str(row["case"]).partition(": ")
+        if row["bench"] == "throughput" and figure:
+            flows.setdefault((what, *_against(row)), {})[figure] = row
+    lines = [
+        "",
+        "## Training speed beside a notebook",
+        "",
+        "The same model, rows, order, start and effective batch of 8 in one run; samples are rows of one image and its answer.",
+        "The limit is the card's dense bf16 product, as the vendor states it.",
+        "",
+        "| " + " | ".join(SPEED) + " |",
+        "|" + "---|" * len(SPEED),
+    ]
+    for (what, *_), found in flows.items():
+        if ratio := found.get("job over notebook"):
+            model, _, rest = what.partition(", ")
+            layers, _, peer = (rest or model).partition(", ")
+            model = model if rest else "mllama 4bit"
+            shares = ["job, share of bf16 limit", "notebook, share of bf16 limit"]
+            cells = [
+                f"{model}, {layers}",
+                {"": "plain", "tuned peer": "tuned"}.get(peer, peer.removeprefix("notebook ")),
+            ]
+            cells += [_figure(found, name) for name in ("job", "notebook", "job over notebook", *shares)]
+            cells += [_figure(found, "first loss apart"), ratio["device"], ratio["commit"]]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _figure(found: dict[str, Row], name: str) -> str:
+    if name not in found:
+        return ""
+    unit = {"%": " %", "times": "×"}.get(found[name]["unit"], "")
+    return f"{found[name]['value']:.3g}{unit}"
 
 
 def _verdict(row: Row) -> str:

@@ -66,3 +66,17 @@ def test_the_page_is_what_the_rows_make():
     assert PAGE.read_text() == render(rows)
     assert len(newest(rows)) < len(rows)
     assert all((FOLDER.parent / each["command"].split()[1]).is_file() for each in newest(rows))
+
+
+def test_flows_that_were_timed_beside_the_job_stand_on_one_line_each():
+    command = "python benchmarks/throughput.py /m --peer tuned"
+    figures = {"job": 4, "notebook": 2, "job over notebook": 2, "job, share of bf16 limit": 20}
+    timed = [row(f"mllama 16bit, everywhere, tuned peer: {name}", value, command) for name, value in figures.items()]
+    alone = row("gemma3 16bit, everywhere: job", 5, command)
+    page = render(
+        [each | {"bench": "throughput", "unit": "times" if each["value"] == 2 else "%"} for each in (*timed, alone)]
+    )
+    lines = page.partition("## Training speed")[2].partition("##")[0].splitlines()
+    (line,) = [line for line in lines if line.startswith("| mllama")]
+    assert line.startswith("| mllama 16bit, everywhere | tuned | 4 % | 2× | 2× | 20 % |  |  | a GPU | c |")
+    assert not any("gemma3" in line for line in lines)
