@@ -16,6 +16,7 @@ from job.model.loaded import Loaded
 from job.model.lora_targets import census, parameters, targets
 from job.model.memory_model import Kept, last_cure
 from job.model.patches import mllama_attention
+from job.model.patches.layer_norm import without_casts
 from job.model.patches.unsloth_flex_attention import without_flex_attention
 from job.model.transformers_backend import (
     adapted,
@@ -64,6 +65,7 @@ def load(spec: JobSpec, folder: Path, device: torch.device, start: Path | None, 
     if spec.model.attn_implementation == "sdpa":
         without_flex_attention(model)
         mllama_attention.install(model)
+    without_casts(model)
     processor = load_processor(spec.model, folder)
     model.generation_config = greedy(processor, folder)
     layers = linears(model)
