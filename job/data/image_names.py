@@ -15,10 +15,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
+from job.data.archives import ARCHIVES, Member, images_in
 from job.data.layouts import packed_as, split_of
 from job.data.pixels import BadRow
 from job.data.webdataset import IMAGES
-from job.data.zipped import Member, images_in
 
 MISSING = "image cannot be read: No such file or directory"
 OUTSIDE = "image path leaves the dataset's folder"
@@ -33,12 +33,12 @@ Parts = tuple[str, ...]
 
 
 class Tree:
-    """The files below a folder, listed when first asked; a zip archive counts as a folder of its images. Links to folders are
+    """The files below a folder, listed when first asked; an archive counts as a folder of its images. Links to folders are
     followed, each folder once."""
 
     def __init__(self, base: Path) -> None:
         self.base = base
-        self.zipped: dict[str, tuple[str, Member]] = {}
+        self.archived: dict[str, tuple[str, Member]] = {}
         """Images in archives by path: the archive, and where it has them."""
         self.unopened: list[Path] = []
         """Archives that cannot be opened."""
@@ -67,20 +67,20 @@ class Tree:
             for name in names:
                 if name[0] != ".":
                     path = name if start == "." else f"{start}/{name}"
-                    inside = self._zipped(path) if name.lower().endswith(".zip") else []
+                    inside = self._inside(path) if name.lower().endswith(ARCHIVES) else []
                     count += 1 + len(inside)
                     for each in (path, *inside):
                         found.setdefault(_stem(each.rpartition("/")[2]), []).append(each)
         return found
 
-    def _zipped(self, archive: str) -> list[str]:
+    def _inside(self, archive: str) -> list[str]:
         whole = self.base / archive
         there = images_in(whole)
         if there is None:
             self.unopened.append(whole)
             return []
         names = [name for name in there if not re.search(r"(^|/)(__MACOSX/|\.[^/]*$)", name)]
-        self.zipped |= {str(whole / name): (str(whole), there[name]) for name in names}
+        self.archived |= {str(whole / name): (str(whole), there[name]) for name in names}
         return [f"{archive}/{name}" for name in names]
 
     def ending(self, parts: Parts) -> list[str]:
@@ -195,9 +195,7 @@ def nearest(base: Path, name: str) -> str:
 def packed(base: Path) -> str:
     """Returns a hint about archives below `base` that may hold the images and are not read; empty if there are none."""
     names = [name for paths in Tree(base).files.values() for name in paths]
-    endings = Counter(
-        filter(None, (packed_as(name) or (".tar" if name.lower().endswith(".tar") else "") for name in names))
-    )
+    endings = Counter(filter(None, map(packed_as, names)))
     there = ", ".join(f"{count} × {ending}" for ending, count in endings.most_common())
     return f"Not read beside the table: {there}; unpack archives of images" if there else ""
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from PIL import Image, UnidentifiedImageError
 
 from job.config.schema import DatasetSpec, PrivacySpec
+from job.data.archives import IN_TAR, Member, read_member
 from job.data.encoded import begins_as_picture, from_base64, from_data_url
 from job.data.image_cache import ImageCache
 from job.data.image_names import OUTSIDE, Lookup
@@ -22,7 +23,6 @@ from job.data.nifti import is_nifti
 from job.data.pixels import MIN_SIDE, BadRow, Picture, as_rgb, check_bytes, check_size, shrink, upright
 from job.data.remote import NO_HOST, Unfetchable, fetched, piece
 from job.data.stacks import montage
-from job.data.zipped import Member, read_member
 from job.errors import DataError
 from job.runtime.staging import BUNDLE
 from job.store.disk import FAILING, disk_fault
@@ -151,7 +151,9 @@ def _found(lookup: Lookup, name: str) -> Place:
         if (place := Path(_below(str(lookup.tree.base), name))).is_file():
             return Place(str(place))
     found = lookup.find(name)
-    archive, member = lookup.tree.zipped.get(found, (found, None))
+    archive, member = lookup.tree.archived.get(found, (found, None))
+    if member is not None and member.method == IN_TAR:
+        return Place(archive, member.offset, member.size)
     return Place(archive, member=member)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from job.config.schema import DatasetSpec
+from job.data.archives import of_images_alone
 from job.data.cards import files_by_split
 from job.data.split import same_name
 from job.data.text import encoding_of, ending_of
@@ -98,6 +99,8 @@ def find_rows(spec: DatasetSpec, here: Path, split: str, field: str, held_out: b
     if {KINDS[ending_of(file)] for file in tables} <= {"json"}:
         _refuse_shards(files, here, field)
     rest = [file for file in files if ending_of(file) not in KINDS]
+    if asked == "auto":
+        tables = [file for file in tables if not _holds_images(file)] or tables
     kinds = Counter(KINDS[ending_of(file)] for file in tables)
     if asked == "dicom" or (asked == "auto" and not kinds["webdataset"] and any(map(_is_dicom, rest[:200]))):
         return Found("dicom", rest, "")
@@ -142,11 +145,16 @@ def _carded(
 
 def _found(kind: str, chosen: list[Path], files: list[Path], root: Path, split: str) -> Found:
     kind = "imagefolder" if len(chosen) == 1 and chosen[0].name in METADATA else kind
-    others = [file for file in _tables_among(files) if file not in set(chosen)]
+    others = [file for file in _tables_among(files) if file not in set(chosen) and not _holds_images(file)]
     read, left = ([_relative(file, root) for file in those] for those in (chosen, others))
     why = f"{'image folder: it holds' if kind == 'imagefolder' else f'{kind}:'} {listed(read)}"
     left_out = tuple(name for name in left if split_of(name) not in (None, split_of(split)))
     return Found(kind, chosen, why + (f" (not read: {listed(left)})" if left else ""), left_out)
+
+
+def _holds_images(file: Path) -> bool:
+    """Whether a file is a tar archive of images alone: its rows, if any, are in a table beside it."""
+    return KINDS.get(ending_of(file)) == "webdataset" and of_images_alone(file)
 
 
 def files_below(folder: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from job.config.schema import DatasetSpec, PrivacySpec
+from job.data.archives import unpacked
 from job.data.cards import classes_noted
 from job.data.cells import as_text, images_of, several
 from job.data.classes import kinds_of, named
@@ -31,7 +32,6 @@ from job.data.pixels import BadRow
 from job.data.reading import Reading, answer_columns, choose_alike, choose_columns
 from job.data.tables import LINE, as_table, read_line, read_table
 from job.data.webdataset import fetched_shards, index_shards, shards_to_stream
-from job.data.zipped import unpacked
 from job.errors import DataError
 from job.runtime.hub import is_hub_id
 from job.runtime.staging import BUNDLE, exists, local_path, room_at

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import shutil
 import sys
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -203,6 +205,41 @@ def test_a_name_never_leads_out_of_the_folder(prepared, tmp_path: Path):
     for name in ("../secret.png", str(tmp_path / "secret.png")):
         with pytest.raises(DataError, match="leaves the dataset's folder"):
             prepared([name, name], ["images/a.png"])
+
+
+def pack_tar(folder: Path, archive: str, names: dict[str, int]) -> None:
+    """Images of these greys, as `tar` packs a folder."""
+    with tarfile.open(folder / archive, "w") as packed:
+        for name, grey in names.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(png(grey))
+            packed.addfile(entry, io.BytesIO(png(grey)))
+
+
+@pytest.mark.parametrize("table", ["metadata.jsonl", "reports.csv"])
+def test_images_in_a_tar_archive_are_read_where_they_are(prepared: Any, tmp_path: Path, table: str) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    lines = {"metadata.jsonl": '{"file_name": "images/%s.png", "caption": "c%s"}', "reports.csv": "images/%s.png,c%s"}
+    head = ["file_name,caption"] if table.endswith("csv") else []
+    (folder / table).write_text("\n".join(head + [lines[table] % (number, number) for number in range(4)]))
+    pack_tar(folder, "images.tar", {f"./images/{number}.png": number for number in range(4)})
+    data = prepared(None, [])
+    assert greys(data) == greys(pickle.loads(pickle.dumps(data))) == [0, 1, 2, 3]
+    assert data.facts.source.endswith("images in file_name found in images.tar/images/")
+    assert "not read" not in data.facts.source
+
+
+def test_a_tar_archive_that_cannot_be_read_to_its_end_is_named(
+    prepared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "set").mkdir()
+    pack_tar(tmp_path / "set", "images.tar", {"a.png": 0, "b.png": 1})
+    whole = (tmp_path / "set" / "images.tar").read_bytes()
+    (tmp_path / "set" / "images.tar").write_bytes(whole[: 4 * tarfile.BLOCKSIZE])  # without its end
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with pytest.raises(DataError, match=r"images\.tar cannot be opened: copy it again$"):
+        prepared(["a.png", "b.png"], [])
 
 
 def test_folders_behind_links_are_searched_once(tmp_path: Path):

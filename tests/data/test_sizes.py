@@ -17,7 +17,7 @@ import pytest
 from pyarrow import parquet
 
 from job.config.schema import DatasetSpec
-from job.data import columns, pixels, tables, webdataset, zipped
+from job.data import archives, columns, pixels, tables, webdataset
 from job.data.images import Files, decode, load_anew
 from job.data.pixels import BadRow
 from job.errors import DataError
@@ -42,7 +42,7 @@ def test_what_would_be_read_as_a_whole_is_refused_by_its_size(tmp_path: Path, mo
 
 
 def test_what_is_in_rows_and_archives_is_refused_by_its_size(tmp_path: Path, monkeypatch):
-    for room in (pixels, zipped, columns):
+    for room in (pixels, archives, columns):
         monkeypatch.setattr(room, "LARGEST", 1000)
     monkeypatch.setattr(webdataset, "LARGEST_TEXT", 1000)
     large = b"\x89PNG\r\n\x1a\n" + bytes(2000)
@@ -52,7 +52,7 @@ def test_what_is_in_rows_and_archives_is_refused_by_its_size(tmp_path: Path, mon
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as packed:
         packed.writestr("a.png", large)
     with pytest.raises(DataError, match="holds an image of"):
-        zipped.unpacked(tmp_path / "a.zip", tmp_path, "dataset.path")
+        archives.unpacked(tmp_path / "a.zip", tmp_path, "dataset.path")
     assert not list((tmp_path / "fetched").glob("*.partial/*"))
     parquet.write_table(pyarrow.table({"image": [large], "text": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="values of .* GB in column image"):

@@ -14,9 +14,9 @@ import yaml
 
 from job.config.loader import validate
 from job.config.schema import ModelSpec
+from job.data.archives import unpacked
 from job.data.prepare import prepare
 from job.data.tables import read_table
-from job.data.zipped import unpacked
 from job.errors import NotAllowed, SpecError
 from job.model.base_model import weight_files
 from job.planning.remote_headers import glimpse

@@ -1,4 +1,5 @@
-"""Reads images in zip archives where they are, since an archive may be larger than scratch, and unpacks one that is the data."""
+"""Reads images in zip and tar archives where they are, since an archive may be larger than scratch, and unpacks a zip archive
+that is the data."""
 
 from __future__ import annotations
 
@@ -6,26 +7,31 @@ import hashlib
 import os
 import shutil
 import struct
+import tarfile
 import zipfile
 import zlib
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from job.data.pixels import LARGEST, BadRow, check_bytes
-from job.data.webdataset import IMAGES, ending_of
+from job.data.webdataset import IMAGES, Bounded, check_end, ending_of
 from job.errors import DataError, JobError
 from job.runtime.staging import check_room, only_one
 
 HEADER = struct.Struct("<4s22xHH")
 """A local file header: its signature, and the lengths of name and extra field that follow it (APPNOTE 4.3.7)."""
 LOCAL = b"PK\3\4"
-ENCRYPTED = -1
-"""In place of the method of a file that needs a password."""
+ENCRYPTED, IN_TAR = -1, -2
+"""In place of the method of a file that needs a password, and of one that lies in a tar archive as it is."""
+ARCHIVES = (".zip", ".tar")
+LOOKED_AT = 100
 DAMAGED = "image in a zip archive is damaged"
 
 
 class Member(NamedTuple):
-    """Where an archive has a file: the byte of its local header, its bytes as packed and unpacked, its method and CRC-32."""
+    """Where an archive has a file: the byte of its local header (in a tar archive, of its data), its bytes as packed and
+    unpacked, its method and CRC-32."""
 
     offset: int
     packed: int
@@ -35,7 +41,9 @@ class Member(NamedTuple):
 
 
 def images_in(archive: Path) -> dict[str, Member] | None:
-    """Returns the images in an archive by name; None if it cannot be opened."""
+    """Returns the images in an archive by name; None if it cannot be read to its end."""
+    if archive.name.lower().endswith(".tar"):
+        return _in_tar(archive)
     try:
         with zipfile.ZipFile(archive) as opened:
             there = opened.infolist()
@@ -52,6 +60,34 @@ def images_in(archive: Path) -> dict[str, Member] | None:
         for each in there
         if ending_of(each.filename) in IMAGES
     }
+
+
+def _in_tar(archive: Path) -> dict[str, Member] | None:
+    found, end = dict[str, Member](), 0
+    try:
+        with Bounded(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as opened:
+            for each in opened:
+                if each.size < 0 or each.issparse():  # the first would be read again and again
+                    return None
+                if each.isfile() and ending_of(each.name) in IMAGES:
+                    found[each.name.removeprefix("./")] = Member(each.offset_data, each.size, each.size, IN_TAR, 0)
+                opened.members = []  # type: ignore[attr-defined]  # or it would keep every header
+            end = opened.offset
+        with archive.open("rb") as whole:
+            check_end(whole, end)
+    except (tarfile.TarError, OSError, EOFError, OverflowError):
+        return None
+    return found
+
+
+def of_images_alone(shard: Path) -> bool:
+    """Whether the first files of a tar archive are all images, so that its rows lie elsewhere."""
+    try:
+        with Bounded(shard) as stream, tarfile.open(fileobj=stream, mode="r:") as opened:
+            names = [each.name for each in islice(opened, LOOKED_AT) if each.isfile() and each.size >= 0]
+    except (tarfile.TarError, OSError, EOFError, OverflowError):
+        return False
+    return bool(names) and all(ending_of(name) in IMAGES for name in names)
 
 
 def _with_slashes(name: str) -> str:
