@@ -267,6 +267,14 @@ def good_archives() -> dict[str, bytes]:
                 member.size, member.pax_headers = len(data), {"comment": "x" * 20} if name == "pax" else {}
                 archive.addfile(member, io.BytesIO(data))
         made[f"tar {name}"] = stream.getvalue()
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode="w", format=way) as archive:
+            for file, data in files.items():
+                if file.endswith(".png"):
+                    member = tarfile.TarInfo(("./" if name == "ustar" else "é" * 60 + "/") + file)
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+        made[f"tar images {name}"] = stream.getvalue()
     rows = "".join(f'{{"file_name": "{number}.png", "caption": "Nothing {number}."}}\n' for number in range(6))
     for name, packing in (("packed", zipfile.ZIP_DEFLATED), ("stored", zipfile.ZIP_STORED)):
         stream = io.BytesIO()
@@ -429,12 +437,14 @@ def read_archive(data: bytes, folder: Path) -> str:
 
     kind = "images" if b"metadata.jsonl" not in data else "zip"
     kind = "workbook" if b"xl/s.xml" in data else kind if data.startswith(b"PK") or b"PK\1\2" in data else "tar"
-    file = folder / {"zip": "a.zip", "workbook": "a.xlsx", "images": "images.zip", "tar": "a.tar"}[kind]
+    kind = "images.tar" if kind == "tar" and b".txt" not in data else kind
+    names = {"zip": "a.zip", "workbook": "a.xlsx", "images": "images.zip", "images.tar": "images.tar", "tar": "a.tar"}
+    file = folder / names[kind]
     file.write_bytes(data)
     dataset: dict[str, Any] = {"path": str(file), "max_bad_fraction": 1.0, "eval_rows": 1}
     if kind == "workbook":
         dataset["image_column"] = None
-    if kind == "images":
+    if kind.startswith("images"):
         dataset["path"] = str(folder / "rows.csv")
         (folder / "rows.csv").write_text("image,caption\n" + "".join(f"{n},Nothing {n}.\n" for n in range(6)))
     spec = {"model": {"name_or_path": "x"}, "dataset": dataset, "output": {"url": "x"}}
