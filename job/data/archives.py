@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import struct
 import tarfile
 import zipfile
 import zlib
-from itertools import islice
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from job.data.pixels import LARGEST, BadRow, check_bytes
-from job.data.webdataset import IMAGES, Bounded, check_end, ending_of
+from job.data.webdataset import IMAGES, TEXTS, Bounded, check_end, ending_of
 from job.errors import DataError, JobError
 from job.runtime.staging import check_room, only_one
 
@@ -25,7 +26,8 @@ LOCAL = b"PK\3\4"
 ENCRYPTED, IN_TAR = -1, -2
 """In place of the method of a file that needs a password, and of one that lies in a tar archive as it is."""
 ARCHIVES = (".zip", ".tar")
-LOOKED_AT = 100
+HIDDEN = re.compile(r"(^|/)(__MACOSX/|\.[^/]*$)")
+"""What macOS adds to archives, and other hidden files, by name."""
 DAMAGED = "image in a zip archive is damaged"
 
 
@@ -70,7 +72,9 @@ def _in_tar(archive: Path) -> dict[str, Member] | None:
                 if each.size < 0 or each.issparse():  # the first would be read again and again
                     return None
                 if each.isfile() and ending_of(each.name) in IMAGES:
-                    found[each.name.removeprefix("./")] = Member(each.offset_data, each.size, each.size, IN_TAR, 0)
+                    found["/".join(part for part in each.name.split("/") if part not in ("", "."))] = Member(
+                        each.offset_data, each.size, each.size, IN_TAR, 0
+                    )
                 opened.members = []  # type: ignore[attr-defined]  # or it would keep every header
             end = opened.offset
         with archive.open("rb") as whole:
@@ -80,14 +84,24 @@ def _in_tar(archive: Path) -> dict[str, Member] | None:
     return found
 
 
-def of_images_alone(shard: Path) -> bool:
-    """Whether the first files of a tar archive are all images, so that its rows lie elsewhere."""
+def without_texts(shard: Path) -> bool:
+    """Whether a tar archive, read to its end, holds no text of a row, so that its images are those of a table elsewhere."""
+    mark = shard.stat()
+    return _without_texts(shard, mark.st_size, mark.st_mtime_ns)
+
+
+@lru_cache(maxsize=1000)
+def _without_texts(shard: Path, _size: int, _changed: int) -> bool:
     try:
         with Bounded(shard) as stream, tarfile.open(fileobj=stream, mode="r:") as opened:
-            names = [each.name for each in islice(opened, LOOKED_AT) if each.isfile() and each.size >= 0]
+            for each in opened:
+                text = ending_of(each.name) in {*TEXTS, "json"} and not HIDDEN.search(each.name)
+                if each.size < 0 or (text and each.isfile()):
+                    return False
+                opened.members = []  # type: ignore[attr-defined]  # or it would keep every header
     except (tarfile.TarError, OSError, EOFError, OverflowError):
         return False
-    return bool(names) and all(ending_of(name) in IMAGES for name in names)
+    return True
 
 
 def _with_slashes(name: str) -> str:

@@ -15,7 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-from job.data.archives import ARCHIVES, Member, images_in
+from job.data.archives import ARCHIVES, HIDDEN, Member, images_in
 from job.data.layouts import packed_as, split_of
 from job.data.pixels import BadRow
 from job.data.webdataset import IMAGES
@@ -79,7 +79,7 @@ class Tree:
         if there is None:
             self.unopened.append(whole)
             return []
-        names = [name for name in there if not re.search(r"(^|/)(__MACOSX/|\.[^/]*$)", name)]
+        names = [name for name in there if not HIDDEN.search(name)]
         self.archived |= {str(whole / name): (str(whole), there[name]) for name in names}
         return [f"{archive}/{name}" for name in names]
 

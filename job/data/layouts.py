@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from job.config.schema import DatasetSpec
-from job.data.archives import of_images_alone
+from job.data.archives import without_texts
 from job.data.cards import files_by_split
 from job.data.split import same_name
 from job.data.text import encoding_of, ending_of
@@ -93,14 +93,12 @@ def find_rows(spec: DatasetSpec, here: Path, split: str, field: str, held_out: b
         beside = [file for file in beside if file.parent == here] or beside
         if len({file.parent for file in beside}) == 1:
             return _found("", beside[:1], files, here, split)
-    tables = rows_among(files)
+    tables = rows_among(files if asked == "webdataset" else _without_images(files))
     if spec.join or asked == "excel":
         tables += [file for file in files if KINDS.get(ending_of(file)) == "excel" and file not in tables]
     if {KINDS[ending_of(file)] for file in tables} <= {"json"}:
         _refuse_shards(files, here, field)
     rest = [file for file in files if ending_of(file) not in KINDS]
-    if asked == "auto":
-        tables = [file for file in tables if not _holds_images(file)] or tables
     kinds = Counter(KINDS[ending_of(file)] for file in tables)
     if asked == "dicom" or (asked == "auto" and not kinds["webdataset"] and any(map(_is_dicom, rest[:200]))):
         return Found("dicom", rest, "")
@@ -129,7 +127,7 @@ def _carded(
     named: dict[str, list[Path]], files: list[Path], here: Path, split: str, field: str, held_out: bool
 ) -> Found | None:
     """Returns the rows that README.md names; None if it names images and no tables."""
-    by_split = {name: tables for name, those in named.items() if (tables := rows_among(those))}
+    by_split = {name: tables for name, those in named.items() if (tables := rows_among(_without_images(those)))}
     if not by_split:
         return None
     chosen = of_split([f"{name}/" for name in by_split], split, held_out)
@@ -145,16 +143,22 @@ def _carded(
 
 def _found(kind: str, chosen: list[Path], files: list[Path], root: Path, split: str) -> Found:
     kind = "imagefolder" if len(chosen) == 1 and chosen[0].name in METADATA else kind
-    others = [file for file in _tables_among(files) if file not in set(chosen) and not _holds_images(file)]
+    others = [file for file in _tables_among(files) if file not in set(chosen)]
+    others = others if kind == "webdataset" else _without_images([*chosen, *others])[len(chosen) :]
     read, left = ([_relative(file, root) for file in those] for those in (chosen, others))
     why = f"{'image folder: it holds' if kind == 'imagefolder' else f'{kind}:'} {listed(read)}"
     left_out = tuple(name for name in left if split_of(name) not in (None, split_of(split)))
     return Found(kind, chosen, why + (f" (not read: {listed(left)})" if left else ""), left_out)
 
 
-def _holds_images(file: Path) -> bool:
-    """Whether a file is a tar archive of images alone: its rows, if any, are in a table beside it."""
-    return KINDS.get(ending_of(file)) == "webdataset" and of_images_alone(file)
+def _without_images(files: list[Path]) -> list[Path]:
+    """Returns the files without tar archives that hold no texts, whose rows are in a table beside them. Beside shards with texts,
+    or without a table, they are shards too."""
+    tables = _tables_among(files)
+    shards = {file for file in tables if KINDS[ending_of(file)] == "webdataset"}
+    if len(shards) in (0, len(tables)) or not all(map(without_texts, sorted(shards))):
+        return files
+    return [file for file in files if file not in shards]
 
 
 def files_below(folder: Path) -> list[Path]:

@@ -22,6 +22,7 @@ from job.data.image_names import Lookup, Tree, learned
 from job.data.prepare import prepare
 from job.errors import DataError
 from tests.data.test_data import png
+from tests.data.test_excel import workbook
 from tests.data.test_sources import encrypted
 
 
@@ -207,13 +208,14 @@ def test_a_name_never_leads_out_of_the_folder(prepared, tmp_path: Path):
             prepared([name, name], ["images/a.png"])
 
 
-def pack_tar(folder: Path, archive: str, names: dict[str, int]) -> None:
-    """Images of these greys, as `tar` packs a folder."""
+def pack_tar(folder: Path, archive: str, names: dict[str, int | str]) -> None:
+    """Images of these greys, and texts, as `tar` packs a folder."""
     with tarfile.open(folder / archive, "w") as packed:
-        for name, grey in names.items():
+        for name, given in names.items():
+            data = given.encode() if isinstance(given, str) else png(given)
             entry = tarfile.TarInfo(name)
-            entry.size = len(png(grey))
-            packed.addfile(entry, io.BytesIO(png(grey)))
+            entry.size = len(data)
+            packed.addfile(entry, io.BytesIO(data))
 
 
 @pytest.mark.parametrize("table", ["metadata.jsonl", "reports.csv"])
@@ -228,6 +230,42 @@ def test_images_in_a_tar_archive_are_read_where_they_are(prepared: Any, tmp_path
     assert greys(data) == greys(pickle.loads(pickle.dumps(data))) == [0, 1, 2, 3]
     assert data.facts.source.endswith("images in file_name found in images.tar/images/")
     assert "not read" not in data.facts.source
+
+
+@pytest.mark.parametrize("head", ["", "./", "/data/", ".//data//"])
+@pytest.mark.parametrize("also", [".DS_Store", "._images", "._0.txt", "__MACOSX/0.txt", "Thumbs.db", "LICENSE"])
+def test_what_systems_add_to_a_tar_archive_of_images_makes_no_rows(
+    prepared: Any, tmp_path: Path, head: str, also: str
+) -> None:
+    (tmp_path / "set").mkdir()
+    pack_tar(tmp_path / "set", "images.tar", {head + also: "x", f"{head}0.png": 0, f"{head}1.png": 1})
+    assert greys(prepared(["0.png", "1.png"], [])) == [0, 1]
+
+
+def test_a_table_of_any_kind_names_images_in_a_tar_archive(prepared: Any, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    pack_tar(tmp_path / "set", "images.tar", {"0.png": 0, "1.png": 1})
+    head, rows = ("image", "caption"), [("0.png", "a"), ("1.png", "b")]
+    workbook(tmp_path / "set" / "reports.xlsx", Sheet1=[head, *rows])
+    assert greys(prepared(None, [])) == [0, 1]
+    (tmp_path / "set" / "reports.xlsx").unlink()
+    (tmp_path / "set" / "rows.json").write_text(
+        json.dumps({"data": [dict(zip(head, row, strict=True)) for row in rows]})
+    )
+    assert greys(prepared(None, [])) == greys(prepared(None, [], format="hub")) == [0, 1]
+
+
+def test_shards_whose_texts_follow_their_images_are_read(prepared: Any, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    late = {f"{number}.png": number for number in range(101)} | {f"{number}.txt": "a" for number in range(101)}
+    pack_tar(tmp_path / "set", "0.tar", late)
+    (tmp_path / "set" / "README.csv").write_text("file,licence\n0.tar,none\n")
+    assert greys(prepared(None, [])) == [*range(101)]
+    pack_tar(tmp_path / "set", "1.tar", {"101.png": 101, "101.txt": "a", "102.png": 102})
+    pack_tar(tmp_path / "set", "2.tar", {"103.png": 103})
+    data = prepared(None, [], max_bad_fraction=0.5)
+    assert greys(data) == [*range(102)]
+    assert [row.reason for row in data.quarantined] == ["no txt", "no txt"]
 
 
 def test_a_tar_archive_that_cannot_be_read_to_its_end_is_named(

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mllama.modeling_mllama import _prepare_cross_attention_mask
 
 from job.model.collator import Collator
 from job.model.loaded import Loaded
-from job.model.patches.mllama_cross_attention import NAME, Sight, sights
+from job.model.patches.mllama_cross_attention import NAME, Sight, attention, sights
 from tests.tiny import batch, load_tiny, perturb
 
 KEYS = 5
@@ -81,6 +82,18 @@ def test_logits_and_gradients_are_those_with_the_mask(loaded: Loaded) -> None:
     assert any(float(each.abs().max()) > 1e-6 for each in gradients)
     for mine, yours in zip(gradients, their_gradients, strict=True):
         torch.testing.assert_close(mine, yours, rtol=1e-3, atol=1e-6)
+
+
+def test_under_autocast_the_type_is_that_with_the_mask(loaded: Loaded) -> None:
+    """The norm of queries, in 32 bits, gives queries of 32 bits, which the kernel is given in 16."""
+    layer, tokens = layers(loaded)[0], [[0, 0], [1, 0], [1, 0]]
+    mask = mask_of(tokens, [[1, 1]] * 3)
+    query, key = torch.randn(2, layer.num_heads, 3, 8), torch.randn(2, layer.num_key_value_heads, 2 * KEYS, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = ALL_ATTENTION_FUNCTIONS["sdpa"](layer, query, key, key, mask)[0]
+        ours = attention(layer, query, key, key, mask)[0]
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
 
 
 def test_answers_are_those_with_the_mask(loaded: Loaded) -> None:

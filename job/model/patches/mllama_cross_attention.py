@@ -62,11 +62,11 @@ def attention(
         return said
     if len(found) == 1:
         return _of_sight(found[0], query, key, value, scaling), None
-    out = torch.empty_like(query.transpose(1, 2))
-    for sight in found:
-        rows = torch.tensor(sight.rows, device=query.device)
-        out = out.index_copy(0, rows, _of_sight(sight, query[rows], key[rows], value[rows], scaling))
-    return out, None
+    order = [torch.tensor(sight.rows, device=query.device) for sight in found]
+    parts = [
+        _of_sight(sight, query[rows], key[rows], value[rows], scaling) for sight, rows in zip(found, order, strict=True)
+    ]
+    return torch.cat(parts).index_select(0, torch.argsort(torch.cat(order))), None
 
 
 def _of_sight(
@@ -89,9 +89,10 @@ _last: tuple[weakref.ref[torch.Tensor], list[Sight] | None] | None = None
 def _last_sights(mask: torch.Tensor) -> list[Sight] | None:
     """`sights`, read once from a mask that many layers share."""
     global _last
-    if _last is None or _last[0]() is not mask:
-        _last = weakref.ref(mask), sights(mask)
-    return _last[1]
+    last = _last  # another thread may replace it
+    if last is None or last[0]() is not mask:
+        _last = last = weakref.ref(mask), sights(mask)
+    return last[1]
 
 
 def sights(mask: torch.Tensor) -> list[Sight] | None:
