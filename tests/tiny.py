@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
 from job.config.schema import JobSpec
 from job.data.conversations import conversation
 from job.model.loaded import Loaded
+from job.model.patches import mllama_intermediate
 from job.model.transformers_backend import load
 from tests.families import QUESTION
 
@@ -64,6 +66,13 @@ def batch() -> list[dict[str, Any]]:
 
 def load_tiny(folder: Path, start: Path | None = None, **lora: Any) -> Loaded:
     return load(job_spec(lora={"r": 4} | lora), folder, CPU, start)
+
+
+def plain_model(folder: Path, **named: Any) -> Any:
+    """By transformers alone, but for what the card's code corrects too."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, **named).eval()
+    mllama_intermediate.install(model)
+    return model
 
 
 @torch.no_grad()

@@ -5,18 +5,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import struct
 import tarfile
 import zipfile
 import zlib
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from job.data.pixels import LARGEST, BadRow, check_bytes
-from job.data.webdataset import IMAGES, TEXTS, Bounded, check_end, ending_of
+from job.data.webdataset import IMAGES, Bounded, check_end, ending_of
 from job.errors import DataError, JobError
 from job.runtime.staging import check_room, only_one
 
@@ -26,8 +24,6 @@ LOCAL = b"PK\3\4"
 ENCRYPTED, IN_TAR = -1, -2
 """In place of the method of a file that needs a password, and of one that lies in a tar archive as it is."""
 ARCHIVES = (".zip", ".tar")
-HIDDEN = re.compile(r"(^|/)(__MACOSX/|\.[^/]*$)")
-"""What macOS adds to archives, and other hidden files, by name."""
 DAMAGED = "image in a zip archive is damaged"
 
 
@@ -82,26 +78,6 @@ def _in_tar(archive: Path) -> dict[str, Member] | None:
     except (tarfile.TarError, OSError, EOFError, OverflowError):
         return None
     return found
-
-
-def without_texts(shard: Path) -> bool:
-    """Whether a tar archive, read to its end, holds no text of a row, so that its images are those of a table elsewhere."""
-    mark = shard.stat()
-    return _without_texts(shard, mark.st_size, mark.st_mtime_ns)
-
-
-@lru_cache(maxsize=1000)
-def _without_texts(shard: Path, _size: int, _changed: int) -> bool:
-    try:
-        with Bounded(shard) as stream, tarfile.open(fileobj=stream, mode="r:") as opened:
-            for each in opened:
-                text = ending_of(each.name) in {*TEXTS, "json"} and not HIDDEN.search(each.name)
-                if each.size < 0 or (text and each.isfile()):
-                    return False
-                opened.members = []  # type: ignore[attr-defined]  # or it would keep every header
-    except (tarfile.TarError, OSError, EOFError, OverflowError):
-        return False
-    return True
 
 
 def _with_slashes(name: str) -> str:

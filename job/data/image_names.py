@@ -15,10 +15,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-from job.data.archives import ARCHIVES, HIDDEN, Member, images_in
+from job.data.archives import ARCHIVES, Member, images_in
 from job.data.layouts import packed_as, split_of
 from job.data.pixels import BadRow
-from job.data.webdataset import IMAGES
+from job.data.webdataset import HIDDEN, IMAGES
 
 MISSING = "image cannot be read: No such file or directory"
 OUTSIDE = "image path leaves the dataset's folder"

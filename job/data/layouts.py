@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from job.config.schema import DatasetSpec
-from job.data.archives import without_texts
 from job.data.cards import files_by_split
 from job.data.split import same_name
 from job.data.text import encoding_of, ending_of
+from job.data.webdataset import without_texts
 from job.errors import DataError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")

@@ -8,6 +8,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +20,8 @@ from job.store import Entry, open_store
 
 IMAGES = {"jpg", "jpeg", "jpe", "png", "webp", "tif", "tiff", "bmp", "gif", "jp2", "dcm", "ppm", "pgm", "nii"}
 TEXTS = {"txt", "text", "caption", "cls"}
+HIDDEN = re.compile(r"(^|/)(__MACOSX/|\.[^/]*$)")
+"""What macOS adds to archives, and other hidden files, by name."""
 LARGEST_TEXT = 64_000_000
 """Maximum bytes of a text or a .json in an archive."""
 NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
@@ -82,6 +85,26 @@ def index_shards(shards: Iterable[tuple[str, Path]], field: str) -> Iterator[str
         for key, row in rows.items():
             pictures = [row[ending] for ending in sorted(row) if ending_of(ending) in IMAGES]
             yield as_line(row.pop(".json", {}) | row | {"__key__": key} | ({"image": pictures} if pictures else {}))
+
+
+def without_texts(shard: Path) -> bool:
+    """Whether a tar archive, read to its end, holds no text of a row, so that its images are those of a table elsewhere."""
+    mark = shard.stat()
+    return _without_texts(shard, mark.st_size, mark.st_mtime_ns)
+
+
+@lru_cache(maxsize=1000)
+def _without_texts(shard: Path, _size: int, _changed: int) -> bool:
+    try:
+        with Bounded(shard) as stream, tarfile.open(fileobj=stream, mode="r:") as opened:
+            for each in opened:
+                text = ending_of(each.name) in {*TEXTS, "json"} and not HIDDEN.search(each.name)
+                if each.size < 0 or (text and each.isfile()):
+                    return False
+                opened.members = []  # type: ignore[attr-defined]  # or it would keep every header
+    except (tarfile.TarError, OSError, EOFError, OverflowError):
+        return False
+    return True
 
 
 class Bounded(io.BufferedReader):

@@ -21,7 +21,7 @@ from job.model.init_adapter import fitted, read_init_adapter
 from job.model.loaded import Loaded
 from job.model.lora_targets import Linear, census, is_fused, parameters, pattern, targets
 from job.model.memory_model import last_cure
-from job.model.patches import mllama_attention
+from job.model.patches import mllama_attention, mllama_intermediate
 from job.model.patches.mllama_checkpointing import make_recomputable
 from job.model.template import refuse_endless
 
@@ -127,6 +127,7 @@ def load_share(spec: ModelSpec, folder: Path, device: torch.device, precision: s
 
 
 def _ready(spec: ModelSpec, model: Any) -> Any:
+    mllama_intermediate.install(model)
     if spec.attn_implementation == "sdpa":
         mllama_attention.install(model)
     return model.eval()

@@ -59,6 +59,21 @@ def _front_matter(base: str, licence: Licence, measured: Comparison, kind: str) 
     return yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
 
 
+LATE = (
+    """
+
+# Transformers 5.17 takes these states one layer late: see github.com/huggingface/transformers/pull/39785
+def with_first(encoder, given, output):
+    if len(output.hidden_states) == len(encoder.layers):
+        output.hidden_states = (given[0], *output.hidden_states)
+    return output
+
+""",
+    "\nmodel.model.vision_model.transformer.register_forward_hook(with_first)",
+)
+"""What job/model/patches/mllama_intermediate.py does, before and behind the line that loads the model."""
+
+
 def _code(contents: Contents, kind: str) -> str:
     """Returns a program that answers about a file as was measured."""
     base, revision = contents.base.name_or_path, contents.lineage.base_revision
@@ -71,6 +86,7 @@ def _code(contents: Contents, kind: str) -> str:
         adapted = """
 model.generation_config = GenerationConfig.from_pretrained("adapter")  # the base's own may stop elsewhere
 model = PeftModel.from_pretrained(model, "adapter")"""
+    late_states, late = LATE if contents.base.model_type == "mllama" else ("", "")
     shrunk, draft, resized = _shrinking(contents.bounds)
     shown = {"type": "image", "image": "PICTURE"}
     content = [shown, {"type": "text", "text": contents.instruction or "Describe this image."}]
@@ -80,8 +96,8 @@ model = PeftModel.from_pretrained(model, "adapter")"""
     return f"""{libraries}
 from PIL import Image, ImageOps
 from transformers import AutoModelForImageTextToText, AutoProcessor{config}
-
-model = AutoModelForImageTextToText.from_pretrained({source}, dtype="auto", device_map="auto"){adapted}
+{late_states}
+model = AutoModelForImageTextToText.from_pretrained({source}, dtype="auto", device_map="auto"){late}{adapted}
 processor = AutoProcessor.from_pretrained({kind!r})  # this folder
 
 {shrunk}picture = Image.open("image.png"){draft}

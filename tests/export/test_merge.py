@@ -37,7 +37,7 @@ from job.model.weight_map import Base, read_base
 from job.store import open_store
 from tests.conftest import ROOT
 from tests.export import stalling
-from tests.tiny import CPU, batch, job_spec, load_tiny, perturb
+from tests.tiny import CPU, batch, job_spec, load_tiny, perturb, plain_model
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def distance(tuned: Any, merged: Path) -> float:
     """Mean difference of logits between the merged folder, read afresh, and base + adapter, as a share of their spread."""
     inputs = Collator(AutoProcessor.from_pretrained(merged), 2048)(batch())
-    again = AutoModelForImageTextToText.from_pretrained(merged, dtype=torch.float32).eval()
+    again = plain_model(merged, dtype=torch.float32)
     with torch.inference_mode():
         right, found = tuned(**inputs).logits, again(**inputs).logits
     return float((right - found).abs().mean() / right.std())

@@ -20,7 +20,7 @@ from job.model.loaded import Loaded
 from job.model.lora_targets import parameters, targets
 from job.model.transformers_backend import adapted, linears, tables
 from tests.families import FAMILIES
-from tests.tiny import batch, job_spec, load_tiny, perturb, row
+from tests.tiny import batch, job_spec, load_tiny, perturb, plain_model, row
 
 CHOICES = {
     "all": {},
@@ -159,7 +159,7 @@ def test_headers_give_the_names_of_modules(family: str, folder: Path, tmp_path: 
 
 
 def test_adapters_switched_off_give_the_base(folder: Path, loaded: Loaded) -> None:
-    base = logits(AutoModelForImageTextToText.from_pretrained(folder).eval(), loaded)
+    base = logits(plain_model(folder), loaded)
     with base_or_tuned(loaded, tuned=False):
         torch.testing.assert_close(logits(loaded.model, loaded), base, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(logits(loaded.model, loaded), base, atol=0.01)

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.models.mllama import modeling_mllama
 
 from job.model.collator import Collator
-from job.model.patches import mllama_attention
+from job.model.patches import mllama_attention, mllama_intermediate
 from job.model.vision_cache import tower
 from tests.tiny import batch, load_tiny, perturb
 
@@ -49,6 +49,7 @@ def seen(tiny: Callable[..., Path]) -> Callable[[dict[str, torch.Tensor]], Any]:
         for encoder in (vision.transformer, vision.global_transformer):
             encoder._forward_pre_hooks.clear()
             encoder._forward_hooks.clear()
+        mllama_intermediate.install(loaded.model.get_base_model())
         theirs = run(inputs)
         mllama_attention.install(loaded.model.get_base_model())
         return theirs, ours
