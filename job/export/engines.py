@@ -58,7 +58,8 @@ def sglang(served: Served) -> list[str]:
     """Return the command for SGLang, for merged weights."""
     shared = ["--dtype", DTYPES[served.precision], "--context-length", str(_length(served))]
     name = ["--served-model-name", MODEL]
-    return ["python", "-m", "sglang.launch_server", "--model-path", str(served.folder), *name, *shared]
+    program = ["python", "-m", "sglang.launch_server", "--model-path", str(served.folder)]
+    return [*program, "--enable-multimodal", *name, *shared]  # without it Gemma 3 takes no images
 
 
 def llama_cpp(folder: Path) -> list[str]:

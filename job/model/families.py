@@ -31,6 +31,8 @@ CONVERT = "convert_hf_to_gguf.py merged, and again with --mmproj; llama-server -
 TRANSFORMERS = Server("transformers", "5.17", "the code above", "", TIMELINE, "5.17")
 VLLM = Server("vLLM", "", "vllm serve ./merged", "", VLLM_MODELS)
 SGLANG = Server("SGLang", "0.5 and newer", "python -m sglang.launch_server --model-path ./merged", "", SGLANG_MODELS)
+NO_MASK = "0.5.23 gives cross-attention no mask: answers differ where an image leaves tiles empty"
+NO_SGLANG = SGLANG._replace(versions="", note="0.5.23 does not load this family")
 NO_TOWER_LORA = "0.32 silently leaves out the LoRA of this tower, or ends at it: serve merged weights"
 """It calls the layers vision_tower.vision_model.encoder…, and transformers 5, with PEFT, vision_tower.encoder…. It also leaves
 CLIP's class token out of its count of the tower's tokens."""
@@ -105,7 +107,13 @@ FAMILIES = {
         tiles=4,
         padded_tiles=True,
         kept=((9, 4), (9, 2)),
-        servers=(TRANSFORMERS, VLLM_ONCE, SGLANG, TGI, no_llama_cpp(NO_MLLAMA, f"{GGML}issues/13805")),
+        servers=(
+            TRANSFORMERS,
+            VLLM_ONCE,
+            SGLANG._replace(note=NO_MASK),
+            TGI,
+            no_llama_cpp(NO_MLLAMA, f"{GGML}issues/13805"),
+        ),
         named=((r"llama-?3[._]2.*vision|llama-?3[._]2-(11b|90b)", "llama3.2"),),
         maker=("Meta's Llama 3.2 Vision", "llama3.2"),
     ),
@@ -163,7 +171,7 @@ FAMILIES = {
         layout="list",
         tiles=1,
         kept=((10, 4), (9, 6)),
-        servers=(TRANSFORMERS, vllm("0.4.2 and newer", "language"), SGLANG, no_llama_cpp(NO_CLIP)),
+        servers=(TRANSFORMERS, vllm("0.4.2 and newer", "language"), NO_SGLANG, no_llama_cpp(NO_CLIP)),
     ),
     "llava_next": Family("LLaVA-NeXT", whole=True, loss_divides=True, tiles=5, servers=(TRANSFORMERS,)),
 }
