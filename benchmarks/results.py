@@ -25,7 +25,14 @@ PLACES = ("--model", "--folder", "--limit", "--json", "--scratch")
 """Options that decide where a benchmark runs, and how long it may, and nothing of what it measures."""
 ROUNDS = ("--rounds", "--saves", "--seconds")
 """Options that decide how often something is measured, or for how long."""
-SPEED = ("model, layers", "peer", "job, samples/s", "peer, samples/s", "job over peer", "job, share of the limit")
+SPEED: tuple[str, ...] = (
+    "model, layers",
+    "peer",
+    "job, samples/s",
+    "peer, samples/s",
+    "job over peer",
+    "job, share of the limit",
+)
 SPEED += ("peer, share of the limit", "first loss apart", "card", "commit")
 HOUR = timedelta(hours=1)
 Row = dict[str, Any]

@@ -55,10 +55,11 @@ def test_attention_without_a_mask_is_as_near_to_the_truth_as_with_it(patches: in
 
     def ours() -> torch.Tensor:
         arranged = mllama_attention.arrangement(mask)
-        moved = [arranged.arrange(each.transpose(1, 2).flatten(2)).unflatten(2, (heads, width)) for each in given]
-        said, _ = mllama_attention.attention(
-            None, *(each.transpose(1, 2) for each in moved), arranged, scaling=width**-0.5
+        q, k, v = (
+            arranged.arrange(each.transpose(1, 2).flatten(2)).unflatten(2, (heads, width)).transpose(1, 2)
+            for each in given
         )
+        said, _ = mllama_attention.attention(None, q, k, v, arranged, scaling=width**-0.5)
         return arranged.put_back(said.flatten(2)).unflatten(2, (heads, width)).transpose(1, 2)
 
     def theirs() -> torch.Tensor:
