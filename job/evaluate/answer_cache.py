@@ -23,7 +23,7 @@ from job.context import RunContext
 from job.errors import JobError, Preempted
 from job.evaluate.records import Answer, HeldOutRow, from_json
 from job.model.loaded import Loaded
-from job.runtime.status import versions
+from job.runtime.status import own_code, versions
 from job.store import Missing, Store, files_of, open_store
 
 log = logging.getLogger("job")
@@ -83,6 +83,7 @@ def key(spec: JobSpec, loaded: Loaded, rows: Sequence[Held], device: str) -> str
         "dataset": dataset,
         "lengths": [spec.training.max_length, spec.evaluation.max_new_tokens, spec.evaluation.batch],
         "packages": versions(),
+        "job": own_code(),
     }
     return f"{hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()}.jsonl"
 

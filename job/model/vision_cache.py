@@ -28,7 +28,7 @@ from job.model.families import Layout, family_of
 from job.model.image_layout import FEATURES, Batch, number_of_pictures, picture, with_features, without_pixels
 from job.model.loaded import Loaded, base
 from job.model.patches.image_features import features_for_pixels, pixels_again
-from job.runtime.status import versions
+from job.runtime.status import own_code, versions
 
 log = logging.getLogger("job")
 
@@ -194,13 +194,13 @@ def tower(model: Any) -> Any:
 
 def fingerprint(loaded: Loaded) -> str:
     """Return a digest of everything but the image that decides its features: weight files, precision, processor, backend,
-    versions."""
+    versions, and our own code."""
     files = [
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)
         for file in sorted(loaded.folder.glob("*.safetensors"))
     ]
     processor = loaded.processor.image_processor.to_json_string()
-    decides = [str(loaded.folder), files, processor, loaded.precision, loaded.backend, versions()]
+    decides = [str(loaded.folder), files, processor, loaded.precision, loaded.backend, versions(), own_code()]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
 

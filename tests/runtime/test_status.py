@@ -4,6 +4,7 @@ import json
 import mmap
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,8 +16,9 @@ import pytest
 
 from job.errors import DataError, Preempted, SpecError
 from job.runtime.peaks import SAMPLE_SECONDS
-from job.runtime.status import Record, bytes_text, last_word, one_line, peaks_text
+from job.runtime.status import Record, bytes_text, last_word, one_line, own_code, peaks_text
 from job.store import open_store
+from tests.conftest import ROOT
 from tests.s3 import address
 from tests.store.proxy import Proxy
 
@@ -226,3 +228,19 @@ def test_of_a_reason_that_quotes_a_long_value_both_ends_are_told():
     assert said.startswith("scratch: aaa")
     assert said.endswith(" cannot be used; set JOB_SCRATCH")
     assert len(said) < 10_000
+
+
+def test_the_digest_of_the_job_changes_with_every_module_and_with_nothing_else(tmp_path: Path):
+    package = shutil.copytree(ROOT / "job", tmp_path / "job", ignore=shutil.ignore_patterns("__pycache__"))
+    first = own_code(package)
+    assert first == own_code()
+    (package / "__pycache__").mkdir()
+    (package / "__pycache__" / "cli.pyc").write_bytes(b"compiled")
+    own_code.cache_clear()
+    assert own_code(package) == first
+    (package / "model" / "loaded.py").write_text("# another version\n")
+    own_code.cache_clear()
+    changed = own_code(package)
+    (package / "model" / "new.py").touch()
+    own_code.cache_clear()
+    assert len({first, changed, own_code(package)}) == 3
