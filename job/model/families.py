@@ -31,7 +31,7 @@ CONVERT = "convert_hf_to_gguf.py merged, and again with --mmproj; llama-server -
 TRANSFORMERS = Server("transformers", "5.17", "the code above", "", TIMELINE, "5.17")
 VLLM = Server("vLLM", "", "vllm serve ./merged", "", VLLM_MODELS)
 SGLANG = Server("SGLang", "0.5 and newer", "python -m sglang.launch_server --model-path ./merged", "", SGLANG_MODELS)
-NO_MASK = "0.5.23 gives cross-attention no mask: answers differ where an image leaves tiles empty"
+NO_MASK = "0.5.23 gives cross-attention no mask: empty tiles are read too, and by text before the image"
 NO_SGLANG = SGLANG._replace(versions="", note="0.5.23 does not load this family")
 NO_TOWER_LORA = "0.32 silently leaves out the LoRA of this tower, or ends at it: serve merged weights"
 """It calls the layers vision_tower.vision_model.encoder…, and transformers 5, with PEFT, vision_tower.encoder…. It also leaves
