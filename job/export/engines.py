@@ -57,9 +57,8 @@ def vllm(served: Served, program: tuple[str, ...] = ("vllm",)) -> list[str]:
 def sglang(served: Served) -> list[str]:
     """Return the command for SGLang, for merged weights."""
     shared = ["--dtype", DTYPES[served.precision], "--context-length", str(_length(served))]
-    name = ["--served-model-name", MODEL]
-    program = ["python", "-m", "sglang.launch_server", "--model-path", str(served.folder)]
-    return [*program, "--enable-multimodal", *name, *shared]  # without it Gemma 3 takes no images
+    program = ["python", "-m", "sglang.launch_server", "--model-path", str(served.folder), "--served-model-name", MODEL]
+    return [*program, "--enable-multimodal", *shared]  # without it Gemma 3 takes no images
 
 
 def llama_cpp(folder: Path) -> list[str]:

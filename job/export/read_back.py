@@ -11,8 +11,7 @@ import torch
 from safetensors import safe_open
 
 from job.config.schema import ModelSpec
-from job.model.patches import mllama_attention, mllama_intermediate
-from job.model.transformers_backend import DTYPES, Offload, load_weights, placement
+from job.model.transformers_backend import DTYPES, Offload, load_weights, patched, placement
 from job.model.weight_map import Base
 from job.store import Digest, Store
 
@@ -68,10 +67,7 @@ def read_back(
             made = type(AutoModelForImageTextToText.from_config(config, trust_remote_code=spec.trust_remote_code))
         state = {key: tensor.clone() for key, tensor in tensors}
         model = made.from_pretrained(None, config=config, state_dict=state, **how, **placement(device, offload))
-    mllama_intermediate.install(model)
-    if spec.attn_implementation == "sdpa":
-        mllama_attention.install(model)  # as on base + adapter
-    return model.eval()
+    return patched(spec, model).eval()  # as base + adapter is
 
 
 def _tensors(

@@ -75,7 +75,7 @@ class Family:
     budgets: tuple[int, ...] = ()
     """Tokens of an image that its processor may be set to, if it pads every image to the patches of as many."""
     padded_tiles: bool = False
-    """Images with fewer tiles are padded and masked; the tower uses our attention (patches/mllama_attention)."""
+    """Images with fewer tiles are padded and masked; the tower is changed by patches/mllama_*.py."""
     kept: tuple[tuple[int, int], tuple[int, int]] = ((15, 4), (13, 6))
     """Multiples of the hidden and the intermediate width that a language and a vision layer keep for the backward without
     activation checkpointing (Korthikanti et al., 2022, section 4.1, without attention's own matrix and dropout). Norms in 32

@@ -105,7 +105,7 @@ def load_weights(
         raise _unusable(folder, "is not a vision-language model", error) from error
     if offload is not None:
         _bring_vectors(model)
-    return _ready(spec, model)
+    return patched(spec, model).eval()
 
 
 def load_share(spec: ModelSpec, folder: Path, device: torch.device, precision: str) -> Any:
@@ -121,16 +121,17 @@ def load_share(spec: ModelSpec, folder: Path, device: torch.device, precision: s
         return AutoModelForImageTextToText.from_config(config, trust_remote_code=spec.trust_remote_code, **how)
 
     try:
-        return _ready(spec, load_shards(folder, build, device))
+        return patched(spec, load_shards(folder, build, device)).eval()
     except torch.OutOfMemoryError as error:
         raise OutOfMemory("this rank's share of the base model does not fit the GPU; use more GPUs") from error
 
 
-def _ready(spec: ModelSpec, model: Any) -> Any:
+def patched(spec: ModelSpec, model: Any) -> Any:
+    """Return a bare `model` with what its family needs of `job.model.patches` to compute rightly and, with sdpa, faster."""
     mllama_intermediate.install(model)
     if spec.attn_implementation == "sdpa":
         mllama_attention.install(model)
-    return model.eval()
+    return model
 
 
 def _bring_vectors(model: Any) -> None:

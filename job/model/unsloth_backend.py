@@ -15,7 +15,6 @@ from job.model.generation import greedy
 from job.model.loaded import Loaded
 from job.model.lora_targets import census, parameters, targets
 from job.model.memory_model import Kept, last_cure
-from job.model.patches import mllama_attention, mllama_intermediate
 from job.model.patches.layer_norm import without_casts
 from job.model.patches.unsloth_flex_attention import without_flex_attention
 from job.model.transformers_backend import (
@@ -25,6 +24,7 @@ from job.model.transformers_backend import (
     linears,
     load_processor,
     lora_settings,
+    patched,
     tables,
 )
 
@@ -62,10 +62,9 @@ def load(spec: JobSpec, folder: Path, device: torch.device, start: Path | None, 
         raise SpecError(
             f"model.name_or_path: {folder} is not a model that Unsloth loads: {first_line(error)}"
         ) from error
-    mllama_intermediate.install(model)
     if spec.model.attn_implementation == "sdpa":
         without_flex_attention(model)
-        mllama_attention.install(model)
+    patched(spec.model, model)
     without_casts(model)
     processor = load_processor(spec.model, folder)
     model.generation_config = greedy(processor, folder)

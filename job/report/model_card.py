@@ -86,7 +86,7 @@ def _code(contents: Contents, kind: str) -> str:
         adapted = """
 model.generation_config = GenerationConfig.from_pretrained("adapter")  # the base's own may stop elsewhere
 model = PeftModel.from_pretrained(model, "adapter")"""
-    late_states, late = LATE if contents.base.model_type == "mllama" else ("", "")
+    late_states, late = LATE if family_of(contents.base.model_type or "").padded_tiles else ("", "")
     shrunk, draft, resized = _shrinking(contents.bounds)
     shown = {"type": "image", "image": "PICTURE"}
     content = [shown, {"type": "text", "text": contents.instruction or "Describe this image."}]

@@ -156,6 +156,7 @@ def _put_back(read: set[int], _encoder: Any, _arguments: Any, named: dict[str, A
     return output
 
 
+@mllama_cross_attention.once
 def arrangement(mask: torch.Tensor) -> Arranged:
     """Read upstream's mask (rows, 1, tokens, tokens). A padding token is one that cannot attend to itself: its diagonal entry
     is far below zero in an additive mask, and False in a boolean mask, which is True where a token is seen."""

@@ -12,9 +12,11 @@ May go: when transformers passes its cross-attention no dense mask.
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
+from collections.abc import Callable
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -22,6 +24,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "unmasked_cross"
+Found = TypeVar("Found")
 
 
 class Sight(NamedTuple):
@@ -54,7 +57,7 @@ def attention(
     """(rows, heads, tokens, width), (rows, groups, keys, width) × 2 → (rows, tokens, heads, width), like transformers' attention
     functions."""
     one_token = query.shape[2] == 1
-    found = None if one_token or dropout or attention_mask is None else _last_sights(attention_mask)
+    found = None if one_token or dropout or attention_mask is None else sights(attention_mask)
     if found is None:
         said: tuple[torch.Tensor, None] = ALL_ATTENTION_FUNCTIONS["sdpa"](
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **named
@@ -83,18 +86,21 @@ def _of_sight(
     return torch.cat(said, dim=1)
 
 
-_last: tuple[weakref.ref[torch.Tensor], list[Sight] | None] | None = None
+def once(read: Callable[[torch.Tensor], Found]) -> Callable[[torch.Tensor], Found]:
+    """Remember what `read` returned for its last mask, which many layers share."""
+    last: tuple[weakref.ref[torch.Tensor], Found] | None = None
+
+    @functools.wraps(read)
+    def read_once(mask: torch.Tensor) -> Found:
+        nonlocal last
+        if (held := last) is None or held[0]() is not mask:  # another thread may replace `last`
+            last = held = weakref.ref(mask), read(mask)
+        return held[1]
+
+    return read_once
 
 
-def _last_sights(mask: torch.Tensor) -> list[Sight] | None:
-    """`sights`, read once from a mask that many layers share."""
-    global _last
-    last = _last  # another thread may replace it
-    if last is None or last[0]() is not mask:
-        _last = last = weakref.ref(mask), sights(mask)
-    return last[1]
-
-
+@once
 def sights(mask: torch.Tensor) -> list[Sight] | None:
     """Read upstream's mask (rows, 1, tokens, keys), 0 or True where a key is seen. Returns None if a row is of another kind,
     as one with several images is. Padding behind the text, which upstream lets see all keys, counts as text: nothing reads it."""

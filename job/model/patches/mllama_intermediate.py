@@ -2,8 +2,7 @@
 
 Why: beside its last states, the tower hands on those that enter layers 3, 7, 15, 23 and 30, in Meta's own code and in vLLM,
 SGLang and TGI. Transformers takes those that leave these layers, so an adapter would learn from, and be measured on, other states
-than the weights were trained on and servers compute. Corrected, and with its mask left out as SGLang 0.5.23 leaves it out, a tiny
-model has SGLang's log-probabilities to five digits; uncorrected they are 0.13 apart.
+than the weights were trained on and servers compute.
 Upstream: transformers 5.17, `MllamaVisionEncoder`; so since 4.55 (github.com/huggingface/transformers/pull/39643, 40083, 39785).
 May go: when transformers collects the states before each layer.
 """
@@ -16,10 +15,8 @@ from job.model.patches.mllama_attention import llamas
 
 
 def install(model: Any) -> None:
-    """Correct the tower of a bare mllama `model`; leaves other models alone, and a tower that collects as many states as its
-    layers have between, before and behind them."""
-    tower = llamas(model)
-    if tower is not None:
+    """Correct the tower of a bare mllama `model`, unless transformers has been mended. Leaves other models alone."""
+    if (tower := llamas(model)) is not None:
         tower.transformer.register_forward_hook(_with_first, prepend=True)
 
 
