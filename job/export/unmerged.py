@@ -141,8 +141,11 @@ def expected(
             group["change"] = (group["change"] * group["adapted"] + share) / (group["adapted"] + 1)
             group["adapted"] += 1
             roundings[name] = Rounding(dtype, _chance(name, weight, adapter, dtype, right.to(dtype).float()))
-        tolerance = torch.zeros(()) if exact else right.abs() * 2.0 ** -MANTISSA[weight.dtype]
-        found[name] = Expected(right.to(dtype if exact else weight.dtype).float(), tolerance)
+        # Three roundings to the model's dtype, each by half a unit: of the base, of this sum, and of the merged weight.
+        tolerance = (before.abs() + 2 * right.abs()) * 2.0 ** -(MANTISSA[weight.dtype] + 1)
+        found[name] = Expected(
+            right.to(dtype if exact else weight.dtype).float(), torch.zeros(()) if exact else tolerance
+        )
     return found, groups, roundings
 
 

@@ -32,6 +32,9 @@ SPEC = job_spec(evaluation={"batch_size": 2})
 ROWS = [*batch(), row(4, "There is an effusion in the right lung."), row(5, "The lungs are clear.")]
 
 
+WRONG = "model.language_model.layers.0.self_attn.q_proj.weight"
+
+
 @dataclass(frozen=True)
 class Made:
     loaded: Loaded
@@ -315,6 +318,15 @@ def test_a_model_of_which_a_part_waits_outside_gets_the_same_verdict(
     assert parted == measure(made, made.merged)
     assert parted.wrong == []
     assert parted.mean_logit_difference < 2 * parted.rounding_logit_difference
+
+
+def test_a_base_of_32_bits_that_was_trained_in_16_is_merged_in_32(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """The adapter is large, so that sums are small beside the base's weights, whose rounding then is most of the difference."""
+    base = tiny("qwen3_vl", torch.float32)
+    made = merge(perturb(load(job_spec(lora={"r": 4}), base, CPU, None, "16bit"), 0.2), tmp_path)
+    assert measure(made, made.merged).wrong == []
+    wrong = altered(made, tmp_path / "other", lambda weights, own: weights.update({WRONG: own[WRONG]}))
+    assert measure(made, wrong).wrong == [WRONG]
 
 
 @pytest.mark.parametrize("family", ["llava"], scope="module")
