@@ -5,7 +5,7 @@ DEMO = build/demo
 # One more than there are cores, at most four: tests on a cluster mostly wait.
 WORKERS ?= $(shell n=$$(nproc); [ $$n -lt 3 ] && echo $$((n + 1)) || echo 4)
 
-.PHONY: demo example-vqa test check lint docs clean kill-proof fence-proof resume-proof shard-proof verdict-proof near-duplicates reader-test fuzz hostile-stores disk-proof test-gpu test-image image-gpu test-slurm test-gguf test-radeval test-trackers test-serve test-store bench-store bench-prefix public-sets bench-gpu bench-scaling bench-whole-job bench-release whole-job test-families bench
+.PHONY: demo example-vqa test check lint docs clean kill-proof fence-proof resume-proof shard-proof verdict-proof near-duplicates reader-test fuzz hostile-stores disk-proof test-gpu test-image image-gpu test-slurm test-gguf test-radeval test-trackers test-serve test-store bench-store bench-prefix public-sets bench-gpu bench-scaling bench-whole-job bench-release whole-job test-families test-unsloth bench
 
 demo:
 	@.ci/venv train
@@ -24,6 +24,7 @@ example-vqa:
 test: check
 	@.ci/system
 	@.ci/formats
+	@.ci/unsloth
 	@$(PYTHON_VENV) -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 # Linter, format and types; changes nothing. `make lint` mends what can be mended.
@@ -128,6 +129,12 @@ whole-job:
 test-families:
 	@.ci/venv train dev
 	@OMP_NUM_THREADS=1 $(PYTHON_VENV) -m tests.family_proof $(FAMILIES)
+
+# The same through Unsloth, on a CPU.
+test-unsloth:
+	@.ci/venv train dev
+	@.ci/unsloth
+	@OMP_NUM_THREADS=1 $(PYTHON_VENV) -m tests.family_proof --unsloth $(FAMILIES)
 
 # On a machine with an NVIDIA GPU and the gpu extra; JOB_TEST_MODEL may name a checkpoint in its real size.
 PYTHON_GPU ?= python3

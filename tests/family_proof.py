@@ -1,11 +1,13 @@
 """Take families through a whole job that is stopped and killed on the way, each as a tiny random model.
 
-    python -m tests.family_proof [FAMILY …]
+    python -m tests.family_proof [--unsloth] [FAMILY …]
 
 For each family, by default all of tests/families.py and tests/other_families.py: `check`; a run that is sent SIGTERM; one on
 another scratch folder that is sent SIGKILL; one on a third scratch folder, which must publish; and one that nobody disturbs,
 whose losses must be the same. Then plain transformers loads `merged/`, whose logits must be those of base + adapter. A family
 that is refused must be so by `check` and `run` in one sentence. Closes with `families=N proved=N`.
+
+With --unsloth the jobs run through Unsloth, in 16 bits, on a CPU (tests/unsloth_on_cpu), from build/unsloth.
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ from tests.tiny import job_spec, make_model, picture, row
 from whole_job import Case, Unfinished, apart_from_uncut, process_of, whole, wrong_files  # isort: skip  # tests.tiny finds it
 
 ROOT = Path(__file__).parent.parent
+UNSLOTH = ROOT / "build" / "unsloth"
+THROUGH_UNSLOTH = {"backend": "unsloth", "precision": "16bit"}
 
 
 def make_rows(folder: Path) -> Path:
@@ -96,20 +100,29 @@ def logits_agree(base: Path, output: Path) -> None:
     assert (expected - before).abs().max() > 0.01
 
 
+def environment() -> dict[str, str]:
+    """The variables with which a job runs through Unsloth on a CPU."""
+    paths = (ROOT / "tests" / "unsloth_on_cpu", ROOT, UNSLOTH)
+    return {"PYTHONPATH": ":".join(map(str, paths)), "UNSLOTH_ALLOW_CPU": "1"}
+
+
 def job(command: str, spec: dict[str, Any], scratch: Path) -> subprocess.CompletedProcess[str]:
     there = os.environ | {"JOB_SPEC": yaml.safe_dump(spec), "JOB_SCRATCH": str(scratch)}
     ran = [sys.executable, "-m", "job", command]
     return subprocess.run(ran, cwd=ROOT, env=there, capture_output=True, text=True, check=False)
 
 
-def prove(family: str, folder: Path, *, uncut: bool = True, start: Callable[..., Any] = process_of) -> list[str]:
-    """Return what is not as it should be. `start` starts the jobs that are stopped and killed."""
+def prove(
+    family: str, folder: Path, *, uncut: bool = True, start: Callable[..., Any] = process_of, **model: str
+) -> list[str]:
+    """Return what is not as it should be. `start` starts the jobs that are stopped and killed; `model` are fields of the spec."""
     for name in ("base", "rows"):
         (folder / name).mkdir()
     base, rows, output = make_base(family, folder / "base"), make_rows(folder / "rows"), folder / "output"
     spec = spec_of(base, rows, output)
     spec["training"] |= {"max_steps": 9, "num_train_epochs": 3, "learning_rate": 0.01}
     spec["checkpoint"] = {"save_steps": 2}
+    spec["model"] |= model
     if family in OTHERS and (sentence := OTHERS[family].refused):
         last = f"exit 78: model.name_or_path: {base} {sentence}"
         ended = [job(command, spec, folder / "scratch") for command in ("check", "run")]
@@ -133,11 +146,16 @@ def prove(family: str, folder: Path, *, uncut: bool = True, start: Callable[...,
 def main() -> None:
     disable_progress_bar()
     torch.set_num_threads(1)
+    model = dict[str, str]()
+    if "--unsloth" in sys.argv:
+        sys.argv.remove("--unsloth")
+        os.environ |= environment()
+        model = THROUGH_UNSLOTH
     families, proved = sys.argv[1:] or [*KNOWN, *OTHERS], 0
     for family in families:
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            wrong = prove(family, Path(folder))
+            wrong = prove(family, Path(folder), **model)
         print(f"{family}: {'; '.join(wrong) or 'as it should be'}, {time.monotonic() - began:.0f} s", flush=True)
         proved += not wrong
     print(f"families={len(families)} proved={proved}")

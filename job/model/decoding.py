@@ -76,7 +76,7 @@ def generate(loaded: Loaded, inputs: dict[str, torch.Tensor], max_new_tokens: in
             produced = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
         return produced
     # Unsloth's own `generate` chooses another cache. It otherwise only adds autocast, which it also trains under.
-    autocast = torch.autocast("cuda", torch.bfloat16) if loaded.backend == "unsloth" else nullcontext()
+    autocast = torch.autocast(loaded.device.type, torch.bfloat16) if loaded.backend == "unsloth" else nullcontext()
     named = settings | {"max_new_tokens": max_new_tokens, "past_key_values": cache, "disable_compile": True}
     with grouped_heads(), autocast, Steps(bare, cache).taken():
         produced = type(bare).generate(bare, **inputs, **named)

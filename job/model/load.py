@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 def choose_backend(spec: ModelSpec, cuda: bool) -> str:
     """Return `unsloth` or `transformers`. Raises SpecError when the requested backend cannot work here."""
     present = importlib.util.find_spec("unsloth") is not None
+    cuda = cuda or os.environ.get("UNSLOTH_ALLOW_CPU") == "1"  # Unsloth's own, for tests without a GPU
     if spec.backend == "unsloth" and not (cuda and present):
         what = "is not installed; install the gpu extra" if cuda else "needs an NVIDIA GPU, and there is none here"
         raise SpecError(f"model.backend: unsloth {what}, or choose transformers")

@@ -17,6 +17,7 @@ from job.model.lora_targets import census, parameters, targets
 from job.model.memory_model import Kept, last_cure
 from job.model.patches.layer_norm import without_casts
 from job.model.patches.unsloth_flex_attention import without_flex_attention
+from job.model.patches.unsloth_pad_token import vocabulary_kept
 from job.model.transformers_backend import (
     adapted,
     begin_from,
@@ -41,14 +42,15 @@ def load(spec: JobSpec, folder: Path, device: torch.device, start: Path | None, 
 
     recomputing = RECOMPUTING[kept]
     try:
-        model, _ = FastVisionModel.from_pretrained(
-            str(folder),
-            max_seq_length=max(spec.training.max_length, OFFLOADED),
-            dtype=torch.bfloat16,
-            load_in_4bit=precision == "4bit",
-            use_gradient_checkpointing=recomputing,
-            trust_remote_code=spec.model.trust_remote_code,
-        )
+        with vocabulary_kept():
+            model, _ = FastVisionModel.from_pretrained(
+                str(folder),
+                max_seq_length=max(spec.training.max_length, OFFLOADED),
+                dtype=torch.bfloat16,
+                load_in_4bit=precision == "4bit",
+                use_gradient_checkpointing=recomputing,
+                trust_remote_code=spec.model.trust_remote_code,
+            )
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(f"the base model does not fit the GPU; {last_cure(precision)}") from error
     except (

@@ -33,7 +33,7 @@ def uncollected() -> Iterator[None]:
 @contextmanager
 def changed(name: str, change: Change) -> Iterator[None]:
     """If the module `name` is imported in the block, apply `change` after its code has run and before its importer continues."""
-    finder = _Finder(name, change)
+    finder = Finder(name, change)
     sys.meta_path.insert(0, finder)
     try:
         yield
@@ -42,7 +42,7 @@ def changed(name: str, change: Change) -> Iterator[None]:
             sys.meta_path.remove(finder)
 
 
-class _Finder(MetaPathFinder):
+class Finder(MetaPathFinder):
     def __init__(self, name: str, change: Change) -> None:
         self.name, self.change = name, change
 
