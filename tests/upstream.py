@@ -40,6 +40,8 @@ transformers.models.mllama.modeling_mllama:MllamaVisionEncoder.
 3023373a0ed7 forward patches/mllama_attention.py arranges its states and changes the mask that it takes by name
 transformers.modeling_layers:GradientCheckpointingLayer.
 734ddf2c6cf9 __call__ patches/mllama_checkpointing.py lends it
+transformers.models.qwen3_vl.modeling_qwen3_vl:Qwen3VLTextRMSNorm.
+3480f6ca9ea4 forward patches/rms_norm.py may be needless now
 transformers.integrations.sdpa_attention:
 83f68b4ed085 sdpa_attention_forward patches/sdpa_attention.py stands in for it
 d2934c8ca9f3 use_gqa_in_sdpa patches/sdpa_attention.py may be needless now

@@ -16,6 +16,7 @@ from job.model.loaded import Loaded
 from job.model.lora_targets import census, parameters, targets
 from job.model.memory_model import Kept, last_cure
 from job.model.patches.layer_norm import without_casts
+from job.model.patches.rms_norm import fuse_rms_norms
 from job.model.patches.unsloth_flex_attention import without_flex_attention
 from job.model.patches.unsloth_pad_token import vocabulary_kept
 from job.model.transformers_backend import (
@@ -68,6 +69,7 @@ def load(spec: JobSpec, folder: Path, device: torch.device, start: Path | None, 
         without_flex_attention(model)
     patched(spec.model, model)
     without_casts(model)
+    fuse_rms_norms(model)
     processor = load_processor(spec.model, folder)
     model.generation_config = greedy(processor, folder)
     layers = linears(model)
