@@ -44,7 +44,6 @@ from whole_job import Case, Unfinished, apart_from_uncut, process_of, whole, wro
 
 ROOT = Path(__file__).parent.parent
 UNSLOTH = ROOT / "build" / "unsloth"
-THROUGH_UNSLOTH = {"backend": "unsloth", "precision": "16bit"}
 
 
 def make_rows(folder: Path) -> Path:
@@ -106,10 +105,10 @@ def environment() -> dict[str, str]:
     return {"PYTHONPATH": ":".join(map(str, paths)), "UNSLOTH_ALLOW_CPU": "1"}
 
 
-def job(command: str, spec: dict[str, Any], scratch: Path) -> subprocess.CompletedProcess[str]:
-    there = os.environ | {"JOB_SPEC": yaml.safe_dump(spec), "JOB_SCRATCH": str(scratch)}
+def job(command: str, spec: dict[str, Any], scratch: Path, **there: str) -> subprocess.CompletedProcess[str]:
+    variables = os.environ | there | {"JOB_SPEC": yaml.safe_dump(spec), "JOB_SCRATCH": str(scratch)}
     ran = [sys.executable, "-m", "job", command]
-    return subprocess.run(ran, cwd=ROOT, env=there, capture_output=True, text=True, check=False)
+    return subprocess.run(ran, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
 
 
 def prove(
@@ -150,7 +149,7 @@ def main() -> None:
     if "--unsloth" in sys.argv:
         sys.argv.remove("--unsloth")
         os.environ |= environment()
-        model = THROUGH_UNSLOTH
+        model = {"backend": "unsloth", "precision": "16bit"}
     families, proved = sys.argv[1:] or [*KNOWN, *OTHERS], 0
     for family in families:
         began = time.monotonic()

@@ -2,23 +2,17 @@
 test-unsloth` do so with each."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import TextIO
 
 import pytest
 
-from tests.family_proof import (
-    THROUGH_UNSLOTH,
-    UNSLOTH,
-    environment,
-    job,
-    logits_agree,
-    make_base,
-    make_rows,
-    prove,
-    spec_of,
-)
+from tests.family_proof import ROOT, UNSLOTH, environment, job, logits_agree, make_base, make_rows, prove, spec_of
 from tests.forked import Forked, Forks
+
+from whole_job_figures import read_lines  # isort: skip  # tests.tiny finds it
 
 
 def test_a_family_that_is_stopped_and_killed_ends_published(tmp_path: Path, forks: Forks) -> None:
@@ -32,17 +26,31 @@ def test_a_family_that_is_stopped_and_killed_ends_published(tmp_path: Path, fork
 
 @pytest.mark.skipif(not UNSLOTH.exists(), reason="make test brings Unsloth")
 @pytest.mark.parametrize("family", ["mllama", "qwen3_vl", "gemma3", "glm4v"])
-def test_a_job_through_unsloth_ends_published(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU (tests/unsloth_on_cpu). Unsloth replaces the processor of Gemma 3, and would add a row to GLM's vocabulary."""
+def test_a_job_through_unsloth_ends_published(family: str, tmp_path: Path) -> None:
+    """On a CPU (tests/unsloth_on_cpu). Unsloth replaces the processor of Gemma 3, and would add a row to GLM's vocabulary. Both
+    backends begin with one loss."""
     for name in ("base", "rows"):
         (tmp_path / name).mkdir()
-    base, rows, output = make_base(family, tmp_path / "base"), make_rows(tmp_path / "rows"), tmp_path / "output"
-    for name, value in environment().items():
-        monkeypatch.setenv(name, value)
-    spec = spec_of(base, rows, output)
-    spec["model"] |= THROUGH_UNSLOTH
-    ended = job("run", spec, tmp_path / "scratch")
-    assert ended.returncode == 0, ended.stderr
-    assert "Unsloth" in ended.stdout
-    assert (output / "RESULT.json").exists()
-    logits_agree(base, output)
+    base, rows = make_base(family, tmp_path / "base"), make_rows(tmp_path / "rows")
+    losses = []
+    for backend in ("unsloth", "transformers"):
+        output = tmp_path / backend
+        spec = spec_of(base, rows, output)
+        spec["model"] |= {"backend": backend, "precision": "16bit"}
+        there = environment() if backend == "unsloth" else {}
+        ended = job("run", spec, tmp_path / "scratch" / backend, **there)
+        assert ended.returncode == 0, ended.stderr
+        assert ("Unsloth" in ended.stdout) == (backend == "unsloth")
+        assert (output / "RESULT.json").exists()
+        losses.append(read_lines(output / "logs" / "metrics.jsonl")[0]["loss"])
+    logits_agree(base, tmp_path / "unsloth")
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+@pytest.mark.skipif(not UNSLOTH.exists(), reason="make test brings Unsloth")
+def test_layers_are_those_that_unsloth_would_choose(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-c", "tests/gpu/pytest.ini", "tests/gpu/test_families.py"]
+    there = os.environ | environment() | {"UNSLOTH_COMPILE_LOCATION": str(tmp_path)}
+    ended = subprocess.run(command, cwd=ROOT, env=there, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout
+    assert "20 passed" in ended.stdout

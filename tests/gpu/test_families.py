@@ -1,8 +1,10 @@
-"""Every family through Unsloth on a GPU: the layers it would adapt itself, and Qwen3.5's linear attention. `make test-gpu`."""
+"""Every family through Unsloth: the layers it would adapt itself, and Qwen3.5's linear attention. `make test-gpu`; without a GPU
+tests/test_family_proof.py runs it."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-if not torch.cuda.is_available():
+if not (torch.cuda.is_available() or os.environ.get("UNSLOTH_ALLOW_CPU")):
     pytest.skip("there is no NVIDIA GPU here", allow_module_level=True)
 if importlib.util.find_spec("unsloth") is None:
     pytest.skip("unsloth is not installed: pip install vision-lora-job[gpu]", allow_module_level=True)
@@ -32,6 +34,7 @@ from tests.families import FAMILIES
 from tests.other_families import OTHERS
 from tests.tiny import job_spec, make_model, row
 
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 SWITCHES = ("finetune_vision_layers", "finetune_language_layers", "finetune_attention_modules", "finetune_mlp_modules")
 NOT_OURS = {
     "qwen3_5_moe": r".*\.shared_expert_gate",  # a router, which stays as it was trained
@@ -68,24 +71,23 @@ def test_the_layers_are_those_that_unsloth_would_choose(family: str, tmp_path: P
 @pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_5_moe"])
 def test_experts_are_left_alone(family: str, tmp_path: Path) -> None:
     folder = tmp_path / "base"
-    make_model(family, folder, dtype=torch.bfloat16, device="cuda") if family in FAMILIES else OTHERS[family].make(
+    make_model(family, folder, dtype=torch.bfloat16, device=DEVICE.type) if family in FAMILIES else OTHERS[family].make(
         folder
     )
-    gpu = torch.device("cuda", 0)
-    loaded = load_model(job_spec(lora={"r": 4}), folder, gpu, "unsloth", "16bit", "nothing", None)
+    loaded = load_model(job_spec(lora={"r": 4}), folder, DEVICE, "unsloth", "16bit", "inputs", None)
     adapted = {name for name, each in loaded.model.named_parameters() if each.requires_grad}
     assert adapted
     assert not [name for name in adapted if ".experts" in name or ".gate." in name]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="its kernels need a GPU")
 def test_linear_attention_has_unsloths_kernels_untuned_and_the_loss_of_pytorchs(tmp_path: Path) -> None:
-    folder = make_model("qwen3_5", tmp_path, dtype=torch.bfloat16, device="cuda")
-    gpu = torch.device("cuda", 0)
+    folder = make_model("qwen3_5", tmp_path, dtype=torch.bfloat16, device=DEVICE.type)
 
     def loss_by(backend: str) -> float:
-        loaded = load_model(job_spec(lora={"r": 4}), folder, gpu, backend, "16bit", "nothing", None)
-        inputs = {name: each.cuda() for name, each in Collator(loaded.processor, 2048)([row(1), row(2)]).items()}
-        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        loaded = load_model(job_spec(lora={"r": 4}), folder, DEVICE, backend, "16bit", "inputs", None)
+        inputs = {name: each.to(DEVICE) for name, each in Collator(loaded.processor, 2048)([row(1), row(2)]).items()}
+        with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
             return float(token_loss(loaded.model, inputs, None))
 
     found = loss_by("unsloth")
@@ -95,9 +97,9 @@ def test_linear_attention_has_unsloths_kernels_untuned_and_the_loss_of_pytorchs(
     tuned = [each for each in kernels if len(configurations(each)) > 1]
     assert any(configurations(each) for each in kernels)
     assert not tuned
-    plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).cuda()
-    loaded = load_model(job_spec(), folder, gpu, "transformers", "16bit", "nothing", None)
-    inputs = {name: each.cuda() for name, each in Collator(loaded.processor, 2048)([row(1), row(2)]).items()}
+    plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
+    loaded = load_model(job_spec(), folder, DEVICE, "transformers", "16bit", "inputs", None)
+    inputs = {name: each.to(DEVICE) for name, each in Collator(loaded.processor, 2048)([row(1), row(2)]).items()}
     with torch.no_grad():
         assert found == pytest.approx(float(token_loss(plain, inputs, None)), rel=0.01)
 

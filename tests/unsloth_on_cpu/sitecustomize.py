@@ -27,7 +27,7 @@ def allow_bfloat16(utils: ModuleType) -> None:
     utils.SUPPORTS_BFLOAT16 = True  # type: ignore[attr-defined]
 
 
-if os.environ.get("UNSLOTH_ALLOW_CPU") == "1" and "job" in sys.orig_argv:
+if os.environ.get("UNSLOTH_ALLOW_CPU") == "1":
     from job.model.patches.unsloth_import import Finder
 
     sys.meta_path[:0] = [Finder("torch", spoof_gpu), Finder("unsloth.models._utils", allow_bfloat16)]
