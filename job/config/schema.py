@@ -418,7 +418,8 @@ class GateSpec(Section):
     max_mean_logit_difference: float = Field(0.05, gt=0)
     """Mean absolute difference of logits over answer tokens, as a share of the logits' standard deviation."""
     min_token_agreement: float = Field(0.97, gt=0, le=1)
-    """Share of answer tokens at which both rank the same token first. A token within the logit bound of the first counts too."""
+    """Share of answer tokens at which both rank the same token first. A token within the logit bound of the first counts too, and
+    one token may always differ."""
     rounding_allowance: float = Field(2.0, ge=0)
     """If a model amplifies rounding, both bounds widen to this multiple of what rounding alone does to it."""
     min_gain_kept: float = Field(0.8, ge=0, le=1)

@@ -256,7 +256,11 @@ def limits(result: Verdict, spec: GateSpec) -> tuple[float, float]:
     """Return the most that the mean logit difference, and the least that the token agreement may be."""
     return (
         max(spec.max_mean_logit_difference, spec.rounding_allowance * result.rounding_logit_difference),
-        min(spec.min_token_agreement, 1 - spec.rounding_allowance * (1 - result.rounding_token_agreement)),
+        min(
+            spec.min_token_agreement,
+            1 - spec.rounding_allowance * (1 - result.rounding_token_agreement),
+            (result.tokens - 1) / result.tokens,  # of few tokens, one is a larger share than the others allow
+        ),
     )
 
 

@@ -81,7 +81,8 @@ def agreement(one: list[Answers], other: list[Answers], near: float) -> float:
         a.logits.float().amax(-1) - a.logits.float().gather(-1, b.logits.argmax(-1, keepdim=True)).squeeze(-1)
         for a, b in zip(one, other, strict=True)
     ]
-    return float((torch.cat(lost) <= near).float().mean())
+    kept = torch.cat(lost) <= near
+    return int(kept.sum()) / len(kept)
 
 
 def loss(answers: list[Answers]) -> float:

@@ -114,6 +114,14 @@ def test_an_adapter_that_rounding_eats_is_told_and_float32_keeps_it(
         )
 
 
+def test_of_a_few_tokens_one_may_differ_but_not_two(made: Made) -> None:
+    """Sixteen answers of yes or no have 32 tokens, of which one is over three in a hundred."""
+    verdict = replace(measure(made, made.merged), tokens=32, rounding_token_agreement=1.0)
+    refuse(replace(verdict, token_agreement=31 / 32), SPEC.export.gate)
+    with pytest.raises(GateRefused, match=r"token agreement 0\.9375 .* \(0\.9688\)"):
+        refuse(replace(verdict, token_agreement=30 / 32), SPEC.export.gate)
+
+
 def is_vision(key: str) -> bool:
     return "vision" in key or "visual" in key
 
