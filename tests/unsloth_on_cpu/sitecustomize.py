@@ -5,6 +5,7 @@ With UNSLOTH_ALLOW_CPU=1, its own variable for tests, Unsloth imports without a 
 one; its classes for vision models then only ask for a device's name, its memory and autocast. Its kernels stay untried.
 """
 
+import functools
 import os
 import sys
 from types import ModuleType, SimpleNamespace
@@ -17,6 +18,7 @@ def spoof_gpu(torch: Any) -> None:
     autocast = torch.amp.autocast_mode.autocast
     begin = autocast.__init__
 
+    @functools.wraps(begin)  # torch.compile reads its signature
     def on_cpu(self: Any, device_type: str, *given: Any, **named: Any) -> None:
         begin(self, device_type.replace("cuda", "cpu"), *given, **named)
 
