@@ -48,6 +48,21 @@ def test_a_job_through_unsloth_ends_published(family: str, tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(not UNSLOTH.exists(), reason="make test brings Unsloth")
+def test_4_bits_that_unsloth_makes_16_of_are_refused(tmp_path: Path) -> None:
+    """It says so and goes on, where bitsandbytes does not work; the plan, the card and the gate would tell of 4 bits."""
+    for name in ("base", "rows"):
+        (tmp_path / name).mkdir()
+    spec = spec_of(make_base("qwen3_vl", tmp_path / "base"), make_rows(tmp_path / "rows"), tmp_path / "output")
+    spec["model"] |= {"backend": "unsloth", "precision": "4bit"}
+    ended = job("run", spec, tmp_path / "scratch", **environment())
+    assert ended.returncode == 78
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last.startswith(
+        "exit 78: model.precision: Unsloth loaded the base in 16 bits, because bitsandbytes does not work here;"
+    )
+
+
+@pytest.mark.skipif(not UNSLOTH.exists(), reason="make test brings Unsloth")
 def test_layers_are_those_that_unsloth_would_choose(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-c", "tests/gpu/pytest.ini", "tests/gpu/test_families.py"]
     there = os.environ | environment() | {"UNSLOTH_COMPILE_LOCATION": str(tmp_path)}

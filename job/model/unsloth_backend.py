@@ -65,6 +65,11 @@ def load(spec: JobSpec, folder: Path, device: torch.device, start: Path | None, 
         raise SpecError(
             f"model.name_or_path: {folder} is not a model that Unsloth loads: {first_line(error)}"
         ) from error
+    if precision == "4bit" and not getattr(model, "is_loaded_in_4bit", False):
+        raise SpecError(
+            "model.precision: Unsloth loaded the base in 16 bits, because bitsandbytes does not work here; mend it (python -m "
+            "bitsandbytes says what is wrong), or choose 16bit"
+        )
     if spec.model.attn_implementation == "sdpa":
         without_flex_attention(model)
     patched(spec.model, model)
