@@ -122,7 +122,8 @@ def gate_facts(exported: Exported, spec: ExportSpec) -> dict[str, Any]:
     most, least = limits(exported.gate, spec.gate)
     bounds = {"mean_logit_difference": most, "token_agreement": least}
     bounds |= {"gain_kept": spec.gate.min_gain_kept} if smaller else {}
-    bounds |= {"served_agreement": spec.serve.min_agreement} if served else {}
+    fewest = min((each.tokens for each in exported.served.values()), default=0)
+    bounds |= {"served_agreement": min(spec.serve.min_agreement, (fewest - 1) / fewest)} if served else {}
     found = {**asdict(exported.gate), "limits": bounds, **measured}
     return {**found, **({"smaller": smaller} if smaller else {}), **served}
 

@@ -63,9 +63,26 @@ def test_4_bits_that_unsloth_makes_16_of_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not UNSLOTH.exists(), reason="make test brings Unsloth")
-def test_layers_are_those_that_unsloth_would_choose(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-c", "tests/gpu/pytest.ini", "tests/gpu/test_families.py"]
+@pytest.mark.parametrize(
+    ("tests", "cases", "passed"),
+    [("gpu/test_families.py", "test_families", 20), ("model/test_collator.py", "gemma3", 35)],
+    ids=["layers", "rows"],
+)
+def test_what_unsloth_patches_is_right_beside_it(tests: str, cases: str, passed: int, tmp_path: Path) -> None:
+    """Layers of every family, beside Unsloth's own choice; rows of Gemma 3, whose processor it would replace."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "filterwarnings=",
+        "-p",
+        "unsloth_first",
+        f"tests/{tests}",
+        "-k",
+        cases,
+    ]
     there = os.environ | environment() | {"UNSLOTH_COMPILE_LOCATION": str(tmp_path)}
     ended = subprocess.run(command, cwd=ROOT, env=there, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout
-    assert "20 passed" in ended.stdout
+    assert f"{passed} passed" in ended.stdout

@@ -8,7 +8,7 @@ from job.data.layouts import KINDS
 from job.runtime.hub import TABLES
 from tests import house
 
-MOST_LINES = 22_130
+MOST_LINES = 22_146
 """Lines of code in job/. A commit that raises it names in CHANGELOG.md the feature that needed it, and what was deleted."""
 MOST_OF_A_FUNCTION = 60
 

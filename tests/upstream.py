@@ -68,6 +68,7 @@ accelerate.hooks:AlignDevicesHook.
 """
 """Functions and classes of packages that pyproject.toml pins: where they are; digest, name, and who relies on each for what."""
 RL, UTILS, VISION = "unsloth/models/rl.py", "unsloth/models/_utils.py", "unsloth/models/vision.py"
+GEMMA = "unsloth_zoo/temporary_patches/gemma.py"
 TOKENS = "unsloth_zoo/tokenizer_utils.py"
 TEXTS = [
     (RL, "def _patch_trl_rl_trainers(trainer_file", "patches/unsloth_import.py calls it for one trainer"),
@@ -75,6 +76,7 @@ TEXTS = [
     (UTILS, '"flex_attention"', "patches/unsloth_flex_attention.py is needless: nothing chooses it"),
     (UTILS, "if max_seq_length < 512:", "OFFLOADED of job/model/unsloth_backend.py is this bound"),
     (VISION, 'torch_compiler_set_stance(stance = "default"', "patches/compile_stance.py sets it again"),
+    (GEMMA, "TEMPORARY_PATCHES.append(patch_Gemma3Processor)", "patches/unsloth_import.py removes it from there"),
     (TOKENS, "result = fix_pad_token(original_tokenizer, model = model", "patches/unsloth_pad_token.py replaces it"),
     ("bitsandbytes/nn/modules.py", ".quant_state", "`release` of job/model/loaded.py frees it"),
 ]

@@ -446,7 +446,8 @@ class ServeSpec(Section):
     python: str | None = None
     """The Python of an environment in which it is installed, apart from the job's own. Default: `JOB_SERVE_PYTHON`."""
     min_agreement: float = Field(0.98, gt=0, le=1)
-    """Share of the tokens of the true answers at which the server must rank the token first that the job ranked first."""
+    """Share of the tokens of the true answers at which the server must rank the token first that the job ranked first. One token
+    may always differ."""
     seconds: float = Field(1800, gt=0)
     """Seconds in which each server must have started and answered."""
 

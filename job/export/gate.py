@@ -282,8 +282,8 @@ def refuse(result: Verdict, spec: GateSpec) -> None:
         )
     if not result.token_agreement >= least:
         reasons.append(
-            f"token agreement {result.token_agreement:.4f} is under export.gate.min_token_agreement "
-            f"{spec.min_token_agreement:g} and under what rounding alone explains ({least:.4f})"
+            f"token agreement {result.token_agreement:.4f} is under {least:.4f}, the least that is allowed "
+            f"(export.gate.min_token_agreement {spec.min_token_agreement:g}, rounding, and one token)"
         )
     visible = max(VISIBLE, result.mean_logit_difference / 3)
     if result.mean_effect_of_adapter > visible and result.mean_difference_from_base < result.mean_logit_difference:

@@ -81,13 +81,15 @@ def refuse_served(found: Agreement, what: str, spec: JobSpec, reference: Referen
     serve, gate = spec.export.serve, spec.export.gate
     rounding = gate.rounding_allowance * reference.moved / reference.scale
     most = max(gate.max_mean_logit_difference, rounding) * reference.scale
-    least = min(serve.min_agreement, 1 - gate.rounding_allowance * (1 - reference.agreed))
+    rounded = 1 - gate.rounding_allowance * (1 - reference.agreed)
+    least = min(serve.min_agreement, rounded, (found.tokens - 1) / found.tokens)
     reasons = []
     if found.other_prompts:
         reasons.append(f"{found.other_prompts} of {found.rows} conversations are written in other tokens")
     if not found.token_agreement >= least:
         reasons.append(
-            f"token agreement {found.token_agreement:.4f} is under export.serve.min_agreement {serve.min_agreement:g}"
+            f"token agreement {found.token_agreement:.4f} is under {least:.4f}, the least that is allowed "
+            f"(export.serve.min_agreement {serve.min_agreement:g}, rounding, and one token)"
         )
     if not found.logprob_difference <= most:
         reasons.append(

@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 from transformers.image_processing_backends import TorchvisionBackend
 
-from job.errors import DataError
+from job.errors import DataError, SpecError
 from job.model.families import FAMILIES
 from job.model.image_runs import encode_runs, takes_runs
 from job.model.patches.image_processors import written_in_place
@@ -273,6 +273,10 @@ def _encode(
             fast(text=texts, padding=True, **given, **({"return_text_replacement_offsets": True} if expands else {}))
         )
         told = batch.pop("text_replacement_offsets", None)
+        if told is None and expands and any(images):
+            raise SpecError(
+                "model.name_or_path: the processor does not report the text that it puts in the place of an image"
+            )
         replaced = [[processor.image_token] * len(each) for each in images]
         if told is not None:
             replaced = [[each["replacement"] for each in row] for row in told]

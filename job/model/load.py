@@ -12,7 +12,7 @@ from job.config.schema import JobSpec, ModelSpec
 from job.errors import SpecError
 from job.model.loaded import Loaded
 from job.model.memory_model import Kept
-from job.model.patches.unsloth_import import changed, one_trainer, uncollected
+from job.model.patches.unsloth_import import changed, one_trainer, uncollected, upstreams_processor
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,8 @@ def choose_backend(spec: ModelSpec, cuda: bool) -> str:
 
 def import_first(backend: str) -> None:
     """Import the backend before transformers, TRL and PEFT, which Unsloth patches."""
-    with uncollected(), changed("unsloth.models.rl", one_trainer):
+    gemma = "unsloth_zoo.temporary_patches.gemma"
+    with uncollected(), changed("unsloth.models.rl", one_trainer), changed(gemma, upstreams_processor):
         importlib.import_module(f"job.model.{backend}_backend")
 
 

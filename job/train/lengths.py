@@ -13,7 +13,7 @@ from job.model.image_layout import Uncuttable, cut, without_padding
 
 PASS_TOKENS = 768
 """What one more forward and backward pass costs beside its tokens, in tokens, on an RTX A6000 and on a CPU. Launching the
-kernels of Qwen3-VL 8B takes 0.6 to 0.9 s, in which an H200 computes 3,000 to 5,000 tokens and that GPU a sixth of them. On an
+kernels of Qwen3-VL 8B takes 0.6 to 0.9 s, in which an H200 computes 3,000 to 5,000 tokens and an A6000 a sixth of them. On an
 H200 eight rows took 1.54 s in one pass of 8,544 tokens, and 1.71 s in two of 5,232 (benchmarks/mixed_lengths.py)."""
 OF_A_CYCLE = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192, (10, 3): 8192}
 """Dense bf16 operations of a multiprocessor in a clock cycle, by compute capability, from NVIDIA's architecture papers; 1024 in

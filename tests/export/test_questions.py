@@ -143,7 +143,7 @@ def test_an_answer_departs_where_it_is_another_or_ends_elsewhere(
 def test_every_bound_is_named(loaded: Any) -> None:
     right = compared(Server(loaded), loaded)
     for wrong, said in (
-        ({"token_agreement": 0.97}, "token agreement 0.9700 is under export.serve.min_agreement 0.98"),
+        ({"token_agreement": 1 - 2 / right.tokens}, f"is under {1 - 1 / right.tokens:.4f}, the least that is allowed"),
         ({"logprob_difference": 0.06}, "log-probabilities differ by 0.060 nats on average, where 0.050 are allowed"),
         ({"effect_kept": 0.5}, "50% of the adapter's effect is served"),
         ({"effect_kept": 1.5}, "150% of the adapter's effect is served"),
@@ -154,3 +154,4 @@ def test_every_bound_is_named(loaded: Any) -> None:
         with pytest.raises(GateRefused, match=said.replace("(", r"\(")):
             refuse_served(replace(right, **wrong), "merged", job_spec(), reference())
     assert torch.isfinite(torch.tensor(right.loss))
+    refuse_served(replace(right, token_agreement=(right.tokens - 1) / right.tokens), "merged", job_spec(), reference())

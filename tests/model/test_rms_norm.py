@@ -102,12 +102,16 @@ def test_what_computes_something_else_is_left_alone() -> None:
         def forward(self, states: torch.Tensor) -> torch.Tensor:
             return states / (states.square().mean(-1, keepdim=True).sqrt() + 1e-5) * self.weight
 
+    class ClampedRMSNorm(torch.nn.RMSNorm):
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            return super().forward(states.clamp(-10, 10))
+
     class GatedRMSNorm(type(made("qwen3_5.modeling_qwen3_5:Qwen3_5RMSNormGated"))):  # type: ignore[misc]
         """As it is, but for its name."""
 
     assert changed(made("gemma4.modeling_gemma4:Gemma4RMSNorm", with_scale=False)) is None
     assert changed(made("qwen3_5.modeling_qwen3_5:Qwen3_5RMSNormGated")) is None
-    for kind in (CentredRMSNorm, OutsideRMSNorm, GatedRMSNorm):
+    for kind in (CentredRMSNorm, ClampedRMSNorm, OutsideRMSNorm, GatedRMSNorm):
         assert changed(kind(64, eps=1e-5).bfloat16()) is None, kind
     assert changed(torch.nn.RMSNorm(64).bfloat16()) is not None
 

@@ -7,10 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from job.model.load import import_first  # isort: skip
-
-import_first("unsloth")  # before transformers, which it patches
-
 from job.model.collator import Collator
 from job.model.load import load_model, to_training
 from job.model.patches.compile_stance import compiled

@@ -1,8 +1,11 @@
-"""Changes how Unsloth is imported: without cycle collection, and without rewriting all of TRL's trainers.
+"""Changes how Unsloth is imported: without cycle collection, without rewriting all of TRL's trainers, and without its processor
+for Gemma 3.
 
-Why: imports and Unsloth's changes to the model at load take more than half of a restart's time to the first step.
-Upstream: Unsloth 2026.10.9, `patch_trl_rl_trainers` of unsloth/models/rl.py, called when that module's importer continues.
-May go: when Unsloth rewrites a trainer on first use.
+Why: imports and Unsloth's changes to the model at load take more than half of a restart's time to the first step. Its processor
+does not report how many tokens an image takes (`return_text_replacement_offsets`), by which rows are counted and answers found.
+Upstream: Unsloth 2026.10.9, `patch_trl_rl_trainers` of unsloth/models/rl.py, called when that module's importer continues, and
+`patch_Gemma3Processor` of unsloth_zoo/temporary_patches/gemma.py, which strips a second first token; the job adds none.
+May go: when Unsloth rewrites a trainer on first use, and leaves the processor alone.
 """
 
 from __future__ import annotations
@@ -73,6 +76,13 @@ class _Loader(Loader):
         if name == "loader":  # not set yet, in a copy
             raise AttributeError(name)
         return getattr(self.loader, name)
+
+
+def upstreams_processor(gemma: ModuleType) -> None:
+    """Keep transformers' processor for Gemma 3."""
+    patches, processor = getattr(gemma, "TEMPORARY_PATCHES", []), getattr(gemma, "patch_Gemma3Processor", None)
+    if processor in patches:
+        patches.remove(processor)
 
 
 def one_trainer(rl: ModuleType) -> None:
