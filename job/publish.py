@@ -19,7 +19,7 @@ from job.errors import GateRefused, JobError, Unavailable
 from job.evaluate.answer_cache import base_digest, rows_digest
 from job.evaluate.records import Sample
 from job.evaluate.stage import Results, pictures, stored_rows
-from job.export.gate import limits
+from job.export.gate import least_agreement, limits
 from job.export.stage import Exported
 from job.planning.plan import Plan
 from job.planning.stage_in import StagedIn
@@ -122,8 +122,9 @@ def gate_facts(exported: Exported, spec: ExportSpec) -> dict[str, Any]:
     most, least = limits(exported.gate, spec.gate)
     bounds = {"mean_logit_difference": most, "token_agreement": least}
     bounds |= {"gain_kept": spec.gate.min_gain_kept} if smaller else {}
-    fewest = min((each.tokens for each in exported.served.values()), default=0)
-    bounds |= {"served_agreement": min(spec.serve.min_agreement, (fewest - 1) / fewest)} if served else {}
+    if served:
+        rounded, tokens = exported.gate.rounding_token_agreement, min(each.tokens for each in exported.served.values())
+        bounds["served_agreement"] = least_agreement(spec.serve.min_agreement, spec.gate, rounded, tokens)
     found = {**asdict(exported.gate), "limits": bounds, **measured}
     return {**found, **({"smaller": smaller} if smaller else {}), **served}
 

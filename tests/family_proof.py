@@ -64,6 +64,13 @@ def make_base(family: str, folder: Path) -> Path:
     return folder
 
 
+def make_both(family: str, folder: Path) -> tuple[Path, Path]:
+    """Return a tiny base of `family` and rows for it, both in `folder`."""
+    for name in ("base", "rows"):
+        (folder / name).mkdir()
+    return make_base(family, folder / "base"), make_rows(folder / "rows")
+
+
 def spec_of(base: Path, rows: Path, output: Path, **lora: Any) -> dict[str, Any]:
     return {
         "model": {"name_or_path": str(base)},
@@ -115,9 +122,7 @@ def prove(
     family: str, folder: Path, *, uncut: bool = True, start: Callable[..., Any] = process_of, **model: str
 ) -> list[str]:
     """Return what is not as it should be. `start` starts the jobs that are stopped and killed; `model` are fields of the spec."""
-    for name in ("base", "rows"):
-        (folder / name).mkdir()
-    base, rows, output = make_base(family, folder / "base"), make_rows(folder / "rows"), folder / "output"
+    (base, rows), output = make_both(family, folder), folder / "output"
     spec = spec_of(base, rows, output)
     spec["training"] |= {"max_steps": 9, "num_train_epochs": 3, "learning_rate": 0.01}
     spec["checkpoint"] = {"save_steps": 2}

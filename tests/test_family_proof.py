@@ -9,7 +9,7 @@ from typing import TextIO
 
 import pytest
 
-from tests.family_proof import ROOT, UNSLOTH, environment, job, logits_agree, make_base, make_rows, prove, spec_of
+from tests.family_proof import ROOT, UNSLOTH, environment, job, logits_agree, make_both, prove, spec_of
 from tests.forked import Forked, Forks
 
 from whole_job_figures import read_lines  # isort: skip  # tests.tiny finds it
@@ -27,11 +27,9 @@ def test_a_family_that_is_stopped_and_killed_ends_published(tmp_path: Path, fork
 @pytest.mark.skipif(not UNSLOTH.exists(), reason="make test brings Unsloth")
 @pytest.mark.parametrize("family", ["mllama", "qwen3_vl", "gemma3", "glm4v"])
 def test_a_job_through_unsloth_ends_published(family: str, tmp_path: Path) -> None:
-    """On a CPU (tests/unsloth_on_cpu). Unsloth replaces the processor of Gemma 3, and would add a row to GLM's vocabulary. Both
+    """On a CPU (tests/unsloth_on_cpu). Unsloth would replace the processor of Gemma 3, and add a row to GLM's vocabulary. Both
     backends begin with one loss."""
-    for name in ("base", "rows"):
-        (tmp_path / name).mkdir()
-    base, rows = make_base(family, tmp_path / "base"), make_rows(tmp_path / "rows")
+    base, rows = make_both(family, tmp_path)
     losses = []
     for backend in ("unsloth", "transformers"):
         output = tmp_path / backend
@@ -50,9 +48,7 @@ def test_a_job_through_unsloth_ends_published(family: str, tmp_path: Path) -> No
 @pytest.mark.skipif(not UNSLOTH.exists(), reason="make test brings Unsloth")
 def test_4_bits_that_unsloth_makes_16_of_are_refused(tmp_path: Path) -> None:
     """It says so and goes on, where bitsandbytes does not work; the plan, the card and the gate would tell of 4 bits."""
-    for name in ("base", "rows"):
-        (tmp_path / name).mkdir()
-    spec = spec_of(make_base("qwen3_vl", tmp_path / "base"), make_rows(tmp_path / "rows"), tmp_path / "output")
+    spec = spec_of(*make_both("qwen3_vl", tmp_path), tmp_path / "output")
     spec["model"] |= {"backend": "unsloth", "precision": "4bit"}
     ended = job("run", spec, tmp_path / "scratch", **environment())
     assert ended.returncode == 78
@@ -70,18 +66,8 @@ def test_4_bits_that_unsloth_makes_16_of_are_refused(tmp_path: Path) -> None:
 )
 def test_what_unsloth_patches_is_right_beside_it(tests: str, cases: str, passed: int, tmp_path: Path) -> None:
     """Layers of every family, beside Unsloth's own choice; rows of Gemma 3, whose processor it would replace."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-o",
-        "filterwarnings=",
-        "-p",
-        "unsloth_first",
-        f"tests/{tests}",
-        "-k",
-        cases,
-    ]
+    plain = "-m pytest -o filterwarnings= -p unsloth_first"
+    command = [sys.executable, *plain.split(), f"tests/{tests}", "-k", cases]
     there = os.environ | environment() | {"UNSLOTH_COMPILE_LOCATION": str(tmp_path)}
     ended = subprocess.run(command, cwd=ROOT, env=there, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout

@@ -80,7 +80,7 @@ TEXTS = [
     (TOKENS, "result = fix_pad_token(original_tokenizer, model = model", "patches/unsloth_pad_token.py replaces it"),
     ("bitsandbytes/nn/modules.py", ".quant_state", "`release` of job/model/loaded.py frees it"),
 ]
-"""Of packages that cannot be imported without a GPU: file, what must stand in it, who relies on it."""
+"""Of packages for a GPU: file, what must stand in it, who relies on it."""
 PRIVATE = {
     "model": {"_attn_implementation", "_patch_trl_rl_trainers"},
     "store": {"_raw_stream", "_fp"},

@@ -256,12 +256,14 @@ def limits(result: Verdict, spec: GateSpec) -> tuple[float, float]:
     """Return the most that the mean logit difference, and the least that the token agreement may be."""
     return (
         max(spec.max_mean_logit_difference, spec.rounding_allowance * result.rounding_logit_difference),
-        min(
-            spec.min_token_agreement,
-            1 - spec.rounding_allowance * (1 - result.rounding_token_agreement),
-            (result.tokens - 1) / result.tokens,  # of few tokens, one is a larger share than the others allow
-        ),
+        least_agreement(spec.min_token_agreement, spec, result.rounding_token_agreement, result.tokens),
     )
+
+
+def least_agreement(bound: float, spec: GateSpec, rounded: float, tokens: int) -> float:
+    """Return the least share of `tokens` that must agree: `bound`, or less if rounding alone leaves `rounded`. One token may
+    always differ, which is a large share of few."""
+    return min(bound, 1 - spec.rounding_allowance * (1 - rounded), (tokens - 1) / tokens)
 
 
 def refuse(result: Verdict, spec: GateSpec) -> None:

@@ -23,7 +23,7 @@ from job.config.environment import Environment
 from job.config.schema import JobSpec, ServeSpec
 from job.errors import GateRefused, SpecError
 from job.export.engines import MODEL, MODULE, Served, serves, vllm
-from job.export.gate import Reference
+from job.export.gate import Reference, least_agreement
 from job.export.questions import Agreement, Asked, ask_all
 from job.export.server import running
 from job.export.serving import Serving
@@ -81,8 +81,7 @@ def refuse_served(found: Agreement, what: str, spec: JobSpec, reference: Referen
     serve, gate = spec.export.serve, spec.export.gate
     rounding = gate.rounding_allowance * reference.moved / reference.scale
     most = max(gate.max_mean_logit_difference, rounding) * reference.scale
-    rounded = 1 - gate.rounding_allowance * (1 - reference.agreed)
-    least = min(serve.min_agreement, rounded, (found.tokens - 1) / found.tokens)
+    least = least_agreement(serve.min_agreement, gate, reference.agreed, found.tokens)
     reasons = []
     if found.other_prompts:
         reasons.append(f"{found.other_prompts} of {found.rows} conversations are written in other tokens")

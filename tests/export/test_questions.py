@@ -143,6 +143,10 @@ def test_an_answer_departs_where_it_is_another_or_ends_elsewhere(
 def test_every_bound_is_named(loaded: Any) -> None:
     right = compared(Server(loaded), loaded)
     for wrong, said in (
+        (
+            {"token_agreement": 0.97, "tokens": 1000},
+            "token agreement 0.9700 is under 0.9800, the least that is allowed",
+        ),
         ({"token_agreement": 1 - 2 / right.tokens}, f"is under {1 - 1 / right.tokens:.4f}, the least that is allowed"),
         ({"logprob_difference": 0.06}, "log-probabilities differ by 0.060 nats on average, where 0.050 are allowed"),
         ({"effect_kept": 0.5}, "50% of the adapter's effect is served"),

@@ -28,6 +28,7 @@ from job.errors import SpecError
 from job.model.collator import Collator
 from job.model.load import load_model
 from job.model.lora_targets import targets
+from job.model.memory_model import Kept
 from job.model.transformers_backend import linears, tables
 from job.train.loss import token_loss
 from tests.families import FAMILIES
@@ -35,6 +36,8 @@ from tests.other_families import OTHERS
 from tests.tiny import job_spec, make_model, row
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+KEPT: Kept = "nothing" if DEVICE.type == "cuda" else "inputs"
+"""Unsloth offloads to pinned memory, which needs a GPU."""
 SWITCHES = ("finetune_vision_layers", "finetune_language_layers", "finetune_attention_modules", "finetune_mlp_modules")
 NOT_OURS = {
     "qwen3_5_moe": r".*\.shared_expert_gate",  # a router, which stays as it was trained
@@ -74,7 +77,7 @@ def test_experts_are_left_alone(family: str, tmp_path: Path) -> None:
     make_model(family, folder, dtype=torch.bfloat16, device=DEVICE.type) if family in FAMILIES else OTHERS[family].make(
         folder
     )
-    loaded = load_model(job_spec(lora={"r": 4}), folder, DEVICE, "unsloth", "16bit", "inputs", None)
+    loaded = load_model(job_spec(lora={"r": 4}), folder, DEVICE, "unsloth", "16bit", KEPT, None)
     adapted = {name for name, each in loaded.model.named_parameters() if each.requires_grad}
     assert adapted
     assert not [name for name in adapted if ".experts" in name or ".gate." in name]
@@ -82,12 +85,13 @@ def test_experts_are_left_alone(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="its kernels need a GPU")
 def test_linear_attention_has_unsloths_kernels_untuned_and_the_loss_of_pytorchs(tmp_path: Path) -> None:
-    folder = make_model("qwen3_5", tmp_path, dtype=torch.bfloat16, device=DEVICE.type)
+    folder = make_model("qwen3_5", tmp_path, dtype=torch.bfloat16, device="cuda")
+    gpu = torch.device("cuda", 0)
 
     def loss_by(backend: str) -> float:
-        loaded = load_model(job_spec(lora={"r": 4}), folder, DEVICE, backend, "16bit", "inputs", None)
-        inputs = {name: each.to(DEVICE) for name, each in Collator(loaded.processor, 2048)([row(1), row(2)]).items()}
-        with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
+        loaded = load_model(job_spec(lora={"r": 4}), folder, gpu, backend, "16bit", "nothing", None)
+        inputs = {name: each.cuda() for name, each in Collator(loaded.processor, 2048)([row(1), row(2)]).items()}
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
             return float(token_loss(loaded.model, inputs, None))
 
     found = loss_by("unsloth")
@@ -97,9 +101,9 @@ def test_linear_attention_has_unsloths_kernels_untuned_and_the_loss_of_pytorchs(
     tuned = [each for each in kernels if len(configurations(each)) > 1]
     assert any(configurations(each) for each in kernels)
     assert not tuned
-    plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
-    loaded = load_model(job_spec(), folder, DEVICE, "transformers", "16bit", "inputs", None)
-    inputs = {name: each.to(DEVICE) for name, each in Collator(loaded.processor, 2048)([row(1), row(2)]).items()}
+    plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).cuda()
+    loaded = load_model(job_spec(), folder, gpu, "transformers", "16bit", "nothing", None)
+    inputs = {name: each.cuda() for name, each in Collator(loaded.processor, 2048)([row(1), row(2)]).items()}
     with torch.no_grad():
         assert found == pytest.approx(float(token_loss(plain, inputs, None)), rel=0.01)
 

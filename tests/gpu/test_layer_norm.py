@@ -19,15 +19,15 @@ if not torch.cuda.is_available():
 
 
 @pytest.mark.parametrize(
-    ("kind", "patch", "cast"),
+    ("kind", "patch", "cast", "apart"),
     [
-        (torch.nn.LayerNorm, without_casts, torch.float32),
-        (Qwen3VLTextRMSNorm, fuse_rms_norms, torch.bfloat16),
-        (Gemma3RMSNorm, fuse_rms_norms, torch.bfloat16),
+        (torch.nn.LayerNorm, without_casts, torch.float32, 2**-4),
+        (Qwen3VLTextRMSNorm, fuse_rms_norms, torch.bfloat16, 2**-2),
+        (Gemma3RMSNorm, fuse_rms_norms, torch.bfloat16, 2**-2),
     ],
 )
 def test_output_and_gradient_are_those_of_autocast_in_16_bits(
-    kind: type[Any], patch: Callable[[Any], None], cast: torch.dtype
+    kind: type[Any], patch: Callable[[Any], None], cast: torch.dtype, apart: float
 ) -> None:
     torch.manual_seed(0)
     before = kind(1280).to("cuda", torch.bfloat16)
@@ -46,4 +46,4 @@ def test_output_and_gradient_are_those_of_autocast_in_16_bits(
     (theirs, expected, gradient), (ours, seen, own) = found
     assert (theirs, ours) == (cast, torch.bfloat16), "autocast casts otherwise: the patch may go"
     torch.testing.assert_close(seen, expected, rtol=2**-7, atol=2**-7)
-    torch.testing.assert_close(own, gradient, rtol=2**-6, atol=2**-2)
+    torch.testing.assert_close(own, gradient, rtol=2**-6, atol=apart)

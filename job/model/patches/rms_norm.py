@@ -2,9 +2,9 @@
 
 Why: transformers writes an RMS norm as six operations. torch.compile would join them; run one by one they launch as many
 kernels, and more in the backward. On an H200 a step of Qwen3-VL 8B (8 rows of 300 tokens) took 0.460 s of GPU time with them and
-0.399 s with the kernel; a step of Llama 3.2 11B took 1.531 s and 1.507 s. The kernel computes in 32 bits and rounds once, at the
-end; most classes also round before they multiply by the weight. It needs states and weight of one type, so where the weight is
-in 32 bits, as one plus a weight is (Gemma, Qwen3.5), the states are cast to 32 bits too.
+0.399 s in a trial with the kernel; one of Llama 3.2 11B took 1.531 s and 1.507 s. The kernel computes in 32 bits and rounds
+once, at the end; most classes also round before they multiply by the weight. It needs states and weight of one type, so where
+the weight is in 32 bits, as one plus a weight is (Gemma, Qwen3.5), the states are cast to 32 bits too.
 Upstream: transformers 5.17, classes named `…RMSNorm`; Unsloth Zoo 2026.10.9, which compiles Gemma 3's; torch 2.11 to 2.14, whose
 autocast lists `rms_norm`.
 May go: when transformers calls `torch.nn.functional.rms_norm` and autocast leaves it alone.
